@@ -1,0 +1,37 @@
+"""Reprogram a pretrained timm model for robustness, and learn honestly what that is worth.
+
+>>> import timm_nrpm
+>>> model = timm_nrpm.create_model("resnet18", pretrained=True, lam=0.8)
+"""
+
+from timm_nrpm import functional
+from timm_nrpm.base import WeightsUnavailable, WrongBase
+from timm_nrpm.calibration import calibrate_
+from timm_nrpm.config import NRPMConfig
+from timm_nrpm.evaluation import RobustnessReport, Threat, evaluate
+from timm_nrpm.hub import BrokenVariant, from_pretrained, save_pretrained
+from timm_nrpm.registry import create_model, list_models
+from timm_nrpm.reprogramming import ReprogrammingWarning, lambdas, plain_copy, reprogram_, restore_
+from timm_nrpm.version import __version__
+
+__all__ = [
+    "BrokenVariant",
+    "NRPMConfig",
+    "ReprogrammingWarning",
+    "RobustnessReport",
+    "Threat",
+    "WeightsUnavailable",
+    "WrongBase",
+    "__version__",
+    "calibrate_",
+    "create_model",
+    "evaluate",
+    "from_pretrained",
+    "functional",
+    "lambdas",
+    "list_models",
+    "plain_copy",
+    "reprogram_",
+    "restore_",
+    "save_pretrained",
+]

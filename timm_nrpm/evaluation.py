@@ -1,0 +1,181 @@
+"""What a reprogrammed model is worth: accuracy image by image, under every attack, and the worst case over them all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sized
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from timm_nrpm.reprogramming import evaluating, plain_copy, reprogrammed_layers
+
+MASKED = "gradient_masking"
+"""Flag: attacks that do not use the model's own gradient leave fewer images right than those that do, so accuracy under
+the latter says nothing. Raised when they differ by more than `MASKING_MARGIN`."""
+
+MASKING_MARGIN = 0.02
+
+NON_FINITE = "non_finite_gradient"
+"""Flag: an attack returned pixels that are not numbers; the clean image took their place."""
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What an attacker may change.
+
+    Args:
+        norm: `"Linf"`, the largest change of a pixel.
+        eps: The bound, in pixel units of [0, 1]; 8/255 is usual for CIFAR.
+
+    Example:
+        >>> Threat("Linf", 8 / 255)
+    """
+
+    norm: str = "Linf"
+    eps: float = 8 / 255
+
+    def __post_init__(self) -> None:
+        if self.norm != "Linf":
+            raise ValueError(f'norm={self.norm!r} is not known: "Linf" is.')
+        if not 0 < self.eps <= 1:
+            raise ValueError(
+                f"eps={self.eps!r} is not allowed: it is a distance between pixels in [0, 1], like 8 / 255."
+            )
+
+
+@dataclass(frozen=True)
+class RobustnessReport:
+    """Accuracies from 0 to 1, and the images behind them.
+
+    Attributes:
+        correct: For `"clean"` and each attack, whether each image was still classified correctly. An image that is
+            wrong when clean counts as wrong under every attack.
+        flags: Reasons not to believe the accuracies under the model's own gradient.
+
+    Example:
+        >>> report = evaluate(model, loader, Threat("Linf", 8 / 255))
+        >>> report.accuracy("clean"), report.worst_case
+        (0.675, 0.417)
+    """
+
+    threat: Threat
+    steps: int
+    seed: int
+    correct: dict[str, tuple[bool, ...]]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        return len(self.correct["clean"])
+
+    def accuracy(self, attack: str) -> float:
+        return sum(self.correct[attack]) / self.samples
+
+    @property
+    def worst_case(self) -> float:
+        """Share of the images that no attack changed: what an attacker who may choose the attack leaves."""
+        return sum(map(all, zip(*self.correct.values(), strict=True))) / self.samples
+
+    def to_json(self) -> str:
+        accuracies = {attack: self.accuracy(attack) for attack in self.correct}
+        return json.dumps({**asdict(self), "accuracies": accuracies, "worst_case": self.worst_case})
+
+    @classmethod
+    def from_json(cls, text: str) -> RobustnessReport:
+        data = json.loads(text)
+        return cls(
+            threat=Threat(**data["threat"]),
+            steps=data["steps"],
+            seed=data["seed"],
+            correct={attack: tuple(images) for attack, images in data["correct"].items()},
+            flags=tuple(data["flags"]),
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    threat: Threat | None = None,
+    *,
+    steps: int = 20,
+    seed: int = 0,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    progress: bool = False,
+) -> RobustnessReport:
+    """Accuracy when clean and under attack, per image.
+
+    The attacks are FGSM and PGD on the model's own gradient, as in the paper (Table 5), and PGD on the plain model
+    (lambda = 1, its statistics from before calibration), whose examples are then shown to the reprogrammed one. The
+    gradient of the estimate is steep and erratic, which stops an attacker who follows it and nobody else; the plain
+    model's is not. A model that is not reprogrammed has no such third attack.
+
+    Args:
+        model: Takes normalised images.
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`; in the same order each time it is run.
+        threat: The default is Linf with eps 8/255.
+        steps: Of PGD; the step size is `eps / 4`.
+        seed: Of PGD's random start.
+        mean, std: The model's normalisation, by default timm's for this model.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: Pixels outside [0, 1], or an empty loader.
+    """
+    from timm_nrpm.attacks import PixelModel, fgsm, pgd  # imports torchattacks and SciPy
+
+    threat = threat or Threat()
+    flags: dict[str, None] = {}
+    learning = [p for p in model.parameters() if p.requires_grad]
+    with evaluating(model), Progress(disable=not progress) as bar:
+        # In eval mode themselves: torchattacks puts a model back into the mode it finds.
+        own = PixelModel(model, mean, std).eval()
+        attacks = [fgsm("fgsm", own, threat.eps), pgd("pgd", own, threat.eps, steps, seed)]
+        if reprogrammed_layers(model):
+            attacks.append(pgd("pgd_plain", PixelModel(plain_copy(model), mean, std).eval(), threat.eps, steps, seed))
+        correct: dict[str, list[bool]] = {name: [] for name in ("clean", *(a.name for a in attacks))}
+        batches = len(loader) if isinstance(loader, Sized) else None
+        task = bar.add_task("Evaluating", total=batches and batches * len(correct))
+        for parameter in learning:  # attacks need the gradient of the pixels alone
+            parameter.requires_grad_(False)
+        try:
+            for images, targets in loader:
+                pixels, labels = images.to(own.mean.device), targets.to(own.mean.device)
+                _check_pixels(pixels)
+                right = _right(own, pixels, labels)
+                correct["clean"] += right.tolist()
+                bar.advance(task)
+                for attack in attacks:
+                    attacked = attack.run(pixels, labels)
+                    finite = attacked.flatten(1).isfinite().all(1)
+                    if not finite.all():
+                        flags[NON_FINITE] = None
+                        attacked = torch.where(finite.view(-1, *[1] * (pixels.ndim - 1)), attacked, pixels)
+                    correct[attack.name] += (right & _right(own, attacked, labels)).tolist()
+                    bar.advance(task)
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+    if not correct["clean"]:
+        raise ValueError("The loader gave no images: there is nothing to evaluate.")
+    shares = {name: sum(images) / len(images) for name, images in correct.items()}
+    if shares.get("pgd_plain", 1.0) < min(shares["fgsm"], shares["pgd"]) - MASKING_MARGIN:
+        flags[MASKED] = None
+    return RobustnessReport(threat, steps, seed, {k: tuple(v) for k, v in correct.items()}, tuple(flags))
+
+
+@torch.no_grad()
+def _right(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+    return model(pixels).argmax(1) == labels
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(
+            f"The loader gives values from {low:.3g} to {high:.3g}: evaluate needs pixels in [0, 1], before "
+            "normalisation, which it does inside. With timm's loaders, use normalize=False."
+        )

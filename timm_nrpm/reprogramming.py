@@ -1,0 +1,281 @@
+"""Turn the layers of a model into reprogrammed ones, and back: the only place that walks a model."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from timm_nrpm.config import NRPMConfig
+from timm_nrpm.layers import LINEAR_MAPS, REPROGRAMMED, Reprogrammed, reprogram_layer_, restore_layer_
+
+Model = TypeVar("Model", bound=nn.Module)
+
+FUSIONS = ("fuse", "reparameterize", "switch_to_deploy")
+"""Methods by which timm merges layers into new plain ones."""
+
+
+class ReprogrammingWarning(UserWarning):
+    """Layers stay plain that one might think reprogrammed."""
+
+
+@dataclass
+class Record:
+    """What is known of a reprogrammed model, kept as its attribute `nrpm`.
+
+    Attributes:
+        config: As given to :func:`reprogram_`.
+        skipped: Name of each layer that holds a linear map and was left plain though nobody asked for it, and why.
+        statistics: The BatchNorm statistics from before calibration, by module name; empty until calibrated.
+        base: Where the model came from, if :func:`timm_nrpm.create_model` made it (a `timm_nrpm.hub.Base`).
+    """
+
+    config: NRPMConfig
+    skipped: dict[str, str]
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    base: Any = None
+
+
+def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tensor | None = None) -> Model:
+    """Replace the chosen layers of `model` by their reprogrammed class, in place (NRPM, arXiv 2410.04577, section 4).
+
+    Parameters stay the same objects under the same names; every layer gains one, `lam`. A model that was reprogrammed
+    before is restored first, so it always follows one config. Layers whose type is not known exactly, and layers that
+    the model does not call, are left alone: a :class:`ReprogrammingWarning` says so, and `model.nrpm.skipped` says why.
+
+    Args:
+        model: Any module; a single `nn.Conv2d` or `nn.Linear` works too.
+        config: The settings; the default is `NRPMConfig()`.
+        example: An input, `[B, C, H, W]` for an image model, with which the model is run once to see what it calls.
+            For a timm model the default is one image of zeros of its input size; another model is run only with an
+            example, and without one all its layers are taken to be called.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: A pattern that matches no layer, a lambda missing or of the wrong count. The model is untouched.
+
+    Example:
+        >>> model = reprogram_(timm.create_model("resnet18"), NRPMConfig(lam=0.9, layers="layer1.*"))
+        >>> lambdas(model)["layer1.0.conv1"]
+        0.9
+    """
+    config = config or NRPMConfig()
+    record = getattr(model, "nrpm", None)
+    restored = restore_(model)
+    supported = {name: m for name, m in restored.named_modules() if type(m) in REPROGRAMMED}
+    skipped = {
+        name: f"its type {type(m).__qualname__} is not one whose arithmetic is known"
+        for name, m in restored.named_modules()
+        if isinstance(m, LINEAR_MAPS) and name not in supported
+    }
+    called = _call_order(restored, supported, example)
+    if called is not None:
+        reason = "the model never calls it in a forward (it may read the weight past the module)"
+        skipped |= {name: reason for name in supported if name not in called}
+        supported = {name: supported[name] for name in called}
+    chosen = _select(supported, config, skipped)
+    values = _assign(chosen, config)
+    # Everything is checked: from here on nothing fails.
+    for name, module in chosen.items():
+        reprogram_layer_(module, config, values[name])
+    _refuse_fusion(restored)
+    restored.nrpm = Record(config, skipped, base=record.base if record else None)
+    if skipped and config.layers is None:
+        listed = [f"  {name}: {why}" for name, why in list(skipped.items())[:5]]
+        more = f"\n  ... and {len(skipped) - 5} more, see model.nrpm.skipped" if len(skipped) > 5 else ""
+        warnings.warn(
+            f"{len(skipped)} layers stay plain:\n" + "\n".join(listed) + more, ReprogrammingWarning, stacklevel=2
+        )
+    return restored
+
+
+def restore_(model: Model) -> Model:
+    """Undo :func:`reprogram_` and any calibration, in place: the original model, bit for bit.
+
+    Weights keep the values they have now. A model that is not reprogrammed is returned as it is.
+    """
+    for root in [m for m in model.modules() if isinstance(m.__dict__.get("nrpm"), Record)]:
+        forget_calibration_(root)
+        for module in list(root.modules()):
+            if isinstance(module, Reprogrammed):
+                restore_layer_(module)
+            for method in FUSIONS:
+                if module.__dict__.get(method) is _refused:
+                    delattr(module, method)
+        del root.nrpm
+    return model
+
+
+def forget_calibration_(model: nn.Module) -> None:
+    """Undo `calibrate_`: the BatchNorm statistics from before, and no corrections."""
+    for name, kept in model.nrpm.statistics.items():  # type: ignore[union-attr]
+        module = model.get_submodule(name)
+        for key, value in kept.items():
+            getattr(module, key).copy_(value)
+    model.nrpm.statistics = {}  # type: ignore[union-attr]
+    for layer in reprogrammed_layers(model).values():
+        layer.correction = None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` inside, and every module's own training mode again afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def plain_copy(model: Model) -> Model:
+    """The un-reprogrammed model as a second module that shares the Parameters of `model`.
+
+    Its BatchNorm statistics are those from before calibration. Changing its weights changes those of `model`.
+    """
+    memo = {id(p): p for p in model.parameters()}
+    return restore_(copy.deepcopy(model, memo))
+
+
+def reprogrammed_layers(model: nn.Module) -> dict[str, Reprogrammed]:
+    """The reprogrammed layers of `model` by name; a layer with two names appears under the first."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Reprogrammed)}
+
+
+def lambdas(model: nn.Module) -> dict[str, float]:
+    """Lambda of every reprogrammed layer, in [0, 1]; empty for a model that is not reprogrammed.
+
+    Example:
+        >>> lambdas(create_model("resnet18", lam=0.8))["layer1.0.conv1"]
+        0.8
+    """
+    return {name: _decimal(layer.lam) for name, layer in reprogrammed_layers(model).items()}
+
+
+def _decimal(lam: Tensor) -> float:
+    # The shortest decimal that gives this float32, so that 0.8 reads 0.8 and not 0.800000011920929.
+    return min(max(float(str(lam.detach().float().cpu().numpy())), 0.0), 1.0)
+
+
+def _call_order(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor | None) -> list[str] | None:
+    """Names of the layers that a forward calls, first call first; None if there is no input to run it on."""
+    like = next(model.parameters(), None)
+    given = example is not None
+    if example is None:
+        if like is None or not hasattr(model, "pretrained_cfg"):
+            return None
+        size = resolve_model_data_config(model)["input_size"]
+        example = torch.zeros(1, *size, device=like.device, dtype=like.dtype)
+    order: dict[str, None] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: order.setdefault(name)
+
+    hooks = [m.register_forward_pre_hook(note(name)) for name, m in layers.items()]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(example)
+    except Exception as error:
+        if given:
+            raise ValueError(
+                f"The model does not run on the example given, {list(example.shape)} of {example.dtype}: {error}"
+            ) from error
+        warnings.warn(
+            f"The model does not run on an image of zeros, {list(example.shape)} ({error}): layers that it never calls "
+            "cannot be told apart. Give an input it takes as example=.",
+            ReprogrammingWarning,
+            stacklevel=3,
+        )
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(order)
+
+
+def _select(layers: dict[str, nn.Module], config: NRPMConfig, skipped: Mapping[str, str]) -> dict[str, nn.Module]:
+    """The layers that `config.layers` asks for."""
+    chosen = config.layers
+    if chosen is None:
+        names = set(layers)
+    elif callable(chosen):
+        names = {name for name, module in layers.items() if chosen(name, module)}
+    elif isinstance(chosen, str) and chosen.startswith("first:"):
+        count = re.fullmatch(r"first:([1-9]\d*)", chosen)
+        if count is None:
+            raise ValueError(f'layers={chosen!r} is not understood: write "first:4" for the first four layers.')
+        names = set(list(layers)[: int(count[1])])
+    else:
+        names = set()
+        for pattern in [chosen] if isinstance(chosen, str) else chosen:
+            found = fnmatch.filter(layers, pattern)
+            if not found:
+                raise ValueError(_no_match(f"layers={pattern!r}", pattern, layers, skipped))
+            names.update(found)
+    if not names:
+        raise ValueError(
+            f"layers={chosen!r} selects none of the {len(layers)} layers that can be reprogrammed"
+            + (f" ({', '.join(list(layers)[:3])}, ...)." if layers else f": {_reasons(skipped)}.")
+        )
+    return {name: module for name, module in layers.items() if name in names}
+
+
+def _assign(layers: Mapping[str, nn.Module], config: NRPMConfig) -> dict[str, float]:
+    """Lambda for each of `layers`."""
+    lam = config.lam
+    if isinstance(lam, float):
+        return dict.fromkeys(layers, lam)
+    if isinstance(lam, tuple):
+        if len(lam) != len(layers):
+            raise ValueError(f"lam has {len(lam)} numbers and {len(layers)} layers are chosen: {', '.join(layers)}.")
+        return dict(zip(layers, lam, strict=True))
+    assert isinstance(lam, Mapping)
+    values = {}
+    for pattern, value in lam.items():
+        found = [pattern] if pattern in layers else fnmatch.filter(layers, pattern)
+        if not found:
+            raise ValueError(_no_match(f"lam[{pattern!r}]", pattern, layers, {}))
+        values |= dict.fromkeys(found, value)
+    missing = [name for name in layers if name not in values]
+    if missing:
+        raise ValueError(f"lam names no value for {len(missing)} of the chosen layers: {', '.join(missing[:5])}.")
+    return values
+
+
+def _no_match(what: str, pattern: str, layers: Mapping[str, Any], skipped: Mapping[str, str]) -> str:
+    refused = fnmatch.filter(skipped, pattern)
+    if refused:
+        return f"{what} matches only layers that cannot be reprogrammed: {_reasons({n: skipped[n] for n in refused})}."
+    near = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.3) or list(layers)[:3]
+    return f"{what} matches none of the {len(layers)} layers that can be chosen. Near names: {', '.join(near)}."
+
+
+def _reasons(skipped: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3]) or "it has no linear map"
+
+
+def _refused(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        "Fusing would silently drop reprogrammed layers and their lambdas. "
+        "Call timm_nrpm.restore_(model) first, fuse, then reprogram_ the fused model."
+    )
+
+
+def _refuse_fusion(model: nn.Module) -> None:
+    for module in model.modules():
+        for method in FUSIONS:
+            if callable(getattr(module, method, None)) and reprogrammed_layers(module):
+                setattr(module, method, _refused)
