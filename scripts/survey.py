@@ -17,6 +17,7 @@ import torch
 from rich.progress import track
 
 import timm_nrpm
+from timm_nrpm.reprogramming import record_of
 
 TARGET = Path(timm_nrpm.__file__).parent / "assets" / "architectures.json"
 
@@ -35,7 +36,7 @@ def skipped_layers(name: str) -> dict[str, str]:
                 continue
         unseen = [str(w.message) for w in caught if "does not run on" in str(w.message)]
         if not unseen:
-            return model.nrpm.skipped
+            return record_of(model).skipped
         failures.append(f"{device}: {unseen[0]}")
     return {"": " | ".join(failures)[:300]}
 

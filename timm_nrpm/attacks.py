@@ -1,4 +1,4 @@
-"""Attacks on pixels in [0, 1]: torchattacks', and where the gradient of this defence misleads, those that do not use it.
+"""Attacks on pixels in [0, 1]: torchattacks', given the model whose gradient they follow.
 
 The only importer of torchattacks.
 """

@@ -20,6 +20,9 @@ PLACEMENT = ("device", "dtype", "cache_dir")
 """Arguments of timm's create_model that say where, not what."""
 
 
+HTTP_LIBRARY = re.compile(r"(httpx2?|httpcore2?|requests|urllib3)\b")
+
+
 class WeightsUnavailable(RuntimeError):
     """Pretrained weights can be neither downloaded nor found on this machine."""
 
@@ -34,7 +37,7 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -126,11 +129,10 @@ def create_plain(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
-        cause = error
     except Exception as error:
+        unreachable = (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, TimeoutError)
         # The Hub's client raises its HTTP library's own errors when a connection fails, whichever library that is.
-        if not re.match(r"(httpx|httpx2|httpcore|httpcore2|requests|urllib3)\b", type(error).__module__):
+        if not isinstance(error, unreachable) and not HTTP_LIBRARY.match(type(error).__module__):
             raise
         cause = error
     reason = str(cause).strip().split("\n")[0]

@@ -15,8 +15,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_nrpm.layers import Correction, Reprogrammed
-from timm_nrpm.reprogramming import evaluating, forget_calibration_, plain_copy, reprogrammed_layers
+from timm_nrpm.layers import Reprogrammed
+from timm_nrpm.reprogramming import evaluating, forget_calibration_, plain_copy, record_of, reprogrammed_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -88,7 +88,8 @@ class _NormSite(_Site):
 
     def __init__(self, norm: _BatchNorm, mode: str) -> None:
         super().__init__()
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         self.mean, self.var, self.mode = norm.running_mean, norm.running_var, mode
         self.stored = {"running_mean": self.mean.clone(), "running_var": self.var.clone()}
 
@@ -113,7 +114,7 @@ class _SumSite(_Site):
     def __init__(self, layer: Reprogrammed) -> None:
         super().__init__()
         self.channel = layer.channel
-        self.correction = layer.correction = Correction(layer.weight, layer.channel)
+        self.correction = layer.add_correction()
 
     def correct(self, plain: Moments, ours: Moments, growth: Tensor) -> None:
         self.correction.gain.copy_(1 / growth)
@@ -174,8 +175,7 @@ def calibrate_(
     if mode not in ("relative", "scratch"):
         raise ValueError(f'mode={mode!r} is not known: choose "relative" or "scratch".')
     layers = reprogrammed_layers(model)
-    if not layers or not hasattr(model, "nrpm"):
-        raise ValueError("This model is not reprogrammed: call reprogram_(model, config) before calibrate_.")
+    record = record_of(model)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     if mode == "scratch" and not norms:
         raise ValueError('mode="scratch" re-estimates BatchNorm statistics, and this model has none: use "relative".')
@@ -183,7 +183,7 @@ def calibrate_(
     plain = plain_copy(model)
     sites: dict[str, _NormSite] = {name: _NormSite(norm, mode) for name, norm in norms.items()}
     sums: dict[str, _SumSite] = {} if norms else {name: _SumSite(layer) for name, layer in layers.items()}
-    model.nrpm.statistics = {name: site.stored for name, site in sites.items()}  # type: ignore[union-attr]
+    record.statistics = {name: site.stored for name, site in sites.items()}
     hooks = [hook for name, site in {**sites, **sums}.items() for hook in site.watch(name, model, plain)]
     seen = 0
     try:

@@ -14,9 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for a failure that is explained, 2 for a wrong call."""
     parser = argparse.ArgumentParser(prog="timm-nrpm", description="Reprogram pretrained timm models for robustness.")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo", help="reprogram and attack the bundled digits model: a table, a picture, a variant"
-    )
+    demo = commands.add_parser("demo", help="reprogram and attack the bundled digits model")
     demo.add_argument("--output", type=Path, default=Path("demo"), help="folder for the picture and the variant")
     listing = commands.add_parser("list", help="architectures that can be reprogrammed whole")
     listing.add_argument("filter", nargs="?", default="", help="a wildcard, like 'resnet*'")

@@ -6,17 +6,17 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from torch import nn
 
 PENALTIES = ("l1", "huber", "mcp", "huber-mcp", "l2")
 
-Lambdas = Union[float, Sequence[float], Mapping[str, float]]
+Lambdas: TypeAlias = float | Sequence[float] | Mapping[str, float]
 """One number for every layer, one number a layer in forward order, or ``{glob: number}``."""
 
-LayerSelection = Union[None, str, Sequence[str], "Callable[[str, nn.Module], bool]"]
+LayerSelection: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bool] | None"
 """``None`` (every supported layer), a glob, several globs, ``"first:N"``, or ``f(name, module) -> bool``."""
 
 
@@ -24,7 +24,7 @@ def check_lam(value: Any, where: str = "lam") -> float:
     """Return `value` as a float in [0, 1], or raise a ValueError that says what `where` may be."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
         raise ValueError(
-            f"{where}={value!r} is not allowed: lambda is a number from 0 (only the robust estimate) to 1 (the plain layer)."
+            f"{where}={value!r} is not allowed: lambda is a number from 0 (the robust estimate) to 1 (the plain layer)."
         )
     return float(value)
 

@@ -41,9 +41,7 @@ class Threat:
         if self.norm != "Linf":
             raise ValueError(f'norm={self.norm!r} is not known: "Linf" is.')
         if not 0 < self.eps <= 1:
-            raise ValueError(
-                f"eps={self.eps!r} is not allowed: it is a distance between pixels in [0, 1], like 8 / 255."
-            )
+            raise ValueError(f"eps={self.eps!r} is not allowed: it is a change of a pixel in [0, 1], like 8 / 255.")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ Example:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,37 +240,27 @@ def nrpm_conv2d(
             f"nrpm_conv2d got x {list(x.shape)}, weight {list(weight.shape)} and groups={groups}: "
             "x must be [B, C, H, W] or [C, H, W] and weight [O, C / groups, kH, kW]."
         )
-    if x.ndim == 3:
-        settings = {
-            "lam": lam,
-            "iterations": iterations,
-            "eps": eps,
-            "penalty": penalty,
-            "delta": delta,
-            "gamma": gamma,
-        }
-        return nrpm_conv2d(
-            x.unsqueeze(0), weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, **settings
-        ).squeeze(0)
-    kernel, stride, dilation = tuple(weight.shape[2:]), _pair(stride), _pair(dilation)
+    batch = x if x.ndim == 4 else x.unsqueeze(0)
+    kernel, strides, dilations = _pair(weight.shape[2:]), _pair(stride), _pair(dilation)
     if padding == "same":
-        if stride != (1, 1):
-            raise ValueError(f'padding="same" needs stride 1, and stride is {stride}.')
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        if strides != (1, 1):
+            raise ValueError(f'padding="same" needs stride 1, and stride is {strides}.')
+        total = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        padding = (total[0] // 2, total[1] // 2)
         if any(t % 2 for t in total):  # like torch, the odd one goes right and below
-            x, padding = F.pad(x, (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2)), 0
-        else:
-            padding = (total[0] // 2, total[1] // 2)
+            left, right = padding[1], total[1] - padding[1]
+            batch = F.pad(batch, (left, right, padding[0], total[0] - padding[0]))
+            padding = 0
     elif padding == "valid":
         padding = 0
     elif isinstance(padding, str):
         raise ValueError(f'padding={padding!r} is not known: give an integer, a pair, "same" or "valid".')
-    padding = _pair(padding)
-    z = F.conv2d(x, weight, None, stride, padding, dilation, groups)  # [B, O, H', W']
-    geometry = _Geometry(kernel, stride, padding, dilation, groups)
+    geometry = _Geometry(kernel, strides, _pair(padding), dilations, groups)
+    z = F.conv2d(batch, weight, None, strides, geometry.padding, dilations, groups)  # [B, O, H', W']
     matrix = weight.flatten(1).unflatten(0, (groups, -1))  # [G, O / G, D]
-    return _mix(x, matrix, z, bias, geometry, lam, Penalty.named(penalty, eps, delta, gamma), iterations)
+    out = _mix(batch, matrix, z, bias, geometry, lam, Penalty.named(penalty, eps, delta, gamma), iterations)
+    return out if x.ndim == 4 else out.squeeze(0)
 
 
-def _pair(value: int | Pair) -> Pair:
+def _pair(value: int | Sequence[int]) -> Pair:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.base import Base, weights_sha256
 from timm_nrpm.config import NRPMConfig
-from timm_nrpm.layers import Correction
-from timm_nrpm.reprogramming import Record, lambdas, plain_copy, reprogram_, reprogrammed_layers
+from timm_nrpm.reprogramming import lambdas, plain_copy, record_of, reprogram_, reprogrammed_layers
 
 FORMAT = 1
 CONFIG, TENSORS = "nrpm_config.json", "nrpm.safetensors"
@@ -60,10 +59,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
         >>> save_pretrained(model, "my-variant")
         PosixPath('my-variant')
     """
-    record: Record | None = getattr(model, "nrpm", None)
-    layers = reprogrammed_layers(model)
-    if record is None or not layers:
-        raise ValueError("This model is not reprogrammed: there is nothing to save. Call reprogram_(model, config).")
+    record, layers = record_of(model), reprogrammed_layers(model)
     if full and not hasattr(model, "pretrained_cfg"):
         raise ValueError(
             f"{type(model).__name__} is no timm model, and a full folder is in timm's format: use full=False."
@@ -86,11 +82,11 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     files = {TENSORS: serialize_tensors(_tensors(model))}
     content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "settings": settings, "layers": list(layers)}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
-        draft = Path(name)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        draft = Path(temporary)
         if full:
             names = {f.name for f in fields(NRPMConfig)}
-            plain._model_args = {k: v for k, v in base.kwargs.items() if k not in names}  # type: ignore[assignment]
+            vars(plain)["_model_args"] = {k: v for k, v in base.kwargs.items() if k not in names}
             save_for_hf(plain, str(draft), safe_serialization=True)
         for file, data in files.items():
             (draft / file).write_bytes(data)
@@ -105,8 +101,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
         (draft / CONFIG).write_text(text + "\n")
         folder.mkdir(exist_ok=True)
         # The config last: whatever interrupts this, a folder whose config does not fit its files is refused.
-        for file in sorted(draft.iterdir(), key=lambda f: f.name == CONFIG):
-            os.replace(file, folder / file.name)
+        for ready in sorted(draft.iterdir(), key=lambda f: f.name == CONFIG):
+            os.replace(ready, folder / ready.name)
         for stale in set(TIMM_FILES) - content["files"].keys():
             (folder / stale).unlink(missing_ok=True)
     return folder
@@ -151,7 +147,7 @@ def from_pretrained(
         base = origin.build(cache_dir)
     reprogram_(base, config)
     model = base.eval()
-    model.nrpm.base = origin
+    record_of(model).base = origin
     if list(lambdas(model)) != list(values):
         raise BrokenVariant(f"{folder} names other layers than its base model has.")
     _install(model, tensors, folder)
@@ -166,21 +162,20 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         if layer.correction is not None:
             tensors[f"{name}.correction.gain"] = layer.correction.gain
             tensors[f"{name}.correction.offset"] = layer.correction.offset
-    for name, kept in model.nrpm.statistics.items():  # type: ignore[union-attr]
+    for name, kept in record_of(model).statistics.items():
         tensors |= {f"{name}.{key}": getattr(model.get_submodule(name), key) for key in kept}
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _install(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
     """Put corrections and statistics into a freshly reprogrammed model."""
-    record: Record = model.nrpm  # type: ignore[assignment]
-    layers = reprogrammed_layers(model)
+    record, layers = record_of(model), reprogrammed_layers(model)
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
         if owner.endswith(".correction") and owner.removesuffix(".correction") in layers:
             layer = layers[owner.removesuffix(".correction")]
             if layer.correction is None:
-                layer.correction = Correction(layer.weight, layer.channel)
+                layer.add_correction()
         target = model.get_submodule(owner)._buffers.get(key) if owner in dict(model.named_modules()) else None
         if target is None or target.shape != tensor.shape:
             raise BrokenVariant(

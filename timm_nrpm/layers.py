@@ -68,8 +68,6 @@ class Reprogrammed(nn.Module):
         channel: The dimension of the outputs, counted from the end.
     """
 
-    weight: Tensor
-    bias: Tensor | None
     lam: nn.Parameter
     config: NRPMConfig
     correction: Correction | None
@@ -87,18 +85,25 @@ class Reprogrammed(nn.Module):
         options = {"iterations": c.iterations, "eps": c.eps, "penalty": c.penalty, "delta": c.delta, "gamma": c.gamma}
         return {"lam": _Clamp.apply(self.lam), **options}
 
-    def finish(self, z: Tensor) -> Tensor:
+    def finish(self, z: Tensor, bias: Tensor | None) -> Tensor:
         """The sum, corrected if calibration says so, plus bias."""
         if self.correction is not None:
             z = self.correction(z)
-        return z if self.bias is None else z + self.bias.view(-1, *[1] * (-self.channel - 1))
+        return z if bias is None else z + bias.view(-1, *[1] * (-self.channel - 1))
+
+    def add_correction(self) -> Correction:
+        """Give the layer a correction that does nothing yet."""
+        self.correction = Correction(self.get_parameter("weight").detach(), self.channel)
+        return self.correction
 
     def extra_repr(self) -> str:
         c = self.config
         lam = min(max(float(self.lam.detach()), 0.0), 1.0)
         return f"{super().extra_repr()}, lam={lam:.4g}, iterations={c.iterations}, eps={c.eps:g}, penalty={c.penalty}"
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: Any, missing: Any, *rest: Any):
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: Any, missing: Any, *rest: Any
+    ) -> None:
         # A checkpoint of the plain model has no lambdas: it sets the weights, and the lambdas stay as they are.
         unexpected, errors = rest
         lam = state_dict.get(prefix + "lam")
@@ -118,7 +123,7 @@ class NRPMLinear(Reprogrammed, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.is_plain():
             return super().forward(input)
-        return self.finish(nrpm_linear(input, self.weight, **self.settings()))
+        return self.finish(nrpm_linear(input, self.weight, **self.settings()), self.bias)
 
 
 class NRPMTimmLinear(NRPMLinear, TimmLinear):
@@ -143,7 +148,7 @@ class NRPMConv2d(Reprogrammed, nn.Conv2d):
             groups=self.groups,
             **self.settings(),
         )
-        return self.finish(z)
+        return self.finish(z, self.bias)
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Input, weight and zero padding of the convolution that the original class computes."""
@@ -219,4 +224,6 @@ def restore_layer_(module: Reprogrammed) -> None:
     """Undo `reprogram_layer_`."""
     for name in ("config", "lam", "correction"):
         delattr(module, name)
-    module.__class__ = next(original for original, ours in REPROGRAMMED.items() if ours is type(module))
+    module.__class__ = next(  # type: ignore[assignment]
+        original for original, ours in REPROGRAMMED.items() if ours is type(module)
+    )

@@ -17,7 +17,7 @@ from torch import nn
 
 from timm_nrpm.base import Base, create_plain
 from timm_nrpm.config import Lambdas, LayerSelection, NRPMConfig
-from timm_nrpm.reprogramming import reprogram_
+from timm_nrpm.reprogramming import record_of, reprogram_
 
 __all__ = ["create_model", "list_models"]  # timm adds the entrypoints it registers
 
@@ -51,10 +51,10 @@ class _SmallResNet(ResNet):
 
     def __init__(self, in_chans: int = 1, **kwargs: Any) -> None:
         # A deep stem of half the width makes timm expect as many channels after the stem as before the first block.
-        stem = {"stem_type": "deep", "stem_width": 4}
-        super().__init__(BasicBlock, (1, 1, 1, 1), channels=(8, 16, 32, 32), in_chans=in_chans, **stem, **kwargs)
-        self.conv1 = nn.Conv2d(in_chans, 8, 3, padding=1, bias=False)
-        self.maxpool = nn.Identity()
+        shape: dict[str, Any] = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (8, 16, 32, 32)}
+        super().__init__(**shape, in_chans=in_chans, stem_type="deep", stem_width=4, **kwargs)
+        self.conv1 = nn.Conv2d(in_chans, 8, 3, padding=1, bias=False)  # type: ignore[assignment]
+        self.maxpool = nn.Identity()  # type: ignore[assignment]
         self.layer4 = nn.Identity()  # would see one pixel and eight of padding
 
 
@@ -105,7 +105,7 @@ def create_model(
     local = local or {"file", "url", "state_dict"} & dict(given.get("pretrained_cfg_overlay") or {}).keys()
     base = Base.of(model, None if local or not pretrained else name, given)
     reprogram_(model, config)
-    model.nrpm.base = base
+    record_of(model).base = base
     return model
 
 
@@ -159,8 +159,8 @@ def _register(architecture: str, tags: list[str]) -> None:
         layers: LayerSelection = None,
         **kwargs: Any,
     ) -> nn.Module:
-        settings = {"lam": lam, "iterations": iterations, "eps": eps, "penalty": penalty, "layers": layers}
-        return create_model(architecture, pretrained, **settings, **kwargs)
+        settings: dict[str, Any] = {"lam": lam, "iterations": iterations, "eps": eps, "penalty": penalty}
+        return create_model(architecture, pretrained, layers=layers, **settings, **kwargs)
 
     name = f"nrpm_{architecture}"
     entrypoint.__name__ = entrypoint.__qualname__ = name

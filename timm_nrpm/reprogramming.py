@@ -91,7 +91,7 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
     for name, module in chosen.items():
         reprogram_layer_(module, config, values[name])
     _refuse_fusion(restored)
-    restored.nrpm = Record(config, skipped, base=record.base if record else None)
+    vars(restored)["nrpm"] = Record(config, skipped, base=record.base if record else None)
     if skipped and config.layers is None:
         listed = [f"  {name}: {why}" for name, why in list(skipped.items())[:5]]
         more = f"\n  ... and {len(skipped) - 5} more, see model.nrpm.skipped" if len(skipped) > 5 else ""
@@ -114,17 +114,18 @@ def restore_(model: Model) -> Model:
             for method in FUSIONS:
                 if module.__dict__.get(method) is _refused:
                     delattr(module, method)
-        del root.nrpm
+        del vars(root)["nrpm"]
     return model
 
 
 def forget_calibration_(model: nn.Module) -> None:
     """Undo `calibrate_`: the BatchNorm statistics from before, and no corrections."""
-    for name, kept in model.nrpm.statistics.items():  # type: ignore[union-attr]
+    record = record_of(model)
+    for name, kept in record.statistics.items():
         module = model.get_submodule(name)
         for key, value in kept.items():
             getattr(module, key).copy_(value)
-    model.nrpm.statistics = {}  # type: ignore[union-attr]
+    record.statistics = {}
     for layer in reprogrammed_layers(model).values():
         layer.correction = None
 
@@ -148,6 +149,16 @@ def plain_copy(model: Model) -> Model:
     """
     memo = {id(p): p for p in model.parameters()}
     return restore_(copy.deepcopy(model, memo))
+
+
+def record_of(model: nn.Module) -> Record:
+    """`model.nrpm`; a ValueError for a model that is not reprogrammed."""
+    record = model.__dict__.get("nrpm")
+    if not isinstance(record, Record):
+        raise ValueError(
+            f"This {type(model).__name__} is not reprogrammed: call timm_nrpm.reprogram_(model, config) first."
+        )
+    return record
 
 
 def reprogrammed_layers(model: nn.Module) -> dict[str, Reprogrammed]:
@@ -243,7 +254,7 @@ def _assign(layers: Mapping[str, nn.Module], config: NRPMConfig) -> dict[str, fl
             raise ValueError(f"lam has {len(lam)} numbers and {len(layers)} layers are chosen: {', '.join(layers)}.")
         return dict(zip(layers, lam, strict=True))
     assert isinstance(lam, Mapping)
-    values = {}
+    values: dict[str, float] = {}
     for pattern, value in lam.items():
         found = [pattern] if pattern in layers else fnmatch.filter(layers, pattern)
         if not found:
