@@ -21,6 +21,10 @@ class PixelModel(nn.Module):
         model: Takes normalised images `[B, C, H, W]`.
         mean, std: One number a channel; by default what timm says of the model, and (0, 1) if it says nothing.
 
+    Attributes:
+        non_finite: Whether a gradient of the pixels was ever not a number, or infinite. An attack that takes its sign
+            then stands still there, and says nothing of it.
+
     Example:
         >>> logits = PixelModel(model)(pixels)
     """
@@ -35,12 +39,18 @@ class PixelModel(nn.Module):
         data = resolve_model_data_config(model) if hasattr(model, "pretrained_cfg") else {"mean": (0.0,), "std": (1.0,)}
         like = next(model.parameters())
         self.model = model
+        self.non_finite = False
         for name, given in (("mean", mean), ("std", std)):
             values = torch.tensor(data[name] if given is None else given, dtype=like.dtype, device=like.device)
             self.register_buffer(name, values.view(-1, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if pixels.requires_grad:
+            pixels.register_hook(self._look)
         return self.model((pixels - self.mean) / self.std)
+
+    def _look(self, gradient: Tensor) -> None:
+        self.non_finite = self.non_finite or not bool(gradient.isfinite().all())
 
 
 @dataclass(frozen=True)

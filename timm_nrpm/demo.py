@@ -86,6 +86,7 @@ def draw(reports: dict[str, dict[float, RobustnessReport]], title: str) -> Figur
 
 def run(folder: Path, console: Console, lams: Sequence[float] = LAMBDAS, images: int = IMAGES) -> bool:
     """Run the demo, write its picture and its variant into `folder`, and say whether the variant came back the same."""
+    folder.mkdir(parents=True, exist_ok=True)  # now, not after two minutes of work
     pixels, labels = (t[:images] for t in digits("test"))
     loader = list(zip(pixels.split(256), labels.split(256), strict=True))
     model = create_model(DIGITS, pretrained=True).eval()
@@ -117,7 +118,6 @@ def run(folder: Path, console: Console, lams: Sequence[float] = LAMBDAS, images:
         "PGD own follows the model's own gradient, PGD plain that of the plain model (lambda = 1). Where the flag "
         "gradient_masking stands, the former overstates robustness: believe the worst case, image by image, alone."
     )
-    folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "demo.png"
     draw(reports, title.replace(", accuracy in %", "")).savefig(picture, dpi=120)
     console.print(f"Picture: {picture}")

@@ -19,7 +19,7 @@ the latter says nothing. Raised when they differ by more than `MASKING_MARGIN`."
 MASKING_MARGIN = 0.02
 
 NON_FINITE = "non_finite_gradient"
-"""Flag: an attack returned pixels that are not numbers; the clean image took their place."""
+"""Flag: a gradient that an attack followed was not finite, so the attack stood still on those pixels."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,16 @@ def evaluate(
     from timm_nrpm.attacks import PixelModel, fgsm, pgd  # imports torchattacks and SciPy
 
     threat = threat or Threat()
-    flags: dict[str, None] = {}
     learning = [p for p in model.parameters() if p.requires_grad]
     with evaluating(model), Progress(disable=not progress) as bar:
         # In eval mode themselves: torchattacks puts a model back into the mode it finds.
         own = PixelModel(model, mean, std).eval()
         attacks = [fgsm("fgsm", own, threat.eps), pgd("pgd", own, threat.eps, steps, seed)]
+        sources = [own]
         if reprogrammed_layers(model):
-            attacks.append(pgd("pgd_plain", PixelModel(plain_copy(model), mean, std).eval(), threat.eps, steps, seed))
+            plain = PixelModel(plain_copy(model), mean, std).eval()
+            attacks.append(pgd("pgd_plain", plain, threat.eps, steps, seed))
+            sources.append(plain)
         correct: dict[str, list[bool]] = {name: [] for name in ("clean", *(a.name for a in attacks))}
         batches = len(loader) if isinstance(loader, Sized) else None
         task = bar.add_task("Evaluating", total=batches and batches * len(correct))
@@ -147,12 +149,7 @@ def evaluate(
                 correct["clean"] += right.tolist()
                 bar.advance(task)
                 for attack in attacks:
-                    attacked = attack.run(pixels, labels)
-                    finite = attacked.flatten(1).isfinite().all(1)
-                    if not finite.all():
-                        flags[NON_FINITE] = None
-                        attacked = torch.where(finite.view(-1, *[1] * (pixels.ndim - 1)), attacked, pixels)
-                    correct[attack.name] += (right & _right(own, attacked, labels)).tolist()
+                    correct[attack.name] += (right & _right(own, attack.run(pixels, labels), labels)).tolist()
                     bar.advance(task)
         finally:
             for parameter in learning:
@@ -160,9 +157,10 @@ def evaluate(
     if not correct["clean"]:
         raise ValueError("The loader gave no images: there is nothing to evaluate.")
     shares = {name: sum(images) / len(images) for name, images in correct.items()}
-    if shares.get("pgd_plain", 1.0) < min(shares["fgsm"], shares["pgd"]) - MASKING_MARGIN:
-        flags[MASKED] = None
-    return RobustnessReport(threat, steps, seed, {k: tuple(v) for k, v in correct.items()}, tuple(flags))
+    masked = shares.get("pgd_plain", 1.0) < min(shares["fgsm"], shares["pgd"]) - MASKING_MARGIN
+    raised = {MASKED: masked, NON_FINITE: any(source.non_finite for source in sources)}
+    flags = tuple(flag for flag, is_raised in raised.items() if is_raised)
+    return RobustnessReport(threat, steps, seed, {k: tuple(v) for k, v in correct.items()}, flags)
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from timm_nrpm.config import check_estimator, check_lam
 from timm_nrpm.estimator import Penalty
@@ -82,8 +81,10 @@ class _Estimate(torch.autograd.Function):
         return mean
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # torch's once_differentiable looks at `grad` alone, and would silently leave out what x and weight contribute.
+        if torch.is_grad_enabled():
+            raise RuntimeError("The robust estimate has first derivatives only: call backward without create_graph.")
         x, weight, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if needs[0] else None

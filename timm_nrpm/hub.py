@@ -194,8 +194,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise BrokenVariant(f"{folder} holds no {CONFIG}: give a folder that save_pretrained wrote.")
     try:
         content = json.loads(path.read_text())
-        checksum = content.pop("sha256")
-    except (ValueError, KeyError, AttributeError) as error:
+        checksum, found = content.pop("sha256"), content["format"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenVariant(f"{path} is cut short or is no variant's config ({error!r}): get it again.") from error
     if content.get("format") != FORMAT:
         raise BrokenVariant(

@@ -96,6 +96,12 @@ class Reprogrammed(nn.Module):
         self.correction = Correction(self.get_parameter("weight").detach(), self.channel)
         return self.correction
 
+    def drop_correction(self) -> None:
+        # Assigning None to a child would keep its name, which `repr` would show.
+        if self.correction is not None:
+            del self.correction
+            self.correction = None
+
     def extra_repr(self) -> str:
         c = self.config
         lam = min(max(float(self.lam.detach()), 0.0), 1.0)
@@ -217,11 +223,12 @@ def reprogram_layer_(module: nn.Module, config: NRPMConfig, lam: float) -> None:
     module.lam = nn.Parameter(
         torch.tensor(lam, dtype=torch.float32, device=weight.device), requires_grad=config.learnable
     )
-    module.register_module("correction", None)
+    module.correction = None
 
 
 def restore_layer_(module: Reprogrammed) -> None:
     """Undo `reprogram_layer_`."""
+    module.drop_correction()
     for name in ("config", "lam", "correction"):
         delattr(module, name)
     module.__class__ = next(  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from timm.data import resolve_model_data_config
+from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
 from timm_nrpm.config import NRPMConfig
@@ -72,15 +72,14 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
         0.9
     """
     config = config or NRPMConfig()
-    record = getattr(model, "nrpm", None)
-    restored = restore_(model)
-    supported = {name: m for name, m in restored.named_modules() if type(m) in REPROGRAMMED}
+    plain = plain_copy(model) if reprogrammed_layers(model) else model  # what to look at while anything may fail
+    supported = {name: m for name, m in plain.named_modules() if type(m) in REPROGRAMMED}
     skipped = {
         name: f"its type {type(m).__qualname__} is not one whose arithmetic is known"
-        for name, m in restored.named_modules()
+        for name, m in plain.named_modules()
         if isinstance(m, LINEAR_MAPS) and name not in supported
     }
-    called = _call_order(restored, supported, example)
+    called = _call_order(plain, supported, example)
     if called is not None:
         reason = "the model never calls it in a forward (it may read the weight past the module)"
         skipped |= {name: reason for name in supported if name not in called}
@@ -88,17 +87,19 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
     chosen = _select(supported, config, skipped)
     values = _assign(chosen, config)
     # Everything is checked: from here on nothing fails.
-    for name, module in chosen.items():
-        reprogram_layer_(module, config, values[name])
-    _refuse_fusion(restored)
-    vars(restored)["nrpm"] = Record(config, skipped, base=record.base if record else None)
+    base = getattr(model.__dict__.get("nrpm"), "base", None)
+    restore_(model)
+    for name in chosen:
+        reprogram_layer_(model.get_submodule(name), config, values[name])
+    _refuse_fusion(model)
+    vars(model)["nrpm"] = Record(config, skipped, base=base)
     if skipped and config.layers is None:
         listed = [f"  {name}: {why}" for name, why in list(skipped.items())[:5]]
         more = f"\n  ... and {len(skipped) - 5} more, see model.nrpm.skipped" if len(skipped) > 5 else ""
         warnings.warn(
-            f"{len(skipped)} layers stay plain:\n" + "\n".join(listed) + more, ReprogrammingWarning, stacklevel=2
+            f"Layers that stay plain, {len(skipped)}:\n" + "\n".join(listed) + more, ReprogrammingWarning, stacklevel=2
         )
-    return restored
+    return model
 
 
 def restore_(model: Model) -> Model:
@@ -127,7 +128,7 @@ def forget_calibration_(model: nn.Module) -> None:
             getattr(module, key).copy_(value)
     record.statistics = {}
     for layer in reprogrammed_layers(model).values():
-        layer.correction = None
+        layer.drop_correction()
 
 
 @contextmanager
@@ -188,7 +189,7 @@ def _call_order(model: nn.Module, layers: Mapping[str, nn.Module], example: Tens
     if example is None:
         if like is None or not hasattr(model, "pretrained_cfg"):
             return None
-        size = resolve_model_data_config(model)["input_size"]
+        size = get_model_input_config(model)["input_size"]  # of this model, not of its pretrained weights
         example = torch.zeros(1, *size, device=like.device, dtype=like.dtype)
     order: dict[str, None] = {}
 

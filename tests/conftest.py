@@ -1,0 +1,52 @@
+"""Shared by all tests: one thread a worker, no network, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports huggingface_hub: a test that would reach the network fails at once instead.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import torch.nn as nn
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+class SmallNet(nn.Module):
+    """Convolutions, a BatchNorm, a layer used twice, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.twice = nn.Conv2d(8, 8, 1, bias=False)
+        self.alias = self.twice
+        self.unused = nn.Linear(4, 4)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = self.alias(self.twice(x).relu())
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def net() -> SmallNet:
+    model = SmallNet()
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(6, 3, 8, 8)
