@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +42,8 @@ def test_json_round_trip(lam, iterations, eps, penalty, layers):
         ({"eps": -1e-3}, "> 0"),
         ({"eps": float("nan")}, "eps=nan"),
         ({"delta": 0}, "delta=0"),
+        ({"layers": 5}, "layers=5 is not understood"),
+        ({"layers": ["stem", 3]}, "is not understood"),
         ({"penalty": "L1"}, "choose one of l1, huber"),
         ({"penalty": "huber-mcp", "delta": 4.0, "gamma": 4.0}, "gamma=4.0 must be larger"),
     ],
@@ -47,6 +51,12 @@ def test_json_round_trip(lam, iterations, eps, penalty, layers):
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         NRPMConfig(**settings)
+
+
+def test_numbers_of_other_libraries():
+    config = NRPMConfig(lam=np.linspace(0, 1, 3), iterations=np.int64(2), eps=np.float32(0.5))
+    assert config.lam == (0.0, 0.5, 1.0)
+    assert NRPMConfig(lam=torch.tensor(0.5)) == NRPMConfig(lam=np.float64(0.5)) == NRPMConfig(lam=0.5)
 
 
 def test_a_function_has_no_json():

@@ -123,12 +123,21 @@ def test_the_model_is_left_as_it_was(data):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_half_precision_and_no_grad(data):
+    model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9).bfloat16()
+    with torch.no_grad():
+        report = evaluate(model, data[:1], Threat("Linf", 0.1), steps=2)
+    assert report.accuracy("pgd") < report.accuracy("clean")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: Threat("L7", 0.1), "norm='L7' is not known"),
         (lambda: Threat("Linf", 8), "like 8 / 255"),
         (lambda: Threat("Linf", 0), "eps=0"),
+        (lambda: Threat("Linf", "8/255"), "eps='8/255'"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), [], steps=0), "steps=0"),
         (lambda: evaluate(linear([[1.0], [0.0]]), []), "gave no images"),
         (
             lambda: evaluate(linear([[1.0], [0.0]]), [(torch.full((1, 1, 1, 1), -2.0), torch.tensor([0]))]),

@@ -144,6 +144,25 @@ def test_memory_formats_and_empty_batches():
     assert nrpm_linear(torch.randn(6), torch.randn(2, 6), lam=0.5).shape == (2,)
 
 
+def test_nothing_to_do_is_the_plain_operation_bit_for_bit():
+    x, weight, bias, rows = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(4), torch.randn(6, 5)
+    for settings in (
+        {"lam": 1.0},
+        {"lam": torch.tensor(1.0)},
+        {"lam": 0.2, "iterations": 0},
+        {"lam": 0.2, "penalty": "l2"},
+    ):
+        assert torch.equal(nrpm_conv2d(x, weight, bias, padding=1, **settings), F.conv2d(x, weight, bias, padding=1))
+        assert torch.equal(nrpm_linear(x, rows, **settings), F.linear(x, rows))
+
+
+def test_autocast_keeps_its_type():
+    x, conv, linear = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nrpm_conv2d(x, conv, torch.randn(4), lam=0.5).dtype == torch.bfloat16
+        assert nrpm_linear(x, linear, torch.randn(4), lam=0.5).dtype == torch.bfloat16
+
+
 def test_one_summand_is_its_own_estimate():
     x, weight = torch.randn(4, 1), torch.randn(3, 1)
     torch.testing.assert_close(nrpm_linear(x, weight, lam=0.0), F.linear(x, weight))
@@ -179,6 +198,9 @@ def test_second_derivatives_are_refused():
     [
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 5), lam=0.5), r"x \[2, 3\] and weight \[4, 5\]"),
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=2), "lam=2"),
+        (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=torch.tensor(2.0)), r"lam=2\.0"),
+        (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=torch.tensor(float("nan"))), "lam=nan"),
+        (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=torch.ones(4)), r"lam has shape \[4\]"),
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=0.5, iterations=-1), "K >= 0"),
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=0.5, eps=0), "eps=0"),
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=0.5, penalty="l3"), "choose one of"),

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -70,6 +71,54 @@ def test_full_folders_of_timm_models(tmp_path, name):
     assert same(from_pretrained(save_pretrained(model, tmp_path / "v", full=True)), model, 3, 224, 224)
 
 
+def test_arguments_of_timms_factory_do_not_reach_the_model(tmp_path):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "w.safetensors"
+    save_file(timm.create_model("resnet18").state_dict(), file)
+    kwargs = {"checkpoint_path": str(file), "exportable": True, "pretrained_cfg_overlay": {"mean": (0.1, 0.1, 0.1)}}
+    model = timm_nrpm.create_model("resnet18", layers="layer1.*", **kwargs)
+    again = from_pretrained(save_pretrained(model, tmp_path / "v", full=True))
+    assert same(again, model, 3, 64, 64)
+    assert again.pretrained_cfg["mean"] == (0.1, 0.1, 0.1) or list(again.pretrained_cfg["mean"]) == [0.1] * 3
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_half_precision(tmp_path, full):
+    model = timm_nrpm.create_model(DIGITS, pretrained=True, dtype=torch.bfloat16, layers="layer1.*").eval()
+    again = from_pretrained(save_pretrained(model, tmp_path / "v", full=full))
+    x = torch.randn(4, 1, 8, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_a_link_to_another_disk(tmp_path):
+    if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:
+        pytest.skip("needs a second file system at /dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        (tmp_path / "v").symlink_to(other)
+        assert lambdas(from_pretrained(save_pretrained(variant(), tmp_path / "v")))
+
+
+def test_a_stray_weight_file_is_not_read(tmp_path):
+    folder = save_pretrained(variant(), tmp_path / "v")
+    (folder / "model.safetensors").write_bytes(b"not mine")
+    assert lambdas(from_pretrained(folder))
+
+
+def test_a_base_that_is_reprogrammed(tmp_path):
+    model = variant()
+    with pytest.raises(ValueError, match="give the plain model"):
+        from_pretrained(save_pretrained(model, tmp_path / "v"), base=model)
+
+
+def test_features_only(tmp_path):
+    model = timm_nrpm.create_model("resnet18", features_only=True, layers="layer1*")
+    with pytest.raises(ValueError, match="no timm classifier"):
+        save_pretrained(model, tmp_path / "v", full=True)
+    assert not (tmp_path / "v").exists()
+
+
 def test_learned_lambdas_and_weights(tmp_path):
     model = reprogram_(variant(), NRPMConfig(lam=0.5, learnable=True))
     with torch.no_grad():
@@ -107,7 +156,7 @@ def test_a_model_that_is_not_timms(tmp_path):
     model = calibrate_(reprogram_(plain, NRPMConfig(lam=0.3)), [torch.randn(32, 3, 2, 2)])
     folder = save_pretrained(model, tmp_path / "v")
     assert same(from_pretrained(folder, base=base), model, 3, 2, 2)  # the corrections came along
-    with pytest.raises(ValueError, match="is no timm model"):
+    with pytest.raises(ValueError, match="is no timm classifier"):
         save_pretrained(model, tmp_path / "w", full=True)
     assert os.listdir(tmp_path) == ["v"]
 
@@ -126,7 +175,7 @@ def test_saving_over_a_variant(tmp_path):
     with pytest.raises(ValueError, match="holds no variant"):
         save_pretrained(model, other)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="holds no variant"):
+    with pytest.raises(ValueError, match="is a file"):
         save_pretrained(model, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -199,8 +248,11 @@ def test_forged_contents_with_fitting_hashes(tmp_path, add, drop, message):
     del content["sha256"]
     content["files"][FILES[1]] = hashlib.sha256((folder / FILES[1]).read_bytes()).hexdigest()
     (folder / FILES[0]).write_text(json.dumps({**content, "sha256": _checksum(content)}))
+    base = timm.create_model(DIGITS, pretrained=True)
+    state = list(base.state_dict())
     with pytest.raises(BrokenVariant, match=message):
-        from_pretrained(folder)
+        from_pretrained(folder, base=base)
+    assert list(base.state_dict()) == state  # plain again
 
 
 SAVER = """

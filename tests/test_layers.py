@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from timm_nrpm import NRPMConfig, functional, lambdas, reprogram_, restore_
+from timm_nrpm import NRPMConfig, calibrate_, functional, lambdas, reprogram_, restore_
 from timm_nrpm.layers import REPROGRAMMED, Reprogrammed
 
 LAYERS = {
@@ -117,6 +117,36 @@ def test_checkpoints():
     assert lambdas(layer) == {"": 0.25}
     with pytest.raises(RuntimeError, match="Missing key"):
         layer.load_state_dict({"lam": torch.tensor(0.5)})
+
+
+def test_a_lambda_past_the_end_is_saved_as_what_counts():
+    layer = reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5, learnable=True))
+    layer.lam.data.fill_(1.3)
+    state = layer.state_dict()
+    assert state["lam"].item() == 1.0
+    layer.load_state_dict(state)
+    assert lambdas(layer) == {"": 1.0}
+
+
+@pytest.mark.parametrize("lam", [0.2, 1.0, 1.3])
+def test_corrections_do_not_depend_on_gradients(lam):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 3))
+    reprogram_(model, NRPMConfig(lam=0.2, learnable=True))
+    x = torch.randn(16, 3, 2, 2)
+    calibrate_(model, [x])
+    model[1].lam.data.fill_(lam)
+    with torch.no_grad():
+        want = model(x)
+    torch.testing.assert_close(model(x), want)
+
+
+def test_a_plain_checkpoint_keeps_corrections():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    plain = copy.deepcopy(model.state_dict())
+    calibrate_(reprogram_(model, NRPMConfig(lam=0.2)), [torch.randn(16, 3, 2, 2)])
+    gain = model[1].correction.gain.clone()
+    model.load_state_dict(plain)
+    assert torch.equal(model[1].correction.gain, gain)
 
 
 def test_repr_shows_the_scheme():

@@ -104,6 +104,19 @@ def test_entrypoints_for_timms_own_tools(tmp_path):
     assert set(timm_nrpm.lambdas(timm_nrpm.create_model("nrpm_resnet18", lam=0.1)).values()) == {0.1}
 
 
+def test_a_tag_through_timms_entrypoint_keeps_its_name(tmp_path):
+    hub_cache(tmp_path, "timm/resnet18.a2_in1k", {"model.safetensors": timm.create_model("resnet18").state_dict()})
+    model = timm.create_model("nrpm_resnet18.a2_in1k", pretrained=True, layers="layer1.*", cache_dir=str(tmp_path))
+    assert model.nrpm.base.name == "resnet18.a2_in1k"
+    folder = timm_nrpm.save_pretrained(model, tmp_path / "v")
+    assert timm_nrpm.lambdas(timm_nrpm.from_pretrained(folder, cache_dir=str(tmp_path))) == timm_nrpm.lambdas(model)
+
+
+def test_a_missing_checkpoint():
+    with pytest.raises(FileNotFoundError, match=r"checkpoint_path='nope\.safetensors' is no file"):
+        timm_nrpm.create_model("resnet18", checkpoint_path="nope.safetensors")
+
+
 def test_every_default_is_timms_own():
     for name in ("resnet50", "vit_base_patch16_224", "convnext_base", "efficientnet_b0", "mixer_b16_224"):
         ours, theirs = timm.models.get_pretrained_cfg(f"nrpm_{name}"), timm.models.get_pretrained_cfg(name)

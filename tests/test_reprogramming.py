@@ -5,7 +5,17 @@ import timm
 import torch
 import torch.nn as nn
 
-from timm_nrpm import NRPMConfig, ReprogrammingWarning, calibrate_, lambdas, plain_copy, reprogram_, restore_
+from timm_nrpm import (
+    NRPMConfig,
+    ReprogrammingWarning,
+    calibrate_,
+    lambdas,
+    plain_copy,
+    reprogram_,
+    restore_,
+    save_pretrained,
+)
+from timm_nrpm.layers import Reprogrammed
 from timm_nrpm.reprogramming import reprogrammed_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::timm_nrpm.ReprogrammingWarning")
@@ -230,6 +240,42 @@ def test_a_part_of_a_model_and_a_single_layer(net, images):
     assert lambdas(reprogram_(nn.Linear(3, 3))) == {"": 0.8}
     reprogram_(net, NRPMConfig(lam=0.7, layers="head"), example=images)  # one config a model
     assert lambdas(net) == {"head": 0.7}
+
+
+def test_a_part_of_a_reprogrammed_model_is_refused(net, images):
+    reprogram_(net, NRPMConfig(lam=0.5), example=images)
+    for call in (reprogram_, restore_):
+        with pytest.raises(ValueError, match="part of a reprogrammed model"):
+            call(net.stem)
+    assert set(lambdas(net).values()) == {0.5}
+
+
+def test_parts_with_their_own_settings_are_not_taken_for_a_whole(net, images, tmp_path):
+    reprogram_(net, NRPMConfig(lam=0.5, layers="head"), example=images)
+    reprogram_(net.stem, NRPMConfig(lam=0.1, iterations=1))
+    for call in (lambda: calibrate_(net, [images]), lambda: save_pretrained(net, tmp_path / "v")):
+        with pytest.raises(ValueError, match="reprogrammed on their own"):
+            call()
+    assert not any(isinstance(m, Reprogrammed) for m in restore_(net).modules())
+
+
+def test_statistics_newer_than_calibration_are_kept(net, images):
+    reprogram_(net, NRPMConfig(lam=0.3), example=images)
+    calibrate_(net, [images])
+    net.train()
+    net(images)  # the mean and variance move on
+    mean = net.norm.running_mean.clone()
+    assert torch.equal(plain_copy(net).norm.running_mean, mean)
+    assert torch.equal(restore_(net).norm.running_mean, mean)
+
+
+def test_an_image_size_of_its_own_is_seen():
+    """qkv is read past the module at whatever size the model was made for."""
+    with pytest.warns(ReprogrammingWarning, match="never calls it"):
+        model = reprogram_(timm.create_model("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=2, img_size=64))
+    assert "blocks.0.attn.qkv" in model.nrpm.skipped
+    with pytest.warns(ReprogrammingWarning, match="CondConv2d is not one whose arithmetic is known"):
+        reprogram_(timm.create_model("efficientnet_cc_b0_4e"))
 
 
 def test_deepcopy_is_independent(net, images):

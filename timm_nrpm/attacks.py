@@ -38,16 +38,16 @@ class PixelModel(nn.Module):
         super().__init__()
         data = resolve_model_data_config(model) if hasattr(model, "pretrained_cfg") else {"mean": (0.0,), "std": (1.0,)}
         like = next(model.parameters())
-        self.model = model
+        self.model, self.dtype = model, like.dtype
         self.non_finite = False
         for name, given in (("mean", mean), ("std", std)):
-            values = torch.tensor(data[name] if given is None else given, dtype=like.dtype, device=like.device)
+            values = torch.tensor(data[name] if given is None else given, device=like.device)
             self.register_buffer(name, values.view(-1, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         if pixels.requires_grad:
             pixels.register_hook(self._look)
-        return self.model((pixels - self.mean) / self.std)
+        return self.model(((pixels - self.mean) / self.std).to(self.dtype)).to(pixels.dtype)
 
     def _look(self, gradient: Tensor) -> None:
         self.non_finite = self.non_finite or not bool(gradient.isfinite().all())

@@ -53,6 +53,7 @@ class Base:
         hub_id: The Hub repository of the weights, if any, and its revision, the commit they came from, if known.
         kwargs: The further arguments of `timm.create_model`.
         sha256: :func:`weights_sha256` of the plain model.
+        dtype: Of its parameters, as torch names it.
     """
 
     architecture: str
@@ -62,6 +63,7 @@ class Base:
     hub_id: str | None = None
     revision: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
 
     @classmethod
     def of(cls, model: nn.Module, name: str | None, kwargs: Mapping[str, Any]) -> Base:
@@ -85,6 +87,7 @@ class Base:
             hub_id=hub_id or None,
             revision=revision or _cached_revision(hub_id, cfg.get("hf_hub_filename"), kwargs.get("cache_dir")),
             kwargs={k: v for k, v in kwargs.items() if k not in PLACEMENT},
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         )
 
     def build(self, cache_dir: str | Path | None = None) -> nn.Module:
@@ -103,9 +106,15 @@ class Base:
         if self.hub_id and self.revision and ":" not in self.name:
             overlay["hf_hub_id"] = f"{self.hub_id}@{self.revision}"
         kwargs = {**self.kwargs, "pretrained_cfg_overlay": overlay or None, "cache_dir": cache_dir}
+        kwargs["dtype"] = self.torch_dtype
         model = create_plain(self.name, pretrained=True, **kwargs)
         self.check(model)
         return model
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype to create the model with; None for float32, which is what models have anyway."""
+        return None if self.dtype == "float32" else getattr(torch, self.dtype)
 
     def check(self, model: nn.Module) -> None:
         """Raise WrongBase unless `model` has these weights."""
@@ -127,6 +136,9 @@ def create_plain(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     Raises:
         WeightsUnavailable: As it says.
     """
+    checkpoint = kwargs.get("checkpoint_path")
+    if checkpoint and not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"checkpoint_path={str(checkpoint)!r} is no file.")
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:

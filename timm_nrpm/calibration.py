@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_nrpm.layers import Reprogrammed
-from timm_nrpm.reprogramming import evaluating, forget_calibration_, plain_copy, record_of, reprogrammed_layers
+from timm_nrpm.reprogramming import (
+    Statistic,
+    evaluating,
+    forget_calibration_,
+    plain_copy,
+    record_of,
+    reprogrammed_layers,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -65,7 +72,8 @@ class _Site:
         self.waiting.append(Moments.of(values, self.channel))
 
     def see_ours(self, values: Tensor) -> None:
-        plain, ours = self.waiting.popleft(), Moments.of(values, self.channel)
+        ours = Moments.of(values, self.channel)
+        plain = self.waiting.popleft() if self.waiting else ours  # "scratch" compares with nothing
         self.plain = self.plain + plain if self.plain else plain
         self.ours = self.ours + ours if self.ours else ours
         before, after = self.plain.var, self.ours.var
@@ -92,6 +100,10 @@ class _NormSite(_Site):
         assert norm.running_var is not None
         self.mean, self.var, self.mode = norm.running_mean, norm.running_var, mode
         self.stored = {"running_mean": self.mean.clone(), "running_var": self.var.clone()}
+
+    def kept(self) -> dict[str, Statistic]:
+        now = {"running_mean": self.mean, "running_var": self.var}
+        return {key: Statistic(before, now[key].clone()) for key, before in self.stored.items()}
 
     def correct(self, plain: Moments, ours: Moments, growth: Tensor) -> None:
         if self.mode == "scratch":
@@ -154,7 +166,8 @@ def calibrate_(
 
     The moments are exact over the whole loader, whatever its batch size. Layers are corrected while the images pass,
     so that later ones see corrected inputs; the larger the batches, the better the correction the first of them see.
-    Calling it again starts over, and :func:`restore_` brings the old statistics back. Training modes are kept.
+    Calling it again starts over, and :func:`restore_` brings the old statistics back. Training modes are kept. A
+    calibrated model is carried by `save_pretrained`, old statistics included; a state dict holds the new ones alone.
 
     Args:
         model: A reprogrammed model.
@@ -179,27 +192,30 @@ def calibrate_(
     norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     if mode == "scratch" and not norms:
         raise ValueError('mode="scratch" re-estimates BatchNorm statistics, and this model has none: use "relative".')
-    forget_calibration_(model)
+    forget_calibration_(model, record)
     plain = plain_copy(model)
     sites: dict[str, _NormSite] = {name: _NormSite(norm, mode) for name, norm in norms.items()}
-    sums: dict[str, _SumSite] = {} if norms else {name: _SumSite(layer) for name, layer in layers.items()}
-    record.statistics = {name: site.stored for name, site in sites.items()}
+    active = {} if norms else {name: layer for name, layer in layers.items() if not layer.is_plain()}
+    sums: dict[str, _SumSite] = {name: _SumSite(layer) for name, layer in active.items()}
     hooks = [hook for name, site in {**sites, **sums}.items() for hook in site.watch(name, model, plain)]
-    seen = 0
+    seen, device = 0, next(model.parameters()).device
     try:
         with evaluating(model), evaluating(plain):
             total = len(loader) if isinstance(loader, Sized) else None
             for batch in track(loader, "Calibrating", total=total, disable=not progress):
-                images = batch[0] if isinstance(batch, (tuple, list)) else batch
-                plain(images)
+                images = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
+                if mode == "relative":
+                    plain(images)
                 model(images)
                 seen += len(images)
         if not seen:
             raise ValueError("The loader gave no images: calibration needs at least one batch.")
     except BaseException:
-        forget_calibration_(model)
+        record.statistics = {name: site.kept() for name, site in sites.items()}
+        forget_calibration_(model, record)
         raise
     finally:
         for hook in hooks:
             hook.remove()
+    record.statistics = {name: site.kept() for name, site in sites.items()}
     return model

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ LayerSelection: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bo
 
 def check_lam(value: Any, where: str = "lam") -> float:
     """Return `value` as a float in [0, 1], or raise a ValueError that says what `where` may be."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
         raise ValueError(
             f"{where}={value!r} is not allowed: lambda is a number from 0 (the robust estimate) to 1 (the plain layer)."
         )
@@ -65,7 +66,8 @@ class NRPMConfig:
     learnable: bool = False
 
     def __post_init__(self) -> None:
-        lam = self.lam
+        lam: Any = self.lam
+        lam = lam.tolist() if hasattr(lam, "tolist") else lam  # NumPy's and torch's numbers and arrays
         # One canonical form each, so that a config equals its own JSON round trip.
         if isinstance(lam, Mapping):
             lam = {str(k): check_lam(v, f"lam[{k!r}]") for k, v in lam.items()}
@@ -76,6 +78,14 @@ class NRPMConfig:
         object.__setattr__(self, "lam", lam)
         if isinstance(self.layers, Sequence) and not isinstance(self.layers, str):
             object.__setattr__(self, "layers", tuple(self.layers))
+        names = self.layers if isinstance(self.layers, tuple) else ()
+        if not (self.layers is None or isinstance(self.layers, (str, tuple)) or callable(self.layers)) or not all(
+            isinstance(name, str) for name in names
+        ):
+            raise ValueError(
+                f'layers={self.layers!r} is not understood: give a pattern like "layer1.*", several in a list, '
+                '"first:4", or a function of name and module.'
+            )
         check_estimator(self.iterations, self.eps, self.penalty, self.delta, self.gamma)
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,10 +106,10 @@ class NRPMConfig:
 
 def check_estimator(iterations: int, eps: float, penalty: str, delta: float = 3.0, gamma: float = 4.0) -> None:
     """Raise a ValueError unless these are settings the estimator can run with."""
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+    if isinstance(iterations, bool) or not isinstance(iterations, Integral) or iterations < 0:
         raise ValueError(f"iterations={iterations!r} is not allowed: give an integer K >= 0 (0 is the plain layer).")
     for name, value in (("eps", eps), ("delta", delta), ("gamma", gamma)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value!r} is not allowed: give a finite number > 0.")
     if penalty not in PENALTIES:
         raise ValueError(f"penalty={penalty!r} is not known: choose one of {', '.join(PENALTIES)}.")

@@ -40,7 +40,7 @@ class Threat:
     def __post_init__(self) -> None:
         if self.norm != "Linf":
             raise ValueError(f'norm={self.norm!r} is not known: "Linf" is.')
-        if not 0 < self.eps <= 1:
+        if not isinstance(self.eps, (int, float)) or not 0 < self.eps <= 1:
             raise ValueError(f"eps={self.eps!r} is not allowed: it is a change of a pixel in [0, 1], like 8 / 255.")
 
 
@@ -121,13 +121,15 @@ def evaluate(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: Pixels outside [0, 1], or an empty loader.
+        ValueError: Pixels outside [0, 1], no steps, or an empty loader.
     """
     from timm_nrpm.attacks import PixelModel, fgsm, pgd  # imports torchattacks and SciPy
 
     threat = threat or Threat()
+    if steps < 1:
+        raise ValueError(f"steps={steps} is not allowed: PGD needs at least one.")
     learning = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model), Progress(disable=not progress) as bar:
+    with evaluating(model), torch.enable_grad(), Progress(disable=not progress) as bar:
         # In eval mode themselves: torchattacks puts a model back into the mode it finds.
         own = PixelModel(model, mean, std).eval()
         attacks = [fgsm("fgsm", own, threat.eps), pgd("pgd", own, threat.eps, steps, seed)]

@@ -148,7 +148,23 @@ def _mix(
         mean = _Estimate.apply(x.to(kind), weight.to(kind), start, geometry, penalty, iterations, keep)
     lam = lam.to(kind) if isinstance(lam, Tensor) else lam
     out = (lam * plain + (1 - lam) * (depth * mean).view_as(plain)).to(z.dtype)
-    return out if bias is None else out + bias.view(-1, *[1] * (z.ndim - 2))
+    return out if bias is None else out + bias.to(out.dtype).view(-1, *[1] * (z.ndim - 2))
+
+
+def is_plain(lam: float | Tensor, iterations: int, penalty: str) -> bool:
+    """Whether the plain operation is the whole answer: no iteration, or lambda = 1 and nothing to learn it by."""
+    if isinstance(lam, Tensor) and lam.requires_grad and torch.is_grad_enabled():
+        return False
+    return iterations == 0 or penalty == "l2" or bool(lam >= 1)
+
+
+def _check_lam(lam: float | Tensor) -> float | Tensor:
+    if not isinstance(lam, Tensor):
+        return check_lam(lam)
+    if lam.numel() != 1:
+        raise ValueError(f"lam has shape {list(lam.shape)}, and one lambda serves the whole layer: give one number.")
+    check_lam(lam.item())
+    return lam.reshape(())
 
 
 def nrpm_linear(
@@ -184,11 +200,13 @@ def nrpm_linear(
         torch.Size([2, 5, 10])
     """
     check_estimator(iterations, eps, penalty, delta, gamma)
-    lam = lam if isinstance(lam, Tensor) else check_lam(lam)
+    lam = _check_lam(lam)
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"nrpm_linear got x {list(x.shape)} and weight {list(weight.shape)}: x must be [..., D] and weight [O, D]."
         )
+    if is_plain(lam, iterations, penalty):
+        return F.linear(x, weight, bias)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [N, D]
     z = F.linear(rows, weight)  # [N, O]
     options = Penalty.named(penalty, eps, delta, gamma)
@@ -235,7 +253,7 @@ def nrpm_conv2d(
         torch.Size([2, 8, 32, 32])
     """
     check_estimator(iterations, eps, penalty, delta, gamma)
-    lam = lam if isinstance(lam, Tensor) else check_lam(lam)
+    lam = _check_lam(lam)
     if weight.ndim != 4 or x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
         raise ValueError(
             f"nrpm_conv2d got x {list(x.shape)}, weight {list(weight.shape)} and groups={groups}: "
@@ -257,6 +275,9 @@ def nrpm_conv2d(
     elif isinstance(padding, str):
         raise ValueError(f'padding={padding!r} is not known: give an integer, a pair, "same" or "valid".')
     geometry = _Geometry(kernel, strides, _pair(padding), dilations, groups)
+    if is_plain(lam, iterations, penalty):
+        out = F.conv2d(batch, weight, bias, strides, geometry.padding, dilations, groups)
+        return out if x.ndim == 4 else out.squeeze(0)
     z = F.conv2d(batch, weight, None, strides, geometry.padding, dilations, groups)  # [B, O, H', W']
     matrix = weight.flatten(1).unflatten(0, (groups, -1))  # [G, O / G, D]
     out = _mix(batch, matrix, z, bias, geometry, lam, Penalty.named(penalty, eps, delta, gamma), iterations)
@@ -264,4 +285,4 @@ def nrpm_conv2d(
 
 
 def _pair(value: int | Sequence[int]) -> Pair:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -29,11 +30,12 @@ from torch import Tensor, nn
 
 from timm_nrpm.base import Base, weights_sha256
 from timm_nrpm.config import NRPMConfig
-from timm_nrpm.reprogramming import lambdas, plain_copy, record_of, reprogram_, reprogrammed_layers
+from timm_nrpm.reprogramming import Statistic, plain_copy, record_of, reprogram_, reprogrammed_layers, restore_
 
 FORMAT = 1
 CONFIG, TENSORS = "nrpm_config.json", "nrpm.safetensors"
 TIMM_FILES = ("config.json", "model.safetensors")
+DRAFT = ".draft-"
 
 
 class BrokenVariant(ValueError):
@@ -60,12 +62,13 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
         PosixPath('my-variant')
     """
     record, layers = record_of(model), reprogrammed_layers(model)
-    if full and not hasattr(model, "pretrained_cfg"):
-        raise ValueError(
-            f"{type(model).__name__} is no timm model, and a full folder is in timm's format: use full=False."
-        )
+    if full and not (hasattr(model, "pretrained_cfg") and hasattr(model, "num_classes")):
+        raise ValueError(f"{type(model).__name__} is no timm classifier, and a full folder is timm's: use full=False.")
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).exists())):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and a variant is a folder: choose another name.")
+    others = [f.name for f in folder.iterdir() if not f.name.startswith(DRAFT)] if folder.exists() else []
+    if others and CONFIG not in others:
         raise ValueError(f"{folder} exists and holds no variant: choose a new or an empty folder.")
     plain = plain_copy(model)
     digest = weights_sha256(plain.state_dict())
@@ -79,32 +82,39 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
         base = Base.of(plain, None, base.kwargs)
     config = record.config
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("lam", "layers")}
-    files = {TENSORS: serialize_tensors(_tensors(model))}
+    tensors = serialize_tensors(_tensors(model))
     content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "settings": settings, "layers": list(layers)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        draft = Path(temporary)
-        if full:
-            names = {f.name for f in fields(NRPMConfig)}
-            vars(plain)["_model_args"] = {k: v for k, v in base.kwargs.items() if k not in names}
-            save_for_hf(plain, str(draft), safe_serialization=True)
-        for file, data in files.items():
-            (draft / file).write_bytes(data)
-        content["files"] = {f.name: _sha256(f) for f in sorted(draft.iterdir())}
-        try:
-            text = json.dumps({**content, "sha256": _checksum(content)}, indent=2)
-        except TypeError as error:
-            raise ValueError(
-                f"The base was created with an argument that JSON cannot hold ({error}): {base.kwargs}. "
-                "Create it with names and numbers alone, and save again."
-            ) from error
-        (draft / CONFIG).write_text(text + "\n")
-        folder.mkdir(exist_ok=True)
-        # The config last: whatever interrupts this, a folder whose config does not fit its files is refused.
-        for ready in sorted(draft.iterdir(), key=lambda f: f.name == CONFIG):
-            os.replace(ready, folder / ready.name)
-        for stale in set(TIMM_FILES) - content["files"].keys():
-            (folder / stale).unlink(missing_ok=True)
+    fresh = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(f"{DRAFT}*"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder) as temporary:
+            draft = Path(temporary)
+            if full:
+                names = {f.name for f in fields(NRPMConfig)}
+                recorded = getattr(model, "_model_args", {})
+                vars(plain)["_model_args"] = {k: v for k, v in recorded.items() if k not in names}
+                save_for_hf(plain, str(draft), safe_serialization=True)
+            (draft / TENSORS).write_bytes(tensors)
+            content["files"] = {f.name: _sha256(f) for f in sorted(draft.iterdir())}
+            try:
+                text = json.dumps({**content, "sha256": _checksum(content)}, indent=2)
+            except TypeError as error:
+                raise ValueError(
+                    f"The base was created with an argument that JSON cannot hold ({error}): {base.kwargs}. "
+                    "Create it with names and numbers alone, and save again."
+                ) from error
+            (draft / CONFIG).write_text(text + "\n")
+            # The config last: whatever interrupts this, a folder whose config does not fit its files is refused.
+            for ready in sorted(draft.iterdir(), key=lambda f: f.name == CONFIG):
+                os.replace(ready, folder / ready.name)
+    except BaseException:
+        if fresh and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    for name in set(TIMM_FILES) - content["files"].keys():
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 
@@ -139,19 +149,24 @@ def from_pretrained(
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenVariant(f"{folder / CONFIG} is not a variant this version can read: {error!r}.") from error
     if base is not None:
+        if reprogrammed_layers(base):
+            raise ValueError("base= is reprogrammed already: give the plain model, timm_nrpm.restore_(base).")
         origin.check(base)
-    elif (folder / TIMM_FILES[1]).exists():
-        base = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    elif TIMM_FILES[1] in content["files"]:
+        base = timm.create_model(f"local-dir:{folder}", pretrained=True, dtype=origin.torch_dtype)
         origin.check(base)
     else:
         base = origin.build(cache_dir)
-    reprogram_(base, config)
-    model = base.eval()
-    record_of(model).base = origin
-    if list(lambdas(model)) != list(values):
-        raise BrokenVariant(f"{folder} names other layers than its base model has.")
-    _install(model, tensors, folder)
-    return model
+    try:
+        reprogram_(base, config)
+        record_of(base).base = origin
+        _install(base, tensors, folder)
+    except BaseException as error:
+        restore_(base)
+        if isinstance(error, ValueError) and not isinstance(error, BrokenVariant):
+            raise BrokenVariant(f"{folder} does not fit its base model: {error}") from error
+        raise
+    return base.eval()
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -182,7 +197,7 @@ def _install(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None
                 f"{folder / TENSORS} holds {name} {list(tensor.shape)}, which its base has no place for."
             )
         if not owner.endswith(".correction"):
-            record.statistics.setdefault(owner, {})[key] = target.clone()
+            record.statistics.setdefault(owner, {})[key] = Statistic(target.clone(), tensor.to(target))
         with torch.no_grad():
             target.copy_(tensor)
 
@@ -194,16 +209,16 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise BrokenVariant(f"{folder} holds no {CONFIG}: give a folder that save_pretrained wrote.")
     try:
         content = json.loads(path.read_text())
-        checksum, found = content.pop("sha256"), content["format"]
+        checksum, version, files = content.pop("sha256"), content["format"], dict(content["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenVariant(f"{path} is cut short or is no variant's config ({error!r}): get it again.") from error
-    if content.get("format") != FORMAT:
-        raise BrokenVariant(
-            f"{path} has format {content.get('format')!r} and this version reads {FORMAT}: update timm_nrpm."
-        )
+    if version != FORMAT:
+        raise BrokenVariant(f"{path} has format {version!r}, and this version reads {FORMAT}: update timm_nrpm.")
     if checksum != _checksum(content):
         raise BrokenVariant(f"{path} was changed after it was saved: get it again, or save the variant anew.")
-    for name, expected in content["files"].items():
+    if TENSORS not in files:
+        raise BrokenVariant(f"{path} does not vouch for {TENSORS}: get it again, or save the variant anew.")
+    for name, expected in files.items():
         file = folder / Path(name).name  # never outside the folder
         if not file.exists():
             raise BrokenVariant(f"{file} is missing: get it again.")

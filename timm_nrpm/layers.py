@@ -6,16 +6,17 @@ with the same Parameters, hooks, device and training mode, and giving it back it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame, pad_same
+from timm.layers import CondConv2d, Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame, pad_same
 from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 
 from timm_nrpm.config import NRPMConfig
-from timm_nrpm.functional import nrpm_conv2d, nrpm_linear
+from timm_nrpm.functional import is_plain, nrpm_conv2d, nrpm_linear
 
 
 class _Clamp(torch.autograd.Function):
@@ -33,6 +34,21 @@ class _Clamp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (lam,) = ctx.saved_tensors
         return grad.masked_fill(((lam >= 1) & (grad < 0)) | ((lam <= 0) & (grad > 0)), 0.0)
+
+
+def _load_keeping(
+    load: Callable[..., None],
+    names: tuple[str, ...],
+    state: Any,
+    prefix: str,
+    metadata: Any,
+    strict: Any,
+    missing: Any,
+    *rest: Any,
+) -> None:
+    """Load, and keep what is there for `names` that are missing: a checkpoint of the plain model sets weights alone."""
+    load(state, prefix, metadata, strict, missing, *rest)
+    missing[:] = [key for key in missing if key not in {prefix + name for name in names}]
 
 
 class Correction(nn.Module):
@@ -54,7 +70,10 @@ class Correction(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         shape = (-1, *[1] * (-self.channel - 1))
-        return self.gain.view(shape) * z + self.offset.view(shape)
+        return self.gain.to(z.dtype).view(shape) * z + self.offset.to(z.dtype).view(shape)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        _load_keeping(super()._load_from_state_dict, ("gain", "offset"), state_dict, prefix, *rest)
 
 
 class Reprogrammed(nn.Module):
@@ -75,9 +94,7 @@ class Reprogrammed(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether the original operation gives the result, bit for bit: lam = 1 and nothing learns it, or K = 0."""
-        if self.config.iterations == 0 or self.config.penalty == "l2":
-            return True
-        return not (self.lam.requires_grad and torch.is_grad_enabled()) and bool(self.lam >= 1)
+        return is_plain(self.lam, self.config.iterations, self.config.penalty)
 
     def settings(self) -> dict[str, Any]:
         """What `nrpm_linear` and `nrpm_conv2d` take beside the operation's own arguments."""
@@ -86,10 +103,10 @@ class Reprogrammed(nn.Module):
         return {"lam": _Clamp.apply(self.lam), **options}
 
     def finish(self, z: Tensor, bias: Tensor | None) -> Tensor:
-        """The sum, corrected if calibration says so, plus bias."""
-        if self.correction is not None:
+        """The sum, corrected if calibration says so, plus bias; at lambda = 1 the plain sum, whatever learns it."""
+        if self.correction is not None and bool(self.lam < 1):
             z = self.correction(z)
-        return z if bias is None else z + bias.view(-1, *[1] * (-self.channel - 1))
+        return z if bias is None else z + bias.to(z.dtype).view(-1, *[1] * (-self.channel - 1))
 
     def add_correction(self) -> Correction:
         """Give the layer a correction that does nothing yet."""
@@ -110,15 +127,16 @@ class Reprogrammed(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: Any, missing: Any, *rest: Any
     ) -> None:
-        # A checkpoint of the plain model has no lambdas: it sets the weights, and the lambdas stay as they are.
-        unexpected, errors = rest
         lam = state_dict.get(prefix + "lam")
         if lam is not None and not bool((lam >= 0) & (lam <= 1)):
-            errors.append(f"{prefix}lam is {lam.tolist()}, and lambda must be in [0, 1].")
+            rest[-1].append(f"{prefix}lam is {lam.tolist()}, and lambda must be in [0, 1].")
             return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if lam is None and prefix + "lam" in missing:
-            missing.remove(prefix + "lam")
+        _load_keeping(super()._load_from_state_dict, ("lam",), state_dict, prefix, metadata, strict, missing, *rest)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not bool((self.lam >= 0) & (self.lam <= 1)):  # an optimizer went past an end: save what counts
+            destination[prefix + "lam"] = self.lam.detach().clamp(0.0, 1.0)
 
 
 class NRPMLinear(Reprogrammed, nn.Linear):
@@ -210,7 +228,15 @@ REPROGRAMMED: dict[type[nn.Module], type[Reprogrammed]] = {
 }
 """Which class takes the place of which. By exact type: a subclass may compute something else, so it is left alone."""
 
-LINEAR_MAPS = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+LINEAR_MAPS = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    CondConv2d,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
 """Modules that hold a linear map; those whose exact type is not in REPROGRAMMED are reported."""
 
 

@@ -53,7 +53,8 @@ class _SmallResNet(ResNet):
         # A deep stem of half the width makes timm expect as many channels after the stem as before the first block.
         shape: dict[str, Any] = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (8, 16, 32, 32)}
         super().__init__(**shape, in_chans=in_chans, stem_type="deep", stem_width=4, **kwargs)
-        self.conv1 = nn.Conv2d(in_chans, 8, 3, padding=1, bias=False)  # type: ignore[assignment]
+        device, dtype = kwargs.get("device"), kwargs.get("dtype")
+        self.conv1 = nn.Conv2d(in_chans, 8, 3, padding=1, bias=False, device=device, dtype=dtype)  # type: ignore[assignment]
         self.maxpool = nn.Identity()  # type: ignore[assignment]
         self.layer4 = nn.Identity()  # would see one pixel and eight of padding
 
@@ -97,6 +98,8 @@ def create_model(
     """
     config = NRPMConfig(lam=lam, iterations=iterations, eps=eps, penalty=penalty, layers=layers)
     name = name.removeprefix("nrpm_")
+    if isinstance(timm_kwargs.get("pretrained_cfg"), str):  # how timm hands on the tag of nrpm_resnet18.a1_in1k
+        name = f"{name}.{timm_kwargs.pop('pretrained_cfg')}"
     _check_name(name)
     model = create_plain(name, pretrained, **timm_kwargs)
     given = {k: v for k, v in timm_kwargs.items() if v is not None}

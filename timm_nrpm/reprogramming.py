@@ -29,6 +29,14 @@ class ReprogrammingWarning(UserWarning):
     """Layers stay plain that one might think reprogrammed."""
 
 
+@dataclass(frozen=True)
+class Statistic:
+    """A BatchNorm statistic before calibration, and what calibration made of it."""
+
+    before: Tensor
+    after: Tensor
+
+
 @dataclass
 class Record:
     """What is known of a reprogrammed model, kept as its attribute `nrpm`.
@@ -36,13 +44,13 @@ class Record:
     Attributes:
         config: As given to :func:`reprogram_`.
         skipped: Name of each layer that holds a linear map and was left plain though nobody asked for it, and why.
-        statistics: The BatchNorm statistics from before calibration, by module name; empty until calibrated.
+        statistics: What calibration did to BatchNorm statistics, by module name and buffer; empty until calibrated.
         base: Where the model came from, if :func:`timm_nrpm.create_model` made it (a `timm_nrpm.hub.Base`).
     """
 
     config: NRPMConfig
     skipped: dict[str, str]
-    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    statistics: dict[str, dict[str, Statistic]] = field(default_factory=dict)
     base: Any = None
 
 
@@ -105,10 +113,14 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
 def restore_(model: Model) -> Model:
     """Undo :func:`reprogram_` and any calibration, in place: the original model, bit for bit.
 
-    Weights keep the values they have now. A model that is not reprogrammed is returned as it is.
+    Weights keep the values they have now, and so do BatchNorm statistics that changed since calibration. A model that
+    is not reprogrammed is returned as it is.
+
+    Raises:
+        ValueError: `model` is a part of a larger model that was reprogrammed as a whole.
     """
     for root in [m for m in model.modules() if isinstance(m.__dict__.get("nrpm"), Record)]:
-        forget_calibration_(root)
+        forget_calibration_(root, root.nrpm)
         for module in list(root.modules()):
             if isinstance(module, Reprogrammed):
                 restore_layer_(module)
@@ -116,16 +128,20 @@ def restore_(model: Model) -> Model:
                 if module.__dict__.get(method) is _refused:
                     delattr(module, method)
         del vars(root)["nrpm"]
+    if reprogrammed_layers(model):
+        raise ValueError("This is a part of a reprogrammed model: call reprogram_ and restore_ on the whole model.")
     return model
 
 
-def forget_calibration_(model: nn.Module) -> None:
+def forget_calibration_(model: nn.Module, record: Record) -> None:
     """Undo `calibrate_`: the BatchNorm statistics from before, and no corrections."""
-    record = record_of(model)
     for name, kept in record.statistics.items():
         module = model.get_submodule(name)
-        for key, value in kept.items():
-            getattr(module, key).copy_(value)
+        for key, statistic in kept.items():
+            buffer = getattr(module, key)
+            # Training or a checkpoint since then gave it a value of its own, which is newer than ours.
+            if torch.equal(buffer, statistic.after.to(buffer)):
+                buffer.copy_(statistic.before)
     record.statistics = {}
     for layer in reprogrammed_layers(model).values():
         layer.drop_correction()
@@ -154,7 +170,11 @@ def plain_copy(model: Model) -> Model:
 
 def record_of(model: nn.Module) -> Record:
     """`model.nrpm`; a ValueError for a model that is not reprogrammed."""
-    record = model.__dict__.get("nrpm")
+    record, *parts = [m.__dict__.get("nrpm") for m in model.modules() if m is model or "nrpm" in m.__dict__]
+    if any(isinstance(part, Record) for part in parts):
+        raise ValueError(
+            "Parts of this model were reprogrammed on their own: call reprogram_ once, on the whole model."
+        )
     if not isinstance(record, Record):
         raise ValueError(
             f"This {type(model).__name__} is not reprogrammed: call timm_nrpm.reprogram_(model, config) first."
