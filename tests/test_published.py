@@ -19,6 +19,7 @@ from PIL import Image
 from timm.models.resnet import BasicBlock, ResNet
 
 from timm_nrpm import NRPMConfig, Threat, calibrate_, evaluate, reprogram_
+from timm_nrpm.evaluation import MASKED
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 pytestmark = pytest.mark.skipif(
@@ -92,6 +93,7 @@ RESNET = [  # lam, eps, calibrated, lowest and highest accuracy
     (1.0, 5e-4, False, 67.0, 67.6),
     (0.9, 5e-4, False, 57.0, 59.0),
     (0.5, 5e-4, False, 15.0, 17.0),
+    (0.8, 5e-2, False, 39.2, 41.2),
     (0.9, 5e-4, True, 67.0, 100.0),
     (0.5, 5e-4, True, 67.0, 100.0),
     (0.8, 5e-2, True, 67.7, 100.0),
@@ -145,3 +147,18 @@ def test_matching_moments_helps_a_model_without_batchnorm():
     after = accuracy(calibrate_(model, [mnist("train", 1000)[0]]), *data)
     assert after > before + 15
     assert after > accuracy(mlp(), *data) - 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lam", "calibrated"), [(1.0, False), (0.5, False), (0.5, True), (0.3, False), (0.3, True)])
+def test_mlp_is_no_more_robust_in_the_worst_case(lam, calibrated):
+    """PGD-20 at Linf 0.05: its own gradient says that lambda helps, and the worst case that it does not."""
+    model = reprogram_(mlp(), NRPMConfig(lam=lam, iterations=1, eps=5e-5))
+    if calibrated:
+        calibrate_(model, [mnist("train", 1000)[0]])
+    pixels, labels = mnist("t10k", 1000)
+    report = evaluate(model, list(zip(pixels.split(250), labels.split(250), strict=True)), Threat("Linf", 0.05))
+    numbers = {name: round(100 * report.accuracy(name), 1) for name in report.correct}
+    print(f"lam={lam} calibrated={calibrated}: {numbers} worst={100 * report.worst_case:.1f} {report.flags}")
+    assert report.worst_case <= 0.46  # the plain model has 0.438
+    assert report.flags == (() if lam == 1.0 else (MASKED,))

@@ -27,7 +27,7 @@ TEST = 360
 
 THREAT = Threat("Linf", 0.15)
 LAMBDAS = (1.0, 0.9, 0.8, 0.6, 0.4)
-IMAGES, CALIBRATION, STEPS = 240, 1000, 10
+IMAGES, CALIBRATION, STEPS = 180, 1000, 10
 
 COLUMNS = {
     "clean": "clean",

@@ -120,7 +120,7 @@ def restore_(model: Model) -> Model:
         ValueError: `model` is a part of a larger model that was reprogrammed as a whole.
     """
     for root in [m for m in model.modules() if isinstance(m.__dict__.get("nrpm"), Record)]:
-        forget_calibration_(root, root.nrpm)
+        forget_calibration_(root, vars(root)["nrpm"])
         for module in list(root.modules()):
             if isinstance(module, Reprogrammed):
                 restore_layer_(module)
