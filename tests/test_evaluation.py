@@ -140,6 +140,10 @@ def test_half_precision_and_no_grad(data):
         (lambda: evaluate(linear([[1.0], [0.0]]), [], steps=0), "steps=0"),
         (lambda: evaluate(linear([[1.0], [0.0]]), []), "gave no images"),
         (
+            lambda: PixelModel(linear([[1.0], [0.0]]), (0.5,) * 3, (0.5,) * 3)(torch.zeros(1, 1, 1, 1)),
+            "have 1 channels, and the model's normalisation has 3",
+        ),
+        (
             lambda: evaluate(linear([[1.0], [0.0]]), [(torch.full((1, 1, 1, 1), -2.0), torch.tensor([0]))]),
             r"from -2 to -2: evaluate needs pixels in \[0, 1\]",
         ),

@@ -154,6 +154,12 @@ def test_repr_shows_the_scheme():
     assert text == "NRPMLinear(in_features=6, out_features=3, bias=True, lam=0.8, iterations=3, eps=0.001, penalty=l1)"
 
 
+def test_on_the_meta_device():
+    layer = reprogram_(nn.Linear(6, 3, device="meta"), NRPMConfig(lam=0.5))
+    assert "lam=?" in repr(layer)
+    assert layer.state_dict()["lam"].is_meta
+
+
 def test_half_and_unbatched():
     layer = reprogram_(nn.Conv2d(4, 6, 3), NRPMConfig(lam=0.5)).bfloat16()
     assert layer(torch.randn(4, 8, 8, dtype=torch.bfloat16)).shape == (6, 6, 6)

@@ -61,6 +61,7 @@ def test_a_new_classifier_has_no_public_name(tmp_path):
     hub_cache(tmp_path, "timm/resnet18.a1_in1k", {"model.safetensors": timm.create_model("resnet18").state_dict()})
     model = timm_nrpm.create_model("resnet18", pretrained=True, num_classes=3, cache_dir=str(tmp_path))
     assert model.nrpm.base.name is None
+    assert model.nrpm.base.hub_id is None
 
 
 def test_other_sources_of_weights(tmp_path):

@@ -25,6 +25,9 @@ class PixelModel(nn.Module):
         non_finite: Whether a gradient of the pixels was ever not a number, or infinite. An attack that takes its sign
             then stands still there, and says nothing of it.
 
+    Raises:
+        ValueError: Images with another number of channels than the normalisation.
+
     Example:
         >>> logits = PixelModel(model)(pixels)
     """
@@ -45,6 +48,11 @@ class PixelModel(nn.Module):
             self.register_buffer(name, values.view(-1, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if len(self.mean) not in (1, pixels.shape[1]):
+            raise ValueError(
+                f"The images have {pixels.shape[1]} channels, and the model's normalisation has {len(self.mean)}: "
+                "give the right one as mean= and std=."
+            )
         if pixels.requires_grad:
             pixels.register_hook(self._look)
         return self.model(((pixels - self.mean) / self.std).to(self.dtype)).to(pixels.dtype)

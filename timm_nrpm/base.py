@@ -79,6 +79,8 @@ class Base:
             name = f"{architecture}.{tag}"  # the default tag may be another in the next timm
         if getattr(model, "num_classes", None) not in (cfg.get("num_classes"), 0, None):
             name = None  # a new classifier
+        if name is None:
+            hub_id = revision = ""  # the weights are not the repository's
         return cls(
             architecture=architecture,
             name=name,

@@ -121,8 +121,8 @@ class Reprogrammed(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        lam = min(max(float(self.lam.detach()), 0.0), 1.0)
-        return f"{super().extra_repr()}, lam={lam:.4g}, iterations={c.iterations}, eps={c.eps:g}, penalty={c.penalty}"
+        lam = "?" if self.lam.is_meta else f"{float(self.lam.detach().clamp(0.0, 1.0)):.4g}"
+        return f"{super().extra_repr()}, lam={lam}, iterations={c.iterations}, eps={c.eps:g}, penalty={c.penalty}"
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: Any, missing: Any, *rest: Any
@@ -135,7 +135,9 @@ class Reprogrammed(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not bool((self.lam >= 0) & (self.lam <= 1)):  # an optimizer went past an end: save what counts
+        if not self.lam.is_meta and not bool(
+            (self.lam >= 0) & (self.lam <= 1)
+        ):  # an optimizer went past an end: save what counts
             destination[prefix + "lam"] = self.lam.detach().clamp(0.0, 1.0)
 
 

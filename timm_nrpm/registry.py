@@ -22,7 +22,7 @@ from timm_nrpm.reprogramming import record_of, reprogram_
 __all__ = ["create_model", "list_models"]  # timm adds the entrypoints it registers
 
 DIGITS = "resnet8_digits"
-"""The bundled model: 0.3 MB, trained by `scripts/train_digits.py` on scikit-learn's handwritten digits, 8x8 grey."""
+"""The bundled model: 85 kB, trained by `scripts/train_digits.py` on scikit-learn's handwritten digits, 8x8 grey."""
 
 ASSETS = files("timm_nrpm") / "assets"
 
@@ -152,18 +152,8 @@ def _check_name(name: str) -> None:
 def _register(architecture: str, tags: list[str]) -> None:
     """Make `nrpm_<architecture>` known to timm, with the same pretrained weights."""
 
-    def entrypoint(
-        pretrained: bool = False,
-        *,
-        lam: Lambdas = 0.8,
-        iterations: int = 3,
-        eps: float = 1e-3,
-        penalty: str = "l1",
-        layers: LayerSelection = None,
-        **kwargs: Any,
-    ) -> nn.Module:
-        settings: dict[str, Any] = {"lam": lam, "iterations": iterations, "eps": eps, "penalty": penalty}
-        return create_model(architecture, pretrained, layers=layers, **settings, **kwargs)
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create_model(architecture, pretrained, **kwargs)
 
     name = f"nrpm_{architecture}"
     entrypoint.__name__ = entrypoint.__qualname__ = name

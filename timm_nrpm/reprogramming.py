@@ -45,7 +45,7 @@ class Record:
         config: As given to :func:`reprogram_`.
         skipped: Name of each layer that holds a linear map and was left plain though nobody asked for it, and why.
         statistics: What calibration did to BatchNorm statistics, by module name and buffer; empty until calibrated.
-        base: Where the model came from, if :func:`timm_nrpm.create_model` made it (a `timm_nrpm.hub.Base`).
+        base: Where the model came from, if :func:`timm_nrpm.create_model` made it (a `timm_nrpm.base.Base`).
     """
 
     config: NRPMConfig
