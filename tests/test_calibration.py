@@ -134,6 +134,7 @@ def test_an_error_leaves_the_model_as_it_was(net, make):
         (lambda m: m, [torch.randn(2, 3, 4, 4)], "relative", "not reprogrammed: call"),
         (reprogram_, [], "relative", "gave no images"),
         (reprogram_, [torch.randn(2, 3, 4, 4)], "scratch", "this model has none"),
+        (reprogram_, [{"image": 1}], "relative", "The loader gives dict"),
         (reprogram_, [torch.randn(2, 3, 4, 4)], "nope", 'choose "relative" or "scratch"'),
     ],
 )

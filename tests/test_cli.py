@@ -35,6 +35,11 @@ def test_list(capsys):
     assert "resnet18" in capsys.readouterr().out.split()
 
 
+def test_an_empty_list_is_told(capsys):
+    assert main(["list", "*nope*"]) == 1
+    assert "no architecture matches '*nope*'" in capsys.readouterr().err
+
+
 def test_a_failure_is_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert main(["demo", "--output", str(tmp_path / "file" / "x")]) == 1

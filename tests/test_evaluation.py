@@ -70,6 +70,10 @@ def test_the_report_is_per_image_and_adds_up(data):
     assert report.worst_case == pytest.approx(images.all(0).double().mean().item())
     assert not (images[1:] & ~images[0]).any()  # wrong when clean is wrong under attack
     assert report.worst_case <= min(map(report.accuracy, report.correct))
+    assert str(report).startswith("60 images, Linf 0.1: clean ")
+    assert "True" not in repr(report)
+    with pytest.raises(ValueError, match="it has clean, fgsm, pgd, pgd_plain"):
+        report.accuracy("cleann")
     assert RobustnessReport.from_json(report.to_json()) == report
     assert evaluate(model, data, Threat("Linf", 0.1), steps=3) == report
 
@@ -138,6 +142,7 @@ def test_half_precision_and_no_grad(data):
         (lambda: Threat("Linf", 0), "eps=0"),
         (lambda: Threat("Linf", "8/255"), "eps='8/255'"),
         (lambda: evaluate(linear([[1.0], [0.0]]), [], steps=0), "steps=0"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), [], 0.1), "is no Threat"),
         (lambda: evaluate(linear([[1.0], [0.0]]), []), "gave no images"),
         (
             lambda: PixelModel(linear([[1.0], [0.0]]), (0.5,) * 3, (0.5,) * 3)(torch.zeros(1, 1, 1, 1)),

@@ -137,6 +137,22 @@ def test_learned_lambdas_and_weights(tmp_path):
     assert torch.equal(again.conv1.weight, model.conv1.weight)
 
 
+def test_timms_model_reprogrammed_and_its_lambdas_learned(tmp_path):
+    """What is said about the base does not depend on which create_model made it."""
+    config = NRPMConfig(lam=0.5, learnable=True, layers="layer1.*")
+    model = reprogram_(timm.create_model(DIGITS, pretrained=True).eval(), config)
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if n.endswith(".lam")], lr=0.1)
+    model(torch.randn(4, 1, 8, 8)).square().sum().backward()
+    optimizer.step()
+    again = from_pretrained(save_pretrained(model, tmp_path / "v"))
+    assert lambdas(again) == lambdas(model)
+    assert set(lambdas(model).values()) != {0.5}
+    assert same(again, model, 1, 8, 8)
+    model.train()(torch.randn(4, 1, 8, 8))  # moves BatchNorm statistics
+    with pytest.raises(ValueError, match="a forward in training mode moves"):
+        save_pretrained(model, tmp_path / "w")
+
+
 def test_weights_without_a_public_name_need_their_base(tmp_path):
     model = timm_nrpm.create_model("resnet18", lam=0.5, layers="layer1.*", num_classes=3)
     folder = save_pretrained(model, tmp_path / "v")

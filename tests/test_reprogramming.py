@@ -159,6 +159,7 @@ def test_first_follows_the_order_of_the_calls():
         (0.25, [0.25, 0.25, 0.25]),
         ([0.0, 0.5, 1.0], [0.0, 0.5, 1.0]),
         ({"*": 0.1, "head": 0.9}, [0.1, 0.1, 0.9]),
+        ({"head": 0.9, "*": 0.1, "s*": 0.2}, [0.2, 0.1, 0.9]),
     ],
 )
 def test_lambdas(net, images, lam, want):
@@ -195,6 +196,14 @@ def test_a_failed_change_keeps_the_old_reprogramming(net, images):
         reprogram_(net, NRPMConfig(lam=0.5, layers="nope"), example=images)
     assert torch.equal(net(images), want)
     assert set(lambdas(net).values()) == {0.3}
+
+
+def test_a_prefix_gets_the_right_hint():
+    model = timm.create_model("resnet18")
+    with pytest.raises(ValueError, match=r"write 'layer1\.\*' for the layers inside"):
+        reprogram_(model, NRPMConfig(layers="layer1"))
+    with pytest.raises(ValueError, match="is no NRPMConfig"):
+        reprogram_(model, {"lam": 0.5})
 
 
 def test_an_example_that_does_not_fit(net):
@@ -259,14 +268,18 @@ def test_parts_with_their_own_settings_are_not_taken_for_a_whole(net, images, tm
     assert not any(isinstance(m, Reprogrammed) for m in restore_(net).modules())
 
 
-def test_statistics_newer_than_calibration_are_kept(net, images):
-    reprogram_(net, NRPMConfig(lam=0.3), example=images)
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+def test_statistics_that_training_moved_on_are_moved_back(net, images, lam):
+    """By the map of calibration backwards: at lambda = 1 not at all, and a step halfway there stays halfway."""
+    before = net.norm.running_mean.clone(), net.norm.running_var.clone()
+    reprogram_(net, NRPMConfig(lam=lam), example=images)
     calibrate_(net, [images])
-    net.train()
-    net(images)  # the mean and variance move on
-    mean = net.norm.running_mean.clone()
-    assert torch.equal(plain_copy(net).norm.running_mean, mean)
-    assert torch.equal(restore_(net).norm.running_mean, mean)
+    after = net.norm.running_mean.clone(), net.norm.running_var.clone()
+    net.norm.running_mean += 0.5 * after[1].sqrt()  # half a standard deviation up, and twice as wide
+    net.norm.running_var *= 4
+    want = before[0] + 0.5 * before[1].sqrt(), 4 * before[1]
+    for model in (plain_copy(net), restore_(net)):
+        torch.testing.assert_close((model.norm.running_mean, model.norm.running_var), want)
 
 
 def test_an_image_size_of_its_own_is_seen():

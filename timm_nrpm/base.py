@@ -66,10 +66,11 @@ class Base:
     dtype: str = "float32"
 
     @classmethod
-    def of(cls, model: nn.Module, name: str | None, kwargs: Mapping[str, Any]) -> Base:
-        """The base of a plain model that `timm.create_model(name, pretrained=True, **kwargs)` made.
+    def of(cls, model: nn.Module, name: str | None, kwargs: Mapping[str, Any], sha256: str | None = None) -> Base:
+        """The base of a model that `timm.create_model(name, pretrained=True, **kwargs)` made.
 
-        `name` is None if the weights are not those that the name stands for.
+        `name` is None if the weights are not those that the name stands for; `sha256` is computed if not given, which
+        needs the model plain.
         """
         cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         architecture = str(cfg.get("architecture") or type(model).__name__)
@@ -84,13 +85,20 @@ class Base:
         return cls(
             architecture=architecture,
             name=name,
-            sha256=weights_sha256(model.state_dict()),
+            sha256=sha256 or weights_sha256(model.state_dict()),
             tag=tag,
             hub_id=hub_id or None,
             revision=revision or _cached_revision(hub_id, cfg.get("hf_hub_filename"), kwargs.get("cache_dir")),
             kwargs={k: v for k, v in kwargs.items() if k not in PLACEMENT},
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         )
+
+    @classmethod
+    def guess(cls, model: nn.Module) -> Base:
+        """The base of a plain model that somebody else made: pretrained, if its weights are on this machine."""
+        cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        found = cfg.get("file") or _cached_revision(str(cfg.get("hf_hub_id") or ""), cfg.get("hf_hub_filename"), None)
+        return cls.of(model, cfg.get("architecture") if found else None, getattr(model, "_model_args", {}))
 
     def build(self, cache_dir: str | Path | None = None) -> nn.Module:
         """The plain model again, its weights at the same revision.
@@ -159,6 +167,7 @@ def create_plain(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 def _cached_revision(hub_id: str, filename: str | None, cache_dir: str | Path | None) -> str | None:
     """The commit of the snapshot in the Hub's cache that the weights were just loaded from."""
+    hub_id = hub_id.partition("@")[0]
     if not hub_id:
         return None
     for candidate in filter(None, (filename, "model.safetensors", "pytorch_model.bin")):

@@ -203,7 +203,13 @@ def calibrate_(
         with evaluating(model), evaluating(plain):
             total = len(loader) if isinstance(loader, Sized) else None
             for batch in track(loader, "Calibrating", total=total, disable=not progress):
-                images = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
+                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                if not isinstance(images, Tensor):
+                    raise ValueError(
+                        f"The loader gives {type(images).__name__}: give batches of images [B, C, H, W], or tuples "
+                        "that start with one."
+                    )
+                images = images.to(device)
                 if mode == "relative":
                     plain(images)
                 model(images)

@@ -26,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0 if run(args.output, Console()) else 1
         from timm_nrpm.registry import list_models
 
-        print("\n".join(list_models(args.filter)))
+        names = list_models(args.filter)
+        if not names:
+            raise ValueError(f"no architecture matches {args.filter!r}: give timm's names, with * and ?.")
+        print("\n".join(names))
         return 0
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         print(f"timm-nrpm: {error}", file=sys.stderr)

@@ -36,7 +36,8 @@ class NRPMConfig:
 
     Args:
         lam: Lambda, in [0, 1]. 1 is the plain layer bit for bit, 0 the robust estimate alone. One number for every
-            layer, a sequence with one number for each layer, or a mapping from layer name (or glob) to number.
+            layer, a sequence with one number for each chosen layer in the order the model calls them, or a mapping
+            from layer name or glob to number, in which a name beats a glob and a later glob an earlier one.
         iterations: The paper's K >= 0, steps of reweighted least squares. 0 is the plain layer.
         eps: Added to every distance before it is inverted, in units of one product `a_d * x_d`. > 0.
         penalty: ``"l1"`` (the paper's), ``"huber"``, ``"mcp"``, ``"huber-mcp"`` or ``"l2"`` (the plain layer).

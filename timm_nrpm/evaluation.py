@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from rich.progress import Progress
@@ -62,14 +62,23 @@ class RobustnessReport:
     threat: Threat
     steps: int
     seed: int
-    correct: dict[str, tuple[bool, ...]]
+    correct: dict[str, tuple[bool, ...]] = field(repr=False)
     flags: tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:
         return len(self.correct["clean"])
 
+    def __str__(self) -> str:
+        shares = ", ".join(f"{name} {100 * self.accuracy(name):.1f} %" for name in self.correct)
+        flags = f", flags: {', '.join(self.flags)}" if self.flags else ""
+        threat = f"{self.threat.norm} {self.threat.eps:.4g}"
+        return f"{self.samples} images, {threat}: {shares}, worst case {100 * self.worst_case:.1f} %{flags}"
+
     def accuracy(self, attack: str) -> float:
+        """Share of the images still right under `attack`: "clean", "fgsm", "pgd", or "pgd_plain"."""
+        if attack not in self.correct:
+            raise ValueError(f"{attack!r} is not in this report: it has {', '.join(self.correct)}.")
         return sum(self.correct[attack]) / self.samples
 
     @property
@@ -117,7 +126,8 @@ def evaluate(
         threat: The default is Linf with eps 8/255.
         steps: Of PGD; the step size is `eps / 4`.
         seed: Of PGD's random start.
-        mean, std: The model's normalisation, by default timm's for this model.
+        mean, std: The model's normalisation, one number a channel; by default timm's for this model, and none for a
+            model that is not timm's.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -126,6 +136,8 @@ def evaluate(
     from timm_nrpm.attacks import PixelModel, fgsm, pgd  # imports torchattacks and SciPy
 
     threat = threat or Threat()
+    if not isinstance(threat, Threat):
+        raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')
     if steps < 1:
         raise ValueError(f"steps={steps} is not allowed: PGD needs at least one.")
     learning = [p for p in model.parameters() if p.requires_grad]

@@ -76,8 +76,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     if digest != base.sha256:
         if not full:
             raise ValueError(
-                "The weights of this model changed since they were loaded, and a lambda-only folder would lose them: "
-                "save with full=True."
+                "The weights of this model changed since it was reprogrammed (BatchNorm statistics count, which a "
+                "forward in training mode moves), and a lambda-only folder would lose them: save with full=True."
             )
         base = Base.of(plain, None, base.kwargs)
     config = record.config

@@ -74,6 +74,7 @@ def create_model(
     eps: float = 1e-3,
     penalty: str = "l1",
     layers: LayerSelection = None,
+    learnable: bool = False,
     **timm_kwargs: Any,
 ) -> nn.Module:
     """A timm model, reprogrammed.
@@ -81,7 +82,7 @@ def create_model(
     Args:
         name: Any name that `timm.create_model` takes, with a tag or not, `hf-hub:` and `local-dir:` included.
         pretrained: Whether to load pretrained weights.
-        lam, iterations, eps, penalty, layers: See :class:`timm_nrpm.NRPMConfig`.
+        lam, iterations, eps, penalty, layers, learnable: See :class:`timm_nrpm.NRPMConfig`.
         **timm_kwargs: Passed to `timm.create_model` as they are.
 
     Returns:
@@ -96,7 +97,7 @@ def create_model(
         >>> timm_nrpm.lambdas(model)["layer1.0.conv1"]
         0.8
     """
-    config = NRPMConfig(lam=lam, iterations=iterations, eps=eps, penalty=penalty, layers=layers)
+    config = NRPMConfig(lam=lam, iterations=iterations, eps=eps, penalty=penalty, layers=layers, learnable=learnable)
     name = name.removeprefix("nrpm_")
     if isinstance(timm_kwargs.get("pretrained_cfg"), str):  # how timm hands on the tag of nrpm_resnet18.a1_in1k
         name = f"{name}.{timm_kwargs.pop('pretrained_cfg')}"
@@ -106,9 +107,9 @@ def create_model(
     # Weights from a file on this machine are nobody else's to find again under the name.
     local = {"checkpoint_path", "pretrained_cfg"} & given.keys() or name.startswith("local-dir:")
     local = local or {"file", "url", "state_dict"} & dict(given.get("pretrained_cfg_overlay") or {}).keys()
-    base = Base.of(model, None if local or not pretrained else name, given)
-    reprogram_(model, config)
-    record_of(model).base = base
+    record = record_of(reprogram_(model, config))
+    if record.base is not None:
+        record.base = Base.of(model, None if local or not pretrained else name, given, record.base.sha256)
     return model
 
 

@@ -16,6 +16,7 @@ import torch
 from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
+from timm_nrpm.base import Base
 from timm_nrpm.config import NRPMConfig
 from timm_nrpm.layers import LINEAR_MAPS, REPROGRAMMED, Reprogrammed, reprogram_layer_, restore_layer_
 
@@ -45,13 +46,13 @@ class Record:
         config: As given to :func:`reprogram_`.
         skipped: Name of each layer that holds a linear map and was left plain though nobody asked for it, and why.
         statistics: What calibration did to BatchNorm statistics, by module name and buffer; empty until calibrated.
-        base: Where the model came from, if :func:`timm_nrpm.create_model` made it (a `timm_nrpm.base.Base`).
+        base: Where the plain model came from, and the hash of its weights when it was reprogrammed.
     """
 
     config: NRPMConfig
     skipped: dict[str, str]
     statistics: dict[str, dict[str, Statistic]] = field(default_factory=dict)
-    base: Any = None
+    base: Base | None = None
 
 
 def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tensor | None = None) -> Model:
@@ -79,7 +80,9 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
         >>> lambdas(model)["layer1.0.conv1"]
         0.9
     """
-    config = config or NRPMConfig()
+    config = NRPMConfig() if config is None else config
+    if not isinstance(config, NRPMConfig):
+        raise ValueError(f"config={config!r} is no NRPMConfig: write reprogram_(model, NRPMConfig(lam=0.8)).")
     plain = plain_copy(model) if reprogrammed_layers(model) else model  # what to look at while anything may fail
     supported = {name: m for name, m in plain.named_modules() if type(m) in REPROGRAMMED}
     skipped = {
@@ -96,6 +99,8 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
     values = _assign(chosen, config)
     # Everything is checked: from here on nothing fails.
     base = getattr(model.__dict__.get("nrpm"), "base", None)
+    if base is None and not any(p.is_meta for p in model.parameters()):
+        base = Base.guess(plain)  # now, so that saving can tell whether the weights changed since
     restore_(model)
     for name in chosen:
         reprogram_layer_(model.get_submodule(name), config, values[name])
@@ -113,8 +118,8 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
 def restore_(model: Model) -> Model:
     """Undo :func:`reprogram_` and any calibration, in place: the original model, bit for bit.
 
-    Weights keep the values they have now, and so do BatchNorm statistics that changed since calibration. A model that
-    is not reprogrammed is returned as it is.
+    Weights keep the values they have now. BatchNorm statistics that training moved on since calibration are moved back
+    by what calibration did to them. A model that is not reprogrammed is returned as it is.
 
     Raises:
         ValueError: `model` is a part of a larger model that was reprogrammed as a whole.
@@ -139,12 +144,21 @@ def forget_calibration_(model: nn.Module, record: Record) -> None:
         module = model.get_submodule(name)
         for key, statistic in kept.items():
             buffer = getattr(module, key)
-            # Training or a checkpoint since then gave it a value of its own, which is newer than ours.
-            if torch.equal(buffer, statistic.after.to(buffer)):
-                buffer.copy_(statistic.before)
+            moved = not torch.equal(buffer, statistic.after.to(buffer))
+            buffer.copy_(_moved_back(key, kept, buffer) if moved else statistic.before)
     record.statistics = {}
     for layer in reprogrammed_layers(model).values():
         layer.drop_correction()
+
+
+def _moved_back(key: str, kept: Mapping[str, Statistic], now: Tensor) -> Tensor:
+    """What calibration did, undone on a statistic that training moved on since: the same affine map backwards."""
+    mean, var = kept["running_mean"], kept["running_var"]
+    square = torch.where(var.before > 0, var.after / var.before, 1.0).to(now)
+    if key == "running_var":
+        return now / square
+    growth = square.sqrt()
+    return (now - (mean.after.to(now) - growth * mean.before.to(now))) / growth
 
 
 @contextmanager
@@ -276,7 +290,7 @@ def _assign(layers: Mapping[str, nn.Module], config: NRPMConfig) -> dict[str, fl
         return dict(zip(layers, lam, strict=True))
     assert isinstance(lam, Mapping)
     values: dict[str, float] = {}
-    for pattern, value in lam.items():
+    for pattern, value in sorted(lam.items(), key=lambda item: item[0] in layers):  # a layer's own name beats a glob
         found = [pattern] if pattern in layers else fnmatch.filter(layers, pattern)
         if not found:
             raise ValueError(_no_match(f"lam[{pattern!r}]", pattern, layers, {}))
@@ -291,6 +305,8 @@ def _no_match(what: str, pattern: str, layers: Mapping[str, Any], skipped: Mappi
     refused = fnmatch.filter(skipped, pattern)
     if refused:
         return f"{what} matches only layers that cannot be reprogrammed: {_reasons({n: skipped[n] for n in refused})}."
+    if any(name.startswith(f"{pattern}.") for name in layers):
+        return f"{what} matches no layer itself: write {pattern + '.*'!r} for the layers inside."
     near = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.3) or list(layers)[:3]
     return f"{what} matches none of the {len(layers)} layers that can be chosen. Near names: {', '.join(near)}."
 
