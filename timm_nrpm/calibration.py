@@ -6,6 +6,7 @@ paper leaves them stale; most of the clean accuracy it loses is lost there.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sized
 from typing import Any, Literal, TypeVar
@@ -54,7 +55,7 @@ class Moments:
         return self.squares / max(self.count - 1, 1)
 
 
-class _Site:
+class _Site(ABC):
     """A module whose input calibration corrects, and the moments of that input in both models.
 
     The plain model sees a batch first and leaves one entry a call; the reprogrammed model takes them up in the same
@@ -80,13 +81,13 @@ class _Site:
         growth = torch.where((before > 0) & (after > 0), after / before, 1.0)
         self.correct(self.plain, self.ours, growth.sqrt())
 
+    @abstractmethod
     def correct(self, plain: Moments, ours: Moments, growth: Tensor) -> None:
         """Write the correction for what was seen so far; `growth` is that of the standard deviation, `[C]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def watch(self, name: str, model: nn.Module, plain: nn.Module) -> list[Any]:
         """Hooks on both models, to be removed."""
-        raise NotImplementedError
 
 
 class _NormSite(_Site):
