@@ -11,7 +11,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n 2
 
-# The whole CIFAR-10 test set through the published models: a quarter of an hour on two cores.
+# The whole CIFAR-10 test set through the published models, and attacks on them: half an hour on two cores.
 test-slow: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n 2 -m slow
 

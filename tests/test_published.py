@@ -1,7 +1,7 @@
 """Two of the paper's published models on real data, in `shared/` beside the repository: the numbers to hold.
 
-The whole test set takes a quarter of an hour on two cores and is marked slow; every check also runs on its first
-images.
+The whole test set and the attacks take half an hour on two cores and are marked slow; every check of an accuracy also
+runs on some of the images.
 """
 
 from __future__ import annotations
