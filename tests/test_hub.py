@@ -248,6 +248,27 @@ FORGERIES = {
 }
 
 
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"dtype": "load"},
+        {"dtype": "float99"},
+        {"kwargs": {"checkpoint_path": "elsewhere.pth"}},
+        {"kwargs": {"pretrained_cfg_overlay": {"url": "http://127.0.0.1:9/x"}}},
+    ],
+)
+def test_a_forged_base_is_not_followed(tmp_path, forged):
+    from timm_nrpm.hub import _checksum
+
+    folder = save_pretrained(variant(), tmp_path / "v")
+    content = json.loads((folder / FILES[0]).read_text())
+    del content["sha256"]
+    content["base"].update(forged)
+    (folder / FILES[0]).write_text(json.dumps({**content, "sha256": _checksum(content)}))
+    with pytest.raises(BrokenVariant, match=r"is no dtype of torch|does not name its weights"):
+        from_pretrained(folder)
+
+
 @pytest.mark.parametrize(("add", "drop", "message"), FORGERIES.values(), ids=FORGERIES)
 def test_forged_contents_with_fitting_hashes(tmp_path, add, drop, message):
     """What a hash does not catch: a folder that somebody made, whose hashes are right."""

@@ -23,6 +23,14 @@ PLACEMENT = ("device", "dtype", "cache_dir")
 HTTP_LIBRARY = re.compile(r"(httpx2?|httpcore2?|requests|urllib3)\b")
 
 
+def brings_weights(kwargs: Mapping[str, Any]) -> bool:
+    """Whether arguments of timm's create_model say where weights are, so that the model's name does not."""
+    overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+    return any(kwargs.get(key) for key in ("checkpoint_path", "pretrained_cfg")) or any(
+        overlay.get(key) for key in ("file", "url", "state_dict")
+    )
+
+
 class WeightsUnavailable(RuntimeError):
     """Pretrained weights can be neither downloaded nor found on this machine."""
 
@@ -64,6 +72,13 @@ class Base:
     revision: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype={self.dtype!r} is no dtype of torch.")
+        if self.name is not None and brings_weights(self.kwargs):
+            # Such arguments would make whoever loads a variant read a file or an address that its maker chose.
+            raise ValueError(f"{self.name} with {sorted(self.kwargs)} does not name its weights by a timm or Hub name.")
 
     @classmethod
     def of(cls, model: nn.Module, name: str | None, kwargs: Mapping[str, Any], sha256: str | None = None) -> Base:

@@ -15,7 +15,7 @@ from timm.models._registry import DefaultCfg, get_arch_name
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
-from timm_nrpm.base import Base, create_plain
+from timm_nrpm.base import Base, brings_weights, create_plain
 from timm_nrpm.config import Lambdas, LayerSelection, NRPMConfig
 from timm_nrpm.reprogramming import record_of, reprogram_
 
@@ -105,8 +105,7 @@ def create_model(
     model = create_plain(name, pretrained, **timm_kwargs)
     given = {k: v for k, v in timm_kwargs.items() if v is not None}
     # Weights from a file on this machine are nobody else's to find again under the name.
-    local = {"checkpoint_path", "pretrained_cfg"} & given.keys() or name.startswith("local-dir:")
-    local = local or {"file", "url", "state_dict"} & dict(given.get("pretrained_cfg_overlay") or {}).keys()
+    local = name.startswith("local-dir:") or brings_weights(given)
     record = record_of(reprogram_(model, config))
     if record.base is not None:
         record.base = Base.of(model, None if local or not pretrained else name, given, record.base.sha256)
