@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_nrpm import functional
 from timm_nrpm.config import PENALTIES
 from timm_nrpm.estimator import Penalty, robust_sum
 from timm_nrpm.functional import nrpm_conv2d, nrpm_linear
@@ -116,7 +115,7 @@ def test_tiling_changes_nothing(monkeypatch, tile, block):
     grad = torch.randn_like(want)
     wanted = torch.autograd.grad(want, (x, weight), grad)
     monkeypatch.setattr(tiled, "TILE", tile)
-    monkeypatch.setattr(functional, "BLOCK", block)
+    monkeypatch.setattr(tiled, "BLOCK", block)
     out = nrpm_conv2d(x, weight, **settings)
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(torch.autograd.grad(out, (x, weight), grad), wanted)

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple
 
 import torch
 import torch.nn.functional as F
@@ -25,137 +24,26 @@ from torch import Tensor
 
 from timm_nrpm.config import check_estimator, check_lam
 from timm_nrpm.estimator import Penalty
-from timm_nrpm.kernels import estimate, estimate_backward
+from timm_nrpm.kernels import robust_sum
+from timm_nrpm.kernels.convolution import Convolution, Pair
 
-Pair = tuple[int, int]
-
-# Numbers in one unfolded block: 64 MiB of float32. A convolution is unfolded a few images at a time.
-BLOCK = 1 << 24
-
-
-@dataclass(frozen=True)
-class _Geometry:
-    """How a convolution reads its input; a linear map is the geometry None."""
-
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
-
-    def unfold(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]` to columns `[G, D, B * L]`, L output positions and D = C / G * kH * kW."""
-        columns = F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)  # [B, C * kH * kW, L]
-        columns = columns.unflatten(1, (self.groups, -1))  # [B, G, D, L]
-        return columns.permute(1, 2, 0, 3).flatten(2)  # [G, D, B * L]
-
-    def fold(self, columns: Tensor, x: Tensor) -> Tensor:
-        """The adjoint of `unfold`, to the shape of `x`."""
-        columns = columns.unflatten(2, (len(x), -1)).permute(2, 0, 1, 3).flatten(1, 2)  # [B, C * kH * kW, L]
-        return F.fold(columns, x.shape[2:], self.kernel, self.dilation, self.padding, self.stride)
-
-
-class _Estimate(torch.autograd.Function):
-    """Robust means from plain means, over a linear map or a convolution, a block of inputs at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # [N, D] or [B, C, H, W]
-        weight: Tensor,  # [G, O, D]
-        start: Tensor,  # [N, O, 1] or [B, G * O, L]
-        geometry: _Geometry | None,
-        penalty: Penalty,
-        iterations: int,
-        keep: bool,
-    ) -> Tensor:
-        mean = torch.empty_like(start)
-        saved: list[Tensor] = []
-        for block in _blocks(x, weight, start):
-            columns, begin = _columns(x[block], geometry), _outputs(start[block], weight)
-            m, steps = estimate(columns, weight, begin, penalty, iterations, keep)
-            mean[block] = _inputs(m, mean[block].shape)
-            saved.extend([m, *(tensor for step in steps for tensor in step)] if keep else ())
-        ctx.geometry, ctx.penalty, ctx.iterations = geometry, penalty, iterations
-        ctx.save_for_backward(x, weight, *saved)
-        return mean
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # torch's once_differentiable looks at `grad` alone, and would silently leave out what x and weight contribute.
-        if torch.is_grad_enabled():
-            raise RuntimeError("The robust estimate has first derivatives only: call backward without create_graph.")
-        x, weight, *saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        grad_x = torch.empty_like(x) if needs[0] else None
-        grad_weight = torch.zeros_like(weight) if needs[1] else None
-        grad_start = torch.empty_like(grad)
-        size = 1 + 3 * ctx.iterations
-        for i, block in enumerate(_blocks(x, weight, grad)):
-            m, *flat = saved[i * size : (i + 1) * size]
-            steps = [(flat[k], flat[k + 1], flat[k + 2]) for k in range(0, len(flat), 3)]
-            columns = _columns(x[block], ctx.geometry)
-            gx, gw, gs = estimate_backward(columns, weight, m, steps, _outputs(grad[block], weight), ctx.penalty, needs)
-            if gx is not None and grad_x is not None:
-                grad_x[block] = gx[0].t() if ctx.geometry is None else ctx.geometry.fold(gx, x[block])
-            if gw is not None and grad_weight is not None:
-                grad_weight += gw
-            grad_start[block] = _inputs(gs, grad_start[block].shape)
-        return grad_x, grad_weight, grad_start, None, None, None, None
-
-
-def _blocks(x: Tensor, weight: Tensor, out: Tensor) -> list[slice]:
-    """Slices of the first dimension whose columns number about BLOCK; none for an empty batch."""
-    columns = weight.shape[0] * weight.shape[2] * out.shape[2]  # G * D * L, for one image
-    size = max(1, BLOCK // max(1, columns))
-    return [slice(i, i + size) for i in range(0, len(x), size)]
-
-
-def _columns(x: Tensor, geometry: _Geometry | None) -> Tensor:
-    return x.t().unsqueeze(0).contiguous() if geometry is None else geometry.unfold(x)  # [G, D, P]
-
-
-def _outputs(z: Tensor, weight: Tensor) -> Tensor:
-    """`[B, G * O, L]` to `[G, O, B * L]`."""
-    return z.unflatten(1, weight.shape[:2]).permute(1, 2, 0, 3).flatten(2)
-
-
-def _inputs(m: Tensor, shape: torch.Size) -> Tensor:
-    """`[G, O, B * L]` to `[B, G * O, L]`, the given shape."""
-    return m.unflatten(2, (shape[0], shape[2])).permute(2, 0, 1, 3).reshape(shape)
-
-
-def _mix(
-    x: Tensor,
-    weight: Tensor,  # [G, O, D], a view of the operation's weight
-    z: Tensor,
-    bias: Tensor | None,
-    geometry: _Geometry | None,
-    lam: float | Tensor,
-    penalty: Penalty,
-    iterations: int,
-) -> Tensor:
-    """Algorithm 1, from the plain result without bias."""
-    # Half precision keeps three digits of a product whose distance to the mean is what counts: compute in float32.
-    kind = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
-    plain = z.to(kind)
-    depth = weight.shape[-1]
-    start = plain.reshape(*z.shape[:2], math.prod(z.shape[2:])) / depth  # [B, O, L]
-    mean = start
-    if iterations:
-        # Asked here, since inside a Function gradients are always off and its inputs still say that they require one.
-        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, start))
-        mean = _Estimate.apply(x.to(kind), weight.to(kind), start, geometry, penalty, iterations, keep)
-    lam = lam.to(kind) if isinstance(lam, Tensor) else lam
-    out = (lam * plain + (1 - lam) * (depth * mean).view_as(plain)).to(z.dtype)
-    return out if bias is None else out + bias.to(out.dtype).view(-1, *[1] * (z.ndim - 2))
+FEW = 16  # rows of a linear map; a vector of positions is this long
 
 
 def is_plain(lam: float | Tensor, iterations: int, penalty: str) -> bool:
-    """Whether the plain operation is the whole answer: no iteration, or lambda = 1 and nothing to learn it by."""
-    if isinstance(lam, Tensor) and lam.requires_grad and torch.is_grad_enabled():
+    """Whether the plain operation is the whole answer: no iteration, or lambda = 1 and nothing to learn it by.
+
+    A graph cannot ask a tensor for its value. There the operator itself skips the work at lambda = 1.
+    """
+    if not isinstance(lam, Tensor):
+        return iterations == 0 or penalty == "l2" or lam >= 1
+    if lam.requires_grad and torch.is_grad_enabled():
         return False
-    return iterations == 0 or penalty == "l2" or bool(lam >= 1)
+    return iterations == 0 or penalty == "l2" or not (lam.is_meta or _in_graph(lam)) and bool(lam >= 1)
+
+
+def _in_graph(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check_lam(lam: float | Tensor) -> float | Tensor:
@@ -163,8 +51,44 @@ def _check_lam(lam: float | Tensor) -> float | Tensor:
         return check_lam(lam)
     if lam.numel() != 1:
         raise ValueError(f"lam has shape {list(lam.shape)}, and one lambda serves the whole layer: give one number.")
-    check_lam(lam.item())
+    if not lam.is_meta and not _in_graph(lam):
+        check_lam(lam.item())
     return lam.reshape(())
+
+
+def _precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The float types to compute in and to return, which autocast may set.
+
+    Half precision keeps three digits of a product whose distance to the mean is what counts, so that is never computed
+    in.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype, dtype
+
+
+def _mix(
+    x: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [O, C / groups, kH, kW]
+    plain: Tensor,  # [B, O, H', W']
+    conv: Convolution,
+    lam: float | Tensor,
+    iterations: int,
+    penalty: Penalty,
+) -> Tensor:
+    """Algorithm 1 without bias, `[B, O, H', W']`."""
+    grad = torch.is_grad_enabled()
+    learned = isinstance(lam, Tensor) and lam.requires_grad and grad
+    skip = lam if isinstance(lam, Tensor) and not learned else None
+    keep = grad and (x.requires_grad or weight.requires_grad)
+    shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    robust = plain  # of no step, which is here so that lambda takes its gradient, 0
+    if iterations:
+        robust, _ = robust_sum(x, weight, plain, skip, *shape, iterations, astuple(penalty), keep)
+    lam = lam.to(plain) if isinstance(lam, Tensor) else lam
+    # In place where autograd does not look: the output of a shallow layer costs as much to allocate as to compute.
+    return torch.lerp(robust, plain, lam) if grad else robust.lerp_(plain, lam)
 
 
 def nrpm_linear(
@@ -205,13 +129,23 @@ def nrpm_linear(
         raise ValueError(
             f"nrpm_linear got x {list(x.shape)} and weight {list(weight.shape)}: x must be [..., D] and weight [O, D]."
         )
-    if is_plain(lam, iterations, penalty):
+    if is_plain(lam, iterations, penalty) or x.numel() == 0 or weight.numel() == 0:
         return F.linear(x, weight, bias)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [N, D]
-    z = F.linear(rows, weight)  # [N, O]
     options = Penalty.named(penalty, eps, delta, gamma)
-    out = _mix(rows, weight.unsqueeze(0), z, bias, None, lam, options, iterations)
-    return out.reshape(*x.shape[:-1], len(weight))
+    kind, dtype = _precision(x)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(kind)  # [N, D]
+    matrix = weight.to(kind)
+    with torch.autocast(x.device.type, enabled=False):
+        plain = F.linear(rows, matrix)  # [N, O]
+    # The kernels run along positions, so of rows and outputs the more numerous are the positions of a 1x1 convolution.
+    if swap := len(rows) < FEW <= len(matrix):
+        rows, matrix, plain = matrix, rows, plain.t()
+    columns, kernel = rows.t()[None, :, None], matrix[..., None, None]  # [1, D, 1, N], [O, D, 1, 1]
+    out = _mix(columns, kernel, plain.t()[None, :, None], Convolution(), lam, iterations, options)  # [1, O, 1, N]
+    out = out[0, :, 0] if swap else out[0, :, 0].t()
+    if bias is not None:
+        out = out.add_(bias.to(kind))
+    return out.to(dtype).reshape(*x.shape[:-1], len(weight))
 
 
 def nrpm_conv2d(
@@ -274,13 +208,19 @@ def nrpm_conv2d(
         padding = 0
     elif isinstance(padding, str):
         raise ValueError(f'padding={padding!r} is not known: give an integer, a pair, "same" or "valid".')
-    geometry = _Geometry(kernel, strides, _pair(padding), dilations, groups)
-    if is_plain(lam, iterations, penalty):
-        out = F.conv2d(batch, weight, bias, strides, geometry.padding, dilations, groups)
-        return out if x.ndim == 4 else out.squeeze(0)
-    z = F.conv2d(batch, weight, None, strides, geometry.padding, dilations, groups)  # [B, O, H', W']
-    matrix = weight.flatten(1).unflatten(0, (groups, -1))  # [G, O / G, D]
-    out = _mix(batch, matrix, z, bias, geometry, lam, Penalty.named(penalty, eps, delta, gamma), iterations)
+    conv = Convolution(strides, _pair(padding), dilations, groups)
+    if is_plain(lam, iterations, penalty) or batch.numel() == 0 or weight.numel() == 0:
+        out = F.conv2d(batch, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    else:
+        options = Penalty.named(penalty, eps, delta, gamma)
+        kind, dtype = _precision(x)
+        batch, weight = batch.to(kind), weight.to(kind)
+        with torch.autocast(x.device.type, enabled=False):
+            plain = F.conv2d(batch, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        out = _mix(batch, weight, plain, conv, lam, iterations, options)  # [B, O, H', W']
+        if bias is not None:
+            out = out.add_(bias.to(kind).view(-1, 1, 1))
+        out = out.to(dtype)
     return out if x.ndim == 4 else out.squeeze(0)
 
 

@@ -68,9 +68,11 @@ class Correction(nn.Module):
         self.register_buffer("gain", like.new_ones(len(like)))
         self.register_buffer("offset", like.new_zeros(len(like)))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, lam: Tensor) -> Tensor:
+        """`z` corrected, or `z` itself where `lam` is 1: chosen on the device, since a graph cannot ask for lambda."""
+        gain, offset = torch.where(lam < 1, self.gain, 1), torch.where(lam < 1, self.offset, 0)
         shape = (-1, *[1] * (-self.channel - 1))
-        return self.gain.to(z.dtype).view(shape) * z + self.offset.to(z.dtype).view(shape)
+        return gain.to(z.dtype).view(shape) * z + offset.to(z.dtype).view(shape)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         _load_keeping(super()._load_from_state_dict, ("gain", "offset"), state_dict, prefix, *rest)
@@ -104,8 +106,8 @@ class Reprogrammed(nn.Module):
 
     def finish(self, z: Tensor, bias: Tensor | None) -> Tensor:
         """The sum, corrected if calibration says so, plus bias; at lambda = 1 the plain sum, whatever learns it."""
-        if self.correction is not None and bool(self.lam < 1):
-            z = self.correction(z)
+        if self.correction is not None:
+            z = self.correction(z, self.lam)
         return z if bias is None else z + bias.to(z.dtype).view(-1, *[1] * (-self.channel - 1))
 
     def add_correction(self) -> Correction:

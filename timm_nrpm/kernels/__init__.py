@@ -1,5 +1,6 @@
-"""The estimator of `estimator.py`, fast: the one place that decides how it is computed."""
+"""The estimator of `estimator.py`, fast."""
 
-from timm_nrpm.kernels.tiled import estimate, estimate_backward
+from timm_nrpm.kernels.native import SlowPathWarning
+from timm_nrpm.kernels.operator import robust_sum
 
-__all__ = ["estimate", "estimate_backward"]
+__all__ = ["SlowPathWarning", "robust_sum"]

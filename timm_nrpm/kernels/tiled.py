@@ -1,15 +1,8 @@
-"""The estimator over a matrix product, in tiles that stay in the cache, with the exact gradient.
+"""The estimator in tiles that stay in the cache, with ordinary PyTorch operations: any device, any float type.
 
-Groups `[G]`, outputs `[O]`, summands `[D]`, positions `[P]`: `x` is `[G, D, P]`, `weight` `[G, O, D]`, and output
-`(g, o, p)` is the estimate over the D products `weight[g, o, :] * x[g, :, p]`. The G * O * D * P products are never
-held at once: a tile of them is made, used and dropped. Positions are innermost, so every elementwise step runs over
-contiguous memory whatever D is.
-
-The gradient keeps three numbers an output and step (`m_k`, `1 / S_k`, `c_k`) and makes the products again, tile by
-tile. With `t_k = p - m_k`, `S_k = sum_d omega(t_k)`, `m_{k+1} = sum_d omega(t_k) p / S_k`:
-
-    d m_{k+1} / d p_d = (omega(t_k) + (p_d - m_{k+1}) omega'(t_k)) / S_k
-    d m_{k+1} / d m_k = c_k = - sum_d (p_d - m_{k+1}) omega'(t_k) / S_k
+The path for float64, for devices without a kernel, and for a machine without a C++ compiler. A block of images is
+unfolded into columns `[G, D, P]` (groups, summands, positions), and a tile of the G * O * D * P products is made, used
+and dropped. Positions are innermost, so every elementwise step runs over contiguous memory whatever D is.
 """
 
 from __future__ import annotations
@@ -20,17 +13,72 @@ import torch
 from torch import Tensor
 
 from timm_nrpm.estimator import Penalty
+from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results
 
 # Products in a tile, measured on two cores with 2 MiB of L2 each: half of this loses 15 % to the cost of starting an
 # operation, four times this falls out of the cache and loses half.
 TILE = 1 << 18
 
-Steps = list[tuple[Tensor, Tensor, Tensor]]
-"""What the gradient needs of every step: `m_k`, `1 / S_k`, `c_k`, each `[G, O, P]`."""
+# Numbers in the columns of one block of images: 64 MiB of float32.
+BLOCK = 1 << 24
 
 
-def _tiles(groups: int, outputs: int, depth: int, positions: int) -> Iterator[tuple[slice, slice, slice]]:
+def forward(
+    x: Tensor, weight: Tensor, plain: Tensor, conv: Convolution, iterations: int, penalty: Penalty, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`timm_nrpm.kernels.operator.robust_sum`."""
+    out, state = empty_results(plain, iterations, keep)
+    matrix = weight.flatten(1).unflatten(0, (conv.groups, -1))  # [G, O, D]
+    depth = matrix.shape[2]
+    for block in _blocks(matrix, plain):
+        start = conv.outputs(plain[block]) / depth
+        columns = conv.columns(x[block], weight)
+        m, kept = _estimate(columns, matrix, start, iterations, penalty, keep)
+        out[block] = conv.sum_outputs(m * depth, plain[block].shape)
+        for slot, value in zip(state, kept, strict=True):
+            slot[block] = conv.sum_outputs(value, plain[block].shape)
+    return out, state
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    out: Tensor,
+    state: Tensor,
+    conv: Convolution,
+    iterations: int,
+    penalty: Penalty,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """See :func:`timm_nrpm.kernels.operator.robust_sum_backward`."""
+    grad_x, grad_weight = empty_gradients(x, weight, *needs)
+    matrix = weight.flatten(1).unflatten(0, (conv.groups, -1))  # [G, O, D]
+    grad_matrix = grad_weight.zero_().view(matrix.shape) if needs[1] else None
+    depth = matrix.shape[2]
+    for block in _blocks(matrix, plain):
+        ends = [plain[block] / depth, *(slot[block] for slot in state[: iterations - 1]), out[block] / depth]
+        means = [conv.outputs(m) for m in ends]  # m_0 ... m_K
+        scales = [conv.outputs(slot[block] * grad[block] * depth) for slot in state[iterations - 1 : -1]]
+        columns = conv.columns(x[block], weight)
+        grad_columns = torch.zeros_like(columns) if needs[0] else None
+        _gradients(columns, matrix, means, scales, penalty, grad_columns, grad_matrix)
+        if grad_columns is not None:
+            grad_x[block] = conv.sum_columns(grad_columns, x[block], weight)
+    return grad_x, grad_weight
+
+
+def _blocks(matrix: Tensor, plain: Tensor) -> list[slice]:
+    """Slices of the images whose columns number about BLOCK; none for an empty batch."""
+    columns = matrix.shape[0] * matrix.shape[2] * plain.shape[2:].numel()  # G * D * L, for one image
+    size = max(1, BLOCK // max(1, columns))
+    return [slice(i, i + size) for i in range(0, len(plain), size)]
+
+
+def _tiles(columns: Tensor, matrix: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of groups, outputs and positions whose products number about TILE, positions as long as possible."""
+    (groups, outputs, depth), positions = matrix.shape, columns.shape[2]
     p = max(1, min(positions, max(64, TILE // depth)))
     o = max(1, min(outputs, TILE // (depth * p)))
     g = max(1, min(groups, TILE // (depth * p * o)))
@@ -40,32 +88,20 @@ def _tiles(groups: int, outputs: int, depth: int, positions: int) -> Iterator[tu
                 yield slice(g0, g0 + g), slice(o0, o0 + o), slice(p0, p0 + p)
 
 
-def estimate(
-    x: Tensor, weight: Tensor, start: Tensor, penalty: Penalty, iterations: int, keep_steps: bool = False
-) -> tuple[Tensor, Steps]:
-    """`iterations` steps of eq. 3 from `start`, in mean units.
-
-    Args:
-        x: `[G, D, P]`.
-        weight: `[G, O, D]`.
-        start: `[G, O, P]`, the plain means `m_0`.
-        keep_steps: Whether to return what `estimate_backward` needs.
-
-    Returns:
-        The robust means `[G, O, P]`, and the steps (empty unless `keep_steps`).
-    """
-    groups, depth, positions = x.shape
+def _estimate(
+    columns: Tensor, matrix: Tensor, start: Tensor, iterations: int, penalty: Penalty, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Means `[G, O, P]` from the means `start`, and the state in the same shape, a tile at a time."""
     mean = torch.empty_like(start)
-    steps: Steps = []
-    if keep_steps:
-        steps = [(torch.empty_like(start), torch.empty_like(start), torch.empty_like(start)) for _ in range(iterations)]
-    for g, o, p in _tiles(groups, weight.shape[1], depth, positions):
-        a = weight[g, o].unsqueeze(-1)  # [g, o, D, 1]
-        b = x[g, :, p].unsqueeze(1)  # [g, 1, D, p]
+    kept = [torch.empty_like(start) for _ in range(2 * iterations * keep)]
+    for g, o, p in _tiles(columns, matrix):
+        a = matrix[g, o].unsqueeze(-1)  # [g, o, D, 1]
+        b = columns[g, :, p].unsqueeze(1)  # [g, 1, D, p]
         m = start[g, o, p].unsqueeze(2)  # [g, o, 1, p]
-        for k in range(iterations):
+        ends, factors, whole = [], [], torch.ones_like(m)
+        for _ in range(iterations):
             t = torch.addcmul(-m, a, b)  # [g, o, D, p], the product minus the mean in one pass
-            if not keep_steps:
+            if not keep:
                 w = penalty.weight(t)
                 m = m + t.mul_(w).sum(2, keepdim=True) / w.sum(2, keepdim=True)
                 continue
@@ -73,49 +109,37 @@ def estimate(
             inverse = w.sum(2, keepdim=True).reciprocal_()
             move = w.mul_(t).sum(2, keepdim=True) * inverse  # m_{k+1} - m_k
             c = (move * slope.sum(2, keepdim=True) - slope.mul_(t).sum(2, keepdim=True)) * inverse
-            for kept, value in zip(steps[k], (m, inverse, c), strict=True):
-                kept[g, o, p] = value.squeeze(2)
             m = m + move
+            factors, whole = [*(f * c for f in factors), inverse], whole * c
+            ends.append(m)
+        for slot, value in zip(kept, [*ends[:-1], *factors, whole] if keep else [], strict=True):
+            slot[g, o, p] = value.squeeze(2)
         mean[g, o, p] = m.squeeze(2)
-    return mean, steps
+    return mean, kept
 
 
-def estimate_backward(
-    x: Tensor, weight: Tensor, mean: Tensor, steps: Steps, grad: Tensor, penalty: Penalty, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Gradients of `estimate` with respect to `x`, `weight` and `start`.
-
-    Args:
-        mean: What `estimate` returned.
-        steps: The steps it kept, at least one.
-        grad: Gradient with respect to `mean`, `[G, O, P]`.
-        needs: Whether the gradients of `x` and of `weight` are wanted; None is returned for one that is not.
-    """
-    groups, depth, positions = x.shape
-    # G_k for every step, from the last to the first; what is left at the end is the gradient of the start.
-    scaled: list[Tensor] = []
-    for _, inverse, c in reversed(steps):
-        scaled.insert(0, grad * inverse)
-        grad = grad * c
-    ends = [m for m, _, _ in steps[1:]] + [mean]  # m_{k+1}
-    grad_x = torch.zeros_like(x) if needs[0] else None
-    grad_weight = torch.zeros_like(weight) if needs[1] else None
-    if not any(needs):
-        return None, None, grad
-    for g, o, p in _tiles(groups, weight.shape[1], depth, positions):
-        a = weight[g, o].unsqueeze(-1)  # [g, o, D, 1]
-        b = x[g, :, p].unsqueeze(1)  # [g, 1, D, p]
+def _gradients(
+    columns: Tensor,
+    matrix: Tensor,
+    means: list[Tensor],
+    scales: list[Tensor],
+    penalty: Penalty,
+    grad_columns: Tensor | None,
+    grad_matrix: Tensor | None,
+) -> None:
+    """Add to the gradients of `columns` and `matrix`, a tile at a time; `means` and `scales` are `[G, O, P]`."""
+    for g, o, p in _tiles(columns, matrix):
+        a = matrix[g, o].unsqueeze(-1)  # [g, o, D, 1]
+        b = columns[g, :, p].unsqueeze(1)  # [g, 1, D, p]
         total: Tensor | None = None  # gradient of the products, [g, o, D, p]
-        for (m, _, _), end, coefficient in zip(steps, ends, scaled, strict=True):
-            start = m[g, o, p].unsqueeze(2)
-            t = torch.addcmul(-start, a, b)
+        for m, end, scale in zip(means, means[1:], scales, strict=False):
+            t = torch.addcmul(-m[g, o, p].unsqueeze(2), a, b)
             w, slope = penalty.weight_and_slope(t)
-            t += start - end[g, o, p].unsqueeze(2)  # p - m_{k+1}
-            part = w.addcmul_(t, slope).mul_(coefficient[g, o, p].unsqueeze(2))
+            t += (m[g, o, p] - end[g, o, p]).unsqueeze(2)  # p - m_{k+1}
+            part = w.addcmul_(t, slope).mul_(scale[g, o, p].unsqueeze(2))
             total = part if total is None else total.add_(part)
         assert total is not None  # at least one step
-        if grad_weight is not None:
-            grad_weight[g, o] += (total * b).sum(3)
-        if grad_x is not None:
-            grad_x[g, :, p] += total.mul_(a).sum(1)
-    return grad_x, grad_weight, grad
+        if grad_matrix is not None:
+            grad_matrix[g, o] += (total * b).sum(3)
+        if grad_columns is not None:
+            grad_columns[g, :, p] += total.mul_(a).sum(1)

@@ -1,0 +1,73 @@
+"""How a convolution reads its input: what every kernel is told beside the tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Stride, zero padding, dilation and groups, as in `torch.nn.functional.conv2d`.
+
+    A linear map `[N, D]` to `[N, O]` is the 1x1 convolution `[1, D, 1, N]` to `[1, O, 1, N]`, so there is one case only.
+    """
+
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    def is_pointwise(self, weight: Tensor) -> bool:
+        """Whether every output position reads one input position, its own: 1x1, or a linear map."""
+        return (tuple(weight.shape[2:]), self.stride, self.padding) == ((1, 1), (1, 1), (0, 0))
+
+    def columns(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x` `[B, C, H, W]` to `[G, D, B * L]`: L output positions, D = C / G * kH * kW."""
+        if self.is_pointwise(weight):
+            columns = x.flatten(2)  # [B, C, L]
+        else:
+            columns = F.unfold(x, _pair(weight.shape[2:]), self.dilation, self.padding, self.stride)
+        columns = columns.unflatten(1, (self.groups, -1))  # [B, G, D, L]
+        return columns.permute(1, 2, 0, 3).flatten(2)  # [G, D, B * L]
+
+    def sum_columns(self, columns: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The adjoint of `columns`, to the shape of `x`."""
+        columns = columns.unflatten(2, (len(x), -1)).permute(2, 0, 1, 3).flatten(1, 2)  # [B, C * kH * kW, L]
+        if self.is_pointwise(weight):
+            return columns.reshape(x.shape)
+        return F.fold(columns, x.shape[2:], _pair(weight.shape[2:]), self.dilation, self.padding, self.stride)
+
+    def outputs(self, z: Tensor) -> Tensor:
+        """`[B, G * O, H', W']` to `[G, O, B * L]`."""
+        return z.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+
+    def sum_outputs(self, m: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `outputs`."""
+        m = m.unflatten(2, (shape[0], math.prod(shape[2:])))  # [G, O, B, L]
+        return m.permute(2, 0, 1, 3).reshape(shape)
+
+
+def empty_results(plain: Tensor, iterations: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """What every implementation of the forward pass fills: the sums, and the state if the gradient needs it."""
+    out = torch.empty_like(plain)
+    if not keep:
+        return out, plain.new_empty(0)
+    return out, plain.new_empty_strided((2 * iterations, *out.shape), (out.numel(), *out.stride()))
+
+
+def empty_gradients(x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+    """What every implementation of the backward pass fills; a gradient that is not needed has no elements."""
+    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    contiguous = torch.contiguous_format
+    return grad_x, torch.empty_like(weight, memory_format=contiguous) if need_weight else weight.new_empty(0)
+
+
+def _pair(sizes: tuple[int, ...]) -> Pair:
+    return sizes[0], sizes[1]

@@ -1,0 +1,538 @@
+// The estimator of estimator.py over a convolution, forward and backward, on the CPU: see kernels/operator.py for what
+// is computed, kernels/native.py for how this file is compiled. float32; a linear map is a 1x1 convolution.
+//
+// A panel is what a few vectors of output positions read: [D][panel] floats, packed from the input as it lies in
+// memory. Every product of an output with a panel is made in registers, K times over, so that the work is the
+// arithmetic, and the memory is one panel a thread. How the work is cut depends on the shapes alone, never on the
+// number of threads, and nothing is added up across pieces in an order that could vary: results do not either.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int VECTORS = 4;  // of positions in a panel: enough independent sums to hide the latency of an addition
+constexpr int PANEL = LANES * VECTORS;
+constexpr int64_t CACHE = 1 << 18;    // bytes of a panel, well inside a second-level cache
+constexpr int64_t ROWS = 64;          // of a panel in the backward pass, where it shares the first level with its gradient
+constexpr int64_t TASKS = 64;         // pieces to cut the work into at least, where the shapes allow it
+constexpr int64_t GRAIN = 1 << 18;    // products that a thread takes at a time, at least
+constexpr int64_t SMALL = 1 << 15;    // products that one thread finishes before another has woken up
+constexpr int MAX_STEPS = 4;          // steps whose coefficients the backward pass holds in registers at once
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t Int __attribute__((vector_size(LANES * 4)));
+typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+
+// A few dozen floats: calling memcpy costs more than copying them.
+inline void copy(float* to, const float* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
+#if defined(__AVX512F__)
+  const __mmask16 rest = (1u << (n - i)) - 1;
+  _mm512_mask_storeu_ps(to + i, rest, _mm512_maskz_loadu_ps(rest, from + i));
+#else
+  for (; i < n; i++) to[i] = from[i];
+#endif
+}
+
+inline Vec magnitude(Vec v) { return (Vec)((Int)v & 0x7fffffff); }
+
+// 1 / v to float32 accuracy: an approximation of 14 (AVX-512) or 12 bits, and one Newton step, which doubles them.
+inline Vec reciprocal(Vec v) {
+#if defined(__AVX512F__)
+  Vec r = (Vec)_mm512_rcp14_ps((__m512)v);
+  return r + r * (1.0f - v * r);
+#elif defined(__AVX2__)
+  Vec r = (Vec)_mm256_rcp_ps((__m256)v);
+  return r + r * (1.0f - v * r);
+#else
+  return 1.0f / v;
+#endif
+}
+
+// v where t > 0, -v where t < 0, 0 where t = 0.
+inline Vec with_sign(Vec v, Vec t) {
+  Int signed_v = (Int)v ^ ((Int)t & (int32_t)0x80000000);
+  return (Vec)(signed_v & (Int)(t != 0.0f));
+}
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  total = v[0];
+  return total;
+}
+
+struct Penalty {
+  float eps, scale, shift, low, high;
+  // omega(t) and, if asked, -omega'(t) * sign(t), which is 0 where omega is clamped.
+  template <bool GENERAL>
+  inline Vec weight(Vec t, Vec* slope = nullptr) const {
+    Vec inverse = reciprocal(magnitude(t) + eps);
+    if (!GENERAL) {
+      if (slope) *slope = inverse * inverse;
+      return inverse;
+    }
+    Vec w = inverse * scale - shift;
+    if (slope) *slope = (Vec)((Int)(inverse * inverse * scale) & (Int)((w > low) & (w < high)));
+    Vec lows = Vec{} + low, highs = Vec{} + high;
+    w = w < lows ? lows : w;  // a comparison with NaN is false: it passes
+    return w > highs ? highs : w;
+  }
+};
+
+struct Conv {
+  int64_t batch, groups, channels, outputs;  // channels and outputs of one group
+  int64_t height, width, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t x[4], z[4];  // strides of the input and its gradient, and of everything shaped like the output
+  int64_t steps;
+  int64_t depth() const { return channels * kernel[0] * kernel[1]; }
+  int64_t area() const { return out_height * out_width; }
+  int64_t positions() const { return batch * area(); }
+};
+
+// Consecutive positions of one output row, at `at` in the panel.
+struct Run {
+  int64_t image, row, column, count, at;
+};
+
+struct Runs {
+  Run run[PANEL];
+  int count = 0;
+  int64_t first = -1;
+  // The same positions as before cost nothing.
+  void set(const Conv& c, int64_t start, int64_t size) {
+    if (first == start) return;
+    first = start, count = 0;
+    for (int64_t at = 0; at < size;) {
+      int64_t p = first + at, column = p % c.out_width, row = p / c.out_width;
+      int64_t n = std::min(size - at, c.out_width - column);
+      run[count++] = {row / c.out_height, row % c.out_height, column, n, at};
+      at += n;
+    }
+  }
+  const Run* begin() const { return run; }
+  const Run* end() const { return run + count; }
+};
+
+template <class F>
+inline void each(const Conv& c, const Runs& runs, const F& f) {
+  for (const Run& r : runs) f(r.image * c.z[0] + r.row * c.z[2] + r.column * c.z[3], r.at, r.count);
+}
+
+// One output's numbers at the positions of a panel.
+inline void gather(float* to, const float* from, const Conv& c, const Runs& runs) {
+  each(c, runs, [&](int64_t offset, int64_t at, int64_t n) {
+    if (c.z[3] == 1) copy(to + at, from + offset, n);
+    else for (int64_t i = 0; i < n; i++) to[at + i] = from[offset + i * c.z[3]];
+  });
+}
+
+inline void scatter(float* to, const float* from, const Conv& c, const Runs& runs) {
+  each(c, runs, [&](int64_t offset, int64_t at, int64_t n) {
+    if (c.z[3] == 1) copy(to + offset, from + at, n);
+    else for (int64_t i = 0; i < n; i++) to[offset + i * c.z[3]] = from[at + i];
+  });
+}
+
+// Calls f(row of the panel, place in it, offset into x, count) for every stretch of input that the panel reads of the
+// first channel, and leaves out what lies in the padding. The other channels lie alike.
+template <class F>
+inline void stretches(const Conv& c, const Runs& runs, int64_t first_channel, const F& f) {
+  for (const Run& r : runs) {
+    for (int64_t i = 0; i < c.kernel[0]; i++) {
+      const int64_t h = r.row * c.stride[0] - c.padding[0] + i * c.dilation[0];
+      if (h < 0 || h >= c.height) continue;
+      for (int64_t j = 0; j < c.kernel[1]; j++) {
+        const int64_t w = r.column * c.stride[1] - c.padding[1] + j * c.dilation[1];
+        const int64_t skip = w < 0 ? (-w + c.stride[1] - 1) / c.stride[1] : 0;
+        const int64_t stop = w >= c.width ? 0 : std::min(r.count, (c.width - w + c.stride[1] - 1) / c.stride[1]);
+        if (skip >= stop) continue;
+        const int64_t column = w + skip * c.stride[1];
+        f(i * c.kernel[1] + j, r.at + skip,
+          r.image * c.x[0] + first_channel * c.x[1] + h * c.x[2] + column * c.x[3], stop - skip);
+      }
+    }
+  }
+}
+
+// Calls f(place in the panel, place in x) for a stretch of many channels that lie apart in x: sixteen channels at a
+// time, which share cache lines where channels are next to each other.
+template <class F>
+inline void crosswise(int64_t channels, int64_t count, const F& f) {
+  for (int64_t d = 0; d < channels; d += 16)
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t e = d; e < std::min(channels, d + 16); e++) f(e, i);
+}
+
+// The panel of `channels` channels from `first` on, counted over all groups.
+inline void pack(float* panel, int64_t width, const float* x, const Conv& c, const Runs& runs, int64_t first,
+                 int64_t channels) {
+  const int64_t taps = c.kernel[0] * c.kernel[1], step = c.stride[1] * c.x[3], rows = taps * width;
+  std::memset(panel, 0, channels * rows * 4);
+  stretches(c, runs, first, [&](int64_t row, int64_t at, int64_t offset, int64_t n) {
+    float* to = panel + row * width + at;
+    const float* from = x + offset;
+    if (step == 1) for (int64_t d = 0; d < channels; d++) copy(to + d * rows, from + d * c.x[1], n);
+    else crosswise(channels, n, [&](int64_t d, int64_t i) { to[d * rows + i] = from[d * c.x[1] + i * step]; });
+  });
+}
+
+// Adds a panel to where it was packed from.
+inline void unpack(float* x, const float* panel, int64_t width, const Conv& c, const Runs& runs, int64_t first,
+                   int64_t channels) {
+  const int64_t taps = c.kernel[0] * c.kernel[1], step = c.stride[1] * c.x[3], rows = taps * width;
+  stretches(c, runs, first, [&](int64_t row, int64_t at, int64_t offset, int64_t n) {
+    const float* from = panel + row * width + at;
+    float* to = x + offset;
+    if (step == 1)
+      for (int64_t d = 0; d < channels; d++)
+        for (int64_t i = 0; i < n; i++) to[d * c.x[1] + i] += from[d * rows + i];
+    else crosswise(channels, n, [&](int64_t d, int64_t i) { to[d * c.x[1] + i * step] += from[d * rows + i]; });
+  });
+}
+
+struct Step {
+  Vec end, inverse, c;  // m_{k+1}, 1 / S_k, c_k = d m_{k+1} / d m_k
+};
+
+// One step of eq. 3 for OUTPUTS rows of the weight times POSITIONS vectors of the panel.
+template <bool GENERAL, bool KEEP, int OUTPUTS, int POSITIONS>
+inline void advance(const float* a, const float* x, int64_t depth, int64_t width, const Penalty& penalty,
+                    Vec (&m)[OUTPUTS][POSITIONS], Step (*kept)[POSITIONS]) {
+  Vec S[OUTPUTS][POSITIONS] = {}, T[OUTPUTS][POSITIONS] = {}, A[OUTPUTS][POSITIONS] = {}, B[OUTPUTS][POSITIONS] = {};
+  for (int64_t d = 0; d < depth; d++) {
+    for (int p = 0; p < POSITIONS; p++) {
+      const Vec value = load(x + d * width + p * LANES);
+      for (int o = 0; o < OUTPUTS; o++) {
+        const Vec t = value * a[o * depth + d] - m[o][p];
+        if (KEEP) {
+          Vec slope;
+          const Vec w = penalty.template weight<GENERAL>(t, &slope);
+          S[o][p] += w;
+          T[o][p] += w * t;
+          A[o][p] += GENERAL ? magnitude(t) * slope : slope;
+          B[o][p] += with_sign(slope, t);
+        } else {
+          const Vec w = penalty.template weight<GENERAL>(t);
+          S[o][p] += w;
+          T[o][p] += w * t;
+        }
+      }
+    }
+  }
+  for (int o = 0; o < OUTPUTS; o++) {
+    for (int p = 0; p < POSITIONS; p++) {
+      const Vec inverse = 1.0f / S[o][p], move = T[o][p] * inverse;
+      if (KEEP) {
+        // sum |t| w^2 = sum (w - eps w^2) for l1: one multiplication less a product.
+        const Vec drop = GENERAL ? A[o][p] : S[o][p] - penalty.eps * A[o][p];
+        kept[o][p] = {m[o][p] + move, inverse, (drop - move * B[o][p]) * inverse};
+      }
+      m[o][p] += move;
+    }
+  }
+}
+
+// All steps for OUTPUTS rows of the weight from `output` on and POSITIONS vectors of the panel from `at` on.
+template <bool GENERAL, bool KEEP, int OUTPUTS, int POSITIONS>
+inline void block(const float* a, const float* panel, int64_t width, const Conv& c, const Penalty& penalty,
+                  float* means, int64_t at, float* state, int64_t plane) {
+  Vec m[OUTPUTS][POSITIONS];
+  for (int o = 0; o < OUTPUTS; o++)
+    for (int p = 0; p < POSITIONS; p++) m[o][p] = load(means + o * PANEL + at + p * LANES);
+  for (int64_t k = 0; k < c.steps; k++) {
+    Step kept[OUTPUTS][POSITIONS];
+    advance<GENERAL, KEEP, OUTPUTS, POSITIONS>(a, panel + at, c.depth(), width, penalty, m, kept);
+    if (KEEP)
+      for (int o = 0; o < OUTPUTS; o++)
+        for (int p = 0; p < POSITIONS; p++) {
+          float* to = state + o * PANEL + at + p * LANES;
+          if (k + 1 < c.steps) store(to + k * plane, kept[o][p].end);
+          // 1 / S_j of the steps before, times what the later steps make of a change.
+          for (int64_t j = 0; j < k; j++) {
+            float* earlier = to + (c.steps - 1 + j) * plane;
+            store(earlier, load(earlier) * kept[o][p].c);
+          }
+          store(to + (c.steps - 1 + k) * plane, kept[o][p].inverse);
+          float* whole = to + (2 * c.steps - 1) * plane;
+          store(whole, k ? load(whole) * kept[o][p].c : kept[o][p].c);
+        }
+  }
+  for (int o = 0; o < OUTPUTS; o++)
+    for (int p = 0; p < POSITIONS; p++) store(means + o * PANEL + at + p * LANES, m[o][p]);
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+typedef std::unique_ptr<float, Free> Buffer;
+
+Buffer buffer(int64_t floats) {
+  void* p = nullptr;
+  if (posix_memalign(&p, 64, std::max<int64_t>(floats, 16) * 4)) std::abort();
+  return Buffer(static_cast<float*>(p));
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <bool GENERAL, bool KEEP>
+void forward(const Conv& c, const Penalty& penalty, const float* x, const float* weight, const float* plain,
+             float* out, float* state, int threads) {
+  const int64_t depth = c.depth(), positions = c.positions();
+  const int64_t vectors = std::max<int64_t>(1, std::min<int64_t>(VECTORS, CACHE / (depth * LANES * 4)));
+  const int64_t width = vectors * LANES, panels = ceil_div(positions, width);
+  // Few panels: outputs are shared out as well, sixteen at least, so that packing stays a small part.
+  const int64_t cut = std::max<int64_t>(1, std::min(TASKS / std::max<int64_t>(1, panels * c.groups), c.outputs / 16));
+  const int64_t chunk = ceil_div(ceil_div(c.outputs, cut), 4) * 4, chunks = ceil_div(c.outputs, chunk);
+  const float size_of_sum = depth;
+  const int64_t grain = 1 + GRAIN / (width * chunk * depth * c.steps);
+  if (positions * c.groups * c.outputs * depth * c.steps < SMALL) threads = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer panel = buffer(depth * width), means = buffer(chunk * PANEL);
+    Buffer steps = buffer(KEEP ? c.steps * 2 * chunk * PANEL : 0);
+    Runs runs;
+    int64_t packed = -1;
+#pragma omp for schedule(dynamic, grain)
+    for (int64_t task = 0; task < panels * c.groups * chunks; task++) {
+      const int64_t first_output = task % chunks * chunk, group = task / chunks / panels;
+      const int64_t first = task / chunks % panels * width, size = std::min(width, positions - first);
+      const int64_t outputs = std::min(chunk, c.outputs - first_output), plane = chunk * PANEL;
+      const int64_t channel = group * c.outputs + first_output;  // the first of this task
+      runs.set(c, first, size);
+      if (packed != task / chunks) pack(panel.get(), width, x, c, runs, group * c.channels, c.channels);
+      packed = task / chunks;
+      for (int64_t o = 0; o < outputs; o++) {
+        float* row = means.get() + o * PANEL;
+        gather(row, plain + (channel + o) * c.z[1], c, runs);
+        for (int64_t i = 0; i < size; i++) row[i] /= size_of_sum;
+        std::fill(row + size, row + width, 0.0f);
+      }
+      const float* a = weight + channel * depth;
+      int64_t o = 0;
+      for (; o + 4 <= outputs; o += 4)
+        for (int64_t at = 0; at < size; at += LANES)
+          block<GENERAL, KEEP, 4, 1>(a + o * depth, panel.get(), width, c, penalty, means.get() + o * PANEL, at,
+                                     steps.get() + o * PANEL, plane);
+      for (; o < outputs; o++) {
+        int64_t at = 0;
+        for (; at + PANEL <= width && size > PANEL / 2; at += PANEL)
+          block<GENERAL, KEEP, 1, VECTORS>(a + o * depth, panel.get(), width, c, penalty, means.get() + o * PANEL, at,
+                                           steps.get() + o * PANEL, plane);
+        for (; at < size; at += LANES)
+          block<GENERAL, KEEP, 1, 1>(a + o * depth, panel.get(), width, c, penalty, means.get() + o * PANEL, at,
+                                     steps.get() + o * PANEL, plane);
+      }
+      for (o = 0; o < outputs; o++) {
+        float* row = means.get() + o * PANEL;
+        for (int64_t i = 0; i < size; i++) row[i] *= size_of_sum;
+        scatter(out + (channel + o) * c.z[1], row, c, runs);
+        if (KEEP) {
+          const int64_t whole = positions * c.groups * c.outputs;
+          for (int64_t k = 0; k < c.steps * 2; k++)
+            scatter(state + k * whole + (channel + o) * c.z[1], steps.get() + k * plane + o * PANEL, c, runs);
+        }
+      }
+    }
+  }
+}
+
+// What the gradient of a product needs of every step: m_k and two factors, for the positions of a panel.
+struct Coefficients {
+  Vec mean[MAX_STEPS][VECTORS], A[MAX_STEPS][VECTORS], B[MAX_STEPS][VECTORS];
+};
+
+// The gradient of a product, summed over STEPS steps. With s = omega^2 (l1) or -omega' sign(t) (the others),
+// omega + (p - m_{k+1}) omega' is s (eps + (m_{k+1} - m_k) sign(t)) for l1.
+template <bool GENERAL, int STEPS>
+inline Vec product_gradient(Vec product_x, float a, const Coefficients& f, int p, const Penalty& penalty) {
+  Vec g = {};
+  for (int k = 0; k < STEPS; k++) {
+    const Vec t = product_x * a - f.mean[k][p];
+    Vec slope;
+    const Vec w = penalty.template weight<GENERAL>(t, &slope);
+    if (GENERAL) g += f.A[k][p] * w - slope * (f.A[k][p] * magnitude(t) - with_sign(f.B[k][p], t));
+    else g += slope * (f.A[k][p] + with_sign(f.B[k][p], t));
+  }
+  return g;
+}
+
+template <bool GENERAL, int STEPS, bool WEIGHT>
+void sweep(const float* a, const float* x, float* grad_x, float* grad_weight, int64_t rows, int vectors,
+           const Coefficients& f, const Penalty& penalty) {
+  for (int64_t d = 0; d < rows; d++) {
+    Vec total = {};
+    for (int p = 0; p < vectors; p++) {
+      const Vec value = load(x + d * PANEL + p * LANES);
+      const Vec g = product_gradient<GENERAL, STEPS>(value, a[d], f, p, penalty);
+      store(grad_x + d * PANEL + p * LANES, load(grad_x + d * PANEL + p * LANES) + g * a[d]);
+      if (WEIGHT) total += g * value;
+    }
+    if (WEIGHT) grad_weight[d] += sum(total);
+  }
+}
+
+template <bool GENERAL, bool WEIGHT>
+void sweep_steps(int64_t steps, const float* a, const float* x, float* grad_x, float* grad_weight, int64_t rows,
+                 int vectors, const Coefficients& f, const Penalty& penalty) {
+  switch (steps) {
+    case 1: return sweep<GENERAL, 1, WEIGHT>(a, x, grad_x, grad_weight, rows, vectors, f, penalty);
+    case 2: return sweep<GENERAL, 2, WEIGHT>(a, x, grad_x, grad_weight, rows, vectors, f, penalty);
+    case 3: return sweep<GENERAL, 3, WEIGHT>(a, x, grad_x, grad_weight, rows, vectors, f, penalty);
+    default: return sweep<GENERAL, 4, WEIGHT>(a, x, grad_x, grad_weight, rows, vectors, f, penalty);
+  }
+}
+
+// How the backward pass is cut: input channels, whose gradients are apart, and ranges of positions that share no input.
+struct Cut {
+  int64_t channels, chunks;  // channels of a chunk, and chunks
+  int64_t ranges, length;    // ranges of positions, and positions of one
+  explicit Cut(const Conv& c) {
+    const int64_t taps = c.kernel[0] * c.kernel[1];
+    channels = std::max<int64_t>(1, std::min(c.channels, ROWS / taps));
+    chunks = ceil_div(c.channels, channels);
+    bool apart = true;
+    for (int i = 0; i < 2; i++) apart &= (c.kernel[i] - 1) * c.dilation[i] < c.stride[i];
+    const int64_t unit = apart ? PANEL : c.area(), units = ceil_div(c.positions(), unit);
+    const int64_t wanted = std::max<int64_t>(1, std::min(units, ceil_div(TASKS, chunks * c.groups)));
+    length = ceil_div(units, wanted) * unit;
+    ranges = ceil_div(c.positions(), length);
+  }
+};
+
+template <bool GENERAL>
+void backward(const Conv& c, const Penalty& penalty, const float* x, const float* weight, const float* plain,
+              const float* end, const float* state, const float* grad, float* grad_x, float* grad_weight, int threads) {
+  const int64_t depth = c.depth(), positions = c.positions(), taps = c.kernel[0] * c.kernel[1];
+  const int64_t whole = positions * c.groups * c.outputs, weights = c.groups * c.outputs * depth;
+  const Cut cut(c);
+  Buffer parts = buffer(grad_weight && cut.ranges > 1 ? (cut.ranges - 1) * weights : 0);
+  if (grad_weight && cut.ranges > 1) std::memset(parts.get(), 0, (cut.ranges - 1) * weights * 4);
+  const float size_of_sum = depth;
+  if (whole * depth * c.steps < SMALL) threads = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t most = cut.channels * taps;
+    Buffer panel = buffer(most * PANEL), grad_panel = buffer(most * PANEL), lines = buffer(5 * PANEL);
+    Coefficients f;
+    Runs runs;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < cut.ranges * cut.chunks * c.groups; task++) {
+      const int64_t group = task % c.groups, first = task / c.groups % cut.chunks * cut.channels;
+      const int64_t range = task / c.groups / cut.chunks, last = std::min(c.channels, first + cut.channels);
+      const int64_t rows = (last - first) * taps;
+      float* into = !grad_weight ? nullptr : range == 0 ? grad_weight : parts.get() + (range - 1) * weights;
+      const int64_t stop = std::min(positions, (range + 1) * cut.length);
+      for (int64_t at = range * cut.length; at < stop; at += PANEL) {
+        const int64_t size = std::min<int64_t>(PANEL, stop - at);
+        const int vectors = ceil_div(size, LANES);
+        runs.set(c, at, size);
+        pack(panel.get(), PANEL, x, c, runs, group * c.channels + first, last - first);
+        std::memset(grad_panel.get(), 0, rows * PANEL * 4);
+        for (int64_t o = 0; o < c.outputs; o++) {
+          const int64_t channel = group * c.outputs + o;
+          const auto line = [&](const float* from, int64_t i) {  // and, beyond the last position, a mean off the products
+            float* to = lines.get() + i * PANEL;
+            std::fill(to + size, to + PANEL, 1.0f);
+            gather(to, from + channel * c.z[1], c, runs);
+            return to;
+          };
+          const float* a = weight + channel * depth + first * taps;
+          float* grad_a = into ? into + channel * depth + first * taps : nullptr;
+          float *g = line(grad, 0), *mean = line(plain, 1);
+          for (int64_t i = 0; i < size; i++) g[i] *= size_of_sum, mean[i] /= size_of_sum;
+          std::fill(g + size, g + PANEL, 0.0f);
+          for (int64_t k = 0, held; k < c.steps; k += held) {
+            held = std::min<int64_t>(MAX_STEPS, c.steps - k);
+            for (int64_t i = 0; i < held; i++) {
+              const bool last_step = k + i + 1 == c.steps;
+              float* next = line(last_step ? end : state + (k + i) * whole, 2 + (k + i) % 2);
+              if (last_step) for (int64_t j = 0; j < size; j++) next[j] /= size_of_sum;
+              const float* inverse = line(state + (c.steps - 1 + k + i) * whole, 4);
+              for (int p = 0; p < vectors; p++) {
+                const Vec m = load(mean + p * LANES), G = load(g + p * LANES) * load(inverse + p * LANES);
+                f.mean[i][p] = m;
+                f.A[i][p] = GENERAL ? G : G * penalty.eps;
+                f.B[i][p] = G * (load(next + p * LANES) - m);
+              }
+              mean = next;
+            }
+            if (grad_a) sweep_steps<GENERAL, true>(held, a, panel.get(), grad_panel.get(), grad_a, rows, vectors, f, penalty);
+            else sweep_steps<GENERAL, false>(held, a, panel.get(), grad_panel.get(), grad_a, rows, vectors, f, penalty);
+          }
+        }
+        if (grad_x) unpack(grad_x, grad_panel.get(), PANEL, c, runs, group * c.channels + first, last - first);
+      }
+    }
+    if (grad_weight && cut.ranges > 1) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < weights; i++)
+        for (int64_t range = 0; range + 1 < cut.ranges; range++) grad_weight[i] += parts.get()[range * weights + i];
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void nrpm_forward(const Conv* c, const Penalty* penalty, int general, const float* x, const float* weight,
+                  const float* plain, float* out, float* state, int threads) {
+  if (general && state) forward<true, true>(*c, *penalty, x, weight, plain, out, state, threads);
+  else if (general) forward<true, false>(*c, *penalty, x, weight, plain, out, state, threads);
+  else if (state) forward<false, true>(*c, *penalty, x, weight, plain, out, state, threads);
+  else forward<false, false>(*c, *penalty, x, weight, plain, out, state, threads);
+}
+
+void nrpm_backward(const Conv* c, const Penalty* penalty, int general, const float* x, const float* weight,
+                   const float* plain, const float* end, const float* state, const float* grad, float* grad_x,
+                   float* grad_weight, int threads) {
+  if (general) backward<true>(*c, *penalty, x, weight, plain, end, state, grad, grad_x, grad_weight, threads);
+  else backward<false>(*c, *penalty, x, weight, plain, end, state, grad, grad_x, grad_weight, threads);
+}
+
+// What the benchmark measures the others against: `rounds` times |x|, an addition, a reciprocal and two multiply-adds
+// for `count` numbers that stay in the first-level cache, in every thread.
+float nrpm_limit(const float* numbers, int64_t count, int64_t rounds, int threads) {
+  float result = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : result)
+  {
+    Vec S[VECTORS] = {}, T[VECTORS] = {};
+    for (int64_t round = 0; round < rounds; round++) {
+      const float a = 1.0f + 1e-6f * round;
+      for (int64_t i = 0; i + PANEL <= count; i += PANEL)
+        for (int v = 0; v < VECTORS; v++) {
+          const Vec t = load(numbers + i + v * LANES) * a - 0.5f;
+          const Vec w = reciprocal(magnitude(t) + 1e-3f);
+          S[v] += w;
+          T[v] += w * t;
+        }
+    }
+    for (int v = 0; v < VECTORS; v++) result += sum(S[v]) + sum(T[v]);
+  }
+  return result;
+}
+
+}  // extern "C"

@@ -1,0 +1,164 @@
+"""The estimator as one PyTorch operator over a convolution, with its exact gradient: `timm_nrpm::robust_sum`.
+
+Being an operator, it is a single node to autograd, `torch.compile` and `torch.export`. What serves on CUDA is registered
+by `cuda.py`; everywhere else it is decided here.
+
+With the products `p` of an output, `t_k = p - m_k`, `S_k = sum omega(t_k)`, and `m_{k+1} = sum omega(t_k) p / S_k`:
+
+    d m_{k+1} / d p   = (omega(t_k) + (p - m_{k+1}) omega'(t_k)) / S_k
+    d m_{k+1} / d m_k = c_k = - sum (p - m_{k+1}) omega'(t_k) / S_k
+
+So the gradient of a product is a sum over the steps, in which each is weighted by `r_k = c_{K-1} ... c_{k+1} / S_k`. The
+products are made again for it; what the forward pass keeps are 2K numbers an output, the *state* `[2K, B, O, H', W']`:
+`m_1 ... m_{K-1}`, `r_0 ... r_{K-1}`, and `c_0 ... c_{K-1}`, the derivative with respect to `m_0`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_nrpm.estimator import Penalty
+from timm_nrpm.kernels import native, tiled
+from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results
+
+
+def _implementation(x: Tensor) -> ModuleType:
+    return native if native.serves(x) else tiled
+
+
+@torch.library.custom_op("timm_nrpm::robust_sum", mutates_args=())
+def robust_sum(
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    lam: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    iterations: int,
+    penalty: Sequence[float],
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Robust estimates of the sums of a convolution.
+
+    Args:
+        x: `[B, C, H, W]`.
+        weight: `[O, C / groups, kH, kW]`.
+        plain: `[B, O, H', W']`, the plain sums, from which the iteration starts.
+        lam: Lambda, no dimensions. Where it is 1, nothing is estimated and `plain` is returned: so a graph that cannot
+            ask for a value still skips the work. None: estimate.
+        iterations: K >= 1.
+        penalty: The fields of :class:`timm_nrpm.estimator.Penalty`.
+        keep: Whether a gradient will be asked for.
+
+    Returns:
+        `[B, O, H', W']`, and the state (empty unless `keep`).
+    """
+    if lam is not None and bool(lam >= 1):
+        out, state = empty_results(plain, iterations, keep)
+        state[-1:].fill_(1)
+        return out.copy_(plain), state
+    conv = Convolution(_pair(stride), _pair(padding), _pair(dilation), groups)
+    return _implementation(x).forward(x, weight, plain, conv, iterations, Penalty(*penalty), keep)
+
+
+@robust_sum.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    lam: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    iterations: int,
+    penalty: Sequence[float],
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    return empty_results(plain, iterations, keep)
+
+
+@torch.library.custom_op("timm_nrpm::robust_sum_backward", mutates_args=())
+def robust_sum_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    lam: Tensor | None,
+    out: Tensor,
+    state: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    iterations: int,
+    penalty: Sequence[float],
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `robust_sum` with respect to `x` and `weight`; one that is not needed is empty."""
+    if lam is not None and bool(lam >= 1):
+        gradients = tuple(torch.zeros_like(t) for t in empty_gradients(x, weight, need_x, need_weight))
+    else:
+        conv = Convolution(_pair(stride), _pair(padding), _pair(dilation), groups)
+        gradients = _implementation(x).backward(
+            grad, x, weight, plain, out, state, conv, iterations, Penalty(*penalty), (need_x, need_weight)
+        )
+    return gradients
+
+
+@robust_sum_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    lam: Tensor | None,
+    out: Tensor,
+    state: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    iterations: int,
+    penalty: Sequence[float],
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return empty_gradients(x, weight, need_x, need_weight)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, plain, lam, *settings = inputs
+    ctx.settings = settings[:-1]  # without keep
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, plain, lam, *output)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    # Second derivatives would silently lack what x and weight contribute.
+    if torch.is_grad_enabled():
+        raise RuntimeError("The robust estimate has first derivatives only: call backward without create_graph.")
+    nothing = (None,) * 8
+    if grad is None:
+        return None, None, None, *nothing
+    x, weight, plain, lam, out, state = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    grad_x = grad_weight = None
+    if any(needs):
+        grad_x, grad_weight = robust_sum_backward(grad, x, weight, plain, lam, out, state, *ctx.settings, *needs)
+    return grad_x if needs[0] else None, grad_weight if needs[1] else None, grad * state[-1], *nothing
+
+
+robust_sum.register_autograd(_backward, setup_context=_setup)
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], values[1]
