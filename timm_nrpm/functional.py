@@ -39,7 +39,7 @@ def is_plain(lam: float | Tensor, iterations: int, penalty: str) -> bool:
         return iterations == 0 or penalty == "l2" or lam >= 1
     if lam.requires_grad and torch.is_grad_enabled():
         return False
-    return iterations == 0 or penalty == "l2" or not (lam.is_meta or _in_graph(lam)) and bool(lam >= 1)
+    return iterations == 0 or penalty == "l2" or (not (lam.is_meta or _in_graph(lam)) and bool(lam >= 1))
 
 
 def _in_graph(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ Pair = tuple[int, int]
 class Convolution:
     """Stride, zero padding, dilation and groups, as in `torch.nn.functional.conv2d`.
 
-    A linear map `[N, D]` to `[N, O]` is the 1x1 convolution `[1, D, 1, N]` to `[1, O, 1, N]`, so there is one case only.
+    A linear map `[N, D]` to `[N, O]` is the 1x1 convolution `[1, D, 1, N]` to `[1, O, 1, N]`, so there is one case.
     """
 
     stride: Pair = (1, 1)
@@ -67,6 +67,13 @@ def empty_gradients(x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) 
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     contiguous = torch.contiguous_format
     return grad_x, torch.empty_like(weight, memory_format=contiguous) if need_weight else weight.new_empty(0)
+
+
+def strided_as(tensor: Tensor, model: Tensor) -> Tensor:
+    """`tensor`, or a copy whose elements lie as those of `model` do."""
+    if all(n < 2 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), model.stride(), strict=True)):
+        return tensor
+    return torch.empty_like(model).copy_(tensor)
 
 
 def _pair(sizes: tuple[int, ...]) -> Pair:

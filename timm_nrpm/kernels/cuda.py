@@ -1,5 +1,160 @@
-"""placeholder"""
+"""The estimator on CUDA in float32, as Triton kernels over an implicit convolution: nothing is unfolded.
+
+Every program holds a tile of products in registers and walks along the dimension it sums over: the forward pass a tile
+of outputs by positions, along the summands, K times; the gradient of the input a tile of channels by pixels, along
+outputs and taps; the gradient of the weight a tile of outputs by summands by positions, along positions. No program
+writes where another does, so results do not vary from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from timm_nrpm.estimator import Penalty
+from timm_nrpm.kernels import cuda_kernels, operator
+from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results, strided_as
+
+SPLITS = 64  # ranges of positions whose shares of the gradient of the weight are summed at the end, at most
 
 
-def serves(x):
-    return False
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    lam: Tensor | None,
+    conv: Convolution,
+    iterations: int,
+    penalty: Penalty,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`timm_nrpm.kernels.operator.robust_sum`; lambda is looked at on the device."""
+    out, state = empty_results(plain, iterations, keep)
+    if not out.numel():
+        return out, state
+    weight, plain = weight.contiguous(), strided_as(plain, out)
+    rows, columns = len(weight) // conv.groups, out.numel() // len(weight)
+    cuda_kernels.forward[_grid(rows, columns, conv.groups)](
+        *(x, weight, plain, lam, out, state),
+        *(rows, columns, weight[0].numel(), weight.shape[1]),
+        *_shape(x, out),
+        *astuple(penalty),
+        *_constants(weight, conv, iterations, penalty),
+        KEEP=keep,
+        HAS_LAM=lam is not None,
+    )
+    return out, state
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    lam: Tensor | None,
+    out: Tensor,
+    state: Tensor,
+    conv: Convolution,
+    iterations: int,
+    penalty: Penalty,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """See :func:`timm_nrpm.kernels.operator.robust_sum_backward`."""
+    grad_x, grad_weight = empty_gradients(x, weight, *needs)
+    if not out.numel():
+        return grad_x, grad_weight.zero_()
+    weight, plain, grad = weight.contiguous(), strided_as(plain, out), strided_as(grad, out)
+    x = strided_as(x, grad_x) if needs[0] else x
+    tensors = (x, weight, plain, lam, out, state, grad)
+    depth, positions = weight[0].numel(), out.numel() // len(weight)
+    outputs, constants = len(weight) // conv.groups, _constants(weight, conv, iterations, penalty)
+    flags = {"KEEP": True, "HAS_LAM": lam is not None}
+    if needs[0]:
+        rows, columns = weight.shape[1], x.numel() // x.shape[1]
+        cuda_kernels.backward_x[_grid(rows, columns, conv.groups)](
+            *(*tensors, grad_x, rows, columns, depth, outputs), *_shape(x, out), *astuple(penalty), *constants, **flags
+        )
+    if needs[1]:
+        splits = max(1, min(SPLITS, positions // 256))
+        parts = grad_weight.new_empty(splits, *grad_weight.shape)
+        cuda_kernels.backward_weight[_grid(outputs, depth, conv.groups, splits)](
+            *(*tensors, parts, outputs, depth, depth, weight.shape[1]),
+            *(*_shape(x, out), weight.numel(), positions, -(-positions // splits)),
+            *astuple(penalty),
+            *constants,
+            **flags,
+        )
+        torch.sum(parts, 0, out=grad_weight)
+    return grad_x, grad_weight
+
+
+def _grid(rows: int, columns: int, groups: int, splits: int = 1) -> Any:
+    def grid(tile: dict[str, int]) -> tuple[int, int, int]:
+        return triton.cdiv(columns, tile["COLUMNS"]), groups * triton.cdiv(rows, tile["ROWS"]), splits
+
+    return grid
+
+
+def _shape(x: Tensor, out: Tensor) -> tuple[int, ...]:
+    return (*x.shape[2:], *out.shape[2:], *x.stride(), *out.stride(), out.numel())
+
+
+def _constants(weight: Tensor, conv: Convolution, iterations: int, penalty: Penalty) -> tuple[Any, ...]:
+    general = penalty != Penalty(penalty.eps)
+    return (iterations, *weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation, general)
+
+
+@operator.robust_sum.register_kernel("cuda")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    lam: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    iterations: int,
+    penalty: Sequence[float],
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (stride, padding, dilation, groups)
+    if x.dtype != torch.float32:
+        return operator.compute(x, weight, plain, lam, *shape, iterations, penalty, keep)
+    conv = operator.convolution(*shape)
+    with torch.cuda.device(x.device):
+        return forward(x, weight, plain, lam, conv, iterations, Penalty(*penalty), keep)
+
+
+@operator.robust_sum_backward.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    lam: Tensor | None,
+    out: Tensor,
+    state: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    iterations: int,
+    penalty: Sequence[float],
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    tensors, shape, needs = (
+        (grad, x, weight, plain, lam, out, state),
+        (stride, padding, dilation, groups),
+        (need_x, need_weight),
+    )
+    if x.dtype != torch.float32:
+        return operator.compute_backward(*tensors, *shape, iterations, penalty, *needs)
+    with torch.cuda.device(x.device):
+        return backward(*tensors, operator.convolution(*shape), iterations, Penalty(*penalty), needs)

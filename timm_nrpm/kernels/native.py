@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from timm_nrpm.estimator import Penalty
-from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results
+from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results, strided_as
 
 SOURCE = Path(__file__).with_name("estimate.cpp")
 SECONDS = 120  # for the compiler; it needs three
@@ -118,7 +118,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`timm_nrpm.kernels.operator.robust_sum`."""
     out, state = empty_results(plain, iterations, keep)
-    weight, plain = weight.contiguous(), _strided_as(plain, out)
+    weight, plain = weight.contiguous(), strided_as(plain, out)
     _call(
         "nrpm_forward",
         _describe(x, weight, out, conv, iterations),
@@ -143,7 +143,7 @@ def backward(
     """See :func:`timm_nrpm.kernels.operator.robust_sum_backward`."""
     grad_x, grad_weight = empty_gradients(x, weight, *needs)
     # The input is read with the strides of its gradient, which are its own unless elements overlap or are spread out.
-    x, plain, grad = _strided_as(x, grad_x if needs[0] else x), _strided_as(plain, out), _strided_as(grad, out)
+    x, plain, grad = strided_as(x, grad_x if needs[0] else x), strided_as(plain, out), strided_as(grad, out)
     _call(
         "nrpm_backward",
         _describe(x, weight, out, conv, iterations),
@@ -181,13 +181,6 @@ def _describe(x: Tensor, weight: Tensor, out: Tensor, conv: Convolution, iterati
         *(*weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation),
         *(*x.stride(), *out.stride(), iterations),
     ]
-
-
-def _strided_as(tensor: Tensor, model: Tensor) -> Tensor:
-    """`tensor`, or a copy whose elements lie as those of `model` do."""
-    if all(n < 2 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), model.stride(), strict=True)):
-        return tensor
-    return torch.empty_like(model).copy_(tensor)
 
 
 def limit(numbers: Tensor, rounds: int, threads: int) -> float:

@@ -1,16 +1,17 @@
 """The estimator as one PyTorch operator over a convolution, with its exact gradient: `timm_nrpm::robust_sum`.
 
-Being an operator, it is a single node to autograd, `torch.compile` and `torch.export`. What serves on CUDA is registered
-by `cuda.py`; everywhere else it is decided here.
+Being an operator, it is a single node to autograd, `torch.compile` and `torch.export`. What serves on CUDA
+is registered by `cuda.py`; everywhere else it is decided here.
 
 With the products `p` of an output, `t_k = p - m_k`, `S_k = sum omega(t_k)`, and `m_{k+1} = sum omega(t_k) p / S_k`:
 
     d m_{k+1} / d p   = (omega(t_k) + (p - m_{k+1}) omega'(t_k)) / S_k
     d m_{k+1} / d m_k = c_k = - sum (p - m_{k+1}) omega'(t_k) / S_k
 
-So the gradient of a product is a sum over the steps, in which each is weighted by `r_k = c_{K-1} ... c_{k+1} / S_k`. The
-products are made again for it; what the forward pass keeps are 2K numbers an output, the *state* `[2K, B, O, H', W']`:
-`m_1 ... m_{K-1}`, `r_0 ... r_{K-1}`, and `c_0 ... c_{K-1}`, the derivative with respect to `m_0`.
+So the gradient of a product is a sum over the steps, in which each is weighted by `r_k = c_{K-1} ... c_{k+1} / S_k`.
+The products are made again for it; what the forward pass keeps are 2K numbers an output, the *state*
+`[2K, B, O, H', W']`: `m_1 ... m_{K-1}`, then `r_0 ... r_{K-1}`, then the product of all c, which is the derivative with
+respect to `m_0`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ def _implementation(x: Tensor) -> ModuleType:
     return native if native.serves(x) else tiled
 
 
-@torch.library.custom_op("timm_nrpm::robust_sum", mutates_args=())
-def robust_sum(
+def convolution(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Convolution:
+    return Convolution((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+
+
+def compute(
     x: Tensor,
     weight: Tensor,
     plain: Tensor,
@@ -64,8 +68,11 @@ def robust_sum(
         out, state = empty_results(plain, iterations, keep)
         state[-1:].fill_(1)
         return out.copy_(plain), state
-    conv = Convolution(_pair(stride), _pair(padding), _pair(dilation), groups)
+    conv = convolution(stride, padding, dilation, groups)
     return _implementation(x).forward(x, weight, plain, conv, iterations, Penalty(*penalty), keep)
+
+
+robust_sum = torch.library.custom_op("timm_nrpm::robust_sum", compute, mutates_args=())
 
 
 @robust_sum.register_fake
@@ -85,8 +92,7 @@ def _(
     return empty_results(plain, iterations, keep)
 
 
-@torch.library.custom_op("timm_nrpm::robust_sum_backward", mutates_args=())
-def robust_sum_backward(
+def compute_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -105,13 +111,13 @@ def robust_sum_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `robust_sum` with respect to `x` and `weight`; one that is not needed is empty."""
     if lam is not None and bool(lam >= 1):
-        gradients = tuple(torch.zeros_like(t) for t in empty_gradients(x, weight, need_x, need_weight))
-    else:
-        conv = Convolution(_pair(stride), _pair(padding), _pair(dilation), groups)
-        gradients = _implementation(x).backward(
-            grad, x, weight, plain, out, state, conv, iterations, Penalty(*penalty), (need_x, need_weight)
-        )
-    return gradients
+        grad_x, grad_weight = empty_gradients(x, weight, need_x, need_weight)
+        return grad_x.zero_(), grad_weight.zero_()
+    conv, needs = convolution(stride, padding, dilation, groups), (need_x, need_weight)
+    return _implementation(x).backward(grad, x, weight, plain, out, state, conv, iterations, Penalty(*penalty), needs)
+
+
+robust_sum_backward = torch.library.custom_op("timm_nrpm::robust_sum_backward", compute_backward, mutates_args=())
 
 
 @robust_sum_backward.register_fake
@@ -158,7 +164,3 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 
 
 robust_sum.register_autograd(_backward, setup_context=_setup)
-
-
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    return values[0], values[1]

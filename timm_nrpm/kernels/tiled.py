@@ -98,7 +98,9 @@ def _estimate(
         a = matrix[g, o].unsqueeze(-1)  # [g, o, D, 1]
         b = columns[g, :, p].unsqueeze(1)  # [g, 1, D, p]
         m = start[g, o, p].unsqueeze(2)  # [g, o, 1, p]
-        ends, factors, whole = [], [], torch.ones_like(m)
+        ends: list[Tensor] = []
+        factors: list[Tensor] = []
+        whole = torch.ones_like(m)
         for _ in range(iterations):
             t = torch.addcmul(-m, a, b)  # [g, o, D, p], the product minus the mean in one pass
             if not keep:

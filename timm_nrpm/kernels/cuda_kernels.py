@@ -1,0 +1,233 @@
+"""Triton kernels of the estimator over an implicit convolution; `cuda.py` launches them.
+
+`x0` ... `x3` and `z0` ... `z3` are the strides of the input and of everything shaped like the output, `whole` is the
+number of elements of the latter; KH, SH, PH and DH are kernel, stride, padding and dilation along the height. Offsets
+are 64 bits wide. `operator.py` describes what is computed, and the state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# Tiles of products that are tried, and how many warps hold one: from depthwise layers to wide ones.
+TILES = [(1, 64, 1), (1, 256, 4), (4, 64, 2), (4, 256, 4), (16, 64, 4), (32, 64, 4), (32, 128, 8), (64, 64, 8)]
+# The same for the gradient of the weight, whose tiles may add up several positions side by side.
+DEEP_TILES = [(1, 16, 64, 4), (1, 64, 16, 4), (16, 16, 4, 4), (16, 64, 1, 4), (32, 64, 1, 8)]
+
+
+def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+    """Of the tiles, those that the layer fills; the largest where there is nothing to time them on."""
+    rows, columns = max(1, arguments["rows"]), max(64, 2 * arguments["columns"])
+    fits = [c for c in configs if c.kwargs["ROWS"] <= rows and c.kwargs["COLUMNS"] <= columns]
+    return fits if torch.cuda.is_available() else fits[-1:]
+
+
+def _tuned(configs: list[triton.Config]) -> Any:
+    keys = ["rows", "columns", "depth", "GENERAL", "KEEP"]
+    return triton.autotune(configs, key=keys, prune_configs_by={"early_config_prune": _fitting})
+
+
+@triton.jit
+def _omega(t, eps, scale, shift, low, high, GENERAL: tl.constexpr):
+    """omega(t), and -omega'(t) sign(t), which is 0 where omega is clamped."""
+    w = 1.0 / (tl.abs(t) + eps)
+    slope = w * w
+    if GENERAL:
+        slope *= scale
+        w = w * scale - shift
+        slope = tl.where((w > low) & (w < high), slope, 0.0)
+        w = tl.where(w < low, low, w)  # a comparison with NaN is false: it passes
+        w = tl.where(w > high, high, w)
+    return w, slope
+
+
+@triton.jit
+def _with_sign(value, t):
+    return tl.where(t > 0, value, tl.where(t < 0, -value, 0.0))
+
+
+@triton.jit
+def _place(index, height, width):
+    """Image, row and column of a number that counts positions or pixels over all images."""
+    rest = index // width
+    return rest // height, rest % height, index % width
+
+
+@triton.jit
+def _slope_of_step(t, G, move, eps, scale, shift, low, high, GENERAL: tl.constexpr):
+    """`G (omega(t) + (p - m_{k+1}) omega'(t))`, where `t = p - m_k` and `move = m_{k+1} - m_k`."""
+    omega, slope = _omega(t, eps, scale, shift, low, high, GENERAL)
+    if GENERAL:
+        return G * omega - slope * (G * tl.abs(t) - _with_sign(G * move, t))
+    return slope * (G * eps + _with_sign(G * move, t))  # since omega - |t| omega^2 is eps omega^2
+
+
+@_tuned([triton.Config({"ROWS": r, "COLUMNS": c}, num_warps=w) for r, c, w in TILES])
+@triton.jit
+def forward(
+    x, weight, plain, lam, out, state, rows, columns, depth, channels, height, width, out_height, out_width,
+    x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
+    STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
+    PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
+    HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`rows` outputs of a group, `columns` positions."""
+    blocks = tl.cdiv(rows, ROWS)
+    group = (tl.program_id(1) // blocks).to(tl.int64)
+    o = tl.program_id(1) % blocks * ROWS + tl.arange(0, ROWS)
+    p = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    valid_o, valid_p = o < rows, p < columns
+    valid = valid_o[:, None] & valid_p[None, :]
+    image, row, column = _place(p, out_height, out_width)
+    z = (group * rows + o)[:, None] * z1 + (image * z0 + row * z2 + column * z3)[None, :]
+    top, left = row * SH - PH, column * SW - PW
+    x += image * x0 + top * x2 + left * x3
+    top, left = top.to(tl.int32), left.to(tl.int32)  # in an image 32 bits are enough
+    weight += (group * rows + o) * depth
+    start = tl.load(plain + z, mask=valid, other=0.0)
+    steps = STEPS
+    if HAS_LAM:
+        steps = tl.where(tl.load(lam) >= 1, 0, STEPS)
+    m = start / depth
+    chain = tl.full([ROWS, COLUMNS], 1.0, tl.float32)
+    for k in range(steps):
+        S = tl.zeros([ROWS, COLUMNS], tl.float32)
+        T = tl.zeros([ROWS, COLUMNS], tl.float32)
+        A = tl.zeros([ROWS, COLUMNS], tl.float32)
+        B = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for d in range(depth):
+            i, j = d // KW % KH * DH, d % KW * DW
+            inside = valid_p & (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
+            channel = group * channels + d // (KH * KW)  # 64 bits wide, as the group is
+            value = tl.load(x + (channel * x1 + i * x2 + j * x3), mask=inside, other=0.0)
+            a = tl.load(weight + d, mask=valid_o, other=0.0)
+            t = tl.fma(a[:, None].broadcast_to(m.shape), value[None, :].broadcast_to(m.shape), -m)
+            omega, slope = _omega(t, eps, scale, shift, low, high, GENERAL)
+            S += omega
+            T = tl.fma(omega, t, T)
+            if KEEP:
+                A += tl.abs(t) * slope
+                B += _with_sign(slope, t)
+        move = T / S
+        m += move
+        if KEEP:
+            c = (A - move * B) / S
+            if k + 1 < STEPS:
+                tl.store(state + k * whole + z, m, mask=valid)
+            for earlier in range(k):  # what the steps before have come to
+                r = state + (STEPS - 1 + earlier) * whole + z
+                tl.store(r, tl.load(r, mask=valid) * c, mask=valid)
+            tl.store(state + (STEPS - 1 + k) * whole + z, 1.0 / S, mask=valid)
+            chain *= c
+    total = m * depth
+    if HAS_LAM:
+        total = tl.where(steps == 0, start, total)  # bit for bit
+    tl.store(out + z, total, mask=valid)
+    if KEEP:
+        tl.store(state + (2 * STEPS - 1) * whole + z, chain, mask=valid)
+
+
+@_tuned([triton.Config({"ROWS": r, "COLUMNS": c}, num_warps=w) for r, c, w in TILES])
+@triton.jit
+def backward_x(
+    x, weight, plain, lam, out, state, grad, grad_x, rows, columns, depth, outputs, height, width, out_height,
+    out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
+    STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
+    PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
+    HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`rows` channels of a group, `columns` pixels of the input."""
+    blocks = tl.cdiv(rows, ROWS)
+    group = (tl.program_id(1) // blocks).to(tl.int64)
+    c = tl.program_id(1) % blocks * ROWS + tl.arange(0, ROWS)
+    q = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    valid_c, valid_q = c < rows, q < columns
+    valid = valid_c[:, None] & valid_q[None, :]
+    image, row, column = _place(q, height, width)
+    place = (group * rows + c)[:, None] * x1 + (image * x0 + row * x2 + column * x3)[None, :]
+    value = tl.load(x + place, mask=valid, other=0.0)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sums = outputs * KH * KW
+    if HAS_LAM:
+        sums = tl.where(tl.load(lam) >= 1, 0, sums)
+    for n in range(sums):
+        tap = n % (KH * KW)
+        channel = group * outputs + n // (KH * KW)
+        h, w = row + PH - tap // KW * DH, column + PW - tap % KW * DW
+        inside = valid_q & (h >= 0) & (w >= 0) & (h % SH == 0) & (w % SW == 0)
+        inside &= (h // SH < out_height) & (w // SW < out_width)
+        z = channel * z1 + image * z0 + h // SH * z2 + w // SW * z3
+        a = tl.load(weight + channel * depth + c * (KH * KW) + tap, mask=valid_c, other=0.0)
+        g = tl.load(grad + z, mask=inside, other=0.0) * depth
+        m = tl.load(plain + z, mask=inside, other=0.0) / depth
+        share = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in tl.static_range(STEPS):
+            if k + 1 < STEPS:
+                end = tl.load(state + k * whole + z, mask=inside, other=0.0)
+            else:
+                end = tl.load(out + z, mask=inside, other=0.0) / depth
+            G = g * tl.load(state + (STEPS - 1 + k) * whole + z, mask=inside, other=0.0)
+            t = a[:, None] * value - m[None, :]
+            share += _slope_of_step(t, G[None, :], (end - m)[None, :], eps, scale, shift, low, high, GENERAL)
+            m = end
+        total += tl.where(inside[None, :], share * a[:, None], 0.0)
+    tl.store(grad_x + place, total, mask=valid)
+
+
+@_tuned([triton.Config({"ROWS": r, "COLUMNS": c, "DEEP": d}, num_warps=w) for r, c, d, w in DEEP_TILES])
+@triton.jit
+def backward_weight(
+    x, weight, plain, lam, out, state, grad, grad_weight, rows, columns, depth, channels, height, width, out_height,
+    out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, weights, positions, length, eps, scale, shift, low, high,
+    STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
+    PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
+    HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """`rows` outputs of a group, `columns` summands, over `length` of the `positions`, DEEP at a time."""
+    blocks = tl.cdiv(rows, ROWS)
+    group = (tl.program_id(1) // blocks).to(tl.int64)
+    o = tl.program_id(1) % blocks * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    valid_o, valid_d = o < rows, d < columns
+    valid = valid_o[:, None] & valid_d[None, :]
+    place = (group * rows + o)[:, None] * depth + d[None, :]
+    a = tl.load(weight + place, mask=valid, other=0.0)
+    i, j = d // KW % KH * DH - PH, d % KW * DW - PW
+    x += (group * channels + d // (KH * KW)) * x1 + i * x2 + j * x3
+    first = tl.program_id(2).to(tl.int64) * length
+    stop = tl.minimum(first + length, positions)
+    total = tl.zeros([ROWS, COLUMNS, DEEP], tl.float32)
+    sums = tl.cdiv(length, DEEP)
+    if HAS_LAM:
+        sums = tl.where(tl.load(lam) >= 1, 0, sums)
+    for n in range(sums):
+        p = first + n * DEEP + tl.arange(0, DEEP)
+        valid_p = p < stop
+        image, row, column = _place(p, out_height, out_width)
+        h, w = i[:, None] + (row * SH)[None, :], j[:, None] + (column * SW)[None, :]
+        inside = valid_d[:, None] & valid_p[None, :] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        value = tl.load(
+            x[:, None] + (image * x0 + row * SH * x2 + column * SW * x3)[None, :], mask=inside, other=0.0
+        )  # [COLUMNS, DEEP]
+        z = (group * rows + o)[:, None] * z1 + (image * z0 + row * z2 + column * z3)[None, :]
+        kept = valid_o[:, None] & valid_p[None, :]  # [ROWS, DEEP]
+        g = tl.load(grad + z, mask=kept, other=0.0) * depth
+        m = tl.load(plain + z, mask=kept, other=0.0) / depth
+        share = tl.zeros([ROWS, COLUMNS, DEEP], tl.float32)
+        for k in tl.static_range(STEPS):
+            if k + 1 < STEPS:
+                end = tl.load(state + k * whole + z, mask=kept, other=0.0)
+            else:
+                end = tl.load(out + z, mask=kept, other=0.0) / depth
+            G = g * tl.load(state + (STEPS - 1 + k) * whole + z, mask=kept, other=0.0)
+            t = a[:, :, None] * value[None, :, :] - m[:, None, :]
+            move = (end - m)[:, None, :]
+            share += _slope_of_step(t, G[:, None, :], move, eps, scale, shift, low, high, GENERAL)
+            m = end
+        total += tl.where(valid_p[None, None, :], share * value[None, :, :], 0.0)
+    grad_weight += tl.program_id(2).to(tl.int64) * weights
+    tl.store(grad_weight + place, tl.sum(total, 2), mask=valid)
