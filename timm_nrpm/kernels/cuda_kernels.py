@@ -18,6 +18,9 @@ TILES = [(1, 64, 1), (1, 256, 4), (4, 64, 2), (4, 256, 4), (16, 64, 4), (32, 64,
 # The same for the gradient of the weight, whose tiles may add up several positions side by side.
 DEEP_TILES = [(1, 16, 64, 4), (1, 64, 16, 4), (16, 16, 4, 4), (16, 64, 1, 4), (32, 64, 1, 8)]
 
+# Summands added up before they join the others, so that rounding does not grow with the depth.
+STRETCH = tl.constexpr(64)
+
 
 def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
     """Of the tiles, those that the layer fills; the largest where there is nothing to time them on."""
@@ -99,19 +102,24 @@ def forward(
         T = tl.zeros([ROWS, COLUMNS], tl.float32)
         A = tl.zeros([ROWS, COLUMNS], tl.float32)
         B = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for d in range(depth):
-            i, j = d // KW % KH * DH, d % KW * DW
-            inside = valid_p & (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
-            channel = group * channels + d // (KH * KW)  # 64 bits wide, as the group is
-            value = tl.load(x + (channel * x1 + i * x2 + j * x3), mask=inside, other=0.0)
-            a = tl.load(weight + d, mask=valid_o, other=0.0)
-            t = tl.fma(a[:, None].broadcast_to(m.shape), value[None, :].broadcast_to(m.shape), -m)
-            omega, slope = _omega(t, eps, scale, shift, low, high, GENERAL)
-            S += omega
-            T = tl.fma(omega, t, T)
-            if KEEP:
-                A += tl.abs(t) * slope
-                B += _with_sign(slope, t)
+        for first in range(0, depth, STRETCH):
+            s = tl.zeros([ROWS, COLUMNS], tl.float32)
+            v = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for d in range(first, tl.minimum(first + STRETCH, depth)):
+                i, j = d // KW % KH * DH, d % KW * DW
+                inside = valid_p & (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
+                channel = group * channels + d // (KH * KW)  # 64 bits wide, as the group is
+                value = tl.load(x + (channel * x1 + i * x2 + j * x3), mask=inside, other=0.0)
+                a = tl.load(weight + d, mask=valid_o, other=0.0)
+                t = tl.fma(a[:, None].broadcast_to(m.shape), value[None, :].broadcast_to(m.shape), -m)
+                omega, slope = _omega(t, eps, scale, shift, low, high, GENERAL)
+                s += omega
+                v = tl.fma(omega, t, v)
+                if KEEP:
+                    A += tl.abs(t) * slope
+                    B += _with_sign(slope, t)
+            S += s
+            T += v
         move = T / S
         m += move
         if KEEP:

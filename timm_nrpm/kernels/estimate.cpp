@@ -31,6 +31,7 @@ constexpr int PANEL = LANES * VECTORS;
 constexpr int64_t CACHE = 1 << 18;    // bytes of a panel, well inside a second-level cache
 constexpr int64_t ROWS = 64;          // of a panel in the backward pass, where it shares the first level with its gradient
 constexpr int64_t TASKS = 64;         // pieces to cut the work into at least, where the shapes allow it
+constexpr int64_t STRETCH = 64;       // summands added up before they join the others
 constexpr int64_t GRAIN = 1 << 18;    // products that a thread takes at a time, at least
 constexpr int64_t SMALL = 1 << 15;    // products that one thread finishes before another has woken up
 constexpr int MAX_STEPS = 4;          // steps whose coefficients the backward pass holds in registers at once
@@ -76,11 +77,13 @@ inline Vec with_sign(Vec v, Vec t) {
 }
 
 inline float sum(Vec v) {
-  float total = 0;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) v[i] += v[i + half];
-  total = v[0];
-  return total;
+  return v[0];
+#endif
 }
 
 struct Penalty {
@@ -101,6 +104,8 @@ struct Penalty {
   }
 };
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct Conv {
   int64_t batch, groups, channels, outputs;  // channels and outputs of one group
   int64_t height, width, out_height, out_width;
@@ -112,7 +117,7 @@ struct Conv {
   int64_t positions() const { return batch * area(); }
 };
 
-// Consecutive positions of one output row, at `at` in the panel.
+// Consecutive positions of one row, at `at` in the panel.
 struct Run {
   int64_t image, row, column, count, at;
 };
@@ -122,18 +127,27 @@ struct Runs {
   int count = 0;
   int64_t first = -1;
   // The same positions as before cost nothing.
-  void set(const Conv& c, int64_t start, int64_t size) {
+  void set(int64_t height, int64_t width, int64_t start, int64_t size) {
     if (first == start) return;
     first = start, count = 0;
     for (int64_t at = 0; at < size;) {
-      int64_t p = first + at, column = p % c.out_width, row = p / c.out_width;
-      int64_t n = std::min(size - at, c.out_width - column);
-      run[count++] = {row / c.out_height, row % c.out_height, column, n, at};
+      const int64_t p = first + at, column = p % width, row = p / width, n = std::min(size - at, width - column);
+      run[count++] = {row / height, row % height, column, n, at};
       at += n;
     }
   }
   const Run* begin() const { return run; }
   const Run* end() const { return run + count; }
+};
+
+// The positions of a panel, cut where the input breaks off and where the output does.
+struct Positions {
+  Runs in, out;
+  void set(const Conv& c, int64_t start, int64_t size) {
+    in.set(c.out_height, c.out_width, start, size);
+    if (c.z[2] == c.out_width * c.z[3]) out.set(1, c.area(), start, size);  // rows follow each other
+    else out.set(c.out_height, c.out_width, start, size);
+  }
 };
 
 template <class F>
@@ -166,8 +180,10 @@ inline void stretches(const Conv& c, const Runs& runs, int64_t first_channel, co
       if (h < 0 || h >= c.height) continue;
       for (int64_t j = 0; j < c.kernel[1]; j++) {
         const int64_t w = r.column * c.stride[1] - c.padding[1] + j * c.dilation[1];
-        const int64_t skip = w < 0 ? (-w + c.stride[1] - 1) / c.stride[1] : 0;
-        const int64_t stop = w >= c.width ? 0 : std::min(r.count, (c.width - w + c.stride[1] - 1) / c.stride[1]);
+        // Divisions, which cost as much as copying a stretch, only where it sticks out.
+        const int64_t skip = w < 0 ? ceil_div(-w, c.stride[1]) : 0;
+        const bool fits = w + (r.count - 1) * c.stride[1] < c.width;
+        const int64_t stop = fits ? r.count : ceil_div(std::max<int64_t>(0, c.width - w), c.stride[1]);
         if (skip >= stop) continue;
         const int64_t column = w + skip * c.stride[1];
         f(i * c.kernel[1] + j, r.at + skip,
@@ -222,25 +238,30 @@ template <bool GENERAL, bool KEEP, int OUTPUTS, int POSITIONS>
 inline void advance(const float* a, const float* x, int64_t depth, int64_t width, const Penalty& penalty,
                     Vec (&m)[OUTPUTS][POSITIONS], Step (*kept)[POSITIONS]) {
   Vec S[OUTPUTS][POSITIONS] = {}, T[OUTPUTS][POSITIONS] = {}, A[OUTPUTS][POSITIONS] = {}, B[OUTPUTS][POSITIONS] = {};
-  for (int64_t d = 0; d < depth; d++) {
-    for (int p = 0; p < POSITIONS; p++) {
-      const Vec value = load(x + d * width + p * LANES);
-      for (int o = 0; o < OUTPUTS; o++) {
-        const Vec t = value * a[o * depth + d] - m[o][p];
-        if (KEEP) {
+  // In stretches, so that the error of a sum grows with their number and length and not with the depth.
+  for (int64_t first = 0; first < depth; first += STRETCH) {
+    Vec s[OUTPUTS][POSITIONS] = {}, t[OUTPUTS][POSITIONS] = {}, u[OUTPUTS][POSITIONS] = {}, v[OUTPUTS][POSITIONS] = {};
+    for (int64_t d = first; d < std::min(depth, first + STRETCH); d++) {
+      for (int p = 0; p < POSITIONS; p++) {
+        const Vec value = load(x + d * width + p * LANES);
+        for (int o = 0; o < OUTPUTS; o++) {
+          const Vec off = value * a[o * depth + d] - m[o][p];
           Vec slope;
-          const Vec w = penalty.template weight<GENERAL>(t, &slope);
-          S[o][p] += w;
-          T[o][p] += w * t;
-          A[o][p] += GENERAL ? magnitude(t) * slope : slope;
-          B[o][p] += with_sign(slope, t);
-        } else {
-          const Vec w = penalty.template weight<GENERAL>(t);
-          S[o][p] += w;
-          T[o][p] += w * t;
+          const Vec w = penalty.template weight<GENERAL>(off, KEEP ? &slope : nullptr);
+          s[o][p] += w;
+          t[o][p] += w * off;
+          if (KEEP) {
+            u[o][p] += GENERAL ? magnitude(off) * slope : slope;
+            v[o][p] += with_sign(slope, off);
+          }
         }
       }
     }
+    for (int o = 0; o < OUTPUTS; o++)
+      for (int p = 0; p < POSITIONS; p++) {
+        S[o][p] += s[o][p], T[o][p] += t[o][p];
+        if (KEEP) A[o][p] += u[o][p], B[o][p] += v[o][p];
+      }
   }
   for (int o = 0; o < OUTPUTS; o++) {
     for (int p = 0; p < POSITIONS; p++) {
@@ -295,8 +316,6 @@ Buffer buffer(int64_t floats) {
   return Buffer(static_cast<float*>(p));
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <bool GENERAL, bool KEEP>
 void forward(const Conv& c, const Penalty& penalty, const float* x, const float* weight, const float* plain,
              float* out, float* state, int threads) {
@@ -313,7 +332,7 @@ void forward(const Conv& c, const Penalty& penalty, const float* x, const float*
   {
     Buffer panel = buffer(depth * width), means = buffer(chunk * PANEL);
     Buffer steps = buffer(KEEP ? c.steps * 2 * chunk * PANEL : 0);
-    Runs runs;
+    Positions at_hand;
     int64_t packed = -1;
 #pragma omp for schedule(dynamic, grain)
     for (int64_t task = 0; task < panels * c.groups * chunks; task++) {
@@ -321,12 +340,12 @@ void forward(const Conv& c, const Penalty& penalty, const float* x, const float*
       const int64_t first = task / chunks % panels * width, size = std::min(width, positions - first);
       const int64_t outputs = std::min(chunk, c.outputs - first_output), plane = chunk * PANEL;
       const int64_t channel = group * c.outputs + first_output;  // the first of this task
-      runs.set(c, first, size);
-      if (packed != task / chunks) pack(panel.get(), width, x, c, runs, group * c.channels, c.channels);
+      at_hand.set(c, first, size);
+      if (packed != task / chunks) pack(panel.get(), width, x, c, at_hand.in, group * c.channels, c.channels);
       packed = task / chunks;
       for (int64_t o = 0; o < outputs; o++) {
         float* row = means.get() + o * PANEL;
-        gather(row, plain + (channel + o) * c.z[1], c, runs);
+        gather(row, plain + (channel + o) * c.z[1], c, at_hand.out);
         for (int64_t i = 0; i < size; i++) row[i] /= size_of_sum;
         std::fill(row + size, row + width, 0.0f);
       }
@@ -348,11 +367,11 @@ void forward(const Conv& c, const Penalty& penalty, const float* x, const float*
       for (o = 0; o < outputs; o++) {
         float* row = means.get() + o * PANEL;
         for (int64_t i = 0; i < size; i++) row[i] *= size_of_sum;
-        scatter(out + (channel + o) * c.z[1], row, c, runs);
+        scatter(out + (channel + o) * c.z[1], row, c, at_hand.out);
         if (KEEP) {
           const int64_t whole = positions * c.groups * c.outputs;
           for (int64_t k = 0; k < c.steps * 2; k++)
-            scatter(state + k * whole + (channel + o) * c.z[1], steps.get() + k * plane + o * PANEL, c, runs);
+            scatter(state + k * whole + (channel + o) * c.z[1], steps.get() + k * plane + o * PANEL, c, at_hand.out);
         }
       }
     }
@@ -437,7 +456,7 @@ void backward(const Conv& c, const Penalty& penalty, const float* x, const float
     const int64_t most = cut.channels * taps;
     Buffer panel = buffer(most * PANEL), grad_panel = buffer(most * PANEL), lines = buffer(5 * PANEL);
     Coefficients f;
-    Runs runs;
+    Positions at_hand;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < cut.ranges * cut.chunks * c.groups; task++) {
       const int64_t group = task % c.groups, first = task / c.groups % cut.chunks * cut.channels;
@@ -448,15 +467,15 @@ void backward(const Conv& c, const Penalty& penalty, const float* x, const float
       for (int64_t at = range * cut.length; at < stop; at += PANEL) {
         const int64_t size = std::min<int64_t>(PANEL, stop - at);
         const int vectors = ceil_div(size, LANES);
-        runs.set(c, at, size);
-        pack(panel.get(), PANEL, x, c, runs, group * c.channels + first, last - first);
+        at_hand.set(c, at, size);
+        pack(panel.get(), PANEL, x, c, at_hand.in, group * c.channels + first, last - first);
         std::memset(grad_panel.get(), 0, rows * PANEL * 4);
         for (int64_t o = 0; o < c.outputs; o++) {
           const int64_t channel = group * c.outputs + o;
           const auto line = [&](const float* from, int64_t i) {  // and, beyond the last position, a mean off the products
             float* to = lines.get() + i * PANEL;
             std::fill(to + size, to + PANEL, 1.0f);
-            gather(to, from + channel * c.z[1], c, runs);
+            gather(to, from + channel * c.z[1], c, at_hand.out);
             return to;
           };
           const float* a = weight + channel * depth + first * taps;
@@ -483,7 +502,7 @@ void backward(const Conv& c, const Penalty& penalty, const float* x, const float
             else sweep_steps<GENERAL, false>(held, a, panel.get(), grad_panel.get(), grad_a, rows, vectors, f, penalty);
           }
         }
-        if (grad_x) unpack(grad_x, grad_panel.get(), PANEL, c, runs, group * c.channels + first, last - first);
+        if (grad_x) unpack(grad_x, grad_panel.get(), PANEL, c, at_hand.in, group * c.channels + first, last - first);
       }
     }
     if (grad_weight && cut.ranges > 1) {
