@@ -7,6 +7,8 @@ there by renaming, so that processes that start together do not disturb each oth
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -49,6 +51,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timm_nrpm"
 
 
+def _writable_cache() -> Path:
+    """The cache folder, or one for this process alone where that cannot be written."""
+    folder = cache_folder()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    temporary = Path(tempfile.mkdtemp(prefix="timm_nrpm-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
+
+
 def _compiler() -> str:
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     for candidate in candidates:
@@ -71,7 +85,7 @@ def build() -> Path:
     library = cache_folder() / name
     if library.exists():
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
+    library = _writable_cache() / name
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
