@@ -36,8 +36,7 @@ def run(x, weight, conv, iterations, penalty, grad=None):
     x, weight = x.detach().requires_grad_(grad is not None), weight.detach().requires_grad_(grad is not None)
     shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
     plain = F.conv2d(x, weight, None, *shape)
-    fields = (penalty.eps, penalty.scale, penalty.shift, penalty.low, penalty.high)
-    out, _ = operator.robust_sum(x, weight, plain, None, *shape, iterations, fields, grad is not None)
+    out, _ = operator.robust_sum(x, weight, plain, None, *shape, iterations, penalty.numbers, grad is not None)
     return (out,) if grad is None else (out, *torch.autograd.grad(out, (x, weight), grad))
 
 

@@ -54,6 +54,11 @@ class Penalty:
         }[name]()
 
     @property
+    def numbers(self) -> tuple[float, float, float, float, float]:
+        """The fields in order: `Penalty(*penalty.numbers)` is the same."""
+        return self.eps, self.scale, self.shift, self.low, self.high
+
+    @property
     def clamps(self) -> bool:
         return self.low > 0.0 or self.high < math.inf
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +84,7 @@ def _mix(
     shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
     robust = plain  # of no step, which is here so that lambda takes its gradient, 0
     if iterations:
-        robust, _ = robust_sum(x, weight, plain, skip, *shape, iterations, astuple(penalty), keep)
+        robust, _ = robust_sum(x, weight, plain, skip, *shape, iterations, penalty.numbers, keep)
     lam = lam.to(plain) if isinstance(lam, Tensor) else lam
     # In place where autograd does not look: the output of a shallow layer costs as much to allocate as to compute.
     return torch.lerp(robust, plain, lam) if grad else robust.lerp_(plain, lam)

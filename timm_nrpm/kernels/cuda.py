@@ -9,7 +9,6 @@ writes where another does, so results do not vary from run to run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ def forward(
         *(x, weight, plain, lam, out, state),
         *(rows, columns, weight[0].numel(), weight.shape[1]),
         *_shape(x, out),
-        *astuple(penalty),
+        *penalty.numbers,
         *_constants(weight, conv, iterations, penalty),
         KEEP=keep,
         HAS_LAM=lam is not None,
@@ -77,7 +76,7 @@ def backward(
     if needs[0]:
         rows, columns = weight.shape[1], x.numel() // x.shape[1]
         cuda_kernels.backward_x[_grid(rows, columns, conv.groups)](
-            *(*tensors, grad_x, rows, columns, depth, outputs), *_shape(x, out), *astuple(penalty), *constants, **flags
+            *(*tensors, grad_x, rows, columns, depth, outputs), *_shape(x, out), *penalty.numbers, *constants, **flags
         )
     if needs[1]:
         splits = max(1, min(SPLITS, positions // 256))
@@ -85,7 +84,7 @@ def backward(
         cuda_kernels.backward_weight[_grid(outputs, depth, conv.groups, splits)](
             *(*tensors, parts, outputs, depth, depth, weight.shape[1]),
             *(*_shape(x, out), weight.numel(), positions, -(-positions // splits)),
-            *astuple(penalty),
+            *penalty.numbers,
             *constants,
             **flags,
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import hashlib
 import math
@@ -63,7 +62,7 @@ def _writable_cache() -> Path:
     return temporary
 
 
-def _compiler() -> str:
+def compiler() -> str:
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     for candidate in candidates:
         if path := shutil.which(candidate):
@@ -77,35 +76,43 @@ def build() -> Path:
     Raises:
         OSError: There is no compiler, it failed, or the library cannot be written.
     """
-    compiler = _compiler()
+    cxx = compiler()
     flags = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w"]
     flags += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
-    made_from = [SOURCE.read_text(), compiler, str(os.stat(compiler).st_mtime_ns), *flags, sys.platform]
+    made_from = [SOURCE.read_text(), cxx, str(os.stat(cxx).st_mtime_ns), *flags, sys.platform]
     name = f"estimate-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
-    library = cache_folder() / name
-    if library.exists():
-        return library
-    library = _writable_cache() / name
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    if (cache_folder() / name).exists():
+        return cache_folder() / name
+    path = _writable_cache() / name
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        command = [compiler, *flags, str(SOURCE), "-o", temporary]
+        command = [cxx, *flags, str(SOURCE), "-o", temporary]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
-            raise OSError(f"{compiler} failed: {done.stderr.strip()[:500]}")
-        os.replace(temporary, library)
+            raise OSError(f"{cxx} failed: {done.stderr.strip()[:500]}")
+        os.replace(temporary, path)
     except subprocess.TimeoutExpired as error:
-        raise OSError(f"{compiler} was not done after {SECONDS} s") from error
+        raise OSError(f"{cxx} was not done after {SECONDS} s") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return library
+    return path
+
+
+def _load() -> ctypes.CDLL:
+    path = build()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # cut short by a full disk, say: once more
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(build()))
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels, compiled if need be; None, after one :class:`SlowPathWarning`, where that cannot be done."""
     try:
-        loaded = ctypes.CDLL(str(build()))
+        loaded = _load()
     except OSError as error:
         warnings.warn(
             f"The fast CPU kernels are not available: {error}. The same numbers come from a path that is ten times "
@@ -178,7 +185,7 @@ def _call(name: str, description: list[int], penalty: Penalty, tensors: tuple[Te
     assert kernels is not None  # else another implementation serves
     getattr(kernels, name)(
         (ctypes.c_int64 * len(description))(*description),
-        (ctypes.c_float * 5)(*dataclasses.astuple(penalty)),
+        (ctypes.c_float * 5)(*penalty.numbers),
         penalty != Penalty(penalty.eps),  # anything but l1
         *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
         torch.get_num_threads(),

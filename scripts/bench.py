@@ -1,0 +1,372 @@
+"""How fast the estimator is, side by side with what it replaces and with what the machine can do.
+
+    python scripts/bench.py                  # everything, about ten minutes on two cores
+    python scripts/bench.py --only operators # or: models, scaling
+    python scripts/bench.py --device cuda
+
+Writes results/bench-DEVICE.json and results/bench-DEVICE.md. Everything is measured in this one run, since machines are
+shared: the reference that holds every product, the plain operation, and the limit, which is a loop over data in the
+first-level cache with the same number of |x|, additions, reciprocals and multiply-adds as one step has products. Times
+are medians. A product counts once, whatever K is: at K = 3 the limit in products is a third of that in steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+import timm_nrpm
+from timm_nrpm.estimator import Penalty, robust_sum
+from timm_nrpm.functional import nrpm_conv2d, nrpm_linear
+from timm_nrpm.kernels import native
+
+ROOT = Path(__file__).parents[1]
+K = 3
+Row = dict[str, Any]
+
+# What is compared: batch, channels, outputs, size, kernel, stride, padding, groups; the first three are the targets.
+CONVOLUTIONS = {
+    "3x3, 16 to 16, 32x32, batch 8": (8, 16, 16, 32, 3, 1, 1, 1),
+    "3x3, 64 to 64, 28x28, batch 1": (1, 64, 64, 28, 3, 1, 1, 1),
+    "3x3, 256 to 256, 14x14, batch 1": (1, 256, 256, 14, 3, 1, 1, 1),
+    "3x3, 512 to 512, 7x7, batch 8": (8, 512, 512, 7, 3, 1, 1, 1),
+    "stem 7x7/2, 3 to 64, 224x224, batch 1": (1, 3, 64, 224, 7, 2, 3, 1),
+    "1x1, 256 to 64, 56x56, batch 1": (1, 256, 64, 56, 1, 1, 0, 1),
+    "1x1, 64 to 256, 56x56, batch 8": (8, 64, 256, 56, 1, 1, 0, 1),
+    "depthwise 3x3, 256, 28x28, batch 8": (8, 256, 256, 28, 3, 1, 1, 256),
+    "patchify 16x16, 3 to 192, 224x224, batch 1": (1, 3, 192, 224, 16, 16, 0, 1),
+}
+# Rows, inputs, outputs.
+LINEARS = {
+    "tokens 196 to 384, 512 rows": (512, 196, 384),
+    "head 512 to 1000, 1 row": (1, 512, 1000),
+}
+MODELS = {"resnet18": 8, "resnet50": 8}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], Any], device: str, at_least: float = 1.0) -> float:
+    """Median time of a call: after one to warm up, until `at_least` seconds are spent, three calls or more.
+
+    A call that takes five seconds needs no warming up, and two of them are enough.
+    """
+    times: list[float] = []
+    spent = 0.0
+    while spent < at_least or len(times) < 4:
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+        spent += times[-1]
+        if min(times) > 5 and len(times) == 2:
+            return statistics.median(times)
+    return statistics.median(times[1:])
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def peak_bytes(work: Callable[[], Any], device: str) -> int:
+    """Memory that a call takes on top of what is held before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    work()
+    return max(0, _status("VmHWM") - before)
+
+
+def limit(device: str) -> float:
+    """Steps (|x|, addition, reciprocal, two multiply-adds) a second that this machine can do."""
+    if device == "cuda":  # the special function units: 16 reciprocals a clock and multiprocessor
+        properties = torch.cuda.get_device_properties(0)
+        return 16.0 * properties.multi_processor_count * torch.cuda.clock_rate() * 1e6
+    if native.library() is None:
+        return math.nan
+    numbers, rounds, threads = torch.rand(4096), 10_000, torch.get_num_threads()
+    return len(numbers) * rounds * threads / seconds(lambda: native.limit(numbers, rounds, threads), device, 0.3)
+
+
+def machine(device: str) -> Row:
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    field = lambda name: next((x.split(":")[1].strip() for x in info.splitlines() if x.startswith(name)), "")  # noqa: E731
+    wanted = ("sse4_2", "avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_fp16", "amx_tile")
+    compiler = ""
+    if native.library() is not None:
+        compiler = subprocess.run([native.compiler(), "--version"], capture_output=True, text=True).stdout.split("\n")[
+            0
+        ]
+    return {
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "timm_nrpm": timm_nrpm.__version__,
+        "python": platform.python_version(),
+        "cpu": field("model name") or platform.processor(),
+        "cpu_flags": [flag for flag in wanted if flag in field("flags").split()],
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "compiler": compiler,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+    }
+
+
+def _operator(
+    name: str, x: Tensor, weight: Tensor, ours: Callable[[], Tensor], plain: Callable[[], Tensor],
+    reference: Callable[[], Tensor], device: str,
+) -> Row:  # fmt: skip
+    products = plain().numel() * weight[0].numel()
+
+    def both(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            out = forward()
+            torch.autograd.grad(out, (x, weight), torch.ones_like(out))
+
+        return step
+
+    def inference(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            with torch.no_grad():
+                forward()
+
+        return step
+
+    row: Row = {"layer": name, "products": products, "steps_a_second_at_the_limit": limit(device)}
+    # The reference holds about a dozen tensors of products for the gradient.
+    fits = products * 4 * 12 < 11e9
+    for kind, wrap in (("forward", inference), ("both", both)):
+        row[kind] = {"seconds": seconds(wrap(ours), device), "plain_seconds": seconds(wrap(plain), device)}
+        row[kind]["bytes"] = peak_bytes(wrap(ours), device)
+        row[kind]["reference_seconds"] = seconds(wrap(reference), device) if fits else None
+        row[kind]["reference_bytes"] = peak_bytes(wrap(reference), device) if fits else None
+        row[kind]["products_a_second"] = products / row[kind]["seconds"]
+    return row
+
+
+def _reference(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
+    """What `nrpm_conv2d` computes, or `nrpm_linear`, with every product in memory; the shape is another."""
+    penalty = Penalty.named("l1", 1e-3)
+    if x.ndim == 2:
+        return robust_sum(x, weight, penalty, K)
+    outs = []
+    for part, matrix in zip(x.chunk(groups, 1), weight.flatten(1).chunk(groups), strict=True):
+        columns = F.unfold(part, (weight.shape[2], weight.shape[3]), 1, padding, stride).mT.flatten(0, 1)  # [N, D]
+        outs.append(robust_sum(columns, matrix, penalty, K))
+    return torch.cat(outs, 1)
+
+
+def operators(device: str, progress: Progress) -> list[Row]:
+    rows = []
+    task = progress.add_task("operators", total=len(CONVOLUTIONS) + len(LINEARS))
+    for name, (batch, channels, outputs, size, kernel, stride, padding, groups) in CONVOLUTIONS.items():
+        x = torch.randn(batch, channels, size, size, device=device, requires_grad=True)
+        weight = torch.randn(outputs, channels // groups, kernel, kernel, device=device)
+        weight = weight.div_(weight[0].numel() ** 0.5).requires_grad_()
+        settings = {"stride": stride, "padding": padding, "groups": groups}
+        ours = partial(nrpm_conv2d, x, weight, lam=0.0, iterations=K, **settings)  # type: ignore[arg-type]
+        plain, reference = partial(F.conv2d, x, weight, **settings), partial(_reference, x, weight, **settings)
+        rows.append(_operator(name, x, weight, ours, plain, reference, device))
+        progress.advance(task)
+    for name, (count, inputs, outputs) in LINEARS.items():
+        x = torch.randn(count, inputs, device=device, requires_grad=True)
+        weight = torch.randn(outputs, inputs, device=device).div_(inputs**0.5).requires_grad_()
+        ours, plain = partial(nrpm_linear, x, weight, lam=0.0, iterations=K), partial(F.linear, x, weight)
+        rows.append(_operator(name, x, weight, ours, plain, partial(_reference, x, weight), device))
+        progress.advance(task)
+    return rows
+
+
+def _profile(step: Callable[[], None], device: str) -> dict[str, float]:
+    """Shares of the time: the estimator forward and backward, and all the rest."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        _wait(device)
+    events = {e.key: e.cpu_time_total for e in profile.key_averages()}
+    everything = sum(e.self_cpu_time_total for e in profile.key_averages())
+    ours = {
+        "estimator forward": events.get("timm_nrpm::robust_sum", 0.0),
+        "estimator backward": events.get("timm_nrpm::robust_sum_backward", 0.0),
+    }
+    shares = {name: value / everything for name, value in ours.items()}
+    return {**shares, "everything else": 1 - sum(shares.values())}
+
+
+def models(device: str, progress: Progress) -> list[Row]:
+    rows = []
+    task = progress.add_task("models", total=2 * len(MODELS))
+    for name, batch in MODELS.items():
+        x = torch.randn(batch, 3, 224, 224, device=device)
+        row: Row = {"model": name, "batch": batch}
+        for kind, model in (("plain", timm.create_model(name)), ("ours", timm_nrpm.create_model(name, lam=0.5))):
+            model = model.to(device)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+            def forward(model: nn.Module = model, x: Tensor = x) -> None:
+                with torch.no_grad():
+                    model(x)
+
+            def train(model: nn.Module = model, x: Tensor = x, optimizer: torch.optim.Optimizer = optimizer) -> None:
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            row[kind] = {"forward_seconds": seconds(forward, device, 3), "train_seconds": seconds(train, device, 3)}
+            row[kind]["train_bytes"] = peak_bytes(train, device)
+            row[kind]["resident_bytes"] = _status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+            if kind == "ours" and device == "cpu":
+                row["time_goes_to"] = {"forward": _profile(forward, device), "train": _profile(train, device)}
+            progress.advance(task)
+        rows.append(row)
+    return rows
+
+
+def scaling(device: str, progress: Progress) -> list[Row]:
+    """Time over work, relative to the middle of a range of 16x in each dimension, all else as in the base."""
+    base = {"batch": 2, "channels": 128, "outputs": 128, "positions": 28 * 28, "K": 3}
+    rows = []
+    task = progress.add_task("scaling", total=5 * len(base))
+    for varied, middle in base.items():
+        for factor in (0.25, 0.5, 1, 2, 4) if varied not in ("batch", "K") else (1, 2, 4, 8, 16):
+            start = 1 if varied in ("batch", "K") else middle
+            sizes = {**base, varied: round(start * factor)}
+            side = sizes["positions"] ** 0.5
+            x = torch.randn(sizes["batch"], sizes["channels"], round(side), round(side), device=device)
+            weight = torch.randn(sizes["outputs"], sizes["channels"], 3, 3, device=device) / 34
+            x.requires_grad_(), weight.requires_grad_()
+
+            def both(x: Tensor = x, weight: Tensor = weight, steps: int = sizes["K"]) -> None:
+                out = nrpm_conv2d(x, weight, padding=1, lam=0.0, iterations=steps)
+                torch.autograd.grad(out, (x, weight), torch.ones_like(out))
+
+            def forward(x: Tensor = x, weight: Tensor = weight, steps: int = sizes["K"]) -> None:
+                with torch.no_grad():
+                    nrpm_conv2d(x, weight, padding=1, lam=0.0, iterations=steps)
+
+            work = len(x) * weight.numel() * round(side) ** 2 * sizes["K"]
+            rows.append({
+                "varied": varied, "value": sizes[varied], "product_steps": work,
+                "forward_steps_a_second": work / seconds(forward, device, 0.5),
+                "both_steps_a_second": work / seconds(both, device, 0.5),
+            })  # fmt: skip
+            progress.advance(task)
+    return rows
+
+
+def _gib(count: float | None) -> str:
+    return "" if count is None else f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
+
+
+def _times(value: float | None, by: float | None) -> str:
+    if not value or not by or math.isnan(value / by):
+        return ""
+    ratio = value / by
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
+
+
+def tables(result: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of every table."""
+    made = []
+    for kind, title in (("forward", "Forward"), ("both", "Forward and backward")):
+        rows = [
+            [
+                row["layer"],
+                f"{row[kind]['products_a_second'] / 1e9:.2f}",
+                _times(row[kind]["reference_seconds"], row[kind]["seconds"]),
+                _times(row["steps_a_second_at_the_limit"], K * row[kind]["products_a_second"]),
+                _times(row[kind]["seconds"], row[kind]["plain_seconds"]),
+                _gib(row[kind]["bytes"]),
+                _gib(row[kind]["reference_bytes"]),
+            ]
+            for row in result.get("operators", [])
+        ]
+        header = ["layer", "G products/s", "faster than the reference", "limit over ours", "ours over plain",
+                  "memory", "of the reference"]  # fmt: skip
+        made.append((f"{title}, K = {K}, l1, float32", header, rows))
+    rows = []
+    for row in result.get("models", []):
+        for step in ("forward", "train"):
+            ours, plain = row["ours"][f"{step}_seconds"], row["plain"][f"{step}_seconds"]
+            shares = row.get("time_goes_to", {}).get(step, {})
+            rows.append([
+                f"{row['model']}, batch {row['batch']}, {step}", f"{ours:.2f} s", f"{plain:.2f} s", _times(ours, plain),
+                f"{row['batch'] / ours:.1f}", _gib(row["ours"]["resident_bytes"]) if step == "train" else "",
+                ", ".join(f"{name} {share:.0%}" for name, share in shares.items()),
+            ])  # fmt: skip
+    header = ["224x224, every layer", "ours", "plain", "ratio", "images/s", "resident", "where the time goes"]
+    made.append(("Models", header, rows))
+    rows = [
+        [f"{row['varied']} = {row['value']}", f"{row['forward_steps_a_second'] / 1e9:.1f}",
+         f"{row['both_steps_a_second'] / 1e9:.1f}"]
+        for row in result.get("scaling", [])
+    ]  # fmt: skip
+    made.append(("Scaling: G product steps/s, constant if the cost is linear", ["", "forward", "both"], rows))
+    return [table for table in made if table[2]]
+
+
+def markdown(result: Row) -> str:
+    about = result["machine"]
+    lines = [
+        "# What `scripts/bench.py` measured",
+        "",
+        f"{about['gpu'] or about['cpu']} ({', '.join(about['cpu_flags'])}), {about['threads']} threads, torch "
+        f"{about['torch']}, timm {about['timm']}, {about['compiler'] or 'no compiler'}. A product counts once, "
+        "whatever K is. The reference holds every product; it is left out where they would not fit. The limit is a "
+        "loop over data in the first-level cache with the same number of |x|, additions, reciprocals and "
+        "multiply-adds.",
+    ]
+    for title, header, rows in tables(result):
+        lines += ["", f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--only", choices=["operators", "models", "scaling"])
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for the JSON and the table")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    console = Console()
+    result: Row = {"machine": machine(arguments.device)}
+    with Progress(console=console) as progress:
+        for part in (operators, models, scaling):
+            if arguments.only in (None, part.__name__):
+                result[part.__name__] = part(arguments.device, progress)
+    console.print(markdown(result), markup=False, highlight=False)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stem = arguments.out / f"bench-{arguments.device}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(markdown(result))
+    console.print(f"Written: {stem}.json, {stem}.md")
+
+
+if __name__ == "__main__":
+    main()
