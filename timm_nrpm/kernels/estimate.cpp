@@ -70,10 +70,17 @@ inline Vec reciprocal(Vec v) {
 #endif
 }
 
-// v where t > 0, -v where t < 0, 0 where t = 0.
-inline Vec with_sign(Vec v, Vec t) {
-  Int signed_v = (Int)v ^ ((Int)t & (int32_t)0x80000000);
-  return (Vec)(signed_v & (Int)(t != 0.0f));
+// base + v where t > 0, base - v where t < 0, base where t = 0.
+inline Vec add_with_sign(Vec base, Vec v, Vec t) {
+#if defined(__AVX512F__)
+  const __mmask16 apart = _mm512_cmp_ps_mask((__m512)t, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  const __m512i sign = _mm512_set1_epi32((int32_t)0x80000000);
+  const __m512i flipped = _mm512_ternarylogic_epi32((__m512i)v, (__m512i)t, sign, 0x78);  // v ^ (t & sign)
+  return (Vec)_mm512_mask_add_ps((__m512)base, apart, (__m512)base, _mm512_castsi512_ps(flipped));
+#else
+  const Int flipped = (Int)v ^ ((Int)t & (int32_t)0x80000000);
+  return base + (Vec)(flipped & (Int)(t != 0.0f));
+#endif
 }
 
 inline float sum(Vec v) {
@@ -86,6 +93,7 @@ inline float sum(Vec v) {
 #endif
 }
 
+// Passed by value: what stays in registers cannot be changed by a store that the compiler knows nothing of.
 struct Penalty {
   float eps, scale, shift, low, high;
   // omega(t) and, if asked, -omega'(t) * sign(t), which is 0 where omega is clamped.
@@ -235,7 +243,7 @@ struct Step {
 
 // One step of eq. 3 for OUTPUTS rows of the weight times POSITIONS vectors of the panel.
 template <bool GENERAL, bool KEEP, int OUTPUTS, int POSITIONS>
-inline void advance(const float* a, const float* x, int64_t depth, int64_t width, const Penalty& penalty,
+inline void advance(const float* a, const float* x, int64_t depth, int64_t width, const Penalty penalty,
                     Vec (&m)[OUTPUTS][POSITIONS], Step (*kept)[POSITIONS]) {
   Vec S[OUTPUTS][POSITIONS] = {}, T[OUTPUTS][POSITIONS] = {}, A[OUTPUTS][POSITIONS] = {}, B[OUTPUTS][POSITIONS] = {};
   // In stretches, so that the error of a sum grows with their number and length and not with the depth.
@@ -252,7 +260,7 @@ inline void advance(const float* a, const float* x, int64_t depth, int64_t width
           t[o][p] += w * off;
           if (KEEP) {
             u[o][p] += GENERAL ? magnitude(off) * slope : slope;
-            v[o][p] += with_sign(slope, off);
+            v[o][p] = add_with_sign(v[o][p], slope, off);
           }
         }
       }
@@ -278,7 +286,7 @@ inline void advance(const float* a, const float* x, int64_t depth, int64_t width
 
 // All steps for OUTPUTS rows of the weight from `output` on and POSITIONS vectors of the panel from `at` on.
 template <bool GENERAL, bool KEEP, int OUTPUTS, int POSITIONS>
-inline void block(const float* a, const float* panel, int64_t width, const Conv& c, const Penalty& penalty,
+inline void block(const float* a, const float* panel, int64_t width, const Conv& c, const Penalty penalty,
                   float* means, int64_t at, float* state, int64_t plane) {
   Vec m[OUTPUTS][POSITIONS];
   for (int o = 0; o < OUTPUTS; o++)
@@ -317,7 +325,7 @@ Buffer buffer(int64_t floats) {
 }
 
 template <bool GENERAL, bool KEEP>
-void forward(const Conv& c, const Penalty& penalty, const float* x, const float* weight, const float* plain,
+void forward(const Conv& c, const Penalty penalty, const float* x, const float* weight, const float* plain,
              float* out, float* state, int threads) {
   const int64_t depth = c.depth(), positions = c.positions();
   const int64_t vectors = std::max<int64_t>(1, std::min<int64_t>(VECTORS, CACHE / (depth * LANES * 4)));
@@ -386,21 +394,21 @@ struct Coefficients {
 // The gradient of a product, summed over STEPS steps. With s = omega^2 (l1) or -omega' sign(t) (the others),
 // omega + (p - m_{k+1}) omega' is s (eps + (m_{k+1} - m_k) sign(t)) for l1.
 template <bool GENERAL, int STEPS>
-inline Vec product_gradient(Vec product_x, float a, const Coefficients& f, int p, const Penalty& penalty) {
+inline Vec product_gradient(Vec product_x, float a, const Coefficients& f, int p, const Penalty penalty) {
   Vec g = {};
   for (int k = 0; k < STEPS; k++) {
     const Vec t = product_x * a - f.mean[k][p];
     Vec slope;
     const Vec w = penalty.template weight<GENERAL>(t, &slope);
-    if (GENERAL) g += f.A[k][p] * w - slope * (f.A[k][p] * magnitude(t) - with_sign(f.B[k][p], t));
-    else g += slope * (f.A[k][p] + with_sign(f.B[k][p], t));
+    if (GENERAL) g += f.A[k][p] * w - slope * (f.A[k][p] * magnitude(t) - add_with_sign(Vec{}, f.B[k][p], t));
+    else g += slope * add_with_sign(f.A[k][p], f.B[k][p], t);
   }
   return g;
 }
 
 template <bool GENERAL, int STEPS, bool WEIGHT>
 void sweep(const float* a, const float* x, float* grad_x, float* grad_weight, int64_t rows, int vectors,
-           const Coefficients& f, const Penalty& penalty) {
+           const Coefficients& f, const Penalty penalty) {
   for (int64_t d = 0; d < rows; d++) {
     Vec total = {};
     for (int p = 0; p < vectors; p++) {
@@ -415,7 +423,7 @@ void sweep(const float* a, const float* x, float* grad_x, float* grad_weight, in
 
 template <bool GENERAL, bool WEIGHT>
 void sweep_steps(int64_t steps, const float* a, const float* x, float* grad_x, float* grad_weight, int64_t rows,
-                 int vectors, const Coefficients& f, const Penalty& penalty) {
+                 int vectors, const Coefficients& f, const Penalty penalty) {
   switch (steps) {
     case 1: return sweep<GENERAL, 1, WEIGHT>(a, x, grad_x, grad_weight, rows, vectors, f, penalty);
     case 2: return sweep<GENERAL, 2, WEIGHT>(a, x, grad_x, grad_weight, rows, vectors, f, penalty);
@@ -442,7 +450,7 @@ struct Cut {
 };
 
 template <bool GENERAL>
-void backward(const Conv& c, const Penalty& penalty, const float* x, const float* weight, const float* plain,
+void backward(const Conv& c, const Penalty penalty, const float* x, const float* weight, const float* plain,
               const float* end, const float* state, const float* grad, float* grad_x, float* grad_weight, int threads) {
   const int64_t depth = c.depth(), positions = c.positions(), taps = c.kernel[0] * c.kernel[1];
   const int64_t whole = positions * c.groups * c.outputs, weights = c.groups * c.outputs * depth;
