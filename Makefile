@@ -3,17 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/timm-nrpm demo
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n 2
-
-# The whole CIFAR-10 test set through the published models, and attacks on them: half an hour on two cores.
-test-slow: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n 2 -m slow
 
 check: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet -e '.[dev]'
