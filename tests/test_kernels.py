@@ -278,6 +278,21 @@ def test_one_graph(lam, learned):
     torch.testing.assert_close(exported.module()(x.detach()), want)
 
 
+def test_one_graph_for_many_sizes():
+    torch._dynamo.reset()
+    net, graphs = Net(0.4), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(net, backend=count, fullgraph=True)
+    for batch, size in ((20, 8), (24, 9), (30, 12), (33, 15)):
+        x = torch.randn(batch, 3, size, size)
+        torch.testing.assert_close(compiled(x), net(x))
+    assert len(graphs) == 2  # the second is for sizes that vary
+
+
 def test_a_graph_follows_lambda():
     x, weight, lam = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.tensor(0.2)
     compiled = torch.compile(lambda x, lam: nrpm_conv2d(x, weight, lam=lam), backend="eager", fullgraph=True)

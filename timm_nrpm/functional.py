@@ -137,7 +137,7 @@ def nrpm_linear(
     with torch.autocast(x.device.type, enabled=False):
         plain = F.linear(rows, matrix)  # [N, O]
     # The kernels run along positions, so of rows and outputs the more numerous are the positions of a 1x1 convolution.
-    if swap := len(rows) < FEW <= len(matrix):
+    if swap := rows.shape[0] < FEW <= matrix.shape[0]:
         rows, matrix, plain = matrix, rows, plain.t()
     columns, kernel = rows.t()[None, :, None], matrix[..., None, None]  # [1, D, 1, N], [O, D, 1, 1]
     out = _mix(columns, kernel, plain.t()[None, :, None], Convolution(), lam, iterations, options)  # [1, O, 1, N]

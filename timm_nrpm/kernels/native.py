@@ -28,6 +28,7 @@ from timm_nrpm.estimator import Penalty
 from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results, strided_as
 
 SOURCE = Path(__file__).with_name("estimate.cpp")
+HEADER = Path(__file__).with_name("panel.h")
 SECONDS = 120  # for the compiler; it needs three
 
 # The instruction sets that torch itself tells apart. Not -march=native: the cache may be shared by unlike machines.
@@ -79,7 +80,7 @@ def build() -> Path:
     cxx = compiler()
     flags = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w"]
     flags += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
-    made_from = [SOURCE.read_text(), cxx, str(os.stat(cxx).st_mtime_ns), *flags, sys.platform]
+    made_from = [SOURCE.read_text(), HEADER.read_text(), cxx, str(os.stat(cxx).st_mtime_ns), *flags, sys.platform]
     name = f"estimate-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
     if (cache_folder() / name).exists():
         return cache_folder() / name

@@ -27,6 +27,8 @@ from timm_nrpm.estimator import Penalty
 from timm_nrpm.kernels import native, tiled
 from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results
 
+SETTINGS = "int[] stride, int[] padding, int[] dilation, int groups, int iterations, float[] penalty"
+
 
 def _implementation(x: Tensor) -> ModuleType:
     return native if native.serves(x) else tiled
@@ -72,7 +74,12 @@ def compute(
     return _implementation(x).forward(x, weight, plain, conv, iterations, Penalty(*penalty), keep)
 
 
-robust_sum = torch.library.custom_op("timm_nrpm::robust_sum", compute, mutates_args=())
+robust_sum = torch.library.custom_op(
+    "timm_nrpm::robust_sum",
+    compute,
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor weight, Tensor plain, Tensor? lam, {SETTINGS}, bool keep) -> (Tensor, Tensor)",
+)
 
 
 @robust_sum.register_fake
@@ -117,7 +124,13 @@ def compute_backward(
     return _implementation(x).backward(grad, x, weight, plain, out, state, conv, iterations, Penalty(*penalty), needs)
 
 
-robust_sum_backward = torch.library.custom_op("timm_nrpm::robust_sum_backward", compute_backward, mutates_args=())
+robust_sum_backward = torch.library.custom_op(
+    "timm_nrpm::robust_sum_backward",
+    compute_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor plain, Tensor? lam, Tensor out, Tensor state, "
+    f"{SETTINGS}, bool need_x, bool need_weight) -> (Tensor, Tensor)",
+)
 
 
 @robust_sum_backward.register_fake

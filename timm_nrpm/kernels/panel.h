@@ -1,0 +1,210 @@
+// What estimate.cpp computes on: vectors, convolutions, and panels of their input.
+//
+// A panel is what a few vectors of output positions read: [D][panel] floats, packed from the input as it lies in memory.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int VECTORS = 4;  // of positions in a panel: enough independent sums to hide the latency of an addition
+constexpr int PANEL = LANES * VECTORS;
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t Int __attribute__((vector_size(LANES * 4)));
+typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+
+// A few dozen floats: calling memcpy costs more than copying them.
+inline void copy(float* to, const float* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
+#if defined(__AVX512F__)
+  const __mmask16 rest = (1u << (n - i)) - 1;
+  _mm512_mask_storeu_ps(to + i, rest, _mm512_maskz_loadu_ps(rest, from + i));
+#else
+  for (; i < n; i++) to[i] = from[i];
+#endif
+}
+
+inline Vec magnitude(Vec v) { return (Vec)((Int)v & 0x7fffffff); }
+
+// 1 / v to float32 accuracy: an approximation of 14 (AVX-512) or 12 bits, and one Newton step, which doubles them.
+// Sharing one between two products, 1 / a = b / (a b), was measured: 15 % faster, but it overflows from distances of
+// 1e19 on, and scaled so that it does not it is no faster.
+inline Vec reciprocal(Vec v) {
+#if defined(__AVX512F__)
+  Vec r = (Vec)_mm512_rcp14_ps((__m512)v);
+  return r + r * (1.0f - v * r);
+#elif defined(__AVX2__)
+  Vec r = (Vec)_mm256_rcp_ps((__m256)v);
+  return r + r * (1.0f - v * r);
+#else
+  return 1.0f / v;
+#endif
+}
+
+// base + v where t > 0, base - v where t < 0, base where t = 0.
+inline Vec add_with_sign(Vec base, Vec v, Vec t) {
+#if defined(__AVX512F__)
+  const __mmask16 apart = _mm512_cmp_ps_mask((__m512)t, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  const __m512i sign = _mm512_set1_epi32((int32_t)0x80000000);
+  const __m512i flipped = _mm512_ternarylogic_epi32((__m512i)v, (__m512i)t, sign, 0x78);  // v ^ (t & sign)
+  return (Vec)_mm512_mask_add_ps((__m512)base, apart, (__m512)base, _mm512_castsi512_ps(flipped));
+#else
+  const Int flipped = (Int)v ^ ((Int)t & (int32_t)0x80000000);
+  return base + (Vec)(flipped & (Int)(t != 0.0f));
+#endif
+}
+
+inline float sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  return v[0];
+#endif
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Conv {
+  int64_t batch, groups, channels, outputs;  // channels and outputs of one group
+  int64_t height, width, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t x[4], z[4];  // strides of the input and its gradient, and of everything shaped like the output
+  int64_t steps;
+  int64_t depth() const { return channels * kernel[0] * kernel[1]; }
+  int64_t area() const { return out_height * out_width; }
+  int64_t positions() const { return batch * area(); }
+};
+
+// Consecutive positions of one row, at `at` in the panel.
+struct Run {
+  int64_t image, row, column, count, at;
+};
+
+struct Runs {
+  Run run[PANEL];
+  int count = 0;
+  int64_t first = -1;
+  // The same positions as before cost nothing.
+  void set(int64_t height, int64_t width, int64_t start, int64_t size) {
+    if (first == start) return;
+    first = start, count = 0;
+    for (int64_t at = 0; at < size;) {
+      const int64_t p = first + at, column = p % width, row = p / width, n = std::min(size - at, width - column);
+      run[count++] = {row / height, row % height, column, n, at};
+      at += n;
+    }
+  }
+  const Run* begin() const { return run; }
+  const Run* end() const { return run + count; }
+};
+
+// The positions of a panel, cut where the input breaks off and where the output does.
+struct Positions {
+  Runs in, out;
+  void set(const Conv& c, int64_t start, int64_t size) {
+    in.set(c.out_height, c.out_width, start, size);
+    if (c.z[2] == c.out_width * c.z[3]) out.set(1, c.area(), start, size);  // rows follow each other
+    else out.set(c.out_height, c.out_width, start, size);
+  }
+};
+
+template <class F>
+inline void each(const Conv& c, const Runs& runs, const F& f) {
+  for (const Run& r : runs) f(r.image * c.z[0] + r.row * c.z[2] + r.column * c.z[3], r.at, r.count);
+}
+
+// One output's numbers at the positions of a panel.
+inline void gather(float* to, const float* from, const Conv& c, const Runs& runs) {
+  each(c, runs, [&](int64_t offset, int64_t at, int64_t n) {
+    if (c.z[3] == 1) copy(to + at, from + offset, n);
+    else for (int64_t i = 0; i < n; i++) to[at + i] = from[offset + i * c.z[3]];
+  });
+}
+
+inline void scatter(float* to, const float* from, const Conv& c, const Runs& runs) {
+  each(c, runs, [&](int64_t offset, int64_t at, int64_t n) {
+    if (c.z[3] == 1) copy(to + offset, from + at, n);
+    else for (int64_t i = 0; i < n; i++) to[offset + i * c.z[3]] = from[at + i];
+  });
+}
+
+// Calls f(row of the panel, place in it, offset into x, count) for every stretch of input that the panel reads of the
+// first channel, and leaves out what lies in the padding. The other channels lie alike.
+template <class F>
+inline void stretches(const Conv& c, const Runs& runs, int64_t first_channel, const F& f) {
+  for (const Run& r : runs) {
+    for (int64_t i = 0; i < c.kernel[0]; i++) {
+      const int64_t h = r.row * c.stride[0] - c.padding[0] + i * c.dilation[0];
+      if (h < 0 || h >= c.height) continue;
+      for (int64_t j = 0; j < c.kernel[1]; j++) {
+        const int64_t w = r.column * c.stride[1] - c.padding[1] + j * c.dilation[1];
+        // Divisions, which cost as much as copying a stretch, only where it sticks out.
+        const int64_t skip = w < 0 ? ceil_div(-w, c.stride[1]) : 0;
+        const bool fits = w + (r.count - 1) * c.stride[1] < c.width;
+        const int64_t stop = fits ? r.count : ceil_div(std::max<int64_t>(0, c.width - w), c.stride[1]);
+        if (skip >= stop) continue;
+        const int64_t column = w + skip * c.stride[1];
+        f(i * c.kernel[1] + j, r.at + skip,
+          r.image * c.x[0] + first_channel * c.x[1] + h * c.x[2] + column * c.x[3], stop - skip);
+      }
+    }
+  }
+}
+
+// Calls f(place in the panel, place in x) for a stretch of many channels that lie apart in x: sixteen channels at a
+// time, which share cache lines where channels are next to each other.
+template <class F>
+inline void crosswise(int64_t channels, int64_t count, const F& f) {
+  for (int64_t d = 0; d < channels; d += 16)
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t e = d; e < std::min(channels, d + 16); e++) f(e, i);
+}
+
+// The panel of `channels` channels from `first` on, counted over all groups.
+inline void pack(float* panel, int64_t width, const float* x, const Conv& c, const Runs& runs, int64_t first,
+                 int64_t channels) {
+  const int64_t taps = c.kernel[0] * c.kernel[1], step = c.stride[1] * c.x[3], rows = taps * width;
+  std::memset(panel, 0, channels * rows * 4);
+  stretches(c, runs, first, [&](int64_t row, int64_t at, int64_t offset, int64_t n) {
+    float* to = panel + row * width + at;
+    const float* from = x + offset;
+    if (step == 1) for (int64_t d = 0; d < channels; d++) copy(to + d * rows, from + d * c.x[1], n);
+    else crosswise(channels, n, [&](int64_t d, int64_t i) { to[d * rows + i] = from[d * c.x[1] + i * step]; });
+  });
+}
+
+// Adds a panel to where it was packed from.
+inline void unpack(float* x, const float* panel, int64_t width, const Conv& c, const Runs& runs, int64_t first,
+                   int64_t channels) {
+  const int64_t taps = c.kernel[0] * c.kernel[1], step = c.stride[1] * c.x[3], rows = taps * width;
+  stretches(c, runs, first, [&](int64_t row, int64_t at, int64_t offset, int64_t n) {
+    const float* from = panel + row * width + at;
+    float* to = x + offset;
+    if (step == 1)
+      for (int64_t d = 0; d < channels; d++)
+        for (int64_t i = 0; i < n; i++) to[d * c.x[1] + i] += from[d * rows + i];
+    else crosswise(channels, n, [&](int64_t d, int64_t i) { to[d * c.x[1] + i * step] += from[d * rows + i]; });
+  });
+}
+
+}  // namespace
