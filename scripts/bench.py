@@ -13,6 +13,7 @@ are medians. A product counts once, whatever K is: at K = 3 the limit in product
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import platform
@@ -39,6 +40,7 @@ from timm_nrpm.kernels import native
 ROOT = Path(__file__).parents[1]
 K = 3
 Row = dict[str, Any]
+Memory = list[tuple[Row, str, Callable[[], Any]]]  # calls to measure at the end, and where to put what they take
 
 # What is compared: batch, channels, outputs, size, kernel, stride, padding, groups; the first three are the targets.
 CONVOLUTIONS = {
@@ -90,24 +92,36 @@ def _status(field: str) -> int:
 
 
 def peak_bytes(work: Callable[[], Any], device: str) -> int:
-    """Memory that a call takes on top of what is held before it."""
+    """Memory that a call takes on top of what is held before it.
+
+    On the CPU what malloc kept from earlier calls would count as nothing: `forget_free_memory` first.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status("VmRSS")
     work()
     return max(0, _status("VmHWM") - before)
 
 
+def forget_free_memory() -> None:
+    """From here on glibc returns what is freed to the system at once, which makes every later call slower."""
+    m_mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
+
+
 def limit(device: str) -> float:
     """Steps (|x|, addition, reciprocal, two multiply-adds) a second that this machine can do."""
-    if device == "cuda":  # the special function units: 16 reciprocals a clock and multiprocessor
+    if device == "cuda":
+        # Per multiprocessor and clock, 16 reciprocals and 128 multiply-adds, of which a step takes 1 and about 8.
         properties = torch.cuda.get_device_properties(0)
-        return 16.0 * properties.multi_processor_count * torch.cuda.clock_rate() * 1e6
+        clocks = properties.multi_processor_count * torch.cuda.clock_rate() * 1e6
+        return min(16.0, 128 / 8) * clocks
     if native.library() is None:
         return math.nan
     numbers, rounds, threads = torch.rand(4096), 10_000, torch.get_num_threads()
@@ -120,7 +134,7 @@ def machine(device: str) -> Row:
     wanted = ("sse4_2", "avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_fp16", "amx_tile")
     compiler = ""
     if native.library() is not None:
-        compiler = subprocess.run([native.compiler(), "--version"], capture_output=True, text=True).stdout.split("\n")[
+        compiler = subprocess.run([*native.compiler(), "--version"], capture_output=True, text=True).stdout.split("\n")[
             0
         ]
     return {
@@ -139,7 +153,7 @@ def machine(device: str) -> Row:
 
 def _operator(
     name: str, x: Tensor, weight: Tensor, ours: Callable[[], Tensor], plain: Callable[[], Tensor],
-    reference: Callable[[], Tensor], device: str,
+    reference: Callable[[], Tensor], device: str, memory: Memory,
 ) -> Row:  # fmt: skip
     products = plain().numel() * weight[0].numel()
 
@@ -162,9 +176,12 @@ def _operator(
     fits = products * 4 * 12 < 11e9
     for kind, wrap in (("forward", inference), ("both", both)):
         row[kind] = {"seconds": seconds(wrap(ours), device), "plain_seconds": seconds(wrap(plain), device)}
-        row[kind]["bytes"] = peak_bytes(wrap(ours), device)
         row[kind]["reference_seconds"] = seconds(wrap(reference), device) if fits else None
-        row[kind]["reference_bytes"] = peak_bytes(wrap(reference), device) if fits else None
+        if device == "cuda" and fits:
+            row[kind]["compiled_reference_seconds"] = seconds(wrap(torch.compile(reference)), device)
+        memory.append((row[kind], "bytes", wrap(ours)))
+        if fits:
+            memory.append((row[kind], "reference_bytes", wrap(reference)))
         row[kind]["products_a_second"] = products / row[kind]["seconds"]
     return row
 
@@ -181,7 +198,7 @@ def _reference(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, gro
     return torch.cat(outs, 1)
 
 
-def operators(device: str, progress: Progress) -> list[Row]:
+def operators(device: str, progress: Progress, memory: Memory) -> list[Row]:
     rows = []
     task = progress.add_task("operators", total=len(CONVOLUTIONS) + len(LINEARS))
     for name, (batch, channels, outputs, size, kernel, stride, padding, groups) in CONVOLUTIONS.items():
@@ -191,13 +208,13 @@ def operators(device: str, progress: Progress) -> list[Row]:
         settings = {"stride": stride, "padding": padding, "groups": groups}
         ours = partial(nrpm_conv2d, x, weight, lam=0.0, iterations=K, **settings)  # type: ignore[arg-type]
         plain, reference = partial(F.conv2d, x, weight, **settings), partial(_reference, x, weight, **settings)
-        rows.append(_operator(name, x, weight, ours, plain, reference, device))
+        rows.append(_operator(name, x, weight, ours, plain, reference, device, memory))
         progress.advance(task)
     for name, (count, inputs, outputs) in LINEARS.items():
         x = torch.randn(count, inputs, device=device, requires_grad=True)
         weight = torch.randn(outputs, inputs, device=device).div_(inputs**0.5).requires_grad_()
         ours, plain = partial(nrpm_linear, x, weight, lam=0.0, iterations=K), partial(F.linear, x, weight)
-        rows.append(_operator(name, x, weight, ours, plain, partial(_reference, x, weight), device))
+        rows.append(_operator(name, x, weight, ours, plain, partial(_reference, x, weight), device, memory))
         progress.advance(task)
     return rows
 
@@ -218,7 +235,7 @@ def _profile(step: Callable[[], None], device: str) -> dict[str, float]:
     return {**shares, "everything else": 1 - sum(shares.values())}
 
 
-def models(device: str, progress: Progress) -> list[Row]:
+def models(device: str, progress: Progress, _: Memory) -> list[Row]:
     rows = []
     task = progress.add_task("models", total=2 * len(MODELS))
     for name, batch in MODELS.items():
@@ -247,7 +264,7 @@ def models(device: str, progress: Progress) -> list[Row]:
     return rows
 
 
-def scaling(device: str, progress: Progress) -> list[Row]:
+def scaling(device: str, progress: Progress, _: Memory) -> list[Row]:
     """Time over work, relative to the middle of a range of 16x in each dimension, all else as in the base."""
     base = {"batch": 2, "channels": 128, "outputs": 128, "positions": 28 * 28, "K": 3}
     rows = []
@@ -293,6 +310,7 @@ def _times(value: float | None, by: float | None) -> str:
 def tables(result: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of every table."""
     made = []
+    gpu = result["machine"]["gpu"]
     for kind, title in (("forward", "Forward"), ("both", "Forward and backward")):
         rows = [
             [
@@ -302,12 +320,13 @@ def tables(result: Row) -> list[tuple[str, list[str], list[list[str]]]]:
                 _times(row["steps_a_second_at_the_limit"], K * row[kind]["products_a_second"]),
                 _times(row[kind]["seconds"], row[kind]["plain_seconds"]),
                 _gib(row[kind]["bytes"]),
-                _gib(row[kind]["reference_bytes"]),
+                _gib(row[kind].get("reference_bytes")),
+                *([_times(row[kind].get("compiled_reference_seconds"), row[kind]["seconds"])] if gpu else []),
             ]
             for row in result.get("operators", [])
         ]
         header = ["layer", "G products/s", "faster than the reference", "limit over ours", "ours over plain",
-                  "memory", "of the reference"]  # fmt: skip
+                  "memory", "of the reference", *(["faster than it compiled"] if gpu else [])]  # fmt: skip
         made.append((f"{title}, K = {K}, l1, float32", header, rows))
     rows = []
     for row in result.get("models", []):
@@ -355,11 +374,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     console = Console()
+    memory: Memory = []
     result: Row = {"machine": machine(arguments.device)}
     with Progress(console=console) as progress:
         for part in (operators, models, scaling):
             if arguments.only in (None, part.__name__):
-                result[part.__name__] = part(arguments.device, progress)
+                result[part.__name__] = part(arguments.device, progress, memory)
+        forget_free_memory()
+        for row, key, call in progress.track(memory, description="memory"):
+            row[key] = peak_bytes(call, arguments.device)
     console.print(markdown(result), markup=False, highlight=False)
     arguments.out.mkdir(parents=True, exist_ok=True)
     stem = arguments.out / f"bench-{arguments.device}"

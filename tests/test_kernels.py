@@ -204,6 +204,25 @@ def test_large_and_small_numbers():
         check(x * factor, weight, conv, 2, Penalty(0.01 * factor))
 
 
+def test_an_empty_batch():
+    weight = torch.randn(4, 3, 3, 3)
+    for size, outputs in ((0, 4), (2, 0)):
+        out, *gradients = run(
+            torch.randn(size, 3, 8, 8), weight[:outputs], Convolution(), 2, Penalty(0.1), torch.empty(0)
+        )
+        assert out.numel() == 0
+        assert [g.shape for g in gradients] == [(size, 3, 8, 8), (outputs, 3, 3, 3)]
+        assert not any(g.any() for g in gradients)
+
+
+def test_a_hook_that_moves_saved_tensors():
+    x, weight, conv = operands(*LAYERS["odd"])
+    x, grad = x.to(memory_format=torch.channels_last), torch.randn(3, 5, 9, 11)
+    want = run(x, weight, conv, 3, Penalty(0.01), grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        torch.testing.assert_close(run(x, weight, conv, 3, Penalty(0.01), grad), want, rtol=1e-4, atol=1e-5)
+
+
 def test_offsets_beyond_32_bits():
     # Elements far apart in a storage of which almost nothing is ever touched.
     far = 2**31 + 64
@@ -212,9 +231,8 @@ def test_offsets_beyond_32_bits():
     x.copy_(torch.randn(1, 2, 1, 20))
     weight = torch.randn(5, 2, 1, 1)
     near = x.clone(memory_format=torch.contiguous_format)
-    grad = torch.randn(1, 5, 1, 20)
     torch.testing.assert_close(
-        run(x, weight, Convolution(), 3, Penalty(0.01), grad), run(near, weight, Convolution(), 3, Penalty(0.01), grad)
+        run(x, weight, Convolution(), 3, Penalty(0.01)), run(near, weight, Convolution(), 3, Penalty(0.01))
     )
 
 
@@ -291,6 +309,24 @@ def test_one_graph_for_many_sizes():
         x = torch.randn(batch, 3, size, size)
         torch.testing.assert_close(compiled(x), net(x))
     assert len(graphs) == 2  # the second is for sizes that vary
+    torch._dynamo.reset()
+    symbolic = torch.compile(net, backend="eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(symbolic(x), net(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_for_any_batch(strict):
+    net = Net(0.4)
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    exported = torch.export.export(net, (torch.randn(4, 3, 8, 8),), dynamic_shapes=(batch,), strict=strict).module()
+    for size in (2, 15, 16, 40):
+        x = torch.randn(size, 3, 8, 8)
+        torch.testing.assert_close(exported(x), net(x))
+
+
+def test_on_the_meta_device():
+    net = Net(0.4).to("meta")
+    assert net(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 5)
 
 
 def test_a_graph_follows_lambda():
@@ -313,7 +349,9 @@ def test_autocast_computes_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(nrpm_conv2d(x, weight, lam=0.5), want.bfloat16())
         half = nrpm_conv2d(x.bfloat16(), weight, lam=0.5)
-    assert half.dtype == torch.bfloat16
+        rows = nrpm_linear(x.flatten(1)[:, :576], weight.flatten(1), lam=0.5)
+    assert rows.dtype == half.dtype == torch.bfloat16
+    torch.testing.assert_close(rows, nrpm_linear(x.flatten(1)[:, :576], weight.flatten(1), lam=0.5).bfloat16())
     torch.testing.assert_close(half.float(), want, rtol=0.05, atol=0.05)
 
 

@@ -26,6 +26,9 @@ PROGRAM = """
         warnings.simplefilter("always")
         for _ in range(2):
             out = nrpm_conv2d(x, weight, padding=1, lam=0.2, eps=0.05)
+            like = x.to(memory_format=torch.channels_last)
+            other = {"penalty": "huber-mcp", "delta": 0.3, "gamma": 1.0}
+            out = out + nrpm_conv2d(like, weight, padding=1, lam=0.2, eps=0.05, **other)
             grads = torch.autograd.grad(out.square().sum(), (x, weight))
     for w in caught:
         print("WARNING", w.message)
@@ -51,7 +54,9 @@ def finish(process):
 def expected(tmp_path):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 5, 9, 9, requires_grad=True), torch.randn(7, 5, 3, 3, requires_grad=True)
-    out = nrpm_conv2d(x.double(), weight.double(), padding=1, lam=0.2, eps=0.05).float()
+    wide = x.double(), weight.double()
+    out = nrpm_conv2d(*wide, padding=1, lam=0.2, eps=0.05)
+    out = (out + nrpm_conv2d(*wide, padding=1, lam=0.2, eps=0.05, penalty="huber-mcp", delta=0.3, gamma=1.0)).float()
     want = (out.detach(), *torch.autograd.grad(out.square().sum(), (x, weight)))
 
     def compare(name):
@@ -110,6 +115,26 @@ def test_killed_while_compiling(tmp_path, expected):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert finish(start(tmp_path, "out", CXX=fake_compiler(tmp_path, ""))) == ["FAST True"]
+    expected("out")
+
+
+@pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
+def test_what_others_could_have_written_is_not_executed(tmp_path, expected):
+    assert finish(start(tmp_path, "out")) == ["FAST True"]
+    (library,) = tmp_path.glob("cache/*.so")
+    library.write_bytes(b"not a library")
+    library.chmod(0o666)
+    assert finish(start(tmp_path, "out")) == ["FAST True"]  # from a folder of its own
+    expected("out")
+    assert library.read_bytes() == b"not a library"
+    library.chmod(0o644)  # ours, and broken
+    assert finish(start(tmp_path, "out")) == ["FAST True"]
+
+
+@pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
+def test_without_a_home(tmp_path, expected):
+    environment = {"HOME": "", "XDG_CACHE_HOME": "", "TIMM_NRPM_CACHE": "", "CXX": "g++ -m64", "TMPDIR": str(tmp_path)}
+    assert finish(start(tmp_path, "out", **environment)) == ["FAST True"]
     expected("out")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from torch import nn
 
+SMALLEST_EPS = 1e-15
 PENALTIES = ("l1", "huber", "mcp", "huber-mcp", "l2")
 
 Lambdas: TypeAlias = float | Sequence[float] | Mapping[str, float]
@@ -112,6 +113,8 @@ def check_estimator(iterations: int, eps: float, penalty: str, delta: float = 3.
     for name, value in (("eps", eps), ("delta", delta), ("gamma", gamma)):
         if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value!r} is not allowed: give a finite number > 0.")
+    if eps < SMALLEST_EPS:
+        raise ValueError(f"eps={eps!r} is not allowed: below {SMALLEST_EPS:g} squares of 1 / eps leave float32.")
     if penalty not in PENALTIES:
         raise ValueError(f"penalty={penalty!r} is not known: choose one of {', '.join(PENALTIES)}.")
     if penalty == "huber-mcp" and gamma <= delta:

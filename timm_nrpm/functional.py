@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,25 +34,29 @@ FEW = 16  # rows of a linear map; a vector of positions is this long
 def is_plain(lam: float | Tensor, iterations: int, penalty: str) -> bool:
     """Whether the plain operation is the whole answer: no iteration, or lambda = 1 and nothing to learn it by.
 
-    A graph cannot ask a tensor for its value. There the operator itself skips the work at lambda = 1.
+    A tensor is asked for its value where that costs nothing. Elsewhere, in a graph or on a device, the operator itself
+    skips the work at lambda = 1.
     """
     if not isinstance(lam, Tensor):
         return iterations == 0 or penalty == "l2" or lam >= 1
     if lam.requires_grad and torch.is_grad_enabled():
         return False
-    return iterations == 0 or penalty == "l2" or (not (lam.is_meta or _in_graph(lam)) and bool(lam >= 1))
+    return iterations == 0 or penalty == "l2" or (_at_hand(lam) and bool(lam >= 1))
 
 
-def _in_graph(tensor: Tensor) -> bool:
-    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+def _at_hand(lam: Tensor) -> bool:
+    return lam.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_lam(lam: float | Tensor) -> float | Tensor:
+def _check(lam: float | Tensor, *estimator: Any) -> float | Tensor:
+    """Lambda, checked with the other settings; in a graph, whose numbers may be symbols, it was when it was traced."""
+    if not torch.compiler.is_compiling():
+        check_estimator(*estimator)
     if not isinstance(lam, Tensor):
-        return check_lam(lam)
+        return lam if torch.compiler.is_compiling() else check_lam(lam)
     if lam.numel() != 1:
         raise ValueError(f"lam has shape {list(lam.shape)}, and one lambda serves the whole layer: give one number.")
-    if not lam.is_meta and not _in_graph(lam):
+    if _at_hand(lam):
         check_lam(lam.item())
     return lam.reshape(())
 
@@ -62,9 +68,15 @@ def _precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
     in.
     """
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    known = torch.amp.is_autocast_available(device)
+    autocast = known and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype, dtype
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _mix(
@@ -77,6 +89,7 @@ def _mix(
     penalty: Penalty,
 ) -> Tensor:
     """Algorithm 1 without bias, `[B, O, H', W']`."""
+    lam = lam.to(plain) if isinstance(lam, Tensor) else lam
     grad = torch.is_grad_enabled()
     learned = isinstance(lam, Tensor) and lam.requires_grad and grad
     skip = lam if isinstance(lam, Tensor) and not learned else None
@@ -85,7 +98,6 @@ def _mix(
     robust = plain  # of no step, which is here so that lambda takes its gradient, 0
     if iterations:
         robust, _ = robust_sum(x, weight, plain, skip, *shape, iterations, penalty.numbers, keep)
-    lam = lam.to(plain) if isinstance(lam, Tensor) else lam
     # In place where autograd does not look: the output of a shallow layer costs as much to allocate as to compute.
     return torch.lerp(robust, plain, lam) if grad else robust.lerp_(plain, lam)
 
@@ -122,8 +134,7 @@ def nrpm_linear(
         >>> nrpm_linear(x, weight, lam=0.8).shape
         torch.Size([2, 5, 10])
     """
-    check_estimator(iterations, eps, penalty, delta, gamma)
-    lam = _check_lam(lam)
+    lam = _check(lam, iterations, eps, penalty, delta, gamma)
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"nrpm_linear got x {list(x.shape)} and weight {list(weight.shape)}: x must be [..., D] and weight [O, D]."
@@ -134,10 +145,11 @@ def nrpm_linear(
     kind, dtype = _precision(x)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(kind)  # [N, D]
     matrix = weight.to(kind)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         plain = F.linear(rows, matrix)  # [N, O]
-    # The kernels run along positions, so of rows and outputs the more numerous are the positions of a 1x1 convolution.
-    if swap := rows.shape[0] < FEW <= matrix.shape[0]:
+    # The kernels run along positions, so of rows and outputs the more numerous are the positions of a 1x1 convolution;
+    # but a graph must do for any number of rows.
+    if swap := not torch.compiler.is_compiling() and rows.shape[0] < FEW <= matrix.shape[0]:
         rows, matrix, plain = matrix, rows, plain.t()
     columns, kernel = rows.t()[None, :, None], matrix[..., None, None]  # [1, D, 1, N], [O, D, 1, 1]
     out = _mix(columns, kernel, plain.t()[None, :, None], Convolution(), lam, iterations, options)  # [1, O, 1, N]
@@ -185,8 +197,7 @@ def nrpm_conv2d(
         >>> nrpm_conv2d(x, weight, padding="same", lam=0.8).shape
         torch.Size([2, 8, 32, 32])
     """
-    check_estimator(iterations, eps, penalty, delta, gamma)
-    lam = _check_lam(lam)
+    lam = _check(lam, iterations, eps, penalty, delta, gamma)
     if weight.ndim != 4 or x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
         raise ValueError(
             f"nrpm_conv2d got x {list(x.shape)}, weight {list(weight.shape)} and groups={groups}: "
@@ -214,7 +225,7 @@ def nrpm_conv2d(
         options = Penalty.named(penalty, eps, delta, gamma)
         kind, dtype = _precision(x)
         batch, weight = batch.to(kind), weight.to(kind)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             plain = F.conv2d(batch, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
         out = _mix(batch, weight, plain, conv, lam, iterations, options)  # [B, O, H', W']
         if bias is not None:

@@ -96,7 +96,11 @@ class Reprogrammed(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether the original operation gives the result, bit for bit: lam = 1 and nothing learns it, or K = 0."""
-        return is_plain(self.lam, self.config.iterations, self.config.penalty)
+        # On a device this waits for it, once a layer: an estimate costs more, and a plain layer saves all of it.
+        learned = self.lam.requires_grad and torch.is_grad_enabled()
+        graph = torch.compiler.is_compiling() or (self.lam.is_cuda and torch.cuda.is_current_stream_capturing())
+        asked = self.lam if learned or graph or self.lam.is_meta else self.lam.cpu()
+        return is_plain(asked, self.config.iterations, self.config.penalty)
 
     def settings(self) -> dict[str, Any]:
         """What `nrpm_linear` and `nrpm_conv2d` take beside the operation's own arguments."""

@@ -76,5 +76,13 @@ def strided_as(tensor: Tensor, model: Tensor) -> Tensor:
     return torch.empty_like(model).copy_(tensor)
 
 
+def state_as(state: Tensor, out: Tensor) -> Tensor:
+    """The state with the strides that `empty_results` gives it, which a hook on saved tensors may have changed."""
+    strides = (out.numel(), *out.stride())
+    if all(n < 2 or a == b for n, a, b in zip(state.shape, state.stride(), strides, strict=True)):
+        return state
+    return state.new_empty_strided(state.shape, strides).copy_(state)
+
+
 def _pair(sizes: tuple[int, ...]) -> Pair:
     return sizes[0], sizes[1]

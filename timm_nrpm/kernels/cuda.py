@@ -17,9 +17,10 @@ from torch import Tensor
 
 from timm_nrpm.estimator import Penalty
 from timm_nrpm.kernels import cuda_kernels, operator
-from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results, strided_as
+from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results, state_as, strided_as
 
 SPLITS = 64  # ranges of positions whose shares of the gradient of the weight are summed at the end, at most
+PROGRAMS = 1024  # that fill a large GPU: with as many, positions are not split further
 
 
 def forward(
@@ -40,7 +41,7 @@ def forward(
     rows, columns = len(weight) // conv.groups, out.numel() // len(weight)
     cuda_kernels.forward[_grid(rows, columns, conv.groups)](
         *(x, weight, plain, lam, out, state),
-        *(rows, columns, weight[0].numel(), weight.shape[1]),
+        *(rows, columns, columns.bit_length(), weight[0].numel(), weight.shape[1]),
         *_shape(x, out),
         *penalty.numbers,
         *_constants(weight, conv, iterations, penalty),
@@ -66,8 +67,9 @@ def backward(
     """See :func:`timm_nrpm.kernels.operator.robust_sum_backward`."""
     grad_x, grad_weight = empty_gradients(x, weight, *needs)
     if not out.numel():
-        return grad_x, grad_weight.zero_()
+        return grad_x.zero_(), grad_weight.zero_()
     weight, plain, grad = weight.contiguous(), strided_as(plain, out), strided_as(grad, out)
+    state = state_as(state, out)
     x = strided_as(x, grad_x) if needs[0] else x
     tensors = (x, weight, plain, lam, out, state, grad)
     depth, positions = weight[0].numel(), out.numel() // len(weight)
@@ -76,13 +78,18 @@ def backward(
     if needs[0]:
         rows, columns = weight.shape[1], x.numel() // x.shape[1]
         cuda_kernels.backward_x[_grid(rows, columns, conv.groups)](
-            *(*tensors, grad_x, rows, columns, depth, outputs), *_shape(x, out), *penalty.numbers, *constants, **flags
+            *(*tensors, grad_x, rows, columns, columns.bit_length(), depth, outputs),
+            *_shape(x, out),
+            *penalty.numbers,
+            *constants,
+            **flags,
         )
     if needs[1]:
-        splits = max(1, min(SPLITS, positions // 256))
+        programs = conv.groups * triton.cdiv(outputs, 16) * triton.cdiv(depth, 64)
+        splits = max(1, min(SPLITS, positions // 256, triton.cdiv(PROGRAMS, programs)))
         parts = grad_weight.new_empty(splits, *grad_weight.shape)
         cuda_kernels.backward_weight[_grid(outputs, depth, conv.groups, splits)](
-            *(*tensors, parts, outputs, depth, depth, weight.shape[1]),
+            *(*tensors, parts, outputs, depth, positions.bit_length(), depth, weight.shape[1]),
             *(*_shape(x, out), weight.numel(), positions, -(-positions // splits)),
             *penalty.numbers,
             *constants,
@@ -93,8 +100,9 @@ def backward(
 
 
 def _grid(rows: int, columns: int, groups: int, splits: int = 1) -> Any:
-    def grid(tile: dict[str, int]) -> tuple[int, int, int]:
-        return triton.cdiv(columns, tile["COLUMNS"]), groups * triton.cdiv(rows, tile["ROWS"]), splits
+    def grid(tile: dict[str, int]) -> tuple[int, int]:
+        # On the first axis, the only one on which there can be more than 65535 programs.
+        return triton.cdiv(columns, tile["COLUMNS"]) * groups * triton.cdiv(rows, tile["ROWS"]), splits
 
     return grid
 

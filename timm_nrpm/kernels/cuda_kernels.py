@@ -1,5 +1,6 @@
 """Triton kernels of the estimator over an implicit convolution; `cuda.py` launches them.
 
+`bucket` is the number of bits of what varies from batch to batch, so that not every batch size is tuned for anew;
 `x0` ... `x3` and `z0` ... `z3` are the strides of the input and of everything shaped like the output, `whole` is the
 number of elements of the latter; KH, SH, PH and DH are kernel, stride, padding and dilation along the height. Offsets
 are 64 bits wide. `operator.py` describes what is computed, and the state.
@@ -30,7 +31,7 @@ def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) 
 
 
 def _tuned(configs: list[triton.Config]) -> Any:
-    keys = ["rows", "columns", "depth", "GENERAL", "KEEP"]
+    keys = ["rows", "bucket", "depth", "STEPS", "GENERAL", "KEEP"]
     return triton.autotune(configs, key=keys, prune_configs_by={"early_config_prune": _fitting})
 
 
@@ -61,6 +62,14 @@ def _place(index, height, width):
 
 
 @triton.jit
+def _block(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which block of columns is this program's, of which group, and the first of its rows; the first two of 64 bits."""
+    across, down = tl.cdiv(columns, COLUMNS), tl.cdiv(rows, ROWS)
+    block, rest = tl.program_id(0) % across, tl.program_id(0) // across
+    return block.to(tl.int64), (rest // down).to(tl.int64), rest % down * ROWS
+
+
+@triton.jit
 def _slope_of_step(t, G, move, eps, scale, shift, low, high, GENERAL: tl.constexpr):
     """`G (omega(t) + (p - m_{k+1}) omega'(t))`, where `t = p - m_k` and `move = m_{k+1} - m_k`."""
     omega, slope = _omega(t, eps, scale, shift, low, high, GENERAL)
@@ -72,17 +81,17 @@ def _slope_of_step(t, G, move, eps, scale, shift, low, high, GENERAL: tl.constex
 @_tuned([triton.Config({"ROWS": r, "COLUMNS": c}, num_warps=w) for r, c, w in TILES])
 @triton.jit
 def forward(
-    x, weight, plain, lam, out, state, rows, columns, depth, channels, height, width, out_height, out_width,
+    x, weight, plain, lam, out, state, rows, columns, bucket, depth, channels, height, width, out_height, out_width,
     x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
     STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
     HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`rows` outputs of a group, `columns` positions."""
-    blocks = tl.cdiv(rows, ROWS)
-    group = (tl.program_id(1) // blocks).to(tl.int64)
-    o = tl.program_id(1) % blocks * ROWS + tl.arange(0, ROWS)
-    p = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    block, group, first_row = _block(rows, columns, ROWS, COLUMNS)
+    whole = tl.cast(whole, tl.int64)
+    o = first_row + tl.arange(0, ROWS)
+    p = block * COLUMNS + tl.arange(0, COLUMNS)
     valid_o, valid_p = o < rows, p < columns
     valid = valid_o[:, None] & valid_p[None, :]
     image, row, column = _place(p, out_height, out_width)
@@ -142,17 +151,17 @@ def forward(
 @_tuned([triton.Config({"ROWS": r, "COLUMNS": c}, num_warps=w) for r, c, w in TILES])
 @triton.jit
 def backward_x(
-    x, weight, plain, lam, out, state, grad, grad_x, rows, columns, depth, outputs, height, width, out_height,
+    x, weight, plain, lam, out, state, grad, grad_x, rows, columns, bucket, depth, outputs, height, width, out_height,
     out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
     STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
     HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`rows` channels of a group, `columns` pixels of the input."""
-    blocks = tl.cdiv(rows, ROWS)
-    group = (tl.program_id(1) // blocks).to(tl.int64)
-    c = tl.program_id(1) % blocks * ROWS + tl.arange(0, ROWS)
-    q = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    block, group, first_row = _block(rows, columns, ROWS, COLUMNS)
+    whole = tl.cast(whole, tl.int64)
+    c = first_row + tl.arange(0, ROWS)
+    q = block * COLUMNS + tl.arange(0, COLUMNS)
     valid_c, valid_q = c < rows, q < columns
     valid = valid_c[:, None] & valid_q[None, :]
     image, row, column = _place(q, height, width)
@@ -179,7 +188,7 @@ def backward_x(
             else:
                 end = tl.load(out + z, mask=inside, other=0.0) / depth
             G = g * tl.load(state + (STEPS - 1 + k) * whole + z, mask=inside, other=0.0)
-            t = a[:, None] * value - m[None, :]
+            t = tl.fma(a[:, None].broadcast_to(value.shape), value, -m[None, :].broadcast_to(value.shape))
             share += _slope_of_step(t, G[None, :], (end - m)[None, :], eps, scale, shift, low, high, GENERAL)
             m = end
         total += tl.where(inside[None, :], share * a[:, None], 0.0)
@@ -189,24 +198,25 @@ def backward_x(
 @_tuned([triton.Config({"ROWS": r, "COLUMNS": c, "DEEP": d}, num_warps=w) for r, c, d, w in DEEP_TILES])
 @triton.jit
 def backward_weight(
-    x, weight, plain, lam, out, state, grad, grad_weight, rows, columns, depth, channels, height, width, out_height,
-    out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, weights, positions, length, eps, scale, shift, low, high,
+    x, weight, plain, lam, out, state, grad, grad_weight, rows, columns, bucket, depth, channels, height, width,
+    out_height, out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, weights, positions, length,
+    eps, scale, shift, low, high,
     STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
     HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """`rows` outputs of a group, `columns` summands, over `length` of the `positions`, DEEP at a time."""
-    blocks = tl.cdiv(rows, ROWS)
-    group = (tl.program_id(1) // blocks).to(tl.int64)
-    o = tl.program_id(1) % blocks * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    block, group, first_row = _block(rows, columns, ROWS, COLUMNS)
+    whole = tl.cast(whole, tl.int64)
+    o = first_row + tl.arange(0, ROWS)
+    d = block * COLUMNS + tl.arange(0, COLUMNS)
     valid_o, valid_d = o < rows, d < columns
     valid = valid_o[:, None] & valid_d[None, :]
     place = (group * rows + o)[:, None] * depth + d[None, :]
     a = tl.load(weight + place, mask=valid, other=0.0)
     i, j = d // KW % KH * DH - PH, d % KW * DW - PW
     x += (group * channels + d // (KH * KW)) * x1 + i * x2 + j * x3
-    first = tl.program_id(2).to(tl.int64) * length
+    first = tl.program_id(1).to(tl.int64) * length
     stop = tl.minimum(first + length, positions)
     total = tl.zeros([ROWS, COLUMNS, DEEP], tl.float32)
     sums = tl.cdiv(length, DEEP)
@@ -232,10 +242,14 @@ def backward_weight(
             else:
                 end = tl.load(out + z, mask=kept, other=0.0) / depth
             G = g * tl.load(state + (STEPS - 1 + k) * whole + z, mask=kept, other=0.0)
-            t = a[:, :, None] * value[None, :, :] - m[:, None, :]
+            t = tl.fma(
+                a[:, :, None].broadcast_to(total.shape),
+                value[None, :, :].broadcast_to(total.shape),
+                -m[:, None, :].broadcast_to(total.shape),
+            )
             move = (end - m)[:, None, :]
             share += _slope_of_step(t, G[:, None, :], move, eps, scale, shift, low, high, GENERAL)
             m = end
         total += tl.where(valid_p[None, None, :], share * value[None, :, :], 0.0)
-    grad_weight += tl.program_id(2).to(tl.int64) * weights
+    grad_weight += tl.program_id(1).to(tl.int64) * weights
     tl.store(grad_weight + place, tl.sum(total, 2), mask=valid)

@@ -2,7 +2,8 @@
 // is computed, kernels/native.py for how this file is compiled. float32; a linear map is a 1x1 convolution.
 //
 // Every product of an output with a panel (panel.h) is made in registers, K times over, so that the work is the
-// arithmetic, and the memory is one panel a thread. How the work is cut depends on the shapes alone, never on the
+// arithmetic, and the memory is a panel a thread and what is kept of its outputs. The backward pass cuts a layer whose
+// channels are too few for the threads into ranges of positions, each with its own share of the weight's gradient. How the work is cut depends on the shapes alone, never on the
 // number of threads, and nothing is added up across pieces in an order that could vary: results do not either.
 
 #include <algorithm>
@@ -137,7 +138,9 @@ void forward(const Conv& c, const Penalty penalty, const float* x, const float* 
   const int64_t width = vectors * LANES, panels = ceil_div(positions, width);
   // Few panels: outputs are shared out as well, sixteen at least, so that packing stays a small part.
   const int64_t cut = std::max<int64_t>(1, std::min(TASKS / std::max<int64_t>(1, panels * c.groups), c.outputs / 16));
-  const int64_t chunk = ceil_div(ceil_div(c.outputs, cut), 4) * 4, chunks = ceil_div(c.outputs, chunk);
+  int64_t chunk = ceil_div(ceil_div(c.outputs, cut), 4) * 4;
+  if (KEEP) chunk = std::min(chunk, std::max<int64_t>(4, 2 * CACHE / (2 * c.steps * PANEL * 4) / 4 * 4));
+  const int64_t chunks = ceil_div(c.outputs, chunk);
   const float size_of_sum = depth;
   const int64_t grain = 1 + GRAIN / (width * chunk * depth * c.steps);
   if (positions * c.groups * c.outputs * depth * c.steps < SMALL) threads = 1;

@@ -8,16 +8,19 @@ there by renaming, so that processes that start together do not disturb each oth
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import functools
 import hashlib
 import math
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor
 
 from timm_nrpm.estimator import Penalty
-from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results, strided_as
+from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results, state_as, strided_as
 
 SOURCE = Path(__file__).with_name("estimate.cpp")
 HEADER = Path(__file__).with_name("panel.h")
@@ -39,95 +42,129 @@ INSTRUCTIONS = {
 
 Pointer, Integer = ctypes.c_void_p, ctypes.c_int
 
+_lock = threading.Lock()  # the first call compiles, others wait
+
 
 class SlowPathWarning(UserWarning):
     """The CPU kernels could not be compiled, so the slow path serves."""
 
 
+class CompilationError(RuntimeError):
+    """There is no compiler, or it failed."""
+
+
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: `TIMM_NRPM_CACHE`, or timm_nrpm in the user's cache folder."""
+    """Where compiled kernels are kept: `TIMM_NRPM_CACHE`, or timm_nrpm in the user's cache folder.
+
+    What lies there is executed. So a folder or file that others could have written does not count, and then, as where
+    there is no writable home, the kernels are compiled into a folder for this process alone.
+    """
     if given := os.environ.get("TIMM_NRPM_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timm_nrpm"
 
 
-def _writable_cache() -> Path:
-    """The cache folder, or one for this process alone where that cannot be written."""
+def _cache() -> Path:
     folder = cache_folder()
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    temporary = Path(tempfile.mkdtemp(prefix="timm_nrpm-"))
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    return temporary
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_owner(folder)
+    return folder
 
 
-def compiler() -> str:
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    for candidate in candidates:
-        if path := shutil.which(candidate):
-            return path
-    raise OSError(f"no C++ compiler was found (looked for {', '.join(candidates)})")
+def _temporary() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="timm_nrpm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
-def build() -> Path:
-    """The compiled library, from the cache or made now.
+def _check_owner(path: Path) -> None:
+    status = path.stat()
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
+        raise PermissionError(f"{path} can be written by others")
+
+
+def compiler() -> list[str]:
+    """The command that compiles C++: `CXX`, or the first that is there.
 
     Raises:
-        OSError: There is no compiler, it failed, or the library cannot be written.
+        CompilationError: None is.
+    """
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    for candidate in candidates:
+        words = shlex.split(candidate)
+        if words and (path := shutil.which(words[0])):
+            return [path, *words[1:]]
+    raise CompilationError(f"no C++ compiler was found (looked for {', '.join(candidates)})")
+
+
+def build(folder: Path) -> Path:
+    """The compiled library in `folder`, from before or made now.
+
+    Raises:
+        CompilationError: There is no compiler, or it failed.
+        OSError: The library cannot be written or trusted.
     """
     cxx = compiler()
     flags = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w"]
     flags += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
-    made_from = [SOURCE.read_text(), HEADER.read_text(), cxx, str(os.stat(cxx).st_mtime_ns), *flags, sys.platform]
-    name = f"estimate-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
-    if (cache_folder() / name).exists():
-        return cache_folder() / name
-    path = _writable_cache() / name
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    where = [platform.machine(), sys.platform, str(os.stat(cxx[0]).st_mtime_ns)]
+    made_from = [SOURCE.read_text(), HEADER.read_text(), *cxx, *flags, *where]
+    path = folder / f"estimate-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
+    if path.exists():
+        _check_owner(path)
+        return path
+    for abandoned in folder.glob("compiling-*"):
+        if time.time() - abandoned.stat().st_mtime > 2 * SECONDS:
+            abandoned.unlink(missing_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix="compiling-", suffix=".so", dir=folder)
     os.close(handle)
     try:
-        command = [cxx, *flags, str(SOURCE), "-o", temporary]
+        command = [*cxx, *flags, str(SOURCE), "-o", temporary]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
-            raise OSError(f"{cxx} failed: {done.stderr.strip()[:500]}")
+            raise CompilationError(f"{shlex.join(cxx)} failed: {done.stderr.strip()[:500]}")
+        os.chmod(temporary, 0o755)
         os.replace(temporary, path)
     except subprocess.TimeoutExpired as error:
-        raise OSError(f"{cxx} was not done after {SECONDS} s") from error
+        raise CompilationError(f"{shlex.join(cxx)} was not done after {SECONDS} s") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
 
 
-def _load() -> ctypes.CDLL:
-    path = build()
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # cut short by a full disk, say: once more
-        path.unlink(missing_ok=True)
-        return ctypes.CDLL(str(build()))
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The kernels, compiled if need be; None, after one :class:`SlowPathWarning`, where that cannot be done."""
-    try:
-        loaded = _load()
-    except OSError as error:
-        warnings.warn(
-            f"The fast CPU kernels are not available: {error}. The same numbers come from a path that is ten times "
-            "slower. Install g++ (or name a compiler in CXX) to have them.",
-            SlowPathWarning,
-            stacklevel=2,
-        )
-        return None
+def _load(folder: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(build(folder)))
     loaded.nrpm_forward.argtypes = [Pointer, Pointer, Integer, *[Pointer] * 5, Integer]
     loaded.nrpm_backward.argtypes = [Pointer, Pointer, Integer, *[Pointer] * 8, Integer]
     loaded.nrpm_limit.argtypes = [Pointer, ctypes.c_int64, ctypes.c_int64, Integer]
     loaded.nrpm_forward.restype = loaded.nrpm_backward.restype = None
     loaded.nrpm_limit.restype = ctypes.c_float
     return loaded
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | None:
+    try:
+        try:
+            return _load(_cache())
+        except CompilationError:
+            raise
+        except (OSError, RuntimeError, AttributeError):  # no home, a full disk, noexec, a file cut short
+            return _load(_temporary())
+    except (CompilationError, OSError, AttributeError) as error:
+        warnings.warn(
+            f"The fast CPU kernels are not available: {error}. The same numbers come from a path that is ten times "
+            "slower. Install g++ (or name a compiler in CXX) to have them.",
+            SlowPathWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, compiled if need be; None, after one :class:`SlowPathWarning`, where that cannot be done."""
+    with _lock:
+        return _loaded()
 
 
 def serves(x: Tensor) -> bool:
@@ -140,6 +177,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`timm_nrpm.kernels.operator.robust_sum`."""
     out, state = empty_results(plain, iterations, keep)
+    if not out.numel():
+        return out, state
     weight, plain = weight.contiguous(), strided_as(plain, out)
     _call(
         "nrpm_forward",
@@ -164,6 +203,9 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`timm_nrpm.kernels.operator.robust_sum_backward`."""
     grad_x, grad_weight = empty_gradients(x, weight, *needs)
+    if not out.numel():
+        return grad_x.zero_(), grad_weight.zero_()
+    state = state_as(state, out)
     # The input is read with the strides of its gradient, which are its own unless elements overlap or are spread out.
     x, plain, grad = strided_as(x, grad_x if needs[0] else x), strided_as(plain, out), strided_as(grad, out)
     _call(
