@@ -49,7 +49,7 @@ def _at_hand(lam: Tensor) -> bool:
 
 
 def _check(lam: float | Tensor, *estimator: Any) -> float | Tensor:
-    """Lambda, checked with the other settings; in a graph, whose numbers may be symbols, it was when it was traced."""
+    """Lambda, after a check of all settings; but not in a graph, where numbers may be symbols and values unknown."""
     if not torch.compiler.is_compiling():
         check_estimator(*estimator)
     if not isinstance(lam, Tensor):
