@@ -8,7 +8,6 @@ writes where another does, so results do not vary from run to run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,51 +116,19 @@ def _constants(weight: Tensor, conv: Convolution, iterations: int, penalty: Pena
 
 
 @operator.robust_sum.register_kernel("cuda")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    plain: Tensor,
-    lam: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    iterations: int,
-    penalty: Sequence[float],
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    shape = (stride, padding, dilation, groups)
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     if x.dtype != torch.float32:
-        return operator.compute(x, weight, plain, lam, *shape, iterations, penalty, keep)
-    conv = operator.convolution(*shape)
+        return operator.compute(x, *arguments)
+    weight, plain, lam, *shape, iterations, penalty, keep = arguments
     with torch.cuda.device(x.device):
-        return forward(x, weight, plain, lam, conv, iterations, Penalty(*penalty), keep)
+        return forward(x, weight, plain, lam, operator.convolution(*shape), iterations, Penalty(*penalty), keep)
 
 
 @operator.robust_sum_backward.register_kernel("cuda")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    plain: Tensor,
-    lam: Tensor | None,
-    out: Tensor,
-    state: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    iterations: int,
-    penalty: Sequence[float],
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    tensors, shape, needs = (
-        (grad, x, weight, plain, lam, out, state),
-        (stride, padding, dilation, groups),
-        (need_x, need_weight),
-    )
+def _(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     if x.dtype != torch.float32:
-        return operator.compute_backward(*tensors, *shape, iterations, penalty, *needs)
+        return operator.compute_backward(grad, x, *arguments)
+    weight, plain, lam, out, state, *shape, iterations, penalty, need_x, need_weight = arguments
+    conv, needs = operator.convolution(*shape), (need_x, need_weight)
     with torch.cuda.device(x.device):
-        return backward(*tensors, operator.convolution(*shape), iterations, Penalty(*penalty), needs)
+        return backward(grad, x, weight, plain, lam, out, state, conv, iterations, Penalty(*penalty), needs)

@@ -83,19 +83,8 @@ robust_sum = torch.library.custom_op(
 
 
 @robust_sum.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    plain: Tensor,
-    lam: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    iterations: int,
-    penalty: Sequence[float],
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, plain: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    *_, iterations, _penalty, keep = settings
     return empty_results(plain, iterations, keep)
 
 
@@ -134,23 +123,8 @@ robust_sum_backward = torch.library.custom_op(
 
 
 @robust_sum_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    plain: Tensor,
-    lam: Tensor | None,
-    out: Tensor,
-    state: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    iterations: int,
-    penalty: Sequence[float],
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    *_, need_x, need_weight = settings
     return empty_gradients(x, weight, need_x, need_weight)
 
 
