@@ -219,6 +219,7 @@ def test_second_derivatives_are_refused():
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=torch.ones(4)), r"lam has shape \[4\]"),
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=0.5, iterations=-1), "K >= 0"),
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=0.5, eps=0), "eps=0"),
+        (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=0.5, eps=1e-20), "give 1e-15 or more"),
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=0.5, penalty="l3"), "choose one of"),
         (lambda: nrpm_conv2d(torch.ones(2, 3, 4, 4), torch.ones(4, 3, 3, 3), groups=2, lam=0.5), "groups=2"),
         (lambda: nrpm_conv2d(torch.ones(2, 3, 4, 4), torch.ones(4, 3, 3, 3), padding="full", lam=0.5), '"valid"'),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from timm_nrpm.functional import nrpm_conv2d
+from timm_nrpm.kernels import native
 
 COMPILER = any(map(shutil.which, ["g++", "c++", "clang++"]))
 
@@ -132,10 +133,17 @@ def test_what_others_could_have_written_is_not_executed(tmp_path, expected):
 
 
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
-def test_without_a_home(tmp_path, expected):
-    environment = {"HOME": "", "XDG_CACHE_HOME": "", "TIMM_NRPM_CACHE": "", "CXX": "g++ -m64", "TMPDIR": str(tmp_path)}
-    assert finish(start(tmp_path, "out", **environment)) == ["FAST True"]
-    expected("out")
+def test_without_a_home(tmp_path, monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(native.Path, "home", nowhere)
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    for name in ("TIMM_NRPM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CXX", f"{native.compiler()[0]} -g0")  # a command with an argument
+    assert native._loaded.__wrapped__() is not None
+    assert list(tmp_path.glob("timm_nrpm-*/estimate-*.so"))
 
 
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")

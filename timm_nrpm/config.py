@@ -114,7 +114,9 @@ def check_estimator(iterations: int, eps: float, penalty: str, delta: float = 3.
         if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value!r} is not allowed: give a finite number > 0.")
     if eps < SMALLEST_EPS:
-        raise ValueError(f"eps={eps!r} is not allowed: below {SMALLEST_EPS:g} squares of 1 / eps leave float32.")
+        raise ValueError(
+            f"eps={eps!r} is not allowed: give {SMALLEST_EPS:g} or more, since (1 / eps)^2 must fit float32."
+        )
     if penalty not in PENALTIES:
         raise ValueError(f"penalty={penalty!r} is not known: choose one of {', '.join(PENALTIES)}.")
     if penalty == "huber-mcp" and gamma <= delta:

@@ -141,9 +141,8 @@ class Reprogrammed(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.lam.is_meta and not bool(
-            (self.lam >= 0) & (self.lam <= 1)
-        ):  # an optimizer went past an end: save what counts
+        # An optimizer may have gone past an end: save what counts.
+        if not self.lam.is_meta and not bool((self.lam >= 0) & (self.lam <= 1)):
             destination[prefix + "lam"] = self.lam.detach().clamp(0.0, 1.0)
 
 

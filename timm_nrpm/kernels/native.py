@@ -32,7 +32,7 @@ from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_re
 
 SOURCE = Path(__file__).with_name("estimate.cpp")
 HEADER = Path(__file__).with_name("panel.h")
-SECONDS = 120  # for the compiler; it needs three
+SECONDS = 120  # for the compiler; it needs four
 
 # The instruction sets that torch itself tells apart. Not -march=native: the cache may be shared by unlike machines.
 INSTRUCTIONS = {
