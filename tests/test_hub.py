@@ -258,13 +258,13 @@ FORGERIES = {
     ],
 )
 def test_a_forged_base_is_not_followed(tmp_path, forged):
-    from timm_nrpm.hub import _checksum
+    from timm_nrpm.hub import checksum_of
 
     folder = save_pretrained(variant(), tmp_path / "v")
     content = json.loads((folder / FILES[0]).read_text())
     del content["sha256"]
     content["base"].update(forged)
-    (folder / FILES[0]).write_text(json.dumps({**content, "sha256": _checksum(content)}))
+    (folder / FILES[0]).write_text(json.dumps({**content, "sha256": checksum_of(content)}))
     with pytest.raises(BrokenVariant, match=r"is no dtype of torch|does not name its weights"):
         from_pretrained(folder)
 
@@ -276,7 +276,7 @@ def test_forged_contents_with_fitting_hashes(tmp_path, add, drop, message):
 
     from safetensors.torch import load_file, save_file
 
-    from timm_nrpm.hub import _checksum
+    from timm_nrpm.hub import checksum_of
 
     folder = save_pretrained(variant(), tmp_path / "v")
     tensors = {k: v for k, v in {**load_file(folder / FILES[1]), **add}.items() if k not in drop}
@@ -284,7 +284,7 @@ def test_forged_contents_with_fitting_hashes(tmp_path, add, drop, message):
     content = json.loads((folder / FILES[0]).read_text())
     del content["sha256"]
     content["files"][FILES[1]] = hashlib.sha256((folder / FILES[1]).read_bytes()).hexdigest()
-    (folder / FILES[0]).write_text(json.dumps({**content, "sha256": _checksum(content)}))
+    (folder / FILES[0]).write_text(json.dumps({**content, "sha256": checksum_of(content)}))
     base = timm.create_model(DIGITS, pretrained=True)
     state = list(base.state_dict())
     with pytest.raises(BrokenVariant, match=message):

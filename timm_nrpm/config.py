@@ -22,6 +22,12 @@ LayerSelection: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bo
 """``None`` (every supported layer), a glob, several globs, ``"first:N"``, or ``f(name, module) -> bool``."""
 
 
+OBJECTIVES = ("clean", "fgsm", "pgd", "trades", "mart", "sat", "awp")
+GRADIENTS = ("own", "bpda", "plain", "mixture")
+PARADIGMS = ("lambda", "all")
+PRECISIONS = ("no", "bf16")
+
+
 def check_lam(value: Any, where: str = "lam") -> float:
     """Return `value` as a float in [0, 1], or raise a ValueError that says what `where` may be."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
@@ -121,3 +127,134 @@ def check_estimator(iterations: int, eps: float, penalty: str, delta: float = 3.
         raise ValueError(f"penalty={penalty!r} is not known: choose one of {', '.join(PENALTIES)}.")
     if penalty == "huber-mcp" and gamma <= delta:
         raise ValueError(f"gamma={gamma!r} must be larger than delta={delta!r} for the huber-mcp penalty.")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How lambda, or everything, is tuned: adversarial training (NRPM, arXiv 2410.04577, section 4, paradigms 2 and 3).
+
+    Args:
+        paradigm: What trains: `"lambda"`, one number a layer, every weight frozen (paradigm 2), or `"all"` (paradigm 3).
+        trainable: In place of the paradigm, globs of parameter names: `("*.lam", "layer4.*", "fc.*")`. What is frozen
+            stays as it is, BatchNorm statistics and dropout included.
+        objective: The loss, see :mod:`timm_nrpm.objectives`: `"clean"`, `"fgsm"`, `"pgd"`, `"trades"`, `"mart"`,
+            `"sat"` or `"awp"`.
+        eps: Largest change of a pixel in the inner attack, Linf, in pixel units of [0, 1]; 0 attacks nothing.
+        steps: Of the inner attack; FGSM always takes one.
+        step_size: Of the inner attack, in pixel units. The default is `eps / 4`, the paper's 2/255 at 8/255; for one
+            step `eps`.
+        gradient: What the inner attack follows: the model's `"own"` gradient as in the paper; `"bpda"`, the estimate
+            forward and the linear map backward; `"plain"`, that of the model at lambda = 1; or a `"mixture"`, each for
+            every third image. The own gradient of the estimate misleads an attack, and training against a misled attack
+            learns to mislead it.
+        beta: Weight of the second term of TRADES, MART and SAT; their authors' default is 6.
+        weight_perturbation: Of AWP, the size of the adversarial step in a weight, relative to its norm.
+        target_momentum: Of SAT, how much of a target stays when the model's prediction is mixed in.
+        target_start: Of SAT, the epoch, counted from 0, from which targets move.
+        epochs: Passes over the loader.
+        optimizer: Any name that `timm.optim.create_optimizer_v2` knows.
+        lr: Learning rate of everything but lambda.
+        lam_lr: Learning rate of lambda, which has no weight decay.
+        weight_decay: Of everything with more than one dimension but lambda.
+        calibrate: How many of the training images :func:`timm_nrpm.calibrate_` sees before the first epoch and, while
+            no weight trains, after every epoch, since lambdas that moved leave statistics stale; 0 for none.
+        schedule: Any name that `timm.scheduler.create_scheduler_v2` knows, `"cosine"` to zero, or `"constant"`.
+        warmup_epochs: In which the learning rate rises.
+        clip: Largest norm of the gradient, of lambda and of the rest each; None lets any gradient pass.
+        patience: Steps in a row whose gradient may be non-finite before :class:`timm_nrpm.Diverged` is raised. Such a
+            step changes nothing.
+        accumulate: Batches whose gradients make one step.
+        precision: `"no"` for float32, or `"bf16"`, under which the estimate is still computed in float32.
+        seed: Of the order of the images, their augmentation, the start of the attack, and dropout.
+        output: Folder for checkpoints, history, plots and the tuned variant; None keeps nothing.
+        checkpoint_every: Steps between checkpoints.
+        keep: How many of the last checkpoints stay.
+        evaluate_steps: Steps of PGD when the validation images are attacked, before the first and after every epoch.
+        evaluate_eps: Their largest change of a pixel; by default that of training, or 8/255 if that is 0.
+        log_every: Steps between two rows of the history.
+        trackers: Names that accelerate knows, like `("tensorboard",)`.
+
+    Raises:
+        ValueError: A value is outside its range; the message names the range.
+
+    Example:
+        >>> TuneConfig(paradigm="all", objective="fgsm", eps=0.1, epochs=2).step_size
+        0.1
+    """
+
+    paradigm: str = "lambda"
+    trainable: tuple[str, ...] | None = None
+    objective: str = "pgd"
+    eps: float = 8 / 255
+    steps: int = 7
+    step_size: float | None = None
+    gradient: str = "own"
+    beta: float = 6.0
+    weight_perturbation: float = 0.01
+    target_momentum: float = 0.9
+    target_start: int = 1
+    epochs: int = 5
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    lam_lr: float = 0.05
+    weight_decay: float = 5e-4
+    calibrate: int = 0
+    schedule: str = "cosine"
+    warmup_epochs: int = 0
+    clip: float | None = 1.0
+    patience: int = 10
+    accumulate: int = 1
+    precision: str = "no"
+    seed: int = 0
+    output: str | None = None
+    checkpoint_every: int = 100
+    keep: int = 3
+    evaluate_steps: int = 10
+    evaluate_eps: float | None = None
+    log_every: int = 1
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("trainable", "trackers"):
+            given: Any = getattr(self, name)
+            if given is not None:
+                given = (given,) if isinstance(given, str) else tuple(given)
+                object.__setattr__(self, name, given)
+        choices = {"paradigm": PARADIGMS, "objective": OBJECTIVES, "gradient": GRADIENTS, "precision": PRECISIONS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(allowed)}.")
+        if self.objective == "fgsm":
+            object.__setattr__(self, "steps", 1)
+        if self.step_size is None:
+            object.__setattr__(self, "step_size", self.eps if self.steps == 1 else self.eps / 4)
+        if self.evaluate_eps is None:
+            object.__setattr__(self, "evaluate_eps", self.eps or 8 / 255)
+        if self.output is not None:
+            object.__setattr__(self, "output", str(self.output))
+        least: dict[str, float] = {name: 1 for name in ("steps", "epochs", "patience", "accumulate", "keep")}
+        least |= dict.fromkeys(("checkpoint_every", "evaluate_steps", "log_every"), 1)
+        least |= dict.fromkeys(("warmup_epochs", "seed", "target_start", "calibrate"), 0)
+        for name, low in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+                raise ValueError(f"{name}={value!r} is not allowed: give an integer >= {low:g}.")
+        at_most = {"eps": 1.0, "step_size": 1.0, "evaluate_eps": 1.0, "target_momentum": 1.0}
+        at_most |= dict.fromkeys(("beta", "weight_perturbation", "lr", "lam_lr", "weight_decay"), math.inf)
+        for name, high in at_most.items():
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not 0 <= value <= high:
+                limit = f"from 0 to {high:g}" if high < math.inf else ">= 0"
+                raise ValueError(f"{name}={value!r} is not allowed: give a number {limit}.")
+        if self.clip is not None and not (isinstance(self.clip, Real) and self.clip > 0):
+            raise ValueError(f"clip={self.clip!r} is not allowed: give a number > 0, or None to let any gradient pass.")
+        if self.evaluate_eps == 0:
+            raise ValueError("evaluate_eps=0 attacks nothing: give the change of a pixel, like 8 / 255.")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> TuneConfig:
+        return cls(**json.loads(text))

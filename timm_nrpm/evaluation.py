@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import asdict, dataclass, field
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from timm_nrpm.reprogramming import evaluating, plain_copy, reprogrammed_layers
+from timm_nrpm.reprogramming import attackable, plain_copy, reprogrammed_layers
 
 MASKED = "gradient_masking"
 """Flag: attacks that do not use the model's own gradient leave fewer images right than those that do, so accuracy under
@@ -112,6 +112,7 @@ def evaluate(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     progress: bool = False,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> RobustnessReport:
     """Accuracy when clean and under attack, per image.
 
@@ -129,6 +130,8 @@ def evaluate(
         mean, std: The model's normalisation, one number a channel; by default timm's for this model, and none for a
             model that is not timm's.
         progress: Whether to show a progress bar.
+        gather: `accelerator.gather_for_metrics`, for a loader that accelerate prepared: every process then returns the
+            report of all images, none counted twice.
 
     Raises:
         ValueError: Pixels outside [0, 1], no steps, or an empty loader.
@@ -140,8 +143,7 @@ def evaluate(
         raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')
     if steps < 1:
         raise ValueError(f"steps={steps} is not allowed: PGD needs at least one.")
-    learning = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model), torch.enable_grad(), Progress(disable=not progress) as bar:
+    with attackable(model), Progress(disable=not progress) as bar:
         # In eval mode themselves: torchattacks puts a model back into the mode it finds.
         own = PixelModel(model, mean, std).eval()
         attacks = [fgsm("fgsm", own, threat.eps), pgd("pgd", own, threat.eps, steps, seed)]
@@ -153,21 +155,16 @@ def evaluate(
         correct: dict[str, list[bool]] = {name: [] for name in ("clean", *(a.name for a in attacks))}
         batches = len(loader) if isinstance(loader, Sized) else None
         task = bar.add_task("Evaluating", total=batches and batches * len(correct))
-        for parameter in learning:  # attacks need the gradient of the pixels alone
-            parameter.requires_grad_(False)
-        try:
-            for images, targets in loader:
-                pixels, labels = images.to(own.mean.device), targets.to(own.mean.device)
-                _check_pixels(pixels)
-                right = _right(own, pixels, labels)
-                correct["clean"] += right.tolist()
+        for images, targets in loader:
+            pixels, labels = images.to(own.mean.device), targets.to(own.mean.device)
+            check_pixels(pixels)
+            right = {"clean": _right(own, pixels, labels)}
+            bar.advance(task)
+            for attack in attacks:
+                right[attack.name] = right["clean"] & _right(own, attack.run(pixels, labels), labels)
                 bar.advance(task)
-                for attack in attacks:
-                    correct[attack.name] += (right & _right(own, attack.run(pixels, labels), labels)).tolist()
-                    bar.advance(task)
-        finally:
-            for parameter in learning:
-                parameter.requires_grad_(True)
+            for name, images_right in right.items():
+                correct[name] += (images_right if gather is None else gather(images_right)).tolist()
     if not correct["clean"]:
         raise ValueError("The loader gave no images: there is nothing to evaluate.")
     shares = {name: sum(images) / len(images) for name, images in correct.items()}
@@ -182,10 +179,11 @@ def _right(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     return model(pixels).argmax(1) == labels
 
 
-def _check_pixels(pixels: Tensor) -> None:
+def check_pixels(pixels: Tensor) -> None:
+    """Raise a ValueError unless all pixels are in [0, 1]."""
     low, high = float(pixels.min()), float(pixels.max())
     if not (low >= 0.0 and high <= 1.0):
         raise ValueError(
-            f"The loader gives values from {low:.3g} to {high:.3g}: evaluate needs pixels in [0, 1], before "
-            "normalisation, which it does inside. With timm's loaders, use normalize=False."
+            f"The loader gives values from {low:.3g} to {high:.3g}: give pixels in [0, 1], before "
+            "normalisation, which is done inside. With timm's loaders, use normalize=False."
         )

@@ -97,9 +97,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
                 vars(plain)["_model_args"] = {k: v for k, v in recorded.items() if k not in names}
                 save_for_hf(plain, str(draft), safe_serialization=True)
             (draft / TENSORS).write_bytes(tensors)
-            content["files"] = {f.name: _sha256(f) for f in sorted(draft.iterdir())}
+            content["files"] = {f.name: sha256_of(f) for f in sorted(draft.iterdir())}
             try:
-                text = json.dumps({**content, "sha256": _checksum(content)}, indent=2)
+                text = json.dumps({**content, "sha256": checksum_of(content)}, indent=2)
             except TypeError as error:
                 raise ValueError(
                     f"The base was created with an argument that JSON cannot hold ({error}): {base.kwargs}. "
@@ -214,7 +214,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise BrokenVariant(f"{path} is cut short or is no variant's config ({error!r}): get it again.") from error
     if version != FORMAT:
         raise BrokenVariant(f"{path} has format {version!r}, and this version reads {FORMAT}: update timm_nrpm.")
-    if checksum != _checksum(content):
+    if checksum != checksum_of(content):
         raise BrokenVariant(f"{path} was changed after it was saved: get it again, or save the variant anew.")
     if TENSORS not in files:
         raise BrokenVariant(f"{path} does not vouch for {TENSORS}: get it again, or save the variant anew.")
@@ -222,7 +222,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         file = folder / Path(name).name  # never outside the folder
         if not file.exists():
             raise BrokenVariant(f"{file} is missing: get it again.")
-        if _sha256(file) != expected:
+        if sha256_of(file) != expected:
             raise BrokenVariant(f"{file} is cut short or was changed after it was saved: get it again.")
     try:
         return content, parse_tensors((folder / TENSORS).read_bytes())
@@ -230,7 +230,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise BrokenVariant(f"{folder / TENSORS} cannot be read ({error}): get it again.") from error
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Hash of a file's bytes."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -238,5 +239,6 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def checksum_of(content: dict[str, Any]) -> str:
+    """Hash of what a JSON file says, however it is laid out."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

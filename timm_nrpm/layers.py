@@ -7,6 +7,7 @@ with the same Parameters, hooks, device and training mode, and giving it back it
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,18 @@ def _load_keeping(
     missing[:] = [key for key in missing if key not in {prefix + name for name in names}]
 
 
+class _StraightThrough(torch.autograd.Function):
+    """The value of the first argument with the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, path: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, grad
+
+
 class Correction(nn.Module):
     """A factor and a summand for every output, which calibration fits: `gain * z + offset`.
 
@@ -86,12 +99,16 @@ class Reprogrammed(nn.Module):
             :func:`timm_nrpm.lambdas` reports. Takes a gradient if `config.learnable`.
         config: The settings; its `lam` and `layers` describe the model, not this layer.
         correction: None, or what calibration does to the sum, before the bias.
+        linear_backward: Whether the gradient goes through the linear map alone, past the estimate, as an attack may
+            want it: the estimate's own is steep and erratic (backward pass differentiable approximation,
+            arXiv 1802.00420, section 4.1).
         channel: The dimension of the outputs, counted from the end.
     """
 
     lam: nn.Parameter
     config: NRPMConfig
     correction: Correction | None
+    linear_backward: bool = False
     channel: int
 
     def is_plain(self) -> bool:
@@ -107,6 +124,14 @@ class Reprogrammed(nn.Module):
         c = self.config
         options = {"iterations": c.iterations, "eps": c.eps, "penalty": c.penalty, "delta": c.delta, "gamma": c.gamma}
         return {"lam": _Clamp.apply(self.lam), **options}
+
+    def mix(self, estimate: Callable[..., Tensor], linear: Callable[[], Tensor]) -> Tensor:
+        """The mixed sum, with its own gradient or with that of the linear map."""
+        if not self.linear_backward:
+            return estimate(**self.settings())
+        with torch.no_grad():
+            value = estimate(**self.settings())
+        return _StraightThrough.apply(value, linear())
 
     def finish(self, z: Tensor, bias: Tensor | None) -> Tensor:
         """The sum, corrected if calibration says so, plus bias; at lambda = 1 the plain sum, whatever learns it."""
@@ -154,7 +179,8 @@ class NRPMLinear(Reprogrammed, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.is_plain():
             return super().forward(input)
-        return self.finish(nrpm_linear(input, self.weight, **self.settings()), self.bias)
+        z = self.mix(partial(nrpm_linear, input, self.weight), partial(F.linear, input, self.weight))
+        return self.finish(z, self.bias)
 
 
 class NRPMTimmLinear(NRPMLinear, TimmLinear):
@@ -170,15 +196,8 @@ class NRPMConv2d(Reprogrammed, nn.Conv2d):
         if self.is_plain():
             return super().forward(input)
         x, weight, padding = self.operands(input)
-        z = nrpm_conv2d(
-            x,
-            weight,
-            stride=self.stride,  # type: ignore[arg-type]
-            padding=padding,
-            dilation=self.dilation,  # type: ignore[arg-type]
-            groups=self.groups,
-            **self.settings(),
-        )
+        shape: Any = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
+        z = self.mix(partial(nrpm_conv2d, x, weight, **shape), partial(F.conv2d, x, weight, **shape))
         return self.finish(z, self.bias)
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:

@@ -173,6 +173,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def attackable(model: nn.Module) -> Iterator[None]:
+    """`evaluating`, and no Parameter takes a gradient: an attack needs that of the pixels alone."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    with evaluating(model), torch.enable_grad():
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+
+
 def plain_copy(model: Model) -> Model:
     """The un-reprogrammed model as a second module that shares the Parameters of `model`.
 

@@ -1,0 +1,128 @@
+"""The state of a run on disk: safetensors and JSON, whole or not there at all.
+
+    step-00000120/state.safetensors     what trains, its optimizer's state, buffers
+    step-00000120/state.json            step, settings, history; sha256 of the other file and of itself
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from timm_nrpm.hub import DRAFT, checksum_of, sha256_of
+
+STATE, TENSORS = "state.json", "state.safetensors"
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint is broken, and the one before it is taken."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved.
+
+    Attributes:
+        tensors: By name.
+        content: Whatever JSON holds.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    content: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in a folder, the last `keep` of them.
+
+    Example:
+        >>> checkpoints = Checkpoints(Path("run/checkpoints"), keep=3)
+        >>> checkpoints.save(120, {"lam": torch.tensor(0.5)}, {"step": 120})
+        PosixPath('run/checkpoints/step-00000120')
+        >>> checkpoints.last().content["step"]
+        120
+    """
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """Whole checkpoints, the oldest first."""
+        return sorted(self.folder.glob("step-*"))
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, then remove those too old.
+
+        Raises:
+            OSError: It could not be written, and what was there before is there still.
+        """
+        path = self.folder / f"step-{step:08d}"
+        while path.exists():  # saved before, and good until the new one is
+            path = path.with_name(f"{path.name}+")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(f"{DRAFT}*"):  # of a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)
+            draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=self.folder))
+            try:
+                # Copies: safetensors refuses tensors that share memory.
+                save_file({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, draft / TENSORS)
+                state = {**content, "sha256_of_tensors": sha256_of(draft / TENSORS)}
+                (draft / STATE).write_text(json.dumps({**state, "sha256": checksum_of(state)}))
+                for file in (draft / TENSORS, draft / STATE, draft):
+                    _to_disk(file)
+                os.replace(draft, path)
+                _to_disk(self.folder)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        except Exception as error:  # safetensors has errors of its own for a full disk
+            last = self.paths()
+            raise OSError(
+                f"The checkpoint of step {step} could not be written to {self.folder} ({error}). "
+                + (f"The last good one is {last[-1].name}: make room, then resume." if last else "There is none before.")
+            ) from error
+        for old in self.paths()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def last(self) -> Checkpoint | None:
+        """The last checkpoint that is whole; None if there is none. A broken one is passed over with a warning."""
+        for path in reversed(self.paths()):
+            try:
+                return self.read(path.name)
+            except Exception as error:
+                warnings.warn(
+                    f"The checkpoint {path} is broken ({error}): the one before it is taken.",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
+        return None
+
+    def read(self, name: str) -> Checkpoint:
+        """The checkpoint of that name; any exception if it is not whole."""
+        path = self.folder / name
+        content = json.loads((path / STATE).read_text())
+        if content.pop("sha256", None) != checksum_of(content):
+            raise ValueError(f"{STATE} is cut short or was changed")
+        if sha256_of(path / TENSORS) != content["sha256_of_tensors"]:
+            raise ValueError(f"{TENSORS} is cut short or was changed")
+        return Checkpoint(path, load_file(path / TENSORS), content)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,114 @@
+"""The order of the images, and their augmentation, as a function of the seed, the epoch and the image alone.
+
+So a run that was killed goes on in the middle of an epoch as if nothing had happened, and two processes see what one
+would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed of 32 bits from several numbers, such that neighbours have nothing in common."""
+    mixed = 0x9E3779B97F4A7C15
+    for number in numbers:  # splitmix64
+        mixed = (mixed + number * 0xBF58476D1CE4E5B9) % 2**64
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
+        mixed ^= mixed >> 31
+    return mixed % 2**32
+
+
+class Numbered(Dataset[Any]):
+    """A dataset that also gives each image's number, and whose randomness depends on nothing before.
+
+    Attributes:
+        epoch: Shared memory, so that workers that live on hear of the next.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        set_seed(seed_of(self.seed, int(self.epoch), index))
+        return self.dataset[index], index
+
+
+class Order(Sampler[int]):
+    """What a sampler gives in an epoch, without the first `skip`."""
+
+    def __init__(self, sampler: Sampler[int], seed: int) -> None:
+        self.sampler, self.seed = sampler, seed
+        self.epoch = self.skip = 0
+
+    def __len__(self) -> int:
+        return max(0, len(self.sampler) - self.skip)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        seed = seed_of(self.seed, self.epoch)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if isinstance(self.sampler, RandomSampler) and self.sampler.generator is not None:
+                self.sampler.generator.manual_seed(seed)
+            order = list(self.sampler)
+        yield from order[self.skip :]
+
+
+class _Collate:
+    """A batch as the dataset's own loader makes it, and the images' numbers."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[tuple[Any, int]]) -> tuple[Any, Tensor]:
+        return self.collate([item for item, _ in items]), torch.tensor([index for _, index in items])
+
+
+def ordered(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], Order, Numbered]:
+    """The same images as `loader` gives, each batch as `(batch, numbers [B])`, in an order that can be taken up again.
+
+    Raises:
+        ValueError: Not a DataLoader over numbered images in batches of a fixed size.
+    """
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"The loader is a {type(loader).__name__}: give a torch DataLoader, which can be shared among processes and "
+            "taken up again; for tensors, DataLoader(TensorDataset(pixels, labels), batch_size=64, shuffle=True)."
+        )
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        raise ValueError(
+            "The loader reads a stream, or makes its batches itself: a run over it could not be taken up again. Give a "
+            "DataLoader with a batch_size over a dataset with a length, such as timm's folder, tar and torch/ readers."
+        )
+    if type(loader.batch_sampler) is not BatchSampler:
+        raise ValueError(
+            f"The loader has a batch sampler of its own, {type(loader.batch_sampler).__name__}, which tuning would "
+            "have to replace: give batch_size= and, if need be, sampler=."
+        )
+    dataset, order = Numbered(loader.dataset, seed), Order(loader.sampler, seed)  # type: ignore[arg-type]
+    again: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=loader.batch_size,
+        sampler=order,
+        drop_last=loader.drop_last,
+        num_workers=loader.num_workers,
+        collate_fn=_Collate(loader.collate_fn),
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+    return again, order, dataset

@@ -1,0 +1,607 @@
+"""Paradigms 2 and 3: lambda, or everything, tuned under attack in a loop of accelerate's (NRPM, arXiv 2410.04577)."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import math
+import random
+import signal
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, set_seed
+from rich.console import RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import distribute_bn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import DataLoader
+
+from timm_nrpm.attacks import PixelModel
+from timm_nrpm.base import weights_sha256
+from timm_nrpm.calibration import calibrate_
+from timm_nrpm.checkpoints import Checkpoints
+from timm_nrpm.config import TuneConfig
+from timm_nrpm.evaluation import Threat, check_pixels, evaluate
+from timm_nrpm.history import Evaluation, History, Step
+from timm_nrpm.hub import save_pretrained
+from timm_nrpm.objectives import Objective
+from timm_nrpm.ordering import ordered, seed_of
+from timm_nrpm.reprogramming import (
+    Statistic,
+    evaluating,
+    forget_calibration_,
+    lambdas,
+    record_of,
+    reprogrammed_layers,
+)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience")
+"""Settings that a run may be taken up with other values of: they do not change what it computes."""
+
+
+class Diverged(RuntimeError):
+    """The gradient was not finite, too many steps in a row."""
+
+
+def tune(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    config: TuneConfig | None = None,
+    *,
+    validation: DataLoader[Any] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> History:
+    """Tune lambda (paradigm 2) or everything (paradigm 3) of a reprogrammed model, in place, under attack.
+
+    One process or many: what `accelerate launch` or `torchrun` set up is found and used. CPU processes are started by
+    `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 script.py`; `accelerate launch --cpu` starts a single one.
+
+    With `config.output`, that folder holds `history.json`, `curves.png`, `variant/` (what `from_pretrained` loads) and
+    `checkpoints/`, one every `config.checkpoint_every` steps and one on SIGTERM or Ctrl-C, which then do what they would
+    have done. All processes must see the folder.
+
+    Args:
+        model: A reprogrammed model, `learnable` or not. It is moved to accelerate's device. Afterwards what took
+            gradients and every training mode is as before.
+        loader: Pixels `[B, C, H, W]` in [0, 1] and labels `[B]`; B is for one process. A DataLoader over a dataset with
+            a length, so that processes can share it and a run can be taken up in the middle of an epoch.
+        config: The default is `TuneConfig()`.
+        validation: A loader of the same kind, whose clean and worst-case accuracy is taken before the first and after
+            every epoch.
+        mean, std: The model's normalisation, as for :func:`timm_nrpm.evaluate`.
+        resume: Whether to go on from the last good checkpoint in `config.output`; with none there, from the beginning.
+        progress: Whether to show a progress bar, with the loss, accuracies and lambdas.
+
+    Returns:
+        What happened, step by step.
+
+    Raises:
+        ValueError: A setting, loader or image that does not fit, before anything is changed or lost.
+        Diverged: `config.patience` gradients in a row were not finite. The last checkpoint is intact.
+        OSError: A checkpoint could not be written. The one before it is intact.
+
+    Example:
+        >>> model = timm_nrpm.create_model("resnet18", pretrained=True, lam=0.5)
+        >>> history = tune(model, loader, TuneConfig(eps=4 / 255, epochs=1, output="run"), validation=validation)
+        >>> timm_nrpm.lambdas(timm_nrpm.from_pretrained("run/variant"))
+    """
+    config = TuneConfig() if config is None else config
+    if not isinstance(config, TuneConfig):
+        raise ValueError(f"config={config!r} is no TuneConfig: write tune(model, loader, TuneConfig(epochs=1)).")
+    if resume and config.output is None:
+        raise ValueError("resume=True needs config.output, the folder of the run.")
+    with _given_back(model):
+        run = _Run(model, loader, config, validation, {"mean": mean, "std": std}, resume, progress)
+        try:
+            return run.all()
+        finally:
+            run.close()
+
+
+class _Run:
+    """One call of :func:`tune`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: DataLoader[Any],
+        config: TuneConfig,
+        validation: DataLoader[Any] | None,
+        normalisation: dict[str, Any],
+        resume: bool,
+        progress: bool,
+    ) -> None:
+        self.model, self.config, self.normalisation = model, config, normalisation
+        self.lams, self.weights = select_(model, config)
+        images, self.order, self.numbered = ordered(loader, config.seed)
+        self.folder = None if config.output is None else Path(config.output)
+        self.checkpoints = None if self.folder is None else Checkpoints(self.folder / "checkpoints", config.keep)
+        self.history = History(config, tuple(reprogrammed_layers(model)))
+        self.step = self.epoch = self.batch = self.failed = self.signal = 0
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulate,
+            log_with=list(config.trackers) or None,
+            project_dir=config.output,
+            # Buffers sent around before every forward would break a backward whose loss took two.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self._check_folder(resume)
+        net = PixelModel(model, **normalisation)
+        self.classes = _classes(net, images)
+        self.objective = Objective(net, config, len(self.numbered), self.classes)
+        groups = [
+            {"params": self.lams, "lr": config.lam_lr, "weight_decay": 0.0},
+            {"params": [p for p in self.weights if p.ndim > 1], "lr": config.lr, "weight_decay": config.weight_decay},
+            {"params": [p for p in self.weights if p.ndim <= 1], "lr": config.lr, "weight_decay": 0.0},
+        ]
+        optimizer = create_optimizer_v2([group for group in groups if group["params"]], config.optimizer, config.lr)
+        self.frozen = weights_sha256({n: p for n, p in model.named_parameters() if not p.requires_grad})
+        self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(self.objective, optimizer, images)
+        self.validation = None if validation is None else self.accelerator.prepare(validation)
+        self.batches = len(self.loader)  # of an epoch and a process
+        self.steps = -(-self.batches // config.accumulate)  # of an epoch
+        self.scheduler = None
+        if config.schedule != "constant":
+            epochs = {"num_epochs": config.epochs, "warmup_epochs": config.warmup_epochs, "warmup_lr": 0.0}
+            self.scheduler, _ = create_scheduler_v2(
+                optimizer, config.schedule, **epochs, warmup_prefix=False, step_on_epochs=False,
+                updates_per_epoch=self.steps,
+            )  # fmt: skip
+        self.seen = torch.zeros(4 + len(SIGNALS), device=self.accelerator.device)
+        if resume:
+            self._take_up()
+        if config.trackers:
+            settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in asdict(config).items()}
+            self.accelerator.init_trackers("timm_nrpm", config=settings)
+        self.bar = _Bar(self, progress and self.accelerator.is_main_process)
+
+    def all(self) -> History:
+        """Every epoch that is left."""
+        with self._heeding_signals(), self.bar:
+            if self.step == 0:
+                self.calibrate()
+                self.evaluate()
+            while self.epoch < self.config.epochs:
+                set_modes_(self.model)
+                self.objective.epoch = self.epoch
+                for batch, rows in self.images():
+                    self.train(batch, rows)
+                if not self.weights:
+                    self.calibrate()
+                self.evaluate()
+                self.epoch, self.batch = self.epoch + 1, 0
+                self.save()
+        self._finish()
+        return self.history
+
+    def images(self) -> Iterable[Any]:
+        """What is left of the epoch: batches as the user's loader gives them, and the images' numbers."""
+        if self.batch == self.batches:
+            return ()
+        self.order.epoch = self.epoch
+        self.numbered.epoch.fill_(self.epoch)
+        self.order.skip = self.batch * self.loader.total_batch_size
+        return self.loader
+
+    def train(self, batch: Any, rows: Tensor) -> None:
+        """One batch and, unless gradients accumulate, one step."""
+        pixels, labels = check_batch(batch, self.classes)
+        many, mine = self.accelerator.num_processes, self.accelerator.process_index
+        set_seed(seed_of(self.config.seed, self.epoch, self.batch, mine))  # dropout's
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, self.epoch, self.batch))
+        noise = torch.rand(many * len(pixels), *pixels.shape[1:], generator=generator)  # the whole batch's, for any many
+        first = mine * len(pixels)
+        with self.accelerator.accumulate(self.wrapped):
+            result = self.wrapped(pixels, labels, rows, noise[first : first + len(pixels)].to(pixels), first)
+            self.accelerator.backward(result[0])
+            self.objective.settle()
+            self.seen[:4] += torch.stack([result[0] * len(pixels), *result[1:], torch.full_like(result[0], len(pixels))]).detach()
+            self.batch += 1
+            if self.accelerator.sync_gradients:
+                norms = self._step()
+            self.optimizer.zero_grad()
+        if self.accelerator.sync_gradients:
+            self._after_step(norms)
+
+    def _step(self) -> tuple[float, float]:
+        """Move what trains, unless a gradient is not finite; the gradient's norms before clipping."""
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.step)
+        clip = math.inf if self.config.clip is None else self.config.clip
+        lam, rest = (float(self.accelerator.clip_grad_norm_(g, clip)) if g else 0.0 for g in (self.lams, self.weights))
+        if math.isfinite(lam) and math.isfinite(rest):
+            self.optimizer.step()
+            with torch.no_grad():
+                for parameter in self.lams:
+                    parameter.clamp_(0.0, 1.0)
+        return lam, rest
+
+    def _after_step(self, norms: tuple[float, float]) -> None:
+        """Write down what happened, and do what is due."""
+        c = self.config
+        for i, number in enumerate(SIGNALS):
+            self.seen[4 + i] = self.signal == number
+        loss, clean, attacked, count, *signals = self.accelerator.reduce(self.seen).tolist()
+        self.seen.zero_()
+        self.step += 1
+        skipped = not all(map(math.isfinite, norms))
+        self.failed = self.failed + 1 if skipped else 0
+        row = Step(
+            step=self.step,
+            epoch=self.epoch,
+            loss=_number(loss / count),
+            clean=clean / count if clean >= 0 else None,
+            attacked=attacked / count if attacked >= 0 else None,
+            norm=(_number(norms[0]), _number(norms[1])),
+            skipped=skipped,
+            lams=tuple(lambdas(self.model).values()),
+        )
+        if self.step % c.log_every == 0:
+            self.history.steps.append(row)
+            self._track(row)
+        self.bar.show(row)
+        if self.failed >= c.patience:
+            raise Diverged(
+                f"The gradient was not finite {self.failed} steps in a row, up to step {self.step}, so nothing moved. "
+                f"Lower lr={c.lr:g} and lam_lr={c.lam_lr:g}, set clip={c.clip} lower, or reprogram the model with a "
+                "larger eps: the gradient of the estimate grows with 1 / eps^2."
+            )
+        if any(signals):
+            self.save()
+            self._yield_to(next(s for s, count in zip(SIGNALS, signals, strict=True) if count))
+        elif self.step % c.checkpoint_every == 0 and self.batch < self.batches:
+            self.save()
+
+    def calibrate(self) -> None:
+        """Let statistics follow lambda; where weights train, they follow by themselves.
+
+        Every process does the same, on the same images.
+        """
+        if not self.config.calibrate:
+            return
+        self.bar.doing("Calibrating")
+        self.order.epoch = self.order.skip = 0
+        self.numbered.epoch.zero_()
+        rows = list(islice(self.order, self.config.calibrate))
+        size = self.loader.total_batch_size
+        batches = (torch.stack([self.numbered[i][0][0] for i in rows[j : j + size]]) for j in range(0, len(rows), size))
+        net = self.objective.net
+        calibrate_(self.model, (net.normalise(pixels.to(net.mean)) for pixels in batches))
+
+    def evaluate(self) -> None:
+        """Accuracy on the validation images, all processes together."""
+        if self.validation is None:
+            return
+        self.bar.doing("Evaluating")
+        if self.accelerator.num_processes > 1:  # each has seen other images
+            distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
+        c = self.config
+        assert c.evaluate_eps is not None
+        gather = self.accelerator.gather_for_metrics
+        options = {"steps": c.evaluate_steps, "seed": c.seed, **self.normalisation}
+        report = evaluate(self.model, self.validation, Threat("Linf", c.evaluate_eps), gather=gather, **options)
+        row = Evaluation(self.step, report.accuracy("clean"), report.accuracy("pgd"), report.worst_case, report.flags)
+        self.history.evaluations.append(row)
+        self.bar.evaluation = row
+        self.bar.doing("Tuning")
+        if c.trackers:
+            values = {"clean": row.clean, "own": row.own, "worst_case": row.worst_case}
+            self.accelerator.log({f"validation/{k}": v for k, v in values.items()}, step=self.step)
+
+    def save(self) -> None:
+        """A checkpoint, and the history so far."""
+        checkpoints, folder = self.checkpoints, self.folder
+        if checkpoints is None or folder is None:
+            return
+        if self.accelerator.num_processes > 1:
+            distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
+        optimizer = get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=_options(flat=True))
+        model = get_model_state_dict(self.wrapped, options=_options(trained=True))
+        state = {f"model.{k}": v for k, v in model.items()} | {f"optimizer.{k}": v for k, v in optimizer.items()}
+        for name, kept in record_of(self.model).statistics.items():
+            for key, statistic in kept.items():
+                state |= {f"before.{name}.{key}": statistic.before, f"after.{name}.{key}": statistic.after}
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        content = {
+            "position": [self.step, self.epoch, self.batch, self.failed],
+            "values": {k: v for k, v in state.items() if k not in tensors},
+            "run": self._identity(),
+            "history": self.history.to_dict(),
+        }
+
+        def write() -> None:
+            checkpoints.save(self.step, tensors, content)
+            self.history.save(folder / "history.json")
+
+        self._on_main(write)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be taken up."""
+        settings = {k: v for k, v in asdict(self.config).items() if k not in MAY_DIFFER}
+        same = {"batch of all processes": self.loader.total_batch_size, "images": len(self.numbered)}
+        return json.loads(json.dumps({**settings, **same, "sha256 of what is frozen": self.frozen}))
+
+    def _take_up(self) -> None:
+        """Go back to the last good checkpoint, if there is one."""
+        assert self.checkpoints is not None
+        last = self.checkpoints.last if self.accelerator.is_main_process else None
+        name = self._on_main(lambda: None if (found := last and last()) is None else found.path.name)
+        if name is None:
+            return
+        saved = self.checkpoints.read(name)
+        now, then = self._identity(), saved.content["run"]
+        other = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in {**then, **now} if then.get(k) != now.get(k)]
+        if other:
+            raise ValueError(
+                f"The run in {self.folder} was another: {'; '.join(other)}. Give what it had, or another output."
+            )
+        state = {**saved.tensors, **saved.content["values"]}
+        model, optimizer, before, after = (
+            {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+            for start in ("model.", "optimizer.", "before.", "after.")
+        )
+        record, prefix = record_of(self.model), "net.model."
+        forget_calibration_(self.model, record)
+        for name in before:
+            module, _, key = name.rpartition(".")
+            device = self.accelerator.device
+            statistic = Statistic(before[name].to(device), after[name].to(device))
+            record.statistics.setdefault(module, {})[key] = statistic
+        for name, layer in reprogrammed_layers(self.model).items():
+            if f"{prefix}{name}.correction.gain" in model:
+                layer.add_correction()
+        set_model_state_dict(self.wrapped, model, options=_options(trained=True))
+        set_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, optimizer, options=_options(flat=True))
+        self.step, self.epoch, self.batch, self.failed = saved.content["position"]
+        self.history = replace(History.from_dict(saved.content["history"]), config=self.config)
+
+    def _check_folder(self, resume: bool) -> None:
+        """Find out now, not after an hour, whether the folder can be written to."""
+        checkpoints, folder = self.checkpoints, self.folder
+        if checkpoints is None or folder is None:
+            return
+
+        def check() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                raise OSError(f"output={str(folder)!r} cannot be written to ({error}): give another folder.") from error
+            if checkpoints.paths() and not resume:
+                raise ValueError(f"{folder} holds a run: go on with it by resume=True, or give another output.")
+
+        self._on_main(check)
+
+    def _on_main(self, work: Callable[[], str | None]) -> str | None:
+        """What the main process gets; every process fails if it does, instead of waiting for it."""
+        outcome: list[str | None] = [None, None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = work()
+            except (OSError, ValueError) as error:
+                outcome[1:] = ["OSError" if isinstance(error, OSError) else "ValueError", str(error)]
+        broadcast_object_list(outcome)
+        if outcome[1]:
+            raise (OSError if outcome[1] == "OSError" else ValueError)(outcome[2])
+        return outcome[0]
+
+    def _finish(self) -> None:
+        """History, picture and variant."""
+        folder = self.folder
+        if self.accelerator.num_processes > 1:
+            distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
+        if folder is None:
+            return
+
+        def write() -> None:
+            self.history.save(folder / "history.json")
+            try:
+                self.history.plot(folder / "curves.png")
+            except ImportError as error:
+                warnings.warn(f"No picture: {error}", stacklevel=5)
+            if not self.weights or hasattr(self.model, "pretrained_cfg"):
+                save_pretrained(self.model, folder / "variant", full=bool(self.weights))
+            else:
+                warnings.warn(
+                    f"No variant: {type(self.model).__name__} is no timm model, so its weights are in memory and in the "
+                    "last checkpoint alone. Save model.state_dict() yourself.",
+                    stacklevel=5,
+                )
+
+        self._on_main(write)
+
+    def _track(self, row: Step) -> None:
+        if not self.config.trackers:
+            return
+        values = {"loss": row.loss, "clean": row.clean, "attacked": row.attacked}
+        values |= {"norm/lambda": row.norm[0], "norm/rest": row.norm[1], "skipped": float(row.skipped)}
+        lams = {f"lambda/{name}": lam for name, lam in zip(self.history.layers, row.lams, strict=True)}
+        self.accelerator.log({**{k: v for k, v in values.items() if v is not None}, **lams}, step=row.step)
+
+    @contextmanager
+    def _heeding_signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C wait until the step is done and saved."""
+        self.handlers: dict[int, Any] = {}
+        if self.folder is not None and threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self.handlers[number] = signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.signal = number
+
+    def _yield_to(self, number: int) -> None:
+        """Let a signal do, to every process, what it would have done to the one that got it."""
+        self.signal = 0
+        if number in self.handlers:
+            signal.signal(number, self.handlers[number])
+        signal.raise_signal(number)
+
+    def close(self) -> None:
+        """Leave no state of accelerate's behind, so that the next call may have other settings."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        AcceleratorState._reset_state()
+
+
+class _Bar(Progress):
+    """The progress bar, and below it loss, accuracies and lambdas."""
+
+    def __init__(self, run: _Run, shown: bool) -> None:
+        count = TextColumn("{task.completed}/{task.total}")
+        self.numbers = Text()
+        super().__init__(TextColumn("{task.description}"), BarColumn(None), count, TimeRemainingColumn(), disable=not shown)
+        total = run.config.epochs * run.steps
+        self.task = self.add_task("Tuning", total=total, completed=run.step)
+        self.evaluation = run.history.evaluations[-1] if run.history.evaluations else None
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield self.numbers
+
+    def doing(self, what: str) -> None:
+        """What goes on."""
+        self.update(self.task, description=what, refresh=True)
+
+    def show(self, row: Step) -> None:
+        """A step."""
+        shares = {"clean": row.clean, "attacked": row.attacked}
+        if self.evaluation is not None:
+            shares |= {"clean": self.evaluation.clean, "robust": self.evaluation.worst_case}
+        mean = sum(row.lams) / len(row.lams)
+        loss = "not finite" if row.loss is None else f"{row.loss:.3f}"
+        parts = [f"loss {loss}", *(f"{name} {share:.0%}" for name, share in shares.items() if share is not None)]
+        self.numbers = Text(", ".join([*parts, f"lambda {min(row.lams):.2f} < {mean:.2f} < {max(row.lams):.2f}"]))
+        self.update(self.task, completed=row.step)
+
+
+def select_(model: nn.Module, config: TuneConfig) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Let what is to train take gradients and nothing else; the lambdas among it, and the rest."""
+    layers = reprogrammed_layers(model)
+    if not layers:
+        raise ValueError("This model is not reprogrammed: call timm_nrpm.reprogram_(model, config) first.")
+    settings = next(iter(layers.values())).config
+    if settings.iterations == 0 or settings.penalty == "l2":
+        raise ValueError(
+            f"Reprogrammed with iterations={settings.iterations} and penalty={settings.penalty!r}, every layer is the "
+            "plain one whatever lambda is: give iterations >= 1 and another penalty."
+        )
+    ours = {id(layer.lam) for layer in layers.values()}
+    named = dict(model.named_parameters())
+    if config.trainable is None:
+        chosen = {name for name, p in named.items() if config.paradigm == "all" or id(p) in ours}
+    else:
+        chosen = set()
+        for pattern in config.trainable:
+            found = fnmatch.filter(named, pattern)
+            if not found:
+                near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3) or list(named)[:3]
+                raise ValueError(f"trainable={pattern!r} matches no parameter. Near names: {', '.join(near)}.")
+            chosen.update(found)
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in chosen)
+    lams = [p for name, p in named.items() if name in chosen and id(p) in ours]
+    return lams, [p for name, p in named.items() if name in chosen and id(p) not in ours]
+
+
+def set_modes_(model: nn.Module, training: bool = True) -> None:
+    """Training mode where a weight trains, evaluation mode where all are frozen; what has no weights follows its parent.
+
+    Lambda does not count: under paradigm 2 BatchNorm statistics and dropout stay as they are.
+    """
+    weights = [p for name, p in model.named_parameters() if name.rpartition(".")[2] != "lam"]
+    model.training = any(p.requires_grad for p in weights) if weights else training
+    for child in model.children():
+        set_modes_(child, model.training)
+
+
+def check_batch(batch: Any, classes: int) -> tuple[Tensor, Tensor]:
+    """Pixels and labels of a batch, found fit."""
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
+        raise ValueError(f"The loader gives {type(batch).__name__}: give pairs of pixels [B, C, H, W] and labels [B].")
+    pixels, labels = batch
+    check_pixels(pixels)
+    low, high = int(labels.min()), int(labels.max())
+    if labels.is_floating_point() or labels.ndim != 1 or low < 0 or high >= classes:
+        raise ValueError(
+            f"The loader gives labels {list(labels.shape)} of {labels.dtype} from {low} to {high}, and the model has "
+            f"{classes} classes: give [B] integers from 0 to {classes - 1}, or a model with num_classes={high + 1}."
+        )
+    return pixels, labels
+
+
+def _classes(net: PixelModel, images: DataLoader[Any]) -> int:
+    """How many logits the model gives."""
+    batch, _ = next(iter(images))
+    pixels, _ = check_batch(batch, 2**31)
+    with evaluating(net), torch.no_grad():
+        return int(net(pixels[:1].to(net.mean.device)).shape[1])
+
+
+def _options(*, flat: bool = False, trained: bool = False) -> StateDictOptions:
+    return StateDictOptions(
+        full_state_dict=True,
+        cpu_offload=True,
+        strict=not trained,
+        ignore_frozen_params=trained,
+        flatten_optimizer_state_dict=flat,
+    )
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None
+
+
+@contextmanager
+def _given_back(model: nn.Module) -> Iterator[None]:
+    """What took gradients, training modes and the random generators, afterwards as before."""
+    learning = {p: p.requires_grad for p in model.parameters()}
+    modes = {m: m.training for m in model.modules()}
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            for parameter, flag in learning.items():
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+            for module, mode in modes.items():
+                module.training = mode
