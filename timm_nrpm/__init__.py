@@ -7,19 +7,24 @@
 from timm_nrpm import functional
 from timm_nrpm.base import WeightsUnavailable, WrongBase
 from timm_nrpm.calibration import calibrate_
-from timm_nrpm.config import NRPMConfig
+from timm_nrpm.config import NRPMConfig, TuneConfig
 from timm_nrpm.evaluation import RobustnessReport, Threat, evaluate
+from timm_nrpm.history import History
 from timm_nrpm.hub import BrokenVariant, from_pretrained, save_pretrained
 from timm_nrpm.registry import create_model, list_models
 from timm_nrpm.reprogramming import ReprogrammingWarning, lambdas, plain_copy, reprogram_, restore_
+from timm_nrpm.tuning import Diverged, tune
 from timm_nrpm.version import __version__
 
 __all__ = [
     "BrokenVariant",
+    "Diverged",
+    "History",
     "NRPMConfig",
     "ReprogrammingWarning",
     "RobustnessReport",
     "Threat",
+    "TuneConfig",
     "WeightsUnavailable",
     "WrongBase",
     "__version__",
@@ -34,4 +39,5 @@ __all__ = [
     "reprogram_",
     "restore_",
     "save_pretrained",
+    "tune",
 ]

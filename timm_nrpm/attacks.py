@@ -1,6 +1,6 @@
 """Attacks on pixels in [0, 1]: torchattacks', given the model whose gradient they follow, and our own.
 
-The only importer of torchattacks.
+The only importer of torchattacks, and only where it is called: it takes SciPy and a second to import.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import torchattacks
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -84,6 +83,8 @@ class Attack:
 
 def fgsm(name: str, model: nn.Module, eps: float) -> Attack:
     """One signed gradient step of size `eps` (Goodfellow et al., arXiv 1412.6572)."""
+    import torchattacks
+
     return Attack(name, torchattacks.FGSM(model, eps=eps))
 
 
@@ -92,6 +93,8 @@ def pgd(name: str, model: nn.Module, eps: float, steps: int, seed: int) -> Attac
 
     The paper's 2/255 at eps = 8/255 is `eps / 4`.
     """
+    import torchattacks
+
     attack = torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=steps, random_start=True)
 
     def run(pixels: Tensor, labels: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ def perturb(
     step_size: float,
     gradient: str = "own",
     divergence: bool = False,
-    first: int = 0,
+    turns: Tensor | None = None,
 ) -> Tensor:
     """Examples to train on: projected gradient ascent in the Linf ball (Madry et al., arXiv 1706.06083).
 
@@ -145,10 +148,10 @@ def perturb(
         pixels, labels: `[B, C, H, W]` in [0, 1], and `[B]`.
         start: What is added to the pixels at first, `[B, C, H, W]`.
         eps, step_size: In pixel units.
-        gradient: `"own"`, `"bpda"`, `"plain"`, or `"mixture"`: image i follows the (i mod 3)-th of these.
+        gradient: `"own"`, `"bpda"`, `"plain"`, or `"mixture"`, in which an image follows one of these.
         divergence: Whether to climb the Kullback-Leibler divergence from the clean prediction, as TRADES does, rather
             than the cross-entropy of the labels.
-        first: The number of the first image, for a mixture over several processes.
+        turns: Of a mixture, integers `[B]`: an image whose turn is t follows the (t mod 3)-th; by default its place.
 
     Returns:
         Pixels `[B, C, H, W]` in [0, 1], at most `eps` from `pixels`. A gradient that is not a number moves nothing.
@@ -156,7 +159,7 @@ def perturb(
     kinds = ("own", "bpda", "plain")
     if gradient == "mixture":
         attacked = torch.empty_like(pixels)
-        which = (first + torch.arange(len(pixels), device=pixels.device)) % len(kinds)
+        which = (torch.arange(len(pixels), device=pixels.device) if turns is None else turns) % len(kinds)
         for i, kind in enumerate(kinds):
             rows = (which == i).nonzero().squeeze(1)
             if len(rows):

@@ -1,7 +1,7 @@
 """The state of a run on disk: safetensors and JSON, whole or not there at all.
 
-    step-00000120/state.safetensors     what trains, its optimizer's state, buffers
-    step-00000120/state.json            step, settings, history; sha256 of the other file and of itself
+step-00000120/state.safetensors     what trains, its optimizer's state, buffers
+step-00000120/state.json            step, settings, history; sha256 of the other file and of itself
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 
 from timm_nrpm.hub import DRAFT, checksum_of, sha256_of
+from timm_nrpm.reprogramming import Statistic, forget_calibration_, record_of, reprogrammed_layers
 
 STATE, TENSORS = "state.json", "state.safetensors"
 
@@ -89,7 +98,11 @@ class Checkpoints:
             last = self.paths()
             raise OSError(
                 f"The checkpoint of step {step} could not be written to {self.folder} ({error}). "
-                + (f"The last good one is {last[-1].name}: make room, then resume." if last else "There is none before.")
+                + (
+                    f"The last good one is {last[-1].name}: make room, then resume."
+                    if last
+                    else "There is none before."
+                )
             ) from error
         for old in self.paths()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -117,6 +130,55 @@ class Checkpoints:
         if sha256_of(path / TENSORS) != content["sha256_of_tensors"]:
             raise ValueError(f"{TENSORS} is cut short or was changed")
         return Checkpoint(path, load_file(path / TENSORS), content)
+
+
+def collect(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """All that training changes: what trains, buffers, the optimizer's state, and what calibration did.
+
+    Args:
+        model: The reprogrammed model.
+        wrapped: The module around it that accelerate prepared.
+        optimizer: The bare optimizer.
+
+    Returns:
+        Tensors and plain values by name.
+    """
+    trained = get_model_state_dict(wrapped, options=_options(trained=True))
+    moments = get_optimizer_state_dict(wrapped, optimizer, options=_options(flat=True))
+    state = {f"model.{k}": v for k, v in trained.items()} | {f"optimizer.{k}": v for k, v in moments.items()}
+    for name, kept in record_of(model).statistics.items():
+        for key, statistic in kept.items():
+            state |= {f"before.{name}.{key}": statistic.before, f"after.{name}.{key}": statistic.after}
+    return state
+
+
+def install_(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Undo, in place, all that happened since `collect`."""
+    trained, moments, before, after = (
+        {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        for start in ("model.", "optimizer.", "before.", "after.")
+    )
+    record, device = record_of(model), next(model.parameters()).device
+    forget_calibration_(model, record)
+    for name in before:
+        module, _, key = name.rpartition(".")
+        kept = record.statistics.setdefault(module, {})
+        kept[key] = Statistic(before[name].to(device), after[name].to(device))
+    for name, layer in reprogrammed_layers(model).items():
+        if any(key.endswith(f".{name}.correction.gain") for key in trained):
+            layer.add_correction()
+    set_model_state_dict(wrapped, trained, options=_options(trained=True))
+    set_optimizer_state_dict(wrapped, optimizer, moments, options=_options(flat=True))
+
+
+def _options(*, flat: bool = False, trained: bool = False) -> StateDictOptions:
+    return StateDictOptions(
+        full_state_dict=True,
+        cpu_offload=True,
+        strict=not trained,
+        ignore_frozen_params=trained,
+        flatten_optimizer_state_dict=flat,
+    )
 
 
 def _to_disk(path: Path) -> None:

@@ -134,7 +134,7 @@ class TuneConfig:
     """How lambda, or everything, is tuned: adversarial training (NRPM, arXiv 2410.04577, section 4, paradigms 2 and 3).
 
     Args:
-        paradigm: What trains: `"lambda"`, one number a layer, every weight frozen (paradigm 2), or `"all"` (paradigm 3).
+        paradigm: What trains: `"lambda"`, one number a layer, every weight frozen (paradigm 2), or `"all"` (3).
         trainable: In place of the paradigm, globs of parameter names: `("*.lam", "layer4.*", "fc.*")`. What is frozen
             stays as it is, BatchNorm statistics and dropout included.
         objective: The loss, see :mod:`timm_nrpm.objectives`: `"clean"`, `"fgsm"`, `"pgd"`, `"trades"`, `"mart"`,
@@ -232,13 +232,22 @@ class TuneConfig:
             object.__setattr__(self, "evaluate_eps", self.eps or 8 / 255)
         if self.output is not None:
             object.__setattr__(self, "output", str(self.output))
-        least: dict[str, float] = {name: 1 for name in ("steps", "epochs", "patience", "accumulate", "keep")}
-        least |= dict.fromkeys(("checkpoint_every", "evaluate_steps", "log_every"), 1)
+        counts = (
+            "steps",
+            "epochs",
+            "patience",
+            "accumulate",
+            "keep",
+            "checkpoint_every",
+            "evaluate_steps",
+            "log_every",
+        )
+        least = dict.fromkeys(counts, 1)
         least |= dict.fromkeys(("warmup_epochs", "seed", "target_start", "calibrate"), 0)
         for name, low in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-                raise ValueError(f"{name}={value!r} is not allowed: give an integer >= {low:g}.")
+                raise ValueError(f"{name}={value!r} is not allowed: give an integer >= {low}.")
         at_most = {"eps": 1.0, "step_size": 1.0, "evaluate_eps": 1.0, "target_momentum": 1.0}
         at_most |= dict.fromkeys(("beta", "weight_perturbation", "lr", "lam_lr", "weight_decay"), math.inf)
         for name, high in at_most.items():

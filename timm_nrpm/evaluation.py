@@ -10,6 +10,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from timm_nrpm.attacks import PixelModel, fgsm, pgd
 from timm_nrpm.reprogramming import attackable, plain_copy, reprogrammed_layers
 
 MASKED = "gradient_masking"
@@ -136,8 +137,6 @@ def evaluate(
     Raises:
         ValueError: Pixels outside [0, 1], no steps, or an empty loader.
     """
-    from timm_nrpm.attacks import PixelModel, fgsm, pgd  # imports torchattacks and SciPy
-
     threat = threat or Threat()
     if not isinstance(threat, Threat):
         raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')

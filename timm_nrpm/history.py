@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from timm_nrpm.config import TuneConfig
+
+
+def finite(value: float) -> float | None:
+    """The number, or None: JSON knows no infinity."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Step:
     Attributes:
         step: Counted from 1.
         loss: What was minimised.
-        clean, attacked: Share of the images that were right, clean and attacked; None where the objective does not look.
+        clean, attacked: Share of images right, clean and attacked; None where the objective never looks.
         norm: Of the gradient of lambda, and of everything else that trains, before clipping.
         skipped: Whether the gradient was not finite, so that nothing changed.
         lams: Lambda of every layer after the step, in the order of :attr:`History.layers`.
@@ -121,9 +127,9 @@ class History:
         few = len(self.layers) <= 8
         for i, name in enumerate(self.layers):
             # From the first layer, dark, to the last, light, which tells them apart without colour as well.
-            colour = matplotlib.colormaps["viridis"](0.9 * i / max(len(self.layers) - 1, 1))
+            shade = matplotlib.colormaps["viridis"](0.9 * i / max(len(self.layers) - 1, 1))
             label = name if few or i in (0, len(self.layers) - 1) else None
-            upper.plot(at, [row.lams[i] for row in self.steps], color=colour, label=label, linewidth=1.8)
+            upper.plot(at, [row.lams[i] for row in self.steps], color=shade, label=label, linewidth=1.8)
         if not few and at:
             means = [sum(row.lams) / len(row.lams) for row in self.steps]
             upper.plot(at, means, color="black", linestyle="--", label="mean", linewidth=2)

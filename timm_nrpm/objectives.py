@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.attacks import PixelModel, perturb
 from timm_nrpm.config import TuneConfig
+from timm_nrpm.ordering import seed_of
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -122,16 +123,14 @@ class Objective(nn.Module):
         if config.objective == "sat":
             self.register_buffer("targets", torch.zeros(samples, classes, device=net.mean.device))
 
-    def forward(self, pixels: Tensor, labels: Tensor, rows: Tensor, noise: Tensor, first: int = 0) -> Tensor:
+    def forward(self, pixels: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """Loss, and how many of the clean and of the attacked images were right, -1 where nobody looked: `[3]`.
 
         Args:
             pixels, labels: `[B, C, H, W]` in [0, 1], and `[B]`.
             rows: The images' numbers in the training data, `[B]`.
-            noise: Standard uniform numbers, `[B, C, H, W]`, from which the attack's start is made.
-            first: The number of the first image in the whole batch, of which this process sees a part.
         """
-        attacked = self.attack(pixels, labels, noise, first)
+        attacked = self.attack(pixels, labels, rows)
         if self.config.objective == "awp":
             self._shift_weights(attacked, labels)
         loss = self._loss(pixels, attacked, labels, rows)
@@ -141,20 +140,37 @@ class Objective(nn.Module):
         ]
         return torch.stack([loss.value, *(count.detach() for count in right)])
 
-    def attack(self, pixels: Tensor, labels: Tensor, noise: Tensor, first: int = 0) -> Tensor:
-        """The images to train on, `[B, C, H, W]`."""
+    def attack(self, pixels: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        """The images to train on, `[B, C, H, W]`, a function of each image, its number and the epoch."""
         c = self.config
         if c.objective == "clean" or c.eps == 0:
             return pixels
-        start = {
-            "none": lambda: torch.zeros_like(pixels),
-            "ball": lambda: (2 * noise - 1) * c.eps,
-            "near": lambda: (0.001 * torch.special.ndtri(noise.clamp(1e-6, 1 - 1e-6))).clamp(-c.eps, c.eps),
-        }[self.kind.start]()
         assert c.step_size is not None
-        attack = {"eps": c.eps, "steps": c.steps, "step_size": c.step_size}
-        how = {"gradient": c.gradient, "divergence": self.kind.divergence, "first": first}
-        return perturb(self.net, pixels, labels, start, **attack, **how)  # type: ignore[arg-type]
+        return perturb(
+            self.net,
+            pixels,
+            labels,
+            self._start(pixels, rows),
+            eps=c.eps,
+            steps=c.steps,
+            step_size=c.step_size,
+            gradient=c.gradient,
+            divergence=self.kind.divergence,
+            turns=rows + self.epoch,
+        )
+
+    def _start(self, pixels: Tensor, rows: Tensor) -> Tensor:
+        """What is added to the pixels before the first step."""
+        c, generator = self.config, torch.Generator()
+        if self.kind.start == "none":
+            return torch.zeros_like(pixels)
+        draw = torch.rand if self.kind.start == "ball" else torch.randn
+        # Each image's own, so that however many processes share a batch, it is the same.
+        seeds = [seed_of(c.seed, self.epoch, row) for row in rows.tolist()]
+        noise = torch.stack([draw(pixels.shape[1:], generator=generator.manual_seed(seed)) for seed in seeds]).to(
+            pixels
+        )
+        return (2 * noise - 1) * c.eps if self.kind.start == "ball" else (0.001 * noise).clamp(-c.eps, c.eps)
 
     def _loss(self, pixels: Tensor, attacked: Tensor, labels: Tensor, rows: Tensor) -> Loss:
         c, images = self.config, (pixels, attacked)

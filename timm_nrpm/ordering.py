@@ -83,8 +83,8 @@ def ordered(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], Order,
     """
     if not isinstance(loader, DataLoader):
         raise ValueError(
-            f"The loader is a {type(loader).__name__}: give a torch DataLoader, which can be shared among processes and "
-            "taken up again; for tensors, DataLoader(TensorDataset(pixels, labels), batch_size=64, shuffle=True)."
+            f"The loader is a {type(loader).__name__}: give a torch DataLoader, which processes can share and a run "
+            "can take up again; for tensors, DataLoader(TensorDataset(pixels, labels), batch_size=64, shuffle=True)."
         )
     if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         raise ValueError(

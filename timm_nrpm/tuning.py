@@ -2,63 +2,41 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import json
 import math
-import random
-import signal
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
-from rich.console import RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.utils.data import DataLoader
 
 from timm_nrpm.attacks import PixelModel
 from timm_nrpm.base import weights_sha256
 from timm_nrpm.calibration import calibrate_
-from timm_nrpm.checkpoints import Checkpoints
+from timm_nrpm.checkpoints import Checkpoints, collect, install_
 from timm_nrpm.config import TuneConfig
 from timm_nrpm.evaluation import Threat, check_pixels, evaluate
-from timm_nrpm.history import Evaluation, History, Step
+from timm_nrpm.history import Evaluation, History, Step, finite
 from timm_nrpm.hub import save_pretrained
+from timm_nrpm.interruption import SIGNALS, Interruption
 from timm_nrpm.objectives import Objective
 from timm_nrpm.ordering import ordered, seed_of
-from timm_nrpm.reprogramming import (
-    Statistic,
-    evaluating,
-    forget_calibration_,
-    lambdas,
-    record_of,
-    reprogrammed_layers,
-)
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from timm_nrpm.progress import Bar
+from timm_nrpm.reprogramming import evaluating, lambdas, reprogrammed_layers
+from timm_nrpm.trainable import given_back, select_, set_modes_
 
 MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience")
 """Settings that a run may be taken up with other values of: they do not change what it computes."""
@@ -85,8 +63,8 @@ def tune(
     `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 script.py`; `accelerate launch --cpu` starts a single one.
 
     With `config.output`, that folder holds `history.json`, `curves.png`, `variant/` (what `from_pretrained` loads) and
-    `checkpoints/`, one every `config.checkpoint_every` steps and one on SIGTERM or Ctrl-C, which then do what they would
-    have done. All processes must see the folder.
+    `checkpoints/`, one every `config.checkpoint_every` steps and one on SIGTERM or Ctrl-C, which then do what they
+    would have done. All processes must see the folder.
 
     Args:
         model: A reprogrammed model, `learnable` or not. It is moved to accelerate's device. Afterwards what took
@@ -118,7 +96,7 @@ def tune(
         raise ValueError(f"config={config!r} is no TuneConfig: write tune(model, loader, TuneConfig(epochs=1)).")
     if resume and config.output is None:
         raise ValueError("resume=True needs config.output, the folder of the run.")
-    with _given_back(model):
+    with given_back(model):
         run = _Run(model, loader, config, validation, {"mean": mean, "std": std}, resume, progress)
         try:
             return run.all()
@@ -145,7 +123,8 @@ class _Run:
         self.folder = None if config.output is None else Path(config.output)
         self.checkpoints = None if self.folder is None else Checkpoints(self.folder / "checkpoints", config.keep)
         self.history = History(config, tuple(reprogrammed_layers(model)))
-        self.step = self.epoch = self.batch = self.failed = self.signal = 0
+        self.step = self.epoch = self.batch = self.failed = 0
+        self.interruption = Interruption()
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulate,
@@ -165,28 +144,38 @@ class _Run:
         ]
         optimizer = create_optimizer_v2([group for group in groups if group["params"]], config.optimizer, config.lr)
         self.frozen = weights_sha256({n: p for n, p in model.named_parameters() if not p.requires_grad})
-        self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(self.objective, optimizer, images)
+        with warnings.catch_warnings():
+            # Recent torch has another name for it, which accelerate cannot pass on.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(self.objective, optimizer, images)
         self.validation = None if validation is None else self.accelerator.prepare(validation)
         self.batches = len(self.loader)  # of an epoch and a process
         self.steps = -(-self.batches // config.accumulate)  # of an epoch
         self.scheduler = None
         if config.schedule != "constant":
-            epochs = {"num_epochs": config.epochs, "warmup_epochs": config.warmup_epochs, "warmup_lr": 0.0}
             self.scheduler, _ = create_scheduler_v2(
-                optimizer, config.schedule, **epochs, warmup_prefix=False, step_on_epochs=False,
+                optimizer,
+                config.schedule,
+                num_epochs=config.epochs,
+                warmup_epochs=config.warmup_epochs,
+                warmup_lr=0.0,
+                step_on_epochs=False,
                 updates_per_epoch=self.steps,
-            )  # fmt: skip
+            )
         self.seen = torch.zeros(4 + len(SIGNALS), device=self.accelerator.device)
         if resume:
             self._take_up()
         if config.trackers:
             settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in asdict(config).items()}
             self.accelerator.init_trackers("timm_nrpm", config=settings)
-        self.bar = _Bar(self, progress and self.accelerator.is_main_process)
+        last = self.history.evaluations[-1] if self.history.evaluations else None
+        shown = progress and self.accelerator.is_main_process
+        self.bar = Bar(config.epochs * self.steps, self.step, last, shown)
 
     def all(self) -> History:
         """Every epoch that is left."""
-        with self._heeding_signals(), self.bar:
+        # Without a folder there is nothing to save, and a signal may do what it does.
+        with self.interruption if self.folder else nullcontext(), self.bar:
             if self.step == 0:
                 self.calibrate()
                 self.evaluate()
@@ -215,16 +204,13 @@ class _Run:
     def train(self, batch: Any, rows: Tensor) -> None:
         """One batch and, unless gradients accumulate, one step."""
         pixels, labels = check_batch(batch, self.classes)
-        many, mine = self.accelerator.num_processes, self.accelerator.process_index
-        set_seed(seed_of(self.config.seed, self.epoch, self.batch, mine))  # dropout's
-        generator = torch.Generator().manual_seed(seed_of(self.config.seed, self.epoch, self.batch))
-        noise = torch.rand(many * len(pixels), *pixels.shape[1:], generator=generator)  # the whole batch's, for any many
-        first = mine * len(pixels)
+        set_seed(seed_of(self.config.seed, self.epoch, self.batch, self.accelerator.process_index))  # dropout's
         with self.accelerator.accumulate(self.wrapped):
-            result = self.wrapped(pixels, labels, rows, noise[first : first + len(pixels)].to(pixels), first)
+            result = self.wrapped(pixels, labels, rows)
             self.accelerator.backward(result[0])
             self.objective.settle()
-            self.seen[:4] += torch.stack([result[0] * len(pixels), *result[1:], torch.full_like(result[0], len(pixels))]).detach()
+            loss, *right = result.detach()
+            self.seen[:4] += torch.stack([loss * len(pixels), *right, torch.full_like(loss, len(pixels))])
             self.batch += 1
             if self.accelerator.sync_gradients:
                 norms = self._step()
@@ -249,7 +235,7 @@ class _Run:
         """Write down what happened, and do what is due."""
         c = self.config
         for i, number in enumerate(SIGNALS):
-            self.seen[4 + i] = self.signal == number
+            self.seen[4 + i] = self.interruption.number == number
         loss, clean, attacked, count, *signals = self.accelerator.reduce(self.seen).tolist()
         self.seen.zero_()
         self.step += 1
@@ -258,10 +244,10 @@ class _Run:
         row = Step(
             step=self.step,
             epoch=self.epoch,
-            loss=_number(loss / count),
+            loss=finite(loss / count),
             clean=clean / count if clean >= 0 else None,
             attacked=attacked / count if attacked >= 0 else None,
-            norm=(_number(norms[0]), _number(norms[1])),
+            norm=(finite(norms[0]), finite(norms[1])),
             skipped=skipped,
             lams=tuple(lambdas(self.model).values()),
         )
@@ -277,7 +263,7 @@ class _Run:
             )
         if any(signals):
             self.save()
-            self._yield_to(next(s for s, count in zip(SIGNALS, signals, strict=True) if count))
+            self.interruption.pass_on(next(s for s, count in zip(SIGNALS, signals, strict=True) if count))
         elif self.step % c.checkpoint_every == 0 and self.batch < self.batches:
             self.save()
 
@@ -324,12 +310,7 @@ class _Run:
             return
         if self.accelerator.num_processes > 1:
             distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
-        optimizer = get_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, options=_options(flat=True))
-        model = get_model_state_dict(self.wrapped, options=_options(trained=True))
-        state = {f"model.{k}": v for k, v in model.items()} | {f"optimizer.{k}": v for k, v in optimizer.items()}
-        for name, kept in record_of(self.model).statistics.items():
-            for key, statistic in kept.items():
-                state |= {f"before.{name}.{key}": statistic.before, f"after.{name}.{key}": statistic.after}
+        state = collect(self.model, self.wrapped, self.optimizer.optimizer)
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
         content = {
             "position": [self.step, self.epoch, self.batch, self.failed],
@@ -364,23 +345,7 @@ class _Run:
             raise ValueError(
                 f"The run in {self.folder} was another: {'; '.join(other)}. Give what it had, or another output."
             )
-        state = {**saved.tensors, **saved.content["values"]}
-        model, optimizer, before, after = (
-            {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-            for start in ("model.", "optimizer.", "before.", "after.")
-        )
-        record, prefix = record_of(self.model), "net.model."
-        forget_calibration_(self.model, record)
-        for name in before:
-            module, _, key = name.rpartition(".")
-            device = self.accelerator.device
-            statistic = Statistic(before[name].to(device), after[name].to(device))
-            record.statistics.setdefault(module, {})[key] = statistic
-        for name, layer in reprogrammed_layers(self.model).items():
-            if f"{prefix}{name}.correction.gain" in model:
-                layer.add_correction()
-        set_model_state_dict(self.wrapped, model, options=_options(trained=True))
-        set_optimizer_state_dict(self.wrapped, self.optimizer.optimizer, optimizer, options=_options(flat=True))
+        install_(self.model, self.wrapped, self.optimizer.optimizer, {**saved.tensors, **saved.content["values"]})
         self.step, self.epoch, self.batch, self.failed = saved.content["position"]
         self.history = replace(History.from_dict(saved.content["history"]), config=self.config)
 
@@ -433,8 +398,8 @@ class _Run:
                 save_pretrained(self.model, folder / "variant", full=bool(self.weights))
             else:
                 warnings.warn(
-                    f"No variant: {type(self.model).__name__} is no timm model, so its weights are in memory and in the "
-                    "last checkpoint alone. Save model.state_dict() yourself.",
+                    f"No variant: {type(self.model).__name__} is no timm model, so its weights are in memory and in "
+                    "the last checkpoint alone. Save model.state_dict() yourself.",
                     stacklevel=5,
                 )
 
@@ -448,105 +413,11 @@ class _Run:
         lams = {f"lambda/{name}": lam for name, lam in zip(self.history.layers, row.lams, strict=True)}
         self.accelerator.log({**{k: v for k, v in values.items() if v is not None}, **lams}, step=row.step)
 
-    @contextmanager
-    def _heeding_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C wait until the step is done and saved."""
-        self.handlers: dict[int, Any] = {}
-        if self.folder is not None and threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self.handlers[number] = signal.signal(number, self._note)
-        try:
-            yield
-        finally:
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, _: Any) -> None:
-        self.signal = number
-
-    def _yield_to(self, number: int) -> None:
-        """Let a signal do, to every process, what it would have done to the one that got it."""
-        self.signal = 0
-        if number in self.handlers:
-            signal.signal(number, self.handlers[number])
-        signal.raise_signal(number)
-
     def close(self) -> None:
         """Leave no state of accelerate's behind, so that the next call may have other settings."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
         AcceleratorState._reset_state()
-
-
-class _Bar(Progress):
-    """The progress bar, and below it loss, accuracies and lambdas."""
-
-    def __init__(self, run: _Run, shown: bool) -> None:
-        count = TextColumn("{task.completed}/{task.total}")
-        self.numbers = Text()
-        super().__init__(TextColumn("{task.description}"), BarColumn(None), count, TimeRemainingColumn(), disable=not shown)
-        total = run.config.epochs * run.steps
-        self.task = self.add_task("Tuning", total=total, completed=run.step)
-        self.evaluation = run.history.evaluations[-1] if run.history.evaluations else None
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        yield self.make_tasks_table(self.tasks)
-        yield self.numbers
-
-    def doing(self, what: str) -> None:
-        """What goes on."""
-        self.update(self.task, description=what, refresh=True)
-
-    def show(self, row: Step) -> None:
-        """A step."""
-        shares = {"clean": row.clean, "attacked": row.attacked}
-        if self.evaluation is not None:
-            shares |= {"clean": self.evaluation.clean, "robust": self.evaluation.worst_case}
-        mean = sum(row.lams) / len(row.lams)
-        loss = "not finite" if row.loss is None else f"{row.loss:.3f}"
-        parts = [f"loss {loss}", *(f"{name} {share:.0%}" for name, share in shares.items() if share is not None)]
-        self.numbers = Text(", ".join([*parts, f"lambda {min(row.lams):.2f} < {mean:.2f} < {max(row.lams):.2f}"]))
-        self.update(self.task, completed=row.step)
-
-
-def select_(model: nn.Module, config: TuneConfig) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Let what is to train take gradients and nothing else; the lambdas among it, and the rest."""
-    layers = reprogrammed_layers(model)
-    if not layers:
-        raise ValueError("This model is not reprogrammed: call timm_nrpm.reprogram_(model, config) first.")
-    settings = next(iter(layers.values())).config
-    if settings.iterations == 0 or settings.penalty == "l2":
-        raise ValueError(
-            f"Reprogrammed with iterations={settings.iterations} and penalty={settings.penalty!r}, every layer is the "
-            "plain one whatever lambda is: give iterations >= 1 and another penalty."
-        )
-    ours = {id(layer.lam) for layer in layers.values()}
-    named = dict(model.named_parameters())
-    if config.trainable is None:
-        chosen = {name for name, p in named.items() if config.paradigm == "all" or id(p) in ours}
-    else:
-        chosen = set()
-        for pattern in config.trainable:
-            found = fnmatch.filter(named, pattern)
-            if not found:
-                near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3) or list(named)[:3]
-                raise ValueError(f"trainable={pattern!r} matches no parameter. Near names: {', '.join(near)}.")
-            chosen.update(found)
-    for name, parameter in named.items():
-        parameter.requires_grad_(name in chosen)
-    lams = [p for name, p in named.items() if name in chosen and id(p) in ours]
-    return lams, [p for name, p in named.items() if name in chosen and id(p) not in ours]
-
-
-def set_modes_(model: nn.Module, training: bool = True) -> None:
-    """Training mode where a weight trains, evaluation mode where all are frozen; what has no weights follows its parent.
-
-    Lambda does not count: under paradigm 2 BatchNorm statistics and dropout stay as they are.
-    """
-    weights = [p for name, p in model.named_parameters() if name.rpartition(".")[2] != "lam"]
-    model.training = any(p.requires_grad for p in weights) if weights else training
-    for child in model.children():
-        set_modes_(child, model.training)
 
 
 def check_batch(batch: Any, classes: int) -> tuple[Tensor, Tensor]:
@@ -570,38 +441,3 @@ def _classes(net: PixelModel, images: DataLoader[Any]) -> int:
     pixels, _ = check_batch(batch, 2**31)
     with evaluating(net), torch.no_grad():
         return int(net(pixels[:1].to(net.mean.device)).shape[1])
-
-
-def _options(*, flat: bool = False, trained: bool = False) -> StateDictOptions:
-    return StateDictOptions(
-        full_state_dict=True,
-        cpu_offload=True,
-        strict=not trained,
-        ignore_frozen_params=trained,
-        flatten_optimizer_state_dict=flat,
-    )
-
-
-def _number(value: float) -> float | None:
-    """JSON knows no infinity."""
-    return value if math.isfinite(value) else None
-
-
-@contextmanager
-def _given_back(model: nn.Module) -> Iterator[None]:
-    """What took gradients, training modes and the random generators, afterwards as before."""
-    learning = {p: p.requires_grad for p in model.parameters()}
-    modes = {m: m.training for m in model.modules()}
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            for parameter, flag in learning.items():
-                parameter.requires_grad_(flag)
-                parameter.grad = None
-            for module, mode in modes.items():
-                module.training = mode

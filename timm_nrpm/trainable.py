@@ -1,0 +1,76 @@
+"""What trains and what does not: which parameters take gradients, which modules are in training mode."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from timm_nrpm.config import TuneConfig
+from timm_nrpm.reprogramming import reprogrammed_layers
+
+
+def select_(model: nn.Module, config: TuneConfig) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Let what is to train take gradients and nothing else; the lambdas among it, and the rest."""
+    layers = reprogrammed_layers(model)
+    if not layers:
+        raise ValueError("This model is not reprogrammed: call timm_nrpm.reprogram_(model, config) first.")
+    settings = next(iter(layers.values())).config
+    if settings.iterations == 0 or settings.penalty == "l2":
+        raise ValueError(
+            f"Reprogrammed with iterations={settings.iterations} and penalty={settings.penalty!r}, every layer is the "
+            "plain one whatever lambda is: give iterations >= 1 and another penalty."
+        )
+    ours = {id(layer.lam) for layer in layers.values()}
+    named = dict(model.named_parameters())
+    if config.trainable is None:
+        chosen = {name for name, p in named.items() if config.paradigm == "all" or id(p) in ours}
+    else:
+        chosen = set()
+        for pattern in config.trainable:
+            found = fnmatch.filter(named, pattern)
+            if not found:
+                near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3) or list(named)[:3]
+                raise ValueError(f"trainable={pattern!r} matches no parameter. Near names: {', '.join(near)}.")
+            chosen.update(found)
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in chosen)
+    lams = [p for name, p in named.items() if name in chosen and id(p) in ours]
+    return lams, [p for name, p in named.items() if name in chosen and id(p) not in ours]
+
+
+def set_modes_(model: nn.Module, training: bool = True) -> None:
+    """Training mode where a weight trains, evaluation mode where none does; what has no weights follows its parent.
+
+    Lambda does not count: under paradigm 2 BatchNorm statistics and dropout stay as they are.
+    """
+    weights = [p for name, p in model.named_parameters() if name.rpartition(".")[2] != "lam"]
+    model.training = any(p.requires_grad for p in weights) if weights else training
+    for child in model.children():
+        set_modes_(child, model.training)
+
+
+@contextmanager
+def given_back(model: nn.Module) -> Iterator[None]:
+    """What took gradients, training modes and the random generators, afterwards as before."""
+    learning = {p: p.requires_grad for p in model.parameters()}
+    modes = {m: m.training for m in model.modules()}
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            for parameter, flag in learning.items():
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+            for module, mode in modes.items():
+                module.training = mode
