@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn
@@ -129,7 +129,7 @@ class _Run:
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulate,
             log_with=list(config.trackers) or None,
-            project_dir=config.output,
+            project_config=ProjectConfiguration(config.output, None if self.folder is None else str(self.folder / "logs")),
             # Buffers sent around before every forward would break a backward whose loss took two.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
