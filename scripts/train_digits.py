@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import timm_nrpm
 from timm_nrpm.attacks import PixelModel
-from timm_nrpm.demo import digits
+from timm_nrpm.data import digits
 from timm_nrpm.registry import ASSETS, DIGITS
 
 

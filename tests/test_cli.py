@@ -22,14 +22,6 @@ def test_the_demo_on_fewer_images(tmp_path):
     assert set(timm_nrpm.lambdas(timm_nrpm.from_pretrained(tmp_path / "variant")).values()) == {0.6}
 
 
-def test_the_digits_are_split_once():
-    (train, _), (test, _) = demo.digits("train"), demo.digits("test")
-    assert train.shape == (1797 - demo.TEST, 1, 8, 8)
-    assert test.shape == (demo.TEST, 1, 8, 8)
-    assert float(train.min()) == 0
-    assert float(train.max()) == 1
-
-
 def test_list(capsys):
     assert main(["list", "resnet1?"]) == 0
     assert "resnet18" in capsys.readouterr().out.split()

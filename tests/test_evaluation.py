@@ -6,7 +6,7 @@ import torch.nn as nn
 import timm_nrpm
 from timm_nrpm import NRPMConfig, RobustnessReport, Threat, evaluate, reprogram_
 from timm_nrpm.attacks import PixelModel, fgsm, pgd
-from timm_nrpm.demo import digits
+from timm_nrpm.data import digits
 from timm_nrpm.evaluation import MASKED, NON_FINITE
 from timm_nrpm.registry import DIGITS
 

@@ -5,19 +5,18 @@ Two minutes on two cores.
 
 from __future__ import annotations
 
-import io
-import tarfile
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn as nn
-from PIL import Image
-from timm.models.resnet import BasicBlock, ResNet
+from torch.utils.data import Dataset
 
 from timm_nrpm import NRPMConfig, Threat, calibrate_, evaluate, reprogram_
+from timm_nrpm.backbones import load_published_
+from timm_nrpm.data import pixel_loader
 from timm_nrpm.evaluation import MASKED
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -31,50 +30,35 @@ ROBUST = [
 ]  # as published: the blocks' 3x3
 
 
-def narrow_resnet18() -> ResNet:
-    """CIFAR ResNet-18 of an eighth of the width, 67.89 % clean by its authors."""
-    model = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=10, channels=(8, 16, 32, 64), stem_type="deep", stem_width=4)
-    model.conv1, model.maxpool = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Identity()
-    file = SHARED / "checkpoints" / "tinyresnet18_cifar10_model.t7"
-    state = torch.load(file, map_location="cpu", weights_only=True)["net"]
-    renamed = {"shortcut": "downsample", "linear": "fc", "module.": ""}
-    for old, new in renamed.items():
-        state = {k.replace(old, new): v for k, v in state.items() if "robust_sum" not in k}
-    model.load_state_dict(state)
-    return model.eval()
+def published(name: str, file: str) -> nn.Module:
+    return load_published_(timm.create_model(name), SHARED / "checkpoints" / file).eval()
 
 
-def mlp() -> nn.Sequential:
-    """784-256-64-10 without activations, as published."""
-    model = nn.Sequential()
-    model.add_module("flatten", nn.Flatten())
-    for i, (d, o) in enumerate([(784, 256), (256, 64), (64, 10)], 1):
-        model.add_module(f"fc{i}", nn.Linear(d, o))
-    state = torch.load(SHARED / "checkpoints" / "mlp3_mnist_model.pth", map_location="cpu", weights_only=True)
-    model.load_state_dict({k: v for k, v in state.items() if "robust_sum" not in k})
-    return model.eval()
+def narrow_resnet18() -> nn.Module:
+    """67.89 % clean by its authors."""
+    return published("resnet18_cifar_narrow", "tinyresnet18_cifar10_model.t7")
+
+
+def mlp() -> nn.Module:
+    return published("mlp3_mnist", "mlp3_mnist_model.pth")
+
+
+def images(dataset: Dataset, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels, labels = zip(*(dataset[i] for i in numbers), strict=True)
+    return torch.stack(pixels), torch.tensor(labels)
 
 
 @cache
 def cifar(split: str, every: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels `[N, 3, 32, 32]` in [0, 1] and labels, of every so many-th image; the tar is ordered by class."""
-    pixels, labels = [], []
-    with tarfile.open(SHARED / "data" / "cifar10-jpeg" / f"{split}.tar") as tar:
-        files = sorted((m for m in tar if m.isfile()), key=lambda m: m.name)
-        classes = sorted({Path(m.name).parent.name for m in files})
-        for member in files[::every]:
-            stream = tar.extractfile(member)
-            assert stream is not None
-            pixels.append(np.asarray(Image.open(io.BytesIO(stream.read())).convert("RGB")))
-            labels.append(classes.index(Path(member.name).parent.name))
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255, torch.tensor(labels)
+    dataset = pixel_loader("tar", SHARED / "data" / "cifar10-jpeg", split=split, input_size=(3, 32, 32)).dataset
+    return images(dataset, range(0, len(dataset), every))
 
 
 def mnist(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    raw = SHARED / "data" / "MNIST" / "raw"
-    pixels = np.fromfile(raw / f"{split}-images-idx3-ubyte", np.uint8)[16:].reshape(-1, 1, 28, 28)[:count]
-    labels = np.fromfile(raw / f"{split}-labels-idx1-ubyte", np.uint8)[8:][:count]
-    return torch.from_numpy(pixels.copy()).float() / 255, torch.from_numpy(labels.astype(np.int64))
+    return images(
+        pixel_loader("torch/mnist", SHARED / "data", split=split, input_size=(1, 28, 28)).dataset, range(count)
+    )
 
 
 @torch.no_grad()
@@ -123,7 +107,7 @@ def test_relative_calibration_at_lambda_one_moves_no_logit():
 def test_mlp_under_fgsm():
     """Table 1's protocol at lambda 0.9, K = 1: an image already wrong counts as wrong."""
     model = reprogram_(mlp(), NRPMConfig(lam=0.9, iterations=1, eps=5e-5))
-    pixels, labels = mnist("t10k", 1000)
+    pixels, labels = mnist("test", 1000)
     loader = list(zip(pixels.split(100), labels.split(100), strict=True))
     reports = [evaluate(model, loader, Threat("Linf", eps), steps=1) for eps in (0.05, 0.1, 0.15)]
     got = [100 * reports[0].accuracy("clean"), *(100 * report.accuracy("fgsm") for report in reports)]
@@ -133,7 +117,7 @@ def test_mlp_under_fgsm():
 def test_matching_moments_helps_a_model_without_batchnorm():
     """Calibration of the MLP, measured: at lambda 0.3 it recovers more than fifteen points of clean accuracy."""
     model = reprogram_(mlp(), NRPMConfig(lam=0.3, iterations=1, eps=5e-5))
-    data = mnist("t10k", 1000)
+    data = mnist("test", 1000)
     before = accuracy(model, *data)
     after = accuracy(calibrate_(model, [mnist("train", 1000)[0]]), *data)
     assert after > before + 15
@@ -146,7 +130,7 @@ def test_mlp_is_no_more_robust_in_the_worst_case(lam, calibrated):
     model = reprogram_(mlp(), NRPMConfig(lam=lam, iterations=1, eps=5e-5))
     if calibrated:
         calibrate_(model, [mnist("train", 1000)[0]])
-    pixels, labels = mnist("t10k", 1000)
+    pixels, labels = mnist("test", 1000)
     report = evaluate(model, list(zip(pixels.split(250), labels.split(250), strict=True)), Threat("Linf", 0.05))
     numbers = {name: round(100 * report.accuracy(name), 1) for name in report.correct}
     print(f"lam={lam} calibrated={calibrated}: {numbers} worst={100 * report.worst_case:.1f} {report.flags}")
@@ -158,8 +142,8 @@ def test_narrow_resnet18_is_masked():
     """PGD-20 at 8/255 on 200 images, lambda 0.5, calibrated: the paper's protocol, and what is left of its gain."""
     pixels, labels = cifar("test", 50)
     loader = list(zip(pixels.split(50), labels.split(50), strict=True))
-    plain = evaluate(narrow_resnet18(), loader, Threat("Linf", 8 / 255), mean=(0.0,), std=(1.0,))
-    ours = evaluate(reprogrammed(0.5, 5e-4, True), loader, Threat("Linf", 8 / 255), mean=(0.0,), std=(1.0,))
+    plain = evaluate(narrow_resnet18(), loader, Threat("Linf", 8 / 255))
+    ours = evaluate(reprogrammed(0.5, 5e-4, True), loader, Threat("Linf", 8 / 255))
     for report in (plain, ours):
         print({name: round(100 * report.accuracy(name), 1) for name in report.correct}, 100 * report.worst_case)
     assert ours.accuracy("pgd") > plain.accuracy("pgd") + 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -27,7 +28,7 @@ def model() -> torch.nn.Module:
         torch.manual_seed(1)
         net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
         return timm_nrpm.reprogram_(net, timm_nrpm.NRPMConfig(lam=0.5))
-    return timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.5)
+    return timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.5, eps=SETTINGS.get("eps", 1e-3))
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     validation = DataLoader(test, batch_size=10) if SETTINGS.get("validation") else None
     net = model()
     history = timm_nrpm.tune(net, loader, config, validation=validation, resume=SETTINGS.get("resume", False))
-    if int(__import__("os").environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         torch.save(net.state_dict(), SETTINGS["result"])
         print(history.to_json())
 

@@ -173,8 +173,6 @@ def install_(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer, state: 
 
 def _options(*, flat: bool = False, trained: bool = False) -> StateDictOptions:
     return StateDictOptions(
-        full_state_dict=True,
-        cpu_offload=True,
         strict=not trained,
         ignore_frozen_params=trained,
         flatten_optimizer_state_dict=flat,

@@ -196,7 +196,7 @@ class TuneConfig:
     epochs: int = 5
     optimizer: str = "sgd"
     lr: float = 0.01
-    lam_lr: float = 0.05
+    lam_lr: float = 0.01
     weight_decay: float = 5e-4
     calibrate: int = 0
     schedule: str = "cosine"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
 
 from timm_nrpm.calibration import calibrate_
 from timm_nrpm.config import NRPMConfig
+from timm_nrpm.data import digits
 from timm_nrpm.evaluation import RobustnessReport, Threat, evaluate
 from timm_nrpm.hub import from_pretrained, save_pretrained
 from timm_nrpm.registry import DIGITS, create_model
@@ -21,9 +21,6 @@ from timm_nrpm.reprogramming import reprogram_
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-TEST = 360
-"""Images at the end of the digits that the bundled model was not trained on; other people wrote them."""
 
 THREAT = Threat("Linf", 0.15)
 LAMBDAS = (1.0, 0.9, 0.8, 0.6, 0.4)
@@ -37,22 +34,6 @@ COLUMNS = {
     "worst": "worst",
 }
 COLOURS = {"clean": "#000000", "fgsm": "#E69F00", "pgd": "#56B4E9", "pgd_plain": "#009E73", "worst": "#D55E00"}
-
-
-def digits(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
-    """scikit-learn's handwritten digits: pixels `[N, 1, 8, 8]` in [0, 1], and labels `[N]`.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("The digits come with scikit-learn: pip install 'timm_nrpm[demo]'.") from error
-    data = load_digits()
-    part = slice(None, -TEST) if split == "train" else slice(-TEST, None)
-    pixels = torch.from_numpy(data.images[part]).float().unsqueeze(1) / 16  # [N, 1, 8, 8]
-    return pixels, torch.from_numpy(data.target[part]).long()
 
 
 def accuracies(report: RobustnessReport) -> dict[str, float]:

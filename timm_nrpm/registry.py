@@ -15,6 +15,7 @@ from timm.models._registry import DefaultCfg, get_arch_name
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
+from timm_nrpm.backbones import CifarResNet
 from timm_nrpm.base import Base, brings_weights, create_plain
 from timm_nrpm.config import Lambdas, LayerSelection, NRPMConfig
 from timm_nrpm.reprogramming import record_of, reprogram_
@@ -46,16 +47,11 @@ default_cfgs: dict[str, DefaultCfg] = dict(
 )
 
 
-class _SmallResNet(ResNet):
-    """A ResNet for 8x8 images: a stem of one 3x3 convolution that keeps the resolution, and three blocks."""
+class _SmallResNet(CifarResNet):
+    """A ResNet of three blocks, for 8x8 images."""
 
     def __init__(self, in_chans: int = 1, **kwargs: Any) -> None:
-        # A deep stem of half the width makes timm expect as many channels after the stem as before the first block.
-        shape: dict[str, Any] = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (8, 16, 32, 32)}
-        super().__init__(**shape, in_chans=in_chans, stem_type="deep", stem_width=4, **kwargs)
-        device, dtype = kwargs.get("device"), kwargs.get("dtype")
-        self.conv1 = nn.Conv2d(in_chans, 8, 3, padding=1, bias=False, device=device, dtype=dtype)  # type: ignore[assignment]
-        self.maxpool = nn.Identity()  # type: ignore[assignment]
+        super().__init__(in_chans, (8, 16, 32, 32), block=BasicBlock, layers=(1, 1, 1, 1), **kwargs)
         self.layer4 = nn.Identity()  # would see one pixel and eight of padding
 
 

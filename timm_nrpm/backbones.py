@@ -1,0 +1,229 @@
+"""The paper's backbones as timm models, and its authors' published weights for them.
+
+Robustness Reprogramming for Representation Learning (arXiv 2410.04577), https://github.com/chris-hzc/Robustness-Reprogramming
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from timm.layers import get_device_dtype, to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+
+from timm_nrpm.reprogramming import reprogrammed_layers
+
+__all__ = ["CifarResNet", "LinearMLP", "load_published_"]  # timm adds the entrypoints it registers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class LinearMLP(nn.Module):
+    """Linear layers fc1, fc2, ... without activations between them, as the authors published theirs.
+
+    Args:
+        widths: Outputs of every layer but the last.
+        num_classes: Outputs of the last; 0 for none.
+        in_chans, img_size: What images have, `[B, in_chans, *img_size]`.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, ...] = (256, 64),
+        num_classes: int = 10,
+        in_chans: int = 1,
+        img_size: int | tuple[int, int] = 28,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_chans, self.depth = in_chans, len(widths) + 1
+        sizes = (in_chans * math.prod(to_2tuple(img_size)), *widths)
+        self.num_features = self.head_hidden_size = sizes[-1]
+        for i, (inputs, outputs) in enumerate(zip(sizes, widths, strict=False), 1):
+            self.add_module(f"fc{i}", nn.Linear(inputs, outputs, device=device, dtype=dtype))
+        self._add_classifier(num_classes, device=device, dtype=dtype)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.get_submodule(f"fc{self.depth}")
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the last layer by a new one; there is nothing to pool."""
+        self._add_classifier(num_classes, **get_device_dtype(self))
+
+    def _add_classifier(self, num_classes: int, **placement: Any) -> None:
+        self.num_classes = num_classes
+        head = nn.Linear(self.num_features, num_classes, **placement) if num_classes else nn.Identity()
+        self.add_module(f"fc{self.depth}", head)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` to features `[B, num_features]`."""
+        x = x.flatten(1)  # [B, C * H * W]
+        for i in range(1, self.depth):
+            x = self.get_submodule(f"fc{i}")(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits `[B, num_classes]`."""
+        return x if pre_logits else self.get_classifier()(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class CifarResNet(ResNet):
+    """A ResNet for small images: its stem is one 3x3 convolution that keeps the resolution, and no pooling.
+
+    Args:
+        channels: Of the blocks, the first of the stem as well.
+        **kwargs: timm's of a ResNet.
+    """
+
+    def __init__(self, in_chans: int = 3, channels: tuple[int, ...] = (64, 128, 256, 512), **kwargs: Any) -> None:
+        # A deep stem of half the width makes timm expect as many channels after the stem as before the first block.
+        stem: dict[str, Any] = {"stem_type": "deep", "stem_width": channels[0] // 2}
+        super().__init__(in_chans=in_chans, channels=channels, **stem, **kwargs)
+        device, dtype = kwargs.get("device"), kwargs.get("dtype")
+        self.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False, device=device, dtype=dtype)  # type: ignore[assignment]
+        self.maxpool = nn.Identity()  # type: ignore[assignment]
+        for info in self.feature_info:
+            info["reduction"] = max(1, info["reduction"] // 4)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An architecture to register.
+
+    Attributes:
+        build: Its class.
+        input_size: C, H, W of the pixels in [0, 1] that it was trained on, which it takes as they are.
+        classifier: Name of the last layer.
+        first_conv: Name of the first convolution, if it has one.
+        settings: Arguments of the class.
+        fixed_input_size: Whether it takes images of its size alone.
+    """
+
+    build: Callable[..., nn.Module]
+    input_size: tuple[int, int, int]
+    classifier: str
+    first_conv: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fixed_input_size: bool = False
+    num_classes: int = 10
+
+
+MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
+EIGHTH = {"block": BasicBlock, "layers": (2, 2, 2, 2), "channels": (8, 16, 32, 64)}
+
+BACKBONES = {
+    "mlp3_mnist": Backbone(LinearMLP, MNIST, "fc3", settings={"widths": (256, 64)}, fixed_input_size=True),
+    "resnet18_cifar_narrow": Backbone(CifarResNet, CIFAR, "fc", "conv1", EIGHTH),
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "num_classes": row.num_classes,
+            "input_size": row.input_size,
+            "fixed_input_size": row.fixed_input_size,
+            "mean": (0.0,) * row.input_size[0],
+            "std": (1.0,) * row.input_size[0],
+            "crop_pct": 1.0,
+            "first_conv": row.first_conv,
+            "classifier": row.classifier,
+            "paper_ids": "arXiv:2410.04577",
+        }
+        for name, row in BACKBONES.items()
+    }
+)
+
+
+def _register(name: str, row: Backbone) -> None:
+    """Make an architecture known to timm."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        # The filter: a published file may also be given to timm, as pretrained_cfg_overlay=dict(file=FILE).
+        settings = {**row.settings, **kwargs}
+        return build_model_with_cfg(row.build, name, pretrained, pretrained_filter_fn=_published, **settings)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = __name__
+    entrypoint.__doc__ = (
+        f"{name} of arXiv 2410.04577: pixels {list(row.input_size)} in [0, 1], {row.num_classes} classes."
+    )
+    globals()[name] = register_model(entrypoint)
+
+
+for _name, _row in BACKBONES.items():
+    _register(_name, _row)
+
+RENAMED = {"shortcut": "downsample", "linear": "fc"}
+"""The authors' names of modules, and timm's."""
+
+
+def load_published_(model: Model, file: str | Path) -> Model:
+    """Load weights into a plain backbone, in place: a file that the authors published, or one saved from this model.
+
+    Args:
+        model: A model of this file's architectures, not reprogrammed.
+        file: A checkpoint of the authors (`.pth`, or `.t7` with a `net`), whose lambdas are left out; or a state dict
+            of `model`, saved by torch or as safetensors. Nothing in it is executed.
+
+    Returns:
+        `model`, in the mode it was in.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds something else, or `model` is reprogrammed. The model is untouched.
+
+    Example:
+        >>> model = load_published_(timm.create_model("mlp3_mnist"), "mlp3_mnist_model.pth").eval()
+        >>> reprogram_(model, NRPMConfig(lam=0.5))
+    """
+    file = Path(file)
+    if reprogrammed_layers(model):
+        raise ValueError("The model is reprogrammed: load weights into the plain model, then call reprogram_.")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is no file: give the authors' checkpoint, or a state dict of this model.")
+    known = "Give the authors' checkpoint of this architecture, or its state dict, saved by torch or as safetensors."
+    try:
+        if file.suffix == ".safetensors":
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has errors of its own
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ValueError(f"{file} cannot be read as weights alone ({reason}). {known}") from error
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    state = _published(content) if isinstance(content, Mapping) else {}
+    found = {key: tuple(value.shape) if isinstance(value, Tensor) else None for key, value in state.items()}
+    if found != wanted:  # all of it before any of it is loaded
+        lists = {
+            "missing": sorted(wanted.keys() - found.keys()),
+            "not in the model": sorted(map(str, found.keys() - wanted.keys())),
+            "of another shape": [key for key in wanted if key in found and found[key] != wanted[key]],
+        }
+        said = "; ".join(f"{len(keys)} {what}, like {keys[0]}" for what, keys in lists.items() if keys)
+        raise ValueError(f"{file} holds no weights of this {type(model).__name__} ({said}). {known}")
+    model.load_state_dict(state)
+    return model
+
+
+def _published(state: Mapping[Any, Any], model: nn.Module | None = None) -> dict[str, Any]:
+    """A checkpoint of the authors under timm's names and without lambdas; a state dict of timm's as it is."""
+    if isinstance(state.get("net"), Mapping):
+        state = state["net"]
+    renamed = {}
+    for key, value in state.items():
+        parts = str(key).removeprefix("module.").split(".")
+        if "robust_sum" not in parts:
+            renamed[".".join(RENAMED.get(part, part) for part in parts)] = value
+    return renamed

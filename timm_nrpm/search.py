@@ -1,0 +1,527 @@
+"""Search for lambda, one for all layers and one for each, by what is right in the worst case; no weight is trained."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import count, pairwise
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from timm_nrpm.calibration import calibrate_
+from timm_nrpm.evaluation import Threat, check_pixels, evaluate
+from timm_nrpm.reprogramming import evaluating, forget_calibration_, plain_copy, record_of, reprogrammed_layers
+
+if TYPE_CHECKING:
+    from timm_nrpm.attacks import PixelModel
+
+Model = TypeVar("Model", bound=nn.Module)
+
+KINDS = ("plain", "global", "layerwise")
+STEP = 0.01
+"""Between two lambdas that are tried. A finer one changes nothing that can be seen, and with it a layer would never be
+exactly plain, which lambda = 1 alone is."""
+
+MOST_GLOBAL = 16
+"""Settings with one lambda for all layers, where a lambda for each is searched as well."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting that was tried, and what it was worth.
+
+    Attributes:
+        kind: `"plain"` (every lambda 1), `"global"` (one for all layers) or `"layerwise"`.
+        lams: Lambda of every reprogrammed layer.
+        clean_loss: Mean cross-entropy of the clean images in nats; infinite where it was no number.
+        clean_accuracy, worst_case: Shares of the images, from 0 to 1, as in :class:`timm_nrpm.RobustnessReport`.
+        flags: Of the same report: reasons not to believe the accuracies under the model's own gradient. The worst case
+            does not rest on these alone.
+    """
+
+    kind: str
+    lams: dict[str, float]
+    clean_loss: float
+    clean_accuracy: float
+    worst_case: float
+    flags: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shares = f"clean {100 * self.clean_accuracy:.1f} %, worst case {100 * self.worst_case:.1f} %"
+        return f"{shares}, clean loss {self.clean_loss:.3f} nats"
+
+
+@dataclass(frozen=True)
+class ParetoFront:
+    """All settings that were tried, and which of them no other beats.
+
+    Attributes:
+        threat, steps, seed: Of the evaluations; the seed is that of the search as well.
+        samples: How many images every setting was evaluated on.
+        bound: How far the clean loss of :attr:`best` may exceed the plain model's, in nats.
+        trials: In the order tried, the plain model first.
+
+    Raises:
+        ValueError: The first trial is not the plain model.
+
+    Example:
+        >>> front = search_lambda(model, loader, Threat("Linf", 8 / 255), calibration=training_loader)
+        >>> front.best.worst_case - front.plain.worst_case
+        0.022
+        >>> reprogram_(model, dataclasses.replace(model.nrpm.config, lam=front.best.lams))
+    """
+
+    threat: Threat
+    steps: int
+    seed: int
+    samples: int
+    bound: float
+    trials: tuple[Candidate, ...]
+
+    def __post_init__(self) -> None:
+        if not self.trials or self.trials[0].kind != "plain":
+            raise ValueError("trials must begin with the plain model, which all others are compared with.")
+
+    def __str__(self) -> str:
+        threat = f"{self.threat.norm} {self.threat.eps:.4g}"
+        best = f"best within {self.bound:g} nats ({self.best.kind}): {self.best}"
+        return f"{len(self.trials)} settings, {self.samples} images, {threat}; plain: {self.plain}; {best}"
+
+    @property
+    def plain(self) -> Candidate:
+        """The plain model: every lambda 1."""
+        return self.trials[0]
+
+    @property
+    def front(self) -> tuple[Candidate, ...]:
+        """Those that no other beats in clean loss or worst case without losing in the other, lowest clean loss first.
+
+        Settings that are equal in both stand side by side; those whose loss is infinite do not count.
+        """
+        front: list[Candidate] = []
+        for one in sorted(self.trials, key=lambda c: (c.clean_loss, -c.worst_case)):
+            equal = front and (one.clean_loss, one.worst_case) == (front[-1].clean_loss, front[-1].worst_case)
+            if math.isfinite(one.clean_loss) and (not front or one.worst_case > front[-1].worst_case or equal):
+                front.append(one)
+        return tuple(front)
+
+    @property
+    def best(self) -> Candidate:
+        """The highest worst case within the bound, of equals the lowest clean loss; at worst the plain model."""
+        return _best(self.trials, self.plain.clean_loss + self.bound)
+
+    def to_json(self) -> str:
+        data = {**asdict(self), "best": asdict(self.best)}
+        for trial in data["trials"]:
+            trial["clean_loss"] = trial["clean_loss"] if math.isfinite(trial["clean_loss"]) else None  # JSON has no inf
+        return json.dumps(data)
+
+    @classmethod
+    def from_json(cls, text: str) -> ParetoFront:
+        data = json.loads(text)
+        del data["best"]
+        trials = [Candidate(**{**trial, "flags": tuple(trial["flags"])}) for trial in data["trials"]]
+        finite = tuple(replace(t, clean_loss=math.inf) if t.clean_loss is None else t for t in trials)
+        return cls(**{**data, "threat": Threat(**data["threat"]), "trials": finite})
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw every setting, the worst case over the clean loss, with the front and the bound; PNG or SVG, as `path`
+        ends.
+
+        Raises:
+            ValueError: Another ending.
+            ImportError: Matplotlib is not installed.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in (".png", ".svg"):
+            raise ValueError(f"path={str(path)!r} must end in .png or .svg.")
+        try:
+            import matplotlib
+        except ImportError as error:
+            raise ImportError("The plot needs Matplotlib: pip install 'timm_nrpm[search]'.") from error
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+        for panel, heading in zip(panels, ("all settings", "near the bound"), strict=True):
+            self._scatter(panel)
+            panel.set(title=heading, xlabel="clean loss, nats", ylabel="right in the worst case, %")
+            panel.grid(alpha=0.3)
+        # A setting that broke the model lies far away, and beside it those one has to choose from are one spot.
+        front, best, plain = self.front, self.best, self.plain
+        least, span = front[0].clean_loss, max(2 * self.bound, plain.clean_loss - front[0].clean_loss, 0.02)
+        near = [c.worst_case for c in self.trials if c.clean_loss <= plain.clean_loss + span]
+        low = max(min(near), min(front[0].worst_case, plain.worst_case) - 0.1)
+        pad = 0.06 * max(best.worst_case - low, 0.05)
+        panels[1].set(xlim=(least - 0.06 * span, plain.clean_loss + span))
+        panels[1].set(ylim=(100 * (low - pad), 100 * (max(near) + 2 * pad)))
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+        p = plain.worst_case
+        spread = 196 * math.sqrt(p * (1 - p) / self.samples)
+        threat = f"{self.threat.norm} {self.threat.eps:.4g}, PGD-{self.steps}"
+        images = f"{self.samples} images (sampling error {spread:.1f} points at 95 %)"
+        figure.suptitle(f"{len(self.trials)} settings of lambda, {images}, {threat}")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+        return path
+
+    def _scatter(self, panel: Any) -> None:
+        bound = f"bound: plain + {self.bound:g} nats"
+        panel.axvline(self.plain.clean_loss + self.bound, color="#555555", linestyle="--", linewidth=1.2, label=bound)
+        at = [(c.clean_loss, 100 * c.worst_case) for c in self.front]
+        panel.step(*zip(*at, strict=True), where="post", color="#009E73", linewidth=2, label="front", zorder=1)
+        styles = {"global": ("#0072B2", "o", "one lambda"), "layerwise": ("#E69F00", "^", "a lambda for each layer")}
+        for kind, (colour, marker, label) in styles.items():
+            tried = [c for c in self.trials if c.kind == kind and math.isfinite(c.clean_loss)]
+            if tried:
+                x, y = [c.clean_loss for c in tried], [100 * c.worst_case for c in tried]
+                look = {"color": colour, "marker": marker, "edgecolor": "white", "linewidth": 0.5}
+                panel.scatter(x, y, s=46, label=label, zorder=2, **look)
+        star, ring = ((c.clean_loss, 100 * c.worst_case) for c in (self.plain, self.best))
+        panel.scatter(*star, s=190, color="black", marker="*", edgecolor="white", label="plain model", zorder=4)
+        panel.scatter(*ring, s=200, facecolor="none", edgecolor="#D55E00", linewidth=2, label="best", zorder=3)
+
+
+def search_lambda(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    threat: Threat | None = None,
+    *,
+    budget: int = 50,
+    layerwise: bool = True,
+    bound: float = 0.1,
+    calibration: Iterable[Any] | None = None,
+    steps: int = 20,
+    seed: int = 0,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    progress: bool = False,
+) -> ParetoFront:
+    """Try lambdas, and tell which leave the most images right in the worst case at a bounded clean loss.
+
+    The plain model comes first, as the control. Then, with a third of the budget or 16 settings, one lambda for all
+    layers: half of these on an even grid, half between the best so far and its neighbours. Then a lambda for each
+    layer: the best global one on the first half of the layers alone and on the second, and from there on what Optuna's
+    tree-structured Parzen estimator (arXiv 2304.11127) makes of all that was seen, which maximises the worst case and
+    minimises the clean loss under the bound. All lambdas are whole hundredths.
+
+    The model itself is not changed. To apply the result, and then calibrate anew:
+
+        reprogram_(model, dataclasses.replace(model.nrpm.config, lam=front.best.lams))
+        calibrate_(model, normalised_loader)
+
+    The best of many settings is in part the luckiest, on these images and with this random start of PGD. What it is
+    worth, `evaluate` tells on other images, with another seed, beside the plain model.
+
+    Args:
+        model: A reprogrammed model; its lambdas and its calibration do not matter.
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`; the same in each pass.
+        threat: The default is Linf with eps 8/255.
+        budget: How many settings are tried, the plain model included. A setting costs one `evaluate` and, with
+            `calibration`, one `calibrate_`. Fewer are tried if there are no more, as of one lambda there are 101.
+        layerwise: Whether to search a lambda for each layer too, which needs Optuna.
+        bound: By how much the clean loss, the mean cross-entropy, may exceed the plain model's, in nats.
+        calibration: Batches of pixels in [0, 1], or tuples that start with one, such as those of the training loader;
+            pixels here, unlike for `calibrate_`, and normalised inside as those of `loader` are. Every setting is
+            calibrated on them before it is evaluated, since other lambdas make statistics stale. Without them none is.
+        steps: Of PGD.
+        seed: Of PGD's random start, and of the search: the same seed gives the same trials.
+        mean, std: The model's normalisation, as for :func:`timm_nrpm.evaluate`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: A model that is not reprogrammed, a setting outside its range, a loader that is empty, gives its
+            images once or gives others each time, pixels outside [0, 1], labels that are no classes of the model, or a
+            plain model whose clean loss is not finite.
+        ImportError: Optuna is not installed.
+
+    Example:
+        >>> front = search_lambda(model, loader, Threat("Linf", 0.15), calibration=training_loader, budget=30)
+        >>> front.best.worst_case, front.plain.worst_case, len(front.trials)
+        (0.628, 0.606, 30)
+        >>> front.plot("front.png")
+    """
+    from timm_nrpm.attacks import PixelModel  # imports torchattacks and SciPy
+
+    threat = threat or Threat()
+    _check(threat, budget, bound, steps, seed)
+    record_of(model)
+    work = _working_copy(model)
+    layers = reprogrammed_layers(work)
+    layerwise = layerwise and len(layers) > 1
+    optuna = _optuna() if layerwise else None
+    net = PixelModel(work, mean, std).eval()
+    images = _Images(loader)
+    statistics = None if calibration is None else _Calibration(calibration, net)
+    share = min(MOST_GLOBAL, max(1, (budget - 1) // 3)) if layerwise else budget - 1
+    trials: list[Candidate] = []
+    samples = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not progress) as bar:
+        task = bar.add_task("Searching lambda", total=budget)
+        for kind, lams in _settings(list(layers), trials, share, bound, seed, optuna):
+            with torch.no_grad():
+                for name, layer in layers.items():
+                    layer.lam.fill_(lams[name])
+            subject = plain_copy(work) if kind == "plain" else work
+            if statistics is not None and kind != "plain":  # which calibration would leave as it is
+                calibrate_(work, statistics)
+            loss = _clean_loss(PixelModel(subject, mean, std).eval(), images)
+            if not trials and not math.isfinite(loss):
+                raise ValueError(f"The plain model's clean loss is {loss}, which no bound can be counted from.")
+            report = evaluate(subject, images, threat, steps=steps, seed=seed, mean=mean, std=std)
+            samples = report.samples
+            loss = loss if math.isfinite(loss) else math.inf
+            trials.append(Candidate(kind, lams, loss, report.accuracy("clean"), report.worst_case, report.flags))
+            best = _best(trials, trials[0].clean_loss + bound)
+            told = f"worst case {100 * best.worst_case:.1f} %, plain {100 * trials[0].worst_case:.1f} %"
+            bar.update(task, advance=1, description=f"Searching lambda: {told}")
+            if len(trials) == budget:
+                break
+    return ParetoFront(threat, steps, seed, samples, float(bound), tuple(trials))
+
+
+def _check(threat: Any, budget: Any, bound: Any, steps: Any, seed: Any) -> None:
+    if not isinstance(threat, Threat):
+        raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')
+    least = {"budget": (budget, 2, " (the plain model is the first)"), "steps": (steps, 1, ""), "seed": (seed, 0, "")}
+    for name, (value, low, why) in least.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+            raise ValueError(f"{name}={value!r} is not allowed: give an integer >= {low}{why}.")
+    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not (math.isfinite(bound) and bound >= 0):
+        raise ValueError(f"bound={bound!r} is not allowed: give a finite number of nats >= 0.")
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError(
+            "A lambda for each layer is searched by Optuna: pip install 'timm_nrpm[search]', or give layerwise=False."
+        ) from error
+    return optuna
+
+
+def _working_copy(model: Model) -> Model:
+    """A copy to try lambdas on, in the memory of the same weights, without calibration and in evaluation mode.
+
+    The Parameters are new objects, so that nothing done to them, were it interrupted, shows on those of `model`.
+    """
+    own = {id(layer.lam) for layer in reprogrammed_layers(model).values()}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(
+            p.detach().to(torch.float32, copy=True) if id(p) in own else p.detach(), requires_grad=False
+        )
+        for p in model.parameters()
+    }
+    work = copy.deepcopy(model, memo).eval()
+    forget_calibration_(work, record_of(work))
+    return work
+
+
+def _best(trials: Iterable[Candidate], limit: float) -> Candidate:
+    """The highest worst case of those whose clean loss is within `limit`, or the lowest clean loss if none is."""
+    trials = list(trials)
+    within = [c for c in trials if c.clean_loss <= limit]
+    return (
+        max(within, key=lambda c: (c.worst_case, -c.clean_loss)) if within else min(trials, key=lambda c: c.clean_loss)
+    )
+
+
+class _Images:
+    """The batches of a loader, checked, and the same in every pass."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = _lasting(loader, "loader")
+        self.first: list[tuple[float, list[int]]] = []
+        self.complete = False
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        seen = 0
+        for batch in self.loader:
+            if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(torch.is_tensor(t) for t in batch[:2]):
+                raise ValueError(f"The loader gives {type(batch).__name__}: give batches of pixels and labels.")
+            pixels, labels = batch[0], batch[1]
+            if labels.shape != pixels.shape[:1] or labels.is_floating_point():
+                raise ValueError(
+                    f"The loader gives pixels {list(pixels.shape)} with labels {list(labels.shape)} of {labels.dtype}: "
+                    "give one whole number for each image."
+                )
+            if not len(pixels):
+                continue
+            check_pixels(pixels)
+            looks = (float(pixels.double().sum()), labels.tolist())
+            if not self.complete:
+                self.first.append(looks)
+            elif seen >= len(self.first) or self.first[seen] != looks:
+                raise ValueError(self.changed())
+            seen += 1
+            yield pixels, labels.long()
+        if seen < len(self.first):
+            raise ValueError(self.changed())
+        self.complete = True
+
+    def changed(self) -> str:
+        return (
+            "The loader gave other images, or the same in another order, when it was run again: settings can only be "
+            "compared on the same images. Give shuffle=False and no random augmentation, or a list of its batches."
+        )
+
+
+class _Calibration:
+    """The batches of a loader of pixels, normalised as `net` does it."""
+
+    def __init__(self, loader: Iterable[Any], net: PixelModel) -> None:
+        self.loader, self.net = _lasting(loader, "calibration"), net
+        if next(iter(self), None) is None:  # now, not after the plain model was attacked
+            raise ValueError("calibration gave no images: give batches of pixels, or None to calibrate nothing.")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.loader:
+            pixels = batch[0] if isinstance(batch, (tuple, list)) else batch
+            if not isinstance(pixels, Tensor):
+                raise ValueError(
+                    f"calibration gives {type(pixels).__name__}: give batches of pixels, or tuples that start with one."
+                )
+            if not len(pixels):
+                continue
+            check_pixels(pixels)
+            yield self.net.normalise(pixels.to(self.net.mean.device))
+
+
+def _lasting(loader: Iterable[Any], name: str) -> Iterable[Any]:
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"{name} is a {type(loader).__name__}, which gives its images once, and every setting needs them again: "
+            f"give a DataLoader, or a list of the batches, {name}=list({name})."
+        )
+    return loader
+
+
+@torch.no_grad()
+def _clean_loss(net: PixelModel, images: _Images) -> float:
+    """Mean cross-entropy in nats."""
+    total, seen = 0.0, 0
+    with evaluating(net):
+        for pixels, labels in images:
+            logits = net(pixels.to(net.mean.device)).double()  # [B, classes]
+            if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+                raise ValueError(
+                    f"The loader gives labels from {int(labels.min())} to {int(labels.max())}, and the model has "
+                    f"{logits.shape[1]} classes: labels are from 0 to {logits.shape[1] - 1}."
+                )
+            total += float(F.cross_entropy(logits, labels.to(logits.device), reduction="sum"))
+            seen += len(labels)
+    if not seen:
+        raise ValueError("The loader gave no images: there is nothing to compare settings on.")
+    return total / seen
+
+
+def _settings(
+    names: list[str], trials: list[Candidate], share: int, bound: float, seed: int, optuna: Any
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """What to try next: `trials` holds what was, and grows by what was given last."""
+    yield "plain", dict.fromkeys(names, 1.0)
+    for _ in range(share):
+        value = _next_global({c.lams[names[0]]: c for c in trials}, (share + 1) // 2, bound)
+        if value is None:
+            break
+        yield "global", dict.fromkeys(names, value)
+    if optuna is not None:
+        with _quiet(optuna):
+            sampler = _Sampler(optuna, names, trials[0].clean_loss + bound, seed)
+        for lams in _layerwise(sampler, names, trials):
+            yield "layerwise", lams
+
+
+def _next_global(tried: dict[float, Candidate], points: int, bound: float) -> float | None:
+    """One lambda for all layers: on a grid of `points`, then in the middle of the wider gap beside the best so far."""
+    for i in range(1, points + 1):
+        value = round(1 - i / max(points, 2), 2)  # a single point is 0.5
+        if value not in tried:
+            return value
+    best = _best(tried.values(), tried[1.0].clean_loss + bound)
+    values = sorted(tried)
+    gaps = [(round(high - low, 2), low, high) for low, high in pairwise(values)]
+    gaps = [gap for gap in gaps if gap[0] > STEP]
+    beside = [gap for gap in gaps if tried[gap[1]] is best or tried[gap[2]] is best]
+    if not gaps:
+        return None
+    _, low, high = max(beside or gaps)
+    return round((low + high) / 2, 2)
+
+
+def _layerwise(sampler: _Sampler, names: list[str], trials: list[Candidate]) -> Iterator[dict[str, float]]:
+    """A lambda for each layer."""
+    for candidate in trials:
+        sampler.tell(candidate)
+    start = _best([c for c in trials if c.kind == "global"], sampler.limit).lams
+    half = (len(names) + 1) // 2
+    for kept in (names[:half], names[half:]):
+        yield {name: start[name] if name in kept else 1.0 for name in names}
+        sampler.tell(trials[-1])
+    repeats = count()
+    while next(repeats) < 1000:  # where there is nothing new to find
+        trial, lams = sampler.ask()
+        known = next((c for c in trials if c.lams == lams), None)
+        if known is None:
+            yield lams
+            known, repeats = trials[-1], count()
+        sampler.finish(trial, known)
+
+
+class _Sampler:
+    """Optuna, asked and told."""
+
+    def __init__(self, optuna: Any, names: list[str], limit: float, seed: int) -> None:
+        self.optuna, self.limit = optuna, limit
+        self.space = {name: optuna.distributions.FloatDistribution(0.0, 1.0, step=STEP) for name in names}
+        self.named = hasattr(optuna.trial.Trial, "set_constraint")  # since Optuna 5
+        older = {} if self.named else {"constraints_func": lambda trial: (trial.user_attrs["excess"],)}
+        with _quiet(optuna):
+            sampler = optuna.samplers.TPESampler(multivariate=True, n_startup_trials=1, seed=seed, **older)
+            self.study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+
+    def ask(self) -> tuple[Any, dict[str, float]]:
+        with _quiet(self.optuna):
+            trial = self.study.ask(self.space)
+        return trial, {name: round(trial.params[name], 2) for name in self.space}
+
+    def tell(self, candidate: Candidate) -> None:
+        """What it did not ask for."""
+        with _quiet(self.optuna):
+            self.study.enqueue_trial(candidate.lams)
+        self.finish(self.ask()[0], candidate)
+
+    def finish(self, trial: Any, candidate: Candidate) -> None:
+        loss = min(candidate.clean_loss, 1e6)
+        if self.named:
+            trial.set_constraint("clean_loss", loss - self.limit)
+        else:
+            trial.set_user_attr("excess", loss - self.limit)
+        with _quiet(self.optuna):
+            self.study.tell(trial, (candidate.worst_case, loss))
+
+
+@contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Optuna reports every study and trial, and that its settings are new."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
