@@ -322,7 +322,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     model = small()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(OSError, match="cannot be written to .* give another folder"):
+    with pytest.raises(OSError, match=r"cannot be written to .* give another folder"):
         tune(model, loader(), TuneConfig(**FAST, output=str(tmp_path / "file" / "run")))
     assert differ(before, model.state_dict()) == 0.0
 

@@ -11,16 +11,20 @@ from timm_nrpm.config import NRPMConfig, TuneConfig
 from timm_nrpm.evaluation import RobustnessReport, Threat, evaluate
 from timm_nrpm.history import History
 from timm_nrpm.hub import BrokenVariant, from_pretrained, save_pretrained
+from timm_nrpm.pareto import Candidate, ParetoFront
 from timm_nrpm.registry import create_model, list_models
 from timm_nrpm.reprogramming import ReprogrammingWarning, lambdas, plain_copy, reprogram_, restore_
+from timm_nrpm.search import search_lambda
 from timm_nrpm.tuning import Diverged, tune
 from timm_nrpm.version import __version__
 
 __all__ = [
     "BrokenVariant",
+    "Candidate",
     "Diverged",
     "History",
     "NRPMConfig",
+    "ParetoFront",
     "ReprogrammingWarning",
     "RobustnessReport",
     "Threat",
@@ -39,5 +43,6 @@ __all__ = [
     "reprogram_",
     "restore_",
     "save_pretrained",
+    "search_lambda",
     "tune",
 ]

@@ -1,6 +1,6 @@
 """The paper's backbones as timm models, and its authors' published weights for them.
 
-Robustness Reprogramming for Representation Learning (arXiv 2410.04577), https://github.com/chris-hzc/Robustness-Reprogramming
+Robustness Reprogramming for Representation Learning (arXiv 2410.04577).
 """
 
 from __future__ import annotations

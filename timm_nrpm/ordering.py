@@ -6,11 +6,12 @@ would have seen.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 
@@ -41,7 +42,12 @@ class Numbered(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        set_seed(seed_of(self.seed, int(self.epoch), index))
+        seed = seed_of(self.seed, int(self.epoch), index)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed looks for every kind of device, half a millisecond
         return self.dataset[index], index
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from itertools import count, pairwise
 from numbers import Integral
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.calibration import calibrate_
 from timm_nrpm.evaluation import Threat, check_pixels, evaluate
+from timm_nrpm.pareto import Candidate, ParetoFront, best_of
 from timm_nrpm.reprogramming import evaluating, forget_calibration_, plain_copy, record_of, reprogrammed_layers
 
 if TYPE_CHECKING:
@@ -28,169 +26,12 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-KINDS = ("plain", "global", "layerwise")
 STEP = 0.01
 """Between two lambdas that are tried. A finer one changes nothing that can be seen, and with it a layer would never be
 exactly plain, which lambda = 1 alone is."""
 
 MOST_GLOBAL = 16
 """Settings with one lambda for all layers, where a lambda for each is searched as well."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A setting that was tried, and what it was worth.
-
-    Attributes:
-        kind: `"plain"` (every lambda 1), `"global"` (one for all layers) or `"layerwise"`.
-        lams: Lambda of every reprogrammed layer.
-        clean_loss: Mean cross-entropy of the clean images in nats; infinite where it was no number.
-        clean_accuracy, worst_case: Shares of the images, from 0 to 1, as in :class:`timm_nrpm.RobustnessReport`.
-        flags: Of the same report: reasons not to believe the accuracies under the model's own gradient. The worst case
-            does not rest on these alone.
-    """
-
-    kind: str
-    lams: dict[str, float]
-    clean_loss: float
-    clean_accuracy: float
-    worst_case: float
-    flags: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        shares = f"clean {100 * self.clean_accuracy:.1f} %, worst case {100 * self.worst_case:.1f} %"
-        return f"{shares}, clean loss {self.clean_loss:.3f} nats"
-
-
-@dataclass(frozen=True)
-class ParetoFront:
-    """All settings that were tried, and which of them no other beats.
-
-    Attributes:
-        threat, steps, seed: Of the evaluations; the seed is that of the search as well.
-        samples: How many images every setting was evaluated on.
-        bound: How far the clean loss of :attr:`best` may exceed the plain model's, in nats.
-        trials: In the order tried, the plain model first.
-
-    Raises:
-        ValueError: The first trial is not the plain model.
-
-    Example:
-        >>> front = search_lambda(model, loader, Threat("Linf", 8 / 255), calibration=training_loader)
-        >>> front.best.worst_case - front.plain.worst_case
-        0.022
-        >>> reprogram_(model, dataclasses.replace(model.nrpm.config, lam=front.best.lams))
-    """
-
-    threat: Threat
-    steps: int
-    seed: int
-    samples: int
-    bound: float
-    trials: tuple[Candidate, ...]
-
-    def __post_init__(self) -> None:
-        if not self.trials or self.trials[0].kind != "plain":
-            raise ValueError("trials must begin with the plain model, which all others are compared with.")
-
-    def __str__(self) -> str:
-        threat = f"{self.threat.norm} {self.threat.eps:.4g}"
-        best = f"best within {self.bound:g} nats ({self.best.kind}): {self.best}"
-        return f"{len(self.trials)} settings, {self.samples} images, {threat}; plain: {self.plain}; {best}"
-
-    @property
-    def plain(self) -> Candidate:
-        """The plain model: every lambda 1."""
-        return self.trials[0]
-
-    @property
-    def front(self) -> tuple[Candidate, ...]:
-        """Those that no other beats in clean loss or worst case without losing in the other, lowest clean loss first.
-
-        Settings that are equal in both stand side by side; those whose loss is infinite do not count.
-        """
-        front: list[Candidate] = []
-        for one in sorted(self.trials, key=lambda c: (c.clean_loss, -c.worst_case)):
-            equal = front and (one.clean_loss, one.worst_case) == (front[-1].clean_loss, front[-1].worst_case)
-            if math.isfinite(one.clean_loss) and (not front or one.worst_case > front[-1].worst_case or equal):
-                front.append(one)
-        return tuple(front)
-
-    @property
-    def best(self) -> Candidate:
-        """The highest worst case within the bound, of equals the lowest clean loss; at worst the plain model."""
-        return _best(self.trials, self.plain.clean_loss + self.bound)
-
-    def to_json(self) -> str:
-        data = {**asdict(self), "best": asdict(self.best)}
-        for trial in data["trials"]:
-            trial["clean_loss"] = trial["clean_loss"] if math.isfinite(trial["clean_loss"]) else None  # JSON has no inf
-        return json.dumps(data)
-
-    @classmethod
-    def from_json(cls, text: str) -> ParetoFront:
-        data = json.loads(text)
-        del data["best"]
-        trials = [Candidate(**{**trial, "flags": tuple(trial["flags"])}) for trial in data["trials"]]
-        finite = tuple(replace(t, clean_loss=math.inf) if t.clean_loss is None else t for t in trials)
-        return cls(**{**data, "threat": Threat(**data["threat"]), "trials": finite})
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw every setting, the worst case over the clean loss, with the front and the bound; PNG or SVG, as `path`
-        ends.
-
-        Raises:
-            ValueError: Another ending.
-            ImportError: Matplotlib is not installed.
-        """
-        path = Path(path)
-        if path.suffix.lower() not in (".png", ".svg"):
-            raise ValueError(f"path={str(path)!r} must end in .png or .svg.")
-        try:
-            import matplotlib
-        except ImportError as error:
-            raise ImportError("The plot needs Matplotlib: pip install 'timm_nrpm[search]'.") from error
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-        for panel, heading in zip(panels, ("all settings", "near the bound"), strict=True):
-            self._scatter(panel)
-            panel.set(title=heading, xlabel="clean loss, nats", ylabel="right in the worst case, %")
-            panel.grid(alpha=0.3)
-        # A setting that broke the model lies far away, and beside it those one has to choose from are one spot.
-        front, best, plain = self.front, self.best, self.plain
-        least, span = front[0].clean_loss, max(2 * self.bound, plain.clean_loss - front[0].clean_loss, 0.02)
-        near = [c.worst_case for c in self.trials if c.clean_loss <= plain.clean_loss + span]
-        low = max(min(near), min(front[0].worst_case, plain.worst_case) - 0.1)
-        pad = 0.06 * max(best.worst_case - low, 0.05)
-        panels[1].set(xlim=(least - 0.06 * span, plain.clean_loss + span))
-        panels[1].set(ylim=(100 * (low - pad), 100 * (max(near) + 2 * pad)))
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
-        p = plain.worst_case
-        spread = 196 * math.sqrt(p * (1 - p) / self.samples)
-        threat = f"{self.threat.norm} {self.threat.eps:.4g}, PGD-{self.steps}"
-        images = f"{self.samples} images (sampling error {spread:.1f} points at 95 %)"
-        figure.suptitle(f"{len(self.trials)} settings of lambda, {images}, {threat}")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
-        return path
-
-    def _scatter(self, panel: Any) -> None:
-        bound = f"bound: plain + {self.bound:g} nats"
-        panel.axvline(self.plain.clean_loss + self.bound, color="#555555", linestyle="--", linewidth=1.2, label=bound)
-        at = [(c.clean_loss, 100 * c.worst_case) for c in self.front]
-        panel.step(*zip(*at, strict=True), where="post", color="#009E73", linewidth=2, label="front", zorder=1)
-        styles = {"global": ("#0072B2", "o", "one lambda"), "layerwise": ("#E69F00", "^", "a lambda for each layer")}
-        for kind, (colour, marker, label) in styles.items():
-            tried = [c for c in self.trials if c.kind == kind and math.isfinite(c.clean_loss)]
-            if tried:
-                x, y = [c.clean_loss for c in tried], [100 * c.worst_case for c in tried]
-                look = {"color": colour, "marker": marker, "edgecolor": "white", "linewidth": 0.5}
-                panel.scatter(x, y, s=46, label=label, zorder=2, **look)
-        star, ring = ((c.clean_loss, 100 * c.worst_case) for c in (self.plain, self.best))
-        panel.scatter(*star, s=190, color="black", marker="*", edgecolor="white", label="plain model", zorder=4)
-        panel.scatter(*ring, s=200, facecolor="none", edgecolor="#D55E00", linewidth=2, label="best", zorder=3)
 
 
 def search_lambda(
@@ -284,7 +125,7 @@ def search_lambda(
             samples = report.samples
             loss = loss if math.isfinite(loss) else math.inf
             trials.append(Candidate(kind, lams, loss, report.accuracy("clean"), report.worst_case, report.flags))
-            best = _best(trials, trials[0].clean_loss + bound)
+            best = best_of(trials, trials[0].clean_loss + bound)
             told = f"worst case {100 * best.worst_case:.1f} %, plain {100 * trials[0].worst_case:.1f} %"
             bar.update(task, advance=1, description=f"Searching lambda: {told}")
             if len(trials) == budget:
@@ -328,15 +169,6 @@ def _working_copy(model: Model) -> Model:
     work = copy.deepcopy(model, memo).eval()
     forget_calibration_(work, record_of(work))
     return work
-
-
-def _best(trials: Iterable[Candidate], limit: float) -> Candidate:
-    """The highest worst case of those whose clean loss is within `limit`, or the lowest clean loss if none is."""
-    trials = list(trials)
-    within = [c for c in trials if c.clean_loss <= limit]
-    return (
-        max(within, key=lambda c: (c.worst_case, -c.clean_loss)) if within else min(trials, key=lambda c: c.clean_loss)
-    )
 
 
 class _Images:
@@ -451,7 +283,7 @@ def _next_global(tried: dict[float, Candidate], points: int, bound: float) -> fl
         value = round(1 - i / max(points, 2), 2)  # a single point is 0.5
         if value not in tried:
             return value
-    best = _best(tried.values(), tried[1.0].clean_loss + bound)
+    best = best_of(tried.values(), tried[1.0].clean_loss + bound)
     values = sorted(tried)
     gaps = [(round(high - low, 2), low, high) for low, high in pairwise(values)]
     gaps = [gap for gap in gaps if gap[0] > STEP]
@@ -466,7 +298,7 @@ def _layerwise(sampler: _Sampler, names: list[str], trials: list[Candidate]) -> 
     """A lambda for each layer."""
     for candidate in trials:
         sampler.tell(candidate)
-    start = _best([c for c in trials if c.kind == "global"], sampler.limit).lams
+    start = best_of([c for c in trials if c.kind == "global"], sampler.limit).lams
     half = (len(names) + 1) // 2
     for kept in (names[:half], names[half:]):
         yield {name: start[name] if name in kept else 1.0 for name in names}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn
@@ -37,6 +37,13 @@ from timm_nrpm.ordering import ordered, seed_of
 from timm_nrpm.progress import Bar
 from timm_nrpm.reprogramming import evaluating, lambdas, reprogrammed_layers
 from timm_nrpm.trainable import given_back, select_, set_modes_
+
+REPLICATED = {
+    getattr(DistributedType, name)
+    for name in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
+    if hasattr(DistributedType, name)
+}
+"""Set-ups in which every process holds the whole model."""
 
 MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience")
 """Settings that a run may be taken up with other values of: they do not change what it computes."""
@@ -125,14 +132,20 @@ class _Run:
         self.history = History(config, tuple(reprogrammed_layers(model)))
         self.step = self.epoch = self.batch = self.failed = 0
         self.interruption = Interruption()
+        logs = None if self.folder is None else str(self.folder / "logs")
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulate,
             log_with=list(config.trackers) or None,
-            project_config=ProjectConfiguration(config.output, None if self.folder is None else str(self.folder / "logs")),
+            project_config=ProjectConfiguration(config.output, logs),
             # Buffers sent around before every forward would break a backward whose loss took two.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+        if self.accelerator.distributed_type not in REPLICATED:
+            raise ValueError(
+                f"accelerate is set up for {self.accelerator.distributed_type}, which cuts weights and their optimizer "
+                "into parts, and lambda, a single number, cannot be cut: launch with --multi_gpu, or torchrun."
+            )
         self._check_folder(resume)
         net = PixelModel(model, **normalisation)
         self.classes = _classes(net, images)

@@ -1,0 +1,112 @@
+"""How tuning scales: images a second of one process and of two, one thread each, and what a step costs beside the plain
+model's.
+
+    python scripts/bench_tuning.py      # three minutes on two cores that do nothing else
+
+Writes results/bench-tuning.json and .md. One and two processes take turns, since machines are shared; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import DataLoader, TensorDataset
+
+import timm_nrpm
+from timm_nrpm import NRPMConfig, TuneConfig, reprogram_, tune
+
+RESULTS = Path(__file__).parents[1] / "results"
+BATCH, STEPS, ROUNDS = 32, 6, 3
+CASES: dict[str, dict[str, Any]] = {
+    "paradigm 2, FGSM": {"paradigm": "lambda", "objective": "fgsm"},
+    "paradigm 3, FGSM": {"paradigm": "all", "objective": "fgsm"},
+    "paradigm 3, PGD-7": {"paradigm": "all", "objective": "pgd"},
+    "paradigm 3, TRADES": {"paradigm": "all", "objective": "trades"},
+}
+
+
+def worker() -> None:
+    """Images a second of this process's group, for every case, as one line of JSON from the first process."""
+    torch.set_num_threads(1)
+    many = int(os.environ.get("WORLD_SIZE", 1))
+    torch.manual_seed(0)
+    count = BATCH * many * STEPS
+    data = TensorDataset(torch.rand(count, 3, 32, 32), torch.randint(10, (count,)))
+    rates: dict[str, float] = {}
+    for name, settings in CASES.items():
+        for lam in (0.5, 1.0):
+            model = reprogram_(timm.create_model("resnet18_cifar_narrow"), NRPMConfig(lam=lam, iterations=3))
+            plain = {"trainable": ("*.weight", "*.bias")} if lam == 1 else {}  # lambda = 1 and fixed: plain layers
+            if lam == 1 and settings["paradigm"] == "lambda":
+                continue
+            config = TuneConfig(**{"epochs": 1, **settings, **plain})
+            start = time.perf_counter()
+            tune(model, DataLoader(data, batch_size=BATCH), config)
+            rates[f"{name}{', plain' if plain else ''}"] = count / (time.perf_counter() - start)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(rates))
+
+
+def measured(processes: int) -> dict[str, float]:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, __file__, "--worker"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the table")
+    args = parser.parse_args()
+    if args.worker:
+        worker()
+        return
+    runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    for _ in track(range(ROUNDS), "One and two processes"):
+        for processes, results in runs.items():
+            results.append(measured(processes))
+    rates = {
+        processes: {case: statistics.median(run[case] for run in results) for case in results[0]}
+        for processes, results in runs.items()
+    }
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "timm_nrpm": timm_nrpm.__version__}
+    lines = [
+        "# What `scripts/bench_tuning.py` measured",
+        "",
+        f"`resnet18_cifar_narrow`, 32x32, every layer reprogrammed, K = 3, batch {BATCH} a process, one thread a process, "
+        f"{platform.machine()}, torch {torch.__version__}; images a second, medians of {ROUNDS} rounds.",
+        "",
+        "| | 1 process | 2 processes | efficiency | plain model, 1 process |",
+        "|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        one, two, plain = rates[1][case], rates[2][case], rates[1].get(f"{case}, plain")
+        beside = f"{plain:.0f} ({plain / one:.1f}x)" if plain else ""
+        lines.append(f"| {case} | {one:.1f} | {two:.1f} | {two / one / 2:.0%} | {beside} |")
+    text = "\n".join(lines) + "\n"
+    Console().print(text, markup=False, highlight=False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    content = {"machine": versions, "batch": BATCH, "steps": STEPS, "runs": {str(k): v for k, v in runs.items()}}
+    (args.out / "bench-tuning.json").write_text(json.dumps(content, indent=1) + "\n")
+    (args.out / "bench-tuning.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
