@@ -90,7 +90,7 @@ def main() -> None:
     lines = [
         "# What `scripts/bench_tuning.py` measured",
         "",
-        f"`resnet18_cifar_narrow`, 32x32, every layer reprogrammed, K = 3, batch {BATCH} a process, one thread a process, "
+        f"`resnet18_cifar_narrow`, 32x32, every layer, K = 3, batch {BATCH} and one thread a process, "
         f"{platform.machine()}, torch {torch.__version__}; images a second, medians of {ROUNDS} rounds.",
         "",
         "| | 1 process | 2 processes | efficiency | plain model, 1 process |",

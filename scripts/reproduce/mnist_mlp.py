@@ -188,12 +188,12 @@ class Study:
         lines = [
             "# The published MNIST MLP under three paradigms",
             "",
-            "`scripts/reproduce/mnist_mlp.py`: Tables 1 and 2 of arXiv 2410.04577. "
-            f"First {s['images']} test images, Linf, K = {K}, eps = {EPS:g}, accuracy in %; an image that is wrong when "
-            f"clean counts as wrong. Tuned on {s['samples'] or 60000} training images, {s['epochs']} epoch(s), under "
-            "FGSM of the budget it is evaluated at; the paper tunes one model, five epochs. Paradigm 1 is the best of "
-            "eleven lambdas for each budget. The control is the plain model, tuned like paradigm 3. The worst case is "
-            f"over FGSM and PGD-{STEPS} on the own gradient and PGD-{STEPS} from the plain model, image by image.",
+            "`scripts/reproduce/mnist_mlp.py`: Tables 1 and 2 of arXiv 2410.04577. Accuracy in % on the first "
+            f"{s['images']} test images, Linf, K = {K}, eps = {EPS:g}; an image wrong when clean counts as wrong. "
+            f"Tuned on {s['samples'] or 60000} training images, {s['epochs']} epoch(s), under FGSM of the budget "
+            "that is evaluated; the paper tunes one model, five epochs. Paradigm 1 is the best of eleven lambdas for each "
+            "budget. The control is the plain model, tuned like paradigm 3. The worst case is, image by image, over "
+            f"FGSM and PGD-{STEPS} on the own gradient and PGD-{STEPS} from the plain model.",
             "",
             "## Table 1",
         ]
