@@ -1,4 +1,6 @@
+import dataclasses
 import io
+import re
 import subprocess
 import sys
 
@@ -48,3 +50,71 @@ def test_a_wrong_call(arguments):
 def test_as_a_program():
     done = subprocess.run([sys.executable, "-m", "timm_nrpm.cli", "--help"], capture_output=True, text=True, check=True)
     assert "demo" in done.stdout
+
+
+TUNE = ["tune", "--samples", "64", "--validation-samples", "20", "--epochs", "1", "--steps", "1", "--calibrate", "64"]
+
+
+def test_tune_says_what_it_learned_and_where_it_is(capsys, tmp_path):
+    folder = tmp_path / "run"
+    assert main([*TUNE, "--eps", "0.1", "--output", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "layer3.0.conv2" in out
+    assert "validation, Linf 0.1" in out
+    history = timm_nrpm.History.from_json((folder / "history.json").read_text())
+    assert [row.step for row in history.evaluations] == [0, 1]
+    learned = timm_nrpm.lambdas(timm_nrpm.from_pretrained(folder / "variant"))
+    assert tuple(learned.values()) == history.steps[-1].lams
+    assert main([*TUNE, "--eps", "0.1", "--output", str(folder)]) == 1
+    assert "holds a run" in capsys.readouterr().err
+    assert main([*TUNE, "--eps", "0.1", "--output", str(folder), "--resume"]) == 0
+
+
+def test_tune_takes_every_setting(tmp_path):
+    more = "--paradigm all --trainable *.lam fc.* --objective trades --beta 2 --step-size 1/255 --gradient mixture"
+    more += " --clip none --lam 0.9 --iterations 1 --estimator-eps 1e-2 --layers layer1.* fc --batch-size 16"
+    assert main([*TUNE, *more.split(), "--eps", "8/255", "--output", str(tmp_path)]) == 0
+    history = timm_nrpm.History.from_json((tmp_path / "history.json").read_text())
+    c = history.config
+    assert (c.trainable, c.objective, c.beta, c.gradient, c.clip) == (("*.lam", "fc.*"), "trades", 2.0, "mixture", None)
+    assert (c.eps, c.step_size) == (8 / 255, 1 / 255)
+    assert history.layers == ("layer1.0.conv1", "layer1.0.conv2", "fc")
+    assert len(history.steps) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eps", "2"], "eps=2.0 is not allowed"),
+        (["--data", "nope"], "nope"),
+        (["--data", "folder", "--root", "/nowhere"], "/nowhere"),
+        (["resnet8_digit"], "Near names: resnet8_digits"),
+        (["--weights", "/nowhere.pth"], "/nowhere.pth"),
+        (["--num-classes", "5"], "5 classes"),
+        (["--resume", "--lam", "3"], "lam=3.0 is not allowed"),
+    ],
+)
+def test_tune_refuses_in_one_line(capsys, tmp_path, arguments, message):
+    assert main([*TUNE, *arguments, "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("timm-nrpm: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--objective", "best"), ("--eps", "x"), ("--eps", "1/0"), ("--epochs", "1.5")]
+)
+def test_a_wrong_value_is_a_wrong_call(option, value):
+    with pytest.raises(SystemExit) as error:
+        main(["tune", option, value])
+    assert error.value.code == 2
+
+
+def test_the_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    text = " ".join(capsys.readouterr().out.partition("tuning:")[2].split())
+    for field in dataclasses.fields(timm_nrpm.TuneConfig):
+        help = re.search(rf"--{field.name.replace('_', '-')} (.*?)( --|$)", text)
+        assert help is not None
+        assert len(help[1].split()) > 4

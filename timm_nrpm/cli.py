@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +111,10 @@ def _number(text: str) -> float | None:
     """A number, also as a fraction, 8/255; or none."""
     if text.lower() == "none":
         return None
-    top, _, bottom = text.partition("/")
-    return float(top) / float(bottom or 1)
+    try:
+        return float(Fraction(text))
+    except ZeroDivisionError as error:
+        raise ValueError(text) from error
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {"int": int, "float": _number, "str": str, "tuple": str}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn
@@ -26,16 +25,16 @@ from torch.utils.data import DataLoader
 from timm_nrpm.attacks import PixelModel
 from timm_nrpm.base import weights_sha256
 from timm_nrpm.calibration import calibrate_
-from timm_nrpm.checkpoints import Checkpoints, collect, install_
+from timm_nrpm.checkpoints import collect, install_
 from timm_nrpm.config import TuneConfig
 from timm_nrpm.evaluation import Threat, check_pixels, evaluate
 from timm_nrpm.history import Evaluation, History, Step, finite
-from timm_nrpm.hub import save_pretrained
 from timm_nrpm.interruption import SIGNALS, Interruption
 from timm_nrpm.objectives import Objective
 from timm_nrpm.ordering import ordered, seed_of
 from timm_nrpm.progress import Bar
 from timm_nrpm.reprogramming import evaluating, lambdas, reprogrammed_layers
+from timm_nrpm.run_folder import RunFolder
 from timm_nrpm.trainable import given_back, select_, set_modes_
 
 REPLICATED = {
@@ -103,12 +102,13 @@ def tune(
         raise ValueError(f"config={config!r} is no TuneConfig: write tune(model, loader, TuneConfig(epochs=1)).")
     if resume and config.output is None:
         raise ValueError("resume=True needs config.output, the folder of the run.")
+    ours = not AcceleratorState._shared_state  # or the caller has an Accelerator
     with given_back(model):
-        run = _Run(model, loader, config, validation, {"mean": mean, "std": std}, resume, progress)
         try:
-            return run.all()
+            return _Run(model, loader, config, validation, {"mean": mean, "std": std}, resume, progress).all()
         finally:
-            run.close()
+            if ours:  # the next call may have another precision
+                AcceleratorState._reset_state()
 
 
 class _Run:
@@ -127,12 +127,10 @@ class _Run:
         self.model, self.config, self.normalisation = model, config, normalisation
         self.lams, self.weights = select_(model, config)
         images, self.order, self.numbered = ordered(loader, config.seed)
-        self.folder = None if config.output is None else Path(config.output)
-        self.checkpoints = None if self.folder is None else Checkpoints(self.folder / "checkpoints", config.keep)
         self.history = History(config, tuple(reprogrammed_layers(model)))
         self.step = self.epoch = self.batch = self.failed = 0
         self.interruption = Interruption()
-        logs = None if self.folder is None else str(self.folder / "logs")
+        logs = None if config.output is None else str(Path(config.output) / "logs")
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulate,
@@ -146,7 +144,9 @@ class _Run:
                 f"accelerate is set up for {self.accelerator.distributed_type}, which cuts weights and their optimizer "
                 "into parts, and lambda, a single number, cannot be cut: launch with --multi_gpu, or torchrun."
             )
-        self._check_folder(resume)
+        self.folder: RunFolder | None = None
+        if config.output is not None:
+            self.folder = RunFolder(config.output, config.keep, resume, self.accelerator)
         net = PixelModel(model, **normalisation)
         self.classes = _classes(net, images)
         self.objective = Objective(net, config, len(self.numbered), self.classes)
@@ -202,7 +202,11 @@ class _Run:
                 self.evaluate()
                 self.epoch, self.batch = self.epoch + 1, 0
                 self.save()
-        self._finish()
+        self._share_statistics()
+        if self.folder is not None:
+            self.folder.finish(self.model, self.history, full=bool(self.weights))
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return self.history
 
     def images(self) -> Iterable[Any]:
@@ -301,8 +305,7 @@ class _Run:
         if self.validation is None:
             return
         self.bar.doing("Evaluating")
-        if self.accelerator.num_processes > 1:  # each has seen other images
-            distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
+        self._share_statistics()
         c = self.config
         assert c.evaluate_eps is not None
         gather = self.accelerator.gather_for_metrics
@@ -318,25 +321,12 @@ class _Run:
 
     def save(self) -> None:
         """A checkpoint, and the history so far."""
-        checkpoints, folder = self.checkpoints, self.folder
-        if checkpoints is None or folder is None:
+        if self.folder is None:
             return
-        if self.accelerator.num_processes > 1:
-            distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
+        self._share_statistics()
         state = collect(self.model, self.wrapped, self.optimizer.optimizer)
-        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-        content = {
-            "position": [self.step, self.epoch, self.batch, self.failed],
-            "values": {k: v for k, v in state.items() if k not in tensors},
-            "run": self._identity(),
-            "history": self.history.to_dict(),
-        }
-
-        def write() -> None:
-            checkpoints.save(self.step, tensors, content)
-            self.history.save(folder / "history.json")
-
-        self._on_main(write)
+        content = {"position": [self.step, self.epoch, self.batch, self.failed], "run": self._identity()}
+        self.folder.save(self.step, state, content, self.history)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to be taken up."""
@@ -346,77 +336,17 @@ class _Run:
 
     def _take_up(self) -> None:
         """Go back to the last good checkpoint, if there is one."""
-        assert self.checkpoints is not None
-        last = self.checkpoints.last if self.accelerator.is_main_process else None
-        name = self._on_main(lambda: None if (found := last and last()) is None else found.path.name)
-        if name is None:
+        saved = self.folder and self.folder.last(self._identity())
+        if not saved:
             return
-        saved = self.checkpoints.read(name)
-        now, then = self._identity(), saved.content["run"]
-        other = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in {**then, **now} if then.get(k) != now.get(k)]
-        if other:
-            raise ValueError(
-                f"The run in {self.folder} was another: {'; '.join(other)}. Give what it had, or another output."
-            )
         install_(self.model, self.wrapped, self.optimizer.optimizer, {**saved.tensors, **saved.content["values"]})
         self.step, self.epoch, self.batch, self.failed = saved.content["position"]
         self.history = replace(History.from_dict(saved.content["history"]), config=self.config)
 
-    def _check_folder(self, resume: bool) -> None:
-        """Find out now, not after an hour, whether the folder can be written to."""
-        checkpoints, folder = self.checkpoints, self.folder
-        if checkpoints is None or folder is None:
-            return
-
-        def check() -> None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-            except OSError as error:
-                raise OSError(f"output={str(folder)!r} cannot be written to ({error}): give another folder.") from error
-            if checkpoints.paths() and not resume:
-                raise ValueError(f"{folder} holds a run: go on with it by resume=True, or give another output.")
-
-        self._on_main(check)
-
-    def _on_main(self, work: Callable[[], str | None]) -> str | None:
-        """What the main process gets; every process fails if it does, instead of waiting for it."""
-        outcome: list[str | None] = [None, None, None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome[0] = work()
-            except (OSError, ValueError) as error:
-                outcome[1:] = ["OSError" if isinstance(error, OSError) else "ValueError", str(error)]
-        broadcast_object_list(outcome)
-        if outcome[1]:
-            raise (OSError if outcome[1] == "OSError" else ValueError)(outcome[2])
-        return outcome[0]
-
-    def _finish(self) -> None:
-        """History, picture and variant."""
-        folder = self.folder
+    def _share_statistics(self) -> None:
+        """The mean of BatchNorm's statistics over the processes, each of which saw other images."""
         if self.accelerator.num_processes > 1:
             distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
-        if folder is None:
-            return
-
-        def write() -> None:
-            self.history.save(folder / "history.json")
-            try:
-                self.history.plot(folder / "curves.png")
-            except ImportError as error:
-                warnings.warn(f"No picture: {error}", stacklevel=5)
-            if not self.weights or hasattr(self.model, "pretrained_cfg"):
-                save_pretrained(self.model, folder / "variant", full=bool(self.weights))
-            else:
-                warnings.warn(
-                    f"No variant: {type(self.model).__name__} is no timm model, so its weights are in memory and in "
-                    "the last checkpoint alone. Save model.state_dict() yourself.",
-                    stacklevel=5,
-                )
-
-        self._on_main(write)
 
     def _track(self, row: Step) -> None:
         if not self.config.trackers:
@@ -425,12 +355,6 @@ class _Run:
         values |= {"norm/lambda": row.norm[0], "norm/rest": row.norm[1], "skipped": float(row.skipped)}
         lams = {f"lambda/{name}": lam for name, lam in zip(self.history.layers, row.lams, strict=True)}
         self.accelerator.log({**{k: v for k, v in values.items() if v is not None}, **lams}, step=row.step)
-
-    def close(self) -> None:
-        """Leave no state of accelerate's behind, so that the next call may have other settings."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        AcceleratorState._reset_state()
 
 
 def check_batch(batch: Any, classes: int) -> tuple[Tensor, Tensor]:

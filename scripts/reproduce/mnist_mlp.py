@@ -180,7 +180,8 @@ class Study:
         return {
             "paradigm 2 beats the best of paradigm 1 at every budget, FGSM": all(map(float.__gt__, two[1:], one[1:])),
             "paradigm 3 beats paradigm 2 at every budget, FGSM": all(map(float.__gt__, three[1:], two[1:])),
-            "the mean learned lambda falls as the budget rises": all(a > b for a, b in pairwise(means)),
+            "the mean learned lambda falls as the budget rises": means[0] > means[-1]
+            and all(a >= b for a, b in pairwise(means)),
             "paradigm 3 at eps = 1e-3, learning rate 0.02 trains to the end, clipped": "steep, clip 1.0" in steep,
         }
 

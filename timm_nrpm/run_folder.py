@@ -1,0 +1,120 @@
+"""The folder of a run: written by one process, read by all.
+
+checkpoints/    what the run goes on from
+history.json    every step
+curves.png      the same, drawn
+variant/        the tuned model, for `from_pretrained`
+logs/           of trackers
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from timm_nrpm.checkpoints import Checkpoint, Checkpoints
+from timm_nrpm.history import History
+from timm_nrpm.hub import save_pretrained
+
+
+class RunFolder:
+    """Where a run leaves what it does. Every method is called by all processes, and fails in all if it fails in one.
+
+    Args:
+        path: Is made.
+        keep: How many checkpoints stay.
+        resume: Whether a run in there is to go on.
+
+    Raises:
+        OSError: It cannot be written to.
+        ValueError: It holds a run, and `resume` is False.
+    """
+
+    def __init__(self, path: str, keep: int, resume: bool, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = Path(path), accelerator
+        self.checkpoints = Checkpoints(self.path / "checkpoints", keep)
+
+        def claim() -> None:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.path):  # now, not after an hour
+                    pass
+            except OSError as error:
+                raise OSError(f"output={path!r} cannot be written to ({error}): give another folder.") from error
+            if self.checkpoints.paths() and not resume:
+                raise ValueError(f"{path} holds a run: go on with it by resume=True, or give another output.")
+
+        self._on_main(claim)
+
+    def save(self, step: int, state: Mapping[str, Any], content: Mapping[str, Any], history: History) -> None:
+        """A checkpoint of `state`, tensors and plain values, and of `content`; and the history so far."""
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        values = {k: v for k, v in state.items() if k not in tensors}
+
+        def write() -> None:
+            self.checkpoints.save(step, tensors, {**content, "values": values, "history": history.to_dict()})
+            history.save(self.path / "history.json")
+
+        self._on_main(write)
+
+    def last(self, identity: Mapping[str, Any]) -> Checkpoint | None:
+        """The last good checkpoint, if there is one.
+
+        Raises:
+            ValueError: It belongs to another run than `identity` tells.
+        """
+
+        def find() -> str | None:
+            found = self.checkpoints.last()
+            return None if found is None else found.path.name
+
+        name = self._on_main(find)
+        if name is None:
+            return None
+        saved = self.checkpoints.read(name)
+        then = saved.content["run"]
+        keys = [key for key in {**then, **identity} if then.get(key) != identity.get(key)]
+        if keys:
+            other = "; ".join(f"{key}: {then.get(key)!r} then, {identity.get(key)!r} now" for key in keys)
+            raise ValueError(f"The run in {self.path} was another: {other}. Give what it had, or another output.")
+        return saved
+
+    def finish(self, model: nn.Module, history: History, full: bool) -> None:
+        """History, picture and variant."""
+
+        def write() -> None:
+            history.save(self.path / "history.json")
+            try:
+                history.plot(self.path / "curves.png")
+            except ImportError as error:
+                warnings.warn(f"No picture: {error}", stacklevel=6)
+            if not full or hasattr(model, "pretrained_cfg"):
+                save_pretrained(model, self.path / "variant", full=full)
+            else:
+                warnings.warn(
+                    f"No variant: {type(model).__name__} is no timm model, so its weights are in memory and in the "
+                    "last checkpoint alone. Save model.state_dict() yourself.",
+                    stacklevel=6,
+                )
+
+        self._on_main(write)
+
+    def _on_main(self, work: Callable[[], str | None]) -> str | None:
+        """What the main process gets; every process fails if it does, instead of waiting for it."""
+        outcome: list[str | None] = [None, None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = work()
+            except (OSError, ValueError) as error:
+                outcome[1:] = ["OSError" if isinstance(error, OSError) else "ValueError", str(error)]
+        broadcast_object_list(outcome)
+        if outcome[1]:
+            raise (OSError if outcome[1] == "OSError" else ValueError)(outcome[2])
+        return outcome[0]
