@@ -150,7 +150,7 @@ def test_half_precision_and_no_grad(data):
         ),
         (
             lambda: evaluate(linear([[1.0], [0.0]]), [(torch.full((1, 1, 1, 1), -2.0), torch.tensor([0]))]),
-            r"from -2 to -2: evaluate needs pixels in \[0, 1\]",
+            r"from -2 to -2: give pixels in \[0, 1\]",
         ),
     ],
 )

@@ -186,19 +186,6 @@ def test_the_command_tunes_the_published_models(tmp_path, data, paradigm, proces
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     command = [*launcher, "-m", "timm_nrpm.cli", "tune", *COMMANDS[data].split(), "--paradigm", paradigm]
     command += ["--iterations", "1", "--epochs", "1", "--samples", "64", "--batch-size", "16", "--evaluate-steps", "2"]
-        "--iterations",
-        "1",
-        "--epochs",
-        "1",
-        "--samples",
-        "64",
-        "--batch-size",
-        "16",
-        "--validation-samples",
-        "30",
-        "--evaluate-steps",
-        "2",
-    ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *command, "--validation-samples", "30", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -214,7 +201,7 @@ def test_the_command_tunes_the_published_models(tmp_path, data, paradigm, proces
 
 
 def test_paradigm_3_is_stable_where_the_gradient_is_steep():
-    """eps = 1e-3, learning rate 0.02; scripts/reproduce/mnist_mlp.py has five epochs, and what it is without clipping."""
+    """eps = 1e-3, learning rate 0.02. scripts/reproduce/mnist_mlp.py has five epochs, and the same without clipping."""
     model = reprogram_(mlp(), NRPMConfig(lam=0.5, iterations=3, eps=1e-3))
     loader = DataLoader(TensorDataset(*mnist("train", 3000)), batch_size=100, shuffle=True)
     config = TuneConfig(paradigm="all", objective="fgsm", eps=0.1, epochs=2, lr=0.02, lam_lr=0.02)

@@ -157,7 +157,10 @@ def evaluate(
         for images, targets in loader:
             pixels, labels = images.to(own.mean.device), targets.to(own.mean.device)
             check_pixels(pixels)
-            right = {"clean": _right(own, pixels, labels)}
+            with torch.no_grad():
+                logits = own(pixels)
+            check_labels(labels, logits.shape[1])
+            right = {"clean": logits.argmax(1) == labels}
             bar.advance(task)
             for attack in attacks:
                 right[attack.name] = right["clean"] & _right(own, attack.run(pixels, labels), labels)
@@ -176,6 +179,16 @@ def evaluate(
 @torch.no_grad()
 def _right(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     return model(pixels).argmax(1) == labels
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise a ValueError unless labels are `[B]` integers of one of the classes."""
+    low, high = int(labels.min()), int(labels.max())
+    if labels.is_floating_point() or labels.ndim != 1 or low < 0 or high >= classes:
+        raise ValueError(
+            f"The loader gives labels {list(labels.shape)} of {labels.dtype} from {low} to {high}, and the model has "
+            f"{classes} classes: give [B] integers from 0 to {classes - 1}, or a model with num_classes={high + 1}."
+        )
 
 
 def check_pixels(pixels: Tensor) -> None:

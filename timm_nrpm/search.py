@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from timm_nrpm.calibration import calibrate_
-from timm_nrpm.evaluation import Threat, check_pixels, evaluate
+from timm_nrpm.evaluation import Threat, check_labels, check_pixels, evaluate
 from timm_nrpm.pareto import Candidate, ParetoFront, best_of
 from timm_nrpm.reprogramming import evaluating, forget_calibration_, plain_copy, record_of, reprogrammed_layers
 
@@ -248,11 +248,7 @@ def _clean_loss(net: PixelModel, images: _Images) -> float:
     with evaluating(net):
         for pixels, labels in images:
             logits = net(pixels.to(net.mean.device)).double()  # [B, classes]
-            if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
-                raise ValueError(
-                    f"The loader gives labels from {int(labels.min())} to {int(labels.max())}, and the model has "
-                    f"{logits.shape[1]} classes: labels are from 0 to {logits.shape[1] - 1}."
-                )
+            check_labels(labels, logits.shape[1])
             total += float(F.cross_entropy(logits, labels.to(logits.device), reduction="sum"))
             seen += len(labels)
     if not seen:

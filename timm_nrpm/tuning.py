@@ -27,7 +27,7 @@ from timm_nrpm.base import weights_sha256
 from timm_nrpm.calibration import calibrate_
 from timm_nrpm.checkpoints import collect, install_
 from timm_nrpm.config import TuneConfig
-from timm_nrpm.evaluation import Threat, check_pixels, evaluate
+from timm_nrpm.evaluation import Threat, check_labels, check_pixels, evaluate
 from timm_nrpm.history import Evaluation, History, Step, finite
 from timm_nrpm.interruption import SIGNALS, Interruption
 from timm_nrpm.objectives import Objective
@@ -357,24 +357,26 @@ class _Run:
         self.accelerator.log({**{k: v for k, v in values.items() if v is not None}, **lams}, step=row.step)
 
 
-def check_batch(batch: Any, classes: int) -> tuple[Tensor, Tensor]:
+def check_batch(batch: Any, classes: int | None = None) -> tuple[Tensor, Tensor]:
     """Pixels and labels of a batch, found fit."""
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
         raise ValueError(f"The loader gives {type(batch).__name__}: give pairs of pixels [B, C, H, W] and labels [B].")
     pixels, labels = batch
     check_pixels(pixels)
-    low, high = int(labels.min()), int(labels.max())
-    if labels.is_floating_point() or labels.ndim != 1 or low < 0 or high >= classes:
-        raise ValueError(
-            f"The loader gives labels {list(labels.shape)} of {labels.dtype} from {low} to {high}, and the model has "
-            f"{classes} classes: give [B] integers from 0 to {classes - 1}, or a model with num_classes={high + 1}."
-        )
+    if classes is not None:
+        check_labels(labels, classes)
     return pixels, labels
 
 
 def _classes(net: PixelModel, images: DataLoader[Any]) -> int:
     """How many logits the model gives."""
+    if not len(images):
+        raise ValueError(
+            "The loader gives no batch: give it images, or drop_last=False where they are too few for one."
+        )
     batch, _ = next(iter(images))
-    pixels, _ = check_batch(batch, 2**31)
+    pixels, labels = check_batch(batch)
     with evaluating(net), torch.no_grad():
-        return int(net(pixels[:1].to(net.mean.device)).shape[1])
+        classes = net(pixels[:1].to(net.mean.device)).shape[1]
+    check_labels(labels, classes)
+    return int(classes)
