@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -139,11 +140,7 @@ class _Run:
             # Buffers sent around before every forward would break a backward whose loss took two.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        if self.accelerator.distributed_type not in REPLICATED:
-            raise ValueError(
-                f"accelerate is set up for {self.accelerator.distributed_type}, which cuts weights and their optimizer "
-                "into parts, and lambda, a single number, cannot be cut: launch with --multi_gpu, or torchrun."
-            )
+        _check_processes(self.accelerator)
         self.folder: RunFolder | None = None
         if config.output is not None:
             self.folder = RunFolder(config.output, config.keep, resume, self.accelerator)
@@ -355,6 +352,21 @@ class _Run:
         values |= {"norm/lambda": row.norm[0], "norm/rest": row.norm[1], "skipped": float(row.skipped)}
         lams = {f"lambda/{name}": lam for name, lam in zip(self.history.layers, row.lams, strict=True)}
         self.accelerator.log({**{k: v for k, v in values.items() if v is not None}, **lams}, step=row.step)
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    """Raise a ValueError unless every process holds the whole model and knows of the others."""
+    if accelerator.distributed_type not in REPLICATED:
+        raise ValueError(
+            f"accelerate is set up for {accelerator.distributed_type}, which cuts a model into parts, and tuning needs "
+            "it whole in every process: configure accelerate for multi-GPU or multi-CPU, or use torchrun."
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, and accelerate knows of {accelerator.num_processes}, so each would tune "
+            "alone: on the CPU set ACCELERATE_USE_CPU=true, and no ACCELERATE_USE_FSDP."
+        )
 
 
 def check_batch(batch: Any, classes: int | None = None) -> tuple[Tensor, Tensor]:

@@ -163,8 +163,8 @@ class Study:
             draft.replace(self.file)
 
     def chosen(self, name: str) -> list[str]:
-        """For each budget, the row that is best at it under FGSM: of paradigm 1 even on the test images, of what was tuned
-        on training images. The first budget is none, and so is that of the row for it."""
+        """For each budget, the row that is best at it under FGSM: of paradigm 1 even on the test images, of what was
+        tuned on training images. The first budget is none, and so is that of the row for it."""
         if name == "paradigm 1":
             rows = [f"{name}, {lam}" for lam in LAMBDAS]
             return [max(rows, key=lambda row: self.rows[row]["fgsm"][i]) for i in range(len(BUDGETS))]
@@ -213,8 +213,8 @@ class Study:
             f"Tuned under FGSM on {s['samples'] or 60000} training images, {s['epochs']} epoch(s), where the paper has "
             "five. For each budget the table has the best of eleven lambdas (paradigm 1), and of the models tuned at "
             "each of the budgets the one that did best at it on training images (the rest), under FGSM; the worst case "
-            "is that of the same model. The control is the plain model, tuned like paradigm 3. The worst case is, image "
-            f"by image, over FGSM and PGD-{STEPS} on the own gradient and PGD-{STEPS} from the plain model.",
+            "is that of the same model. The control is the plain model, tuned like paradigm 3. The worst case is, "
+            f"image by image, over FGSM and PGD-{STEPS} on the own gradient and PGD-{STEPS} from the plain model.",
             "",
             "## Table 1",
         ]
