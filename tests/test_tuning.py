@@ -164,6 +164,16 @@ def test_two_processes_learn_what_one_learns(tmp_path, model, settings):
     assert one.evaluations[0] == two.evaluations[0]
 
 
+@pytest.mark.parametrize("environment", [{"ACCELERATE_USE_CPU": "false"}, {"ACCELERATE_USE_FSDP": "true"}])
+def test_processes_that_would_each_tune_alone_are_refused(tmp_path, environment):
+    if torch.cuda.is_available():
+        environment = {**environment, "CUDA_VISIBLE_DEVICES": ""}
+    command = program(2, model="mlp", images=16, config=FAST, result=str(tmp_path / "x"))
+    done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, check=False)
+    assert done.returncode != 0
+    assert "2 processes were started, and accelerate would let each tune alone" in done.stderr
+
+
 def test_accumulated_batches_are_one_batch(tmp_path):
     config = TuneConfig(**FAST, paradigm="all", objective="trades")
     one, parts = small(), small()

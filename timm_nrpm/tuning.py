@@ -362,10 +362,11 @@ def _check_processes(accelerator: Accelerator) -> None:
             "it whole in every process: configure accelerate for multi-GPU or multi-CPU, or use torchrun."
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
+    alone = accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.NO
+    if started > 1 and alone:
         raise ValueError(
-            f"{started} processes were started, and accelerate knows of {accelerator.num_processes}, so each would tune "
-            "alone: on the CPU set ACCELERATE_USE_CPU=true, and no ACCELERATE_USE_FSDP."
+            f"{started} processes were started, and accelerate would let each tune alone: on the CPU set "
+            "ACCELERATE_USE_CPU=true, and no ACCELERATE_USE_FSDP."
         )
 
 

@@ -110,13 +110,13 @@ class Study:
         reports = [evaluate(model, self.train, Threat("Linf", eps), steps=1) for eps in BUDGETS[1:]]
         return [round(100 * report.accuracy("fgsm"), 1) for report in reports]
 
-    def tuned(self, lam: float, eps: float, settings: Row, **reprogramming: Any) -> Row:
-        """Tuned under FGSM of size `eps`, then measured."""
+    def tuned(self, lam: float, budget: float, settings: Row, **reprogramming: Any) -> Row:
+        """Tuned under FGSM of the budget, then measured."""
         model = self.model(lam, **reprogramming)
         settings = {"samples": self.args.samples, **settings}
         options: dict[str, Any] = {"samples": settings.pop("samples"), "training": True, "batch_size": 128}
         loader = pixel_loader("torch/mnist", self.args.root, split="train", model=model, **options)
-        config = TuneConfig(**{"objective": "fgsm", "eps": eps, "epochs": self.args.epochs, **settings})
+        config = TuneConfig(**{"objective": "fgsm", "eps": budget, "epochs": self.args.epochs, **settings})
         try:
             history = tune(model, loader, config)
         except timm_nrpm.Diverged as error:
