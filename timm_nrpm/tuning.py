@@ -366,7 +366,7 @@ def _check_processes(accelerator: Accelerator) -> None:
     if started > 1 and alone:
         raise ValueError(
             f"{started} processes were started, and accelerate would let each tune alone: on the CPU set "
-            "ACCELERATE_USE_CPU=true, and no ACCELERATE_USE_FSDP."
+            "ACCELERATE_USE_CPU=true."
         )
 
 
