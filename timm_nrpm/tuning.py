@@ -272,7 +272,7 @@ class _Run:
         if self.failed >= c.patience:
             raise Diverged(
                 f"The gradient was not finite {self.failed} steps in a row, up to step {self.step}, so nothing moved. "
-                f"Lower lr={c.lr:g} and lam_lr={c.lam_lr:g}, set clip={c.clip} lower, or reprogram the model with a "
+                f"Lower lr={c.lr:g} and lam_lr={c.lam_lr:g}, clip more than {c.clip}, or reprogram the model with a "
                 "larger eps: the gradient of the estimate grows with 1 / eps^2."
             )
         if any(signals):

@@ -24,7 +24,6 @@ from typing import Any
 
 import timm
 import torch
-from rich.console import Console
 from rich.progress import track
 
 import timm_nrpm
@@ -301,7 +300,7 @@ def main() -> None:
     study.run(args.only)
     if study.plan().keys() <= study.rows.keys():
         text = study.markdown()
-        Console().print(text, markup=False, highlight=False)
+        print(text)
         (args.out / "mnist-mlp.md").write_text(text)
         study.draw(args.out / "mnist-mlp.png")
 
