@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timm_nrpm import NRPMConfig
-from timm_nrpm.config import PENALTIES
+from timm_nrpm import NRPMConfig, TuneConfig
+from timm_nrpm.config import GRADIENTS, OBJECTIVES, PARADIGMS, PENALTIES
 
 positive = st.floats(1e-9, 1e3)
 lam = st.floats(0, 1)
@@ -62,3 +62,62 @@ def test_numbers_of_other_libraries():
 def test_a_function_has_no_json():
     with pytest.raises(ValueError, match="give the names it selects"):
         NRPMConfig(layers=lambda name, module: True).to_json()
+
+
+@given(
+    paradigm=st.sampled_from(PARADIGMS),
+    objective=st.sampled_from(OBJECTIVES),
+    gradient=st.sampled_from(GRADIENTS),
+    trainable=st.none() | st.text() | st.lists(st.text()),
+    eps=st.floats(0, 1),
+    steps=st.integers(1, 99),
+    clip=st.none() | positive,
+    trackers=st.lists(st.text()),
+)
+def test_tune_config_json_round_trip(**settings):
+    config = TuneConfig(**settings)
+    assert TuneConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ({"objective": "pgd", "eps": 0.08}, {"steps": 7, "step_size": 0.02, "evaluate_eps": 0.08}),
+        ({"objective": "pgd", "eps": 0.08, "steps": 1}, {"step_size": 0.08}),
+        ({"objective": "fgsm", "eps": 0.08, "steps": 5}, {"steps": 1, "step_size": 0.08}),
+        ({"objective": "clean", "eps": 0}, {"step_size": 0, "evaluate_eps": 8 / 255}),
+        ({"trainable": "*.lam", "trackers": "tensorboard"}, {"trainable": ("*.lam",), "trackers": ("tensorboard",)}),
+        ({"lam_lr": np.float64(0.5), "epochs": np.int64(2)}, {"lam_lr": 0.5, "epochs": 2}),
+    ],
+)
+def test_tune_defaults(settings, want):
+    config = TuneConfig(**settings)
+    assert {name: getattr(config, name) for name in want} == want
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"paradigm": "lam"}, "paradigm='lam' is not known: choose one of lambda, all"),
+        ({"objective": "apgd"}, "objective='apgd' is not known: choose one of clean, fgsm"),
+        ({"gradient": "sign"}, "gradient='sign'"),
+        ({"precision": "fp16"}, "choose one of no, bf16"),
+        ({"eps": 8}, "eps=8 is not allowed: give a number from 0 to 1"),
+        ({"eps": -0.1}, "eps=-0.1"),
+        ({"eps": float("nan")}, "eps=nan"),
+        ({"step_size": "1"}, "step_size='1'"),
+        ({"target_momentum": 1.5}, "from 0 to 1"),
+        ({"lr": float("inf")}, "lr=inf is not allowed: give a number >= 0"),
+        ({"lam_lr": True}, "lam_lr=True"),
+        ({"beta": -1}, "beta=-1"),
+        ({"epochs": 0}, "epochs=0 is not allowed: give an integer >= 1"),
+        ({"steps": 1.5}, "steps=1.5"),
+        ({"calibrate": -1}, "integer >= 0"),
+        ({"keep": 0}, "keep=0"),
+        ({"clip": 0}, "clip=0 is not allowed: give a number > 0, or None"),
+        ({"evaluate_eps": 0}, "evaluate_eps=0 attacks nothing"),
+    ],
+)
+def test_bad_tune_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TuneConfig(**settings)

@@ -321,5 +321,9 @@ def test_killed_while_saving_leaves_a_whole_variant_or_a_refused_one(tmp_path):
 
 
 def test_nothing_is_pickled_or_executed():
+    """What torch.load reads with weights_only=True, as the paper's authors published theirs, cannot run code."""
     for file in Path(timm_nrpm.__file__).parent.rglob("*.py"):
-        assert not re.search(r"pickle|torch\.(load|save)\b|(?<![.\w])(eval|exec)\(", file.read_text()), file.name
+        assert not re.search(
+            r"pickle|torch\.save\b|torch\.load\b(?!\([^()]*weights_only=True\))|(?<![.\w])(eval|exec)\(",
+            file.read_text(),
+        ), file.name

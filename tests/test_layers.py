@@ -60,6 +60,28 @@ def test_gradients(make, shape):
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=True)
 
 
+@layers
+@pytest.mark.parametrize("corrected", [False, True])
+def test_linear_backward_keeps_the_values_and_has_the_gradient_of_the_linear_map(make, shape, corrected):
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    plain = copy.deepcopy(layer)
+    reprogram_(layer, NRPMConfig(lam=0.4, iterations=2, eps=0.1))
+    if corrected:
+        calibrate_(layer, [torch.randn(16, *shape[1:], dtype=torch.float64)])
+    own = layer(x)
+    layer.linear_backward = True
+    got = layer(x)
+    torch.testing.assert_close(got, own)
+    direction = torch.randn_like(got)
+    gain = layer.correction.gain if corrected else torch.ones(got.shape[layer.channel], dtype=torch.float64)
+    through = direction * gain.view(-1, *[1] * (-layer.channel - 1))  # which is applied after the sum
+    names = [name for name, _ in plain.named_parameters() if name != "bias"]
+    slopes = torch.autograd.grad((got * direction).sum(), [x, *(layer.get_parameter(n) for n in names)])
+    wanted = torch.autograd.grad((plain(x) * through).sum(), [x, *(plain.get_parameter(n) for n in names)])
+    torch.testing.assert_close(slopes, wanted)
+    assert not torch.allclose(torch.autograd.grad((own * direction).sum(), x)[0], slopes[0], atol=1e-3)
+
+
 def test_the_robust_part_is_the_functional():
     layer, x = nn.Linear(12, 5), torch.randn(4, 12)
     want = functional.nrpm_linear(x, layer.weight, layer.bias, lam=0.3, iterations=2, eps=0.01, penalty="mcp")

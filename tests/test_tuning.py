@@ -232,8 +232,8 @@ def test_killed_at_any_moment_and_taken_up_it_is_as_if_nothing_had_happened(tmp_
 def test_sigterm_saves_the_step_it_was_in(tmp_path, processes):
     folder = tmp_path / "run"
     config = {**KILLED["config"], "output": str(folder), "checkpoint_every": 2}
-    settings = {**KILLED, "config": config, "result": str(tmp_path / "x.pt")}
-    command = program(processes, **settings, delay=0.05)
+    settings = {**KILLED, "config": config}
+    command = program(processes, **settings, delay=0.05, result=str(tmp_path / "stopped.pt"))
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         wait_for((folder / "checkpoints" / "step-00000002").exists, process)
         process.send_signal(signal.SIGTERM)

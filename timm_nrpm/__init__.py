@@ -4,6 +4,8 @@
 >>> model = timm_nrpm.create_model("resnet18", pretrained=True, lam=0.8)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from timm_nrpm import functional
 from timm_nrpm.base import WeightsUnavailable, WrongBase
 from timm_nrpm.calibration import calibrate_
@@ -15,8 +17,10 @@ from timm_nrpm.pareto import Candidate, ParetoFront
 from timm_nrpm.registry import create_model, list_models
 from timm_nrpm.reprogramming import ReprogrammingWarning, lambdas, plain_copy, reprogram_, restore_
 from timm_nrpm.search import search_lambda
-from timm_nrpm.tuning import Diverged, tune
 from timm_nrpm.version import __version__
+
+if TYPE_CHECKING:
+    from timm_nrpm.tuning import Diverged, tune
 
 __all__ = [
     "BrokenVariant",
@@ -46,3 +50,11 @@ __all__ = [
     "search_lambda",
     "tune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Diverged", "tune"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from timm_nrpm import tuning  # imports accelerate, which takes a second
+
+    return getattr(tuning, name)

@@ -218,7 +218,7 @@ class _Tar(ReaderImageInTar):
     """timm's reader of a .tar, without its open file: workers who share one would read at each other's place."""
 
     def __init__(self, root: str) -> None:
-        super().__init__(root, cache_tarinfo=False)  # its cache is a pickle
+        super().__init__(root, cache_tarinfo=False)  # its cache is a file that runs code when read
 
     def __getitem__(self, index: int) -> tuple[BytesIO, int]:
         member, _, inside = self.samples[index]

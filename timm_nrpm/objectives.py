@@ -108,6 +108,9 @@ class Objective(nn.Module):
         config: Which objective, and its settings.
         samples, classes: Of the training data; SAT keeps a target for each image.
 
+    Raises:
+        ValueError: AWP, and no weight trains.
+
     Attributes:
         epoch: Which epoch it is, from 0; set by the loop.
         targets: Of SAT, `[samples, classes]`, zeros until an image was seen.
@@ -122,6 +125,11 @@ class Objective(nn.Module):
         self._weights: dict[nn.Parameter, Tensor] = {}  # of AWP, as they were
         if config.objective == "sat":
             self.register_buffer("targets", torch.zeros(samples, classes, device=net.mean.device))
+        if config.objective == "awp" and not self._perturbed():
+            raise ValueError(
+                'objective="awp" perturbs the weights that train, and none does: choose another objective for lambda '
+                'alone, or paradigm="all", or weights in trainable=.'
+            )
 
     def forward(self, pixels: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """Loss, and how many of the clean and of the attacked images were right, -1 where nobody looked: `[3]`.
@@ -199,10 +207,13 @@ class Objective(nn.Module):
         self.targets[everywhere] = values
         return now
 
+    def _perturbed(self) -> list[nn.Parameter]:
+        return [p for p in self.net.parameters() if p.requires_grad and p.ndim > 1]
+
     def _shift_weights(self, attacked: Tensor, labels: Tensor) -> None:
         """AWP: move every weight that trains by `weight_perturbation` of its norm up the loss, until `settle` is called
         (Wu et al., arXiv 2004.05884, eq. 7-8)."""
-        weights = [p for p in self.net.parameters() if p.requires_grad and p.ndim > 1]
+        weights = self._perturbed()
         before = [b.clone() for b in self.net.buffers()]  # this pass is no part of training
         loss = adversarial(self.net, attacked, attacked, labels).value
         slopes = torch.autograd.grad(loss, weights, allow_unused=True)

@@ -92,15 +92,16 @@ def ordered(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], Order,
             f"The loader is a {type(loader).__name__}: give a torch DataLoader, which processes can share and a run "
             "can take up again; for tensors, DataLoader(TensorDataset(pixels, labels), batch_size=64, shuffle=True)."
         )
+    own = type(loader.batch_sampler)
+    if own not in (BatchSampler, type(None)):
+        raise ValueError(
+            f"The loader has a batch sampler of its own, {own.__name__}, which tuning would have to replace: give "
+            "batch_size= and, if need be, sampler=."
+        )
     if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         raise ValueError(
             "The loader reads a stream, or makes its batches itself: a run over it could not be taken up again. Give a "
             "DataLoader with a batch_size over a dataset with a length, such as timm's folder, tar and torch/ readers."
-        )
-    if type(loader.batch_sampler) is not BatchSampler:
-        raise ValueError(
-            f"The loader has a batch sampler of its own, {type(loader.batch_sampler).__name__}, which tuning would "
-            "have to replace: give batch_size= and, if need be, sampler=."
         )
     dataset, order = Numbered(loader.dataset, seed), Order(loader.sampler, seed)  # type: ignore[arg-type]
     again: DataLoader[Any] = DataLoader(
