@@ -77,7 +77,7 @@ def test_tune_takes_every_setting(tmp_path):
     history = timm_nrpm.History.from_json((tmp_path / "history.json").read_text())
     c = history.config
     assert (c.trainable, c.objective, c.beta, c.gradient, c.clip) == (("*.lam", "fc.*"), "trades", 2.0, "mixture", None)
-    assert (c.eps, c.step_size) == (8 / 255, 1 / 255)
+    assert (c.eps, c.attack_step_size) == (8 / 255, 1 / 255)
     assert history.layers == ("layer1.0.conv1", "layer1.0.conv2", "fc")
     assert len(history.steps) == 4
 

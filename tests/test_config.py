@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,10 +83,11 @@ def test_tune_config_json_round_trip(**settings):
 @pytest.mark.parametrize(
     ("settings", "want"),
     [
-        ({"objective": "pgd", "eps": 0.08}, {"steps": 7, "step_size": 0.02, "evaluate_eps": 0.08}),
-        ({"objective": "pgd", "eps": 0.08, "steps": 1}, {"step_size": 0.08}),
-        ({"objective": "fgsm", "eps": 0.08, "steps": 5}, {"steps": 1, "step_size": 0.08}),
-        ({"objective": "clean", "eps": 0}, {"step_size": 0, "evaluate_eps": 8 / 255}),
+        ({"objective": "pgd", "eps": 0.08}, {"attack_steps": 7, "attack_step_size": 0.02, "validation_eps": 0.08}),
+        ({"objective": "pgd", "eps": 0.08, "steps": 1}, {"attack_step_size": 0.08}),
+        ({"objective": "pgd", "step_size": 0.5, "evaluate_eps": 0.3}, {"attack_step_size": 0.5, "validation_eps": 0.3}),
+        ({"objective": "fgsm", "eps": 0.08, "steps": 5}, {"attack_steps": 1, "attack_step_size": 0.08}),
+        ({"objective": "clean", "eps": 0}, {"attack_step_size": 0, "validation_eps": 8 / 255}),
         ({"trainable": "*.lam", "trackers": "tensorboard"}, {"trainable": ("*.lam",), "trackers": ("tensorboard",)}),
         ({"lam_lr": np.float64(0.5), "epochs": np.int64(2)}, {"lam_lr": 0.5, "epochs": 2}),
     ],
@@ -95,6 +97,12 @@ def test_tune_defaults(settings, want):
     assert {name: getattr(config, name) for name in want} == want
 
 
+def test_what_follows_from_a_setting_follows_another():
+    config = replace(TuneConfig(objective="fgsm", eps=0.1), eps=0.3)
+    assert (config.attack_step_size, config.validation_eps) == (0.3, 0.3)
+    assert replace(config, objective="pgd").attack_steps == 7
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -102,6 +110,8 @@ def test_tune_defaults(settings, want):
         ({"objective": "apgd"}, "objective='apgd' is not known: choose one of clean, fgsm"),
         ({"gradient": "sign"}, "gradient='sign'"),
         ({"precision": "fp16"}, "choose one of no, bf16"),
+        ({"optimizer": "lookahead_adamw"}, "choose one of sgd, momentum"),
+        ({"schedule": "plateau"}, "choose one of cosine, tanh"),
         ({"eps": 8}, "eps=8 is not allowed: give a number from 0 to 1"),
         ({"eps": -0.1}, "eps=-0.1"),
         ({"eps": float("nan")}, "eps=nan"),

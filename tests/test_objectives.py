@@ -256,6 +256,17 @@ def test_awp_counts_one_pass_in_the_statistics():
         torch.testing.assert_close(statistics[1][name], value)
 
 
+def test_awp_moves_what_autocast_has_cast_already():
+    """Of a plain layer, whose weight autocast casts once and keeps."""
+    losses = []
+    for gamma in (0.0, 0.5):
+        module, (pixels, labels, rows) = objective("awp", weight_perturbation=gamma), images()
+        reprogram_(module.net.model, NRPMConfig(lam=1.0))
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(float(module.eval()(pixels, labels, rows)[0].detach()))
+    assert losses[1] > losses[0] + 0.1
+
+
 def test_awp_without_weights_says_so():
     net = reprogram_(nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)), NRPMConfig(lam=0.5, learnable=True))
     for name, parameter in net.named_parameters():

@@ -5,7 +5,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from timm_nrpm.ordering import Order, ordered, seed_of
 
@@ -79,6 +89,32 @@ def test_an_image_and_its_augmentation_depend_on_seed_epoch_and_number_alone(wor
         assert all(epochs[1][int(n)] == x.tolist() for n, x in zip(rows, pixels, strict=True))
 
 
+@given(count=st.integers(1, 25), multiple=st.integers(1, 9), taken=st.integers(0, 9))
+def test_an_epoch_that_is_taken_up_ends_like_the_whole_one(count, multiple, taken):
+    """Filled up to even batches with the same images, which accelerate would take from what is left."""
+    order = Order(RandomSampler(range(count)), 3)
+    order.multiple = multiple
+    whole = list(order)
+    assert len(whole) == len(order) == -(-count // multiple) * multiple
+    assert whole[count:] == (whole * multiple)[: len(whole) - count]
+    order.skip = min(taken * multiple, len(whole))
+    assert list(order) == whole[order.skip :]
+    assert len(order) == len(whole) - order.skip
+
+
+@pytest.mark.parametrize("make", [
+    lambda g: SubsetRandomSampler(range(3, 30), generator=g),
+    lambda g: WeightedRandomSampler(torch.ones(30), 20, generator=g),
+    lambda g: RandomSampler(range(30), generator=g),
+])  # fmt: skip
+def test_a_sampler_with_its_own_generator_gives_the_same_order_again(make):
+    order = Order(make(torch.Generator()), 5)
+    first = list(order)
+    assert list(order) == first
+    order.epoch = 1
+    assert list(order) != first
+
+
 def test_the_users_loader_is_kept():
     data = TensorDataset(torch.arange(10.0))
 
@@ -106,6 +142,10 @@ class Own(torch.utils.data.BatchSampler):
     [
         (lambda: [torch.zeros(1)], "is a list: give a torch DataLoader"),
         (lambda: DataLoader(Stream(), batch_size=2), "reads a stream"),
+        (
+            lambda: DataLoader(range(4), sampler=DistributedSampler(range(4), 2, 0)),
+            "has a DistributedSampler, which shar",
+        ),
         (lambda: DataLoader(range(4), batch_size=None), "makes its batches itself"),
         (lambda: DataLoader(range(4), batch_sampler=Own(range(4), 2, False)), "batch sampler of its own, Own"),
     ],

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import timm_nrpm
 from timm_nrpm import History, NRPMConfig, TuneConfig, tune
 from timm_nrpm.checkpoints import CheckpointWarning
+from timm_nrpm.config import OPTIMIZERS
 from timm_nrpm.data import digits
 
 PROGRAM = Path(__file__).with_name("tune_digits.py")
@@ -164,6 +165,24 @@ def test_two_processes_learn_what_one_learns(tmp_path, model, settings):
     assert one.evaluations[0] == two.evaluations[0]
 
 
+def test_three_processes_leave_frozen_statistics_alone(tmp_path):
+    """The mean of three equal numbers is not always that number. The variant, lambda alone, is the test of it."""
+    settings = {"config": {**FAST, "output": str(tmp_path / "run")}, "images": 24, "batch": 4}
+    _, after = run(tmp_path, "three", 3, **settings)
+    before = bundled().state_dict()
+    assert [k for k in before if not torch.equal(before[k], after[k]) and not k.endswith(".lam")] == []
+    assert (tmp_path / "run" / "variant" / "nrpm.safetensors").stat().st_size < 5000
+
+
+def test_moving_statistics_are_the_mean_of_all_processes(tmp_path):
+    """Those of the first BatchNorm, since those after it see what it made of each process's images."""
+    config = {**FAST, "paradigm": "all", "eps": 0.0, "objective": "clean", "lr": 0.0, "lam_lr": 0.0, "weight_decay": 0}
+    _, one = run(tmp_path, "one", 1, config=config, images=64, batch=32)
+    _, two = run(tmp_path, "two", 2, config=config, images=64, batch=16)
+    assert not torch.equal(one["bn1.running_mean"], bundled().bn1.running_mean)
+    torch.testing.assert_close(two["bn1.running_mean"], one["bn1.running_mean"])
+
+
 def test_processes_that_would_each_tune_alone_are_refused(tmp_path):
     """As they would on a machine without CUDA, where ACCELERATE_USE_CPU was forgotten."""
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -180,6 +199,15 @@ def test_accumulated_batches_are_one_batch(tmp_path):
     history = tune(parts, loader(128, 8), replace(config, accumulate=4))
     assert len(history.steps) == 4
     assert differ(one.state_dict(), parts.state_dict()) < 1e-5
+
+
+def test_what_is_left_at_the_end_of_an_epoch_is_a_whole_step():
+    """accelerate divides by what was asked for, also where fewer batches are left."""
+    norms = []
+    for accumulate in (1, 4):
+        config = TuneConfig(**FAST, objective="clean", accumulate=accumulate)
+        norms.append(tune(small(), loader(16, 16), config).steps[0].norm[0])
+    assert norms[0] == norms[1]
 
 
 def test_bf16_trains():
@@ -255,15 +283,37 @@ def test_ctrl_c_saves_and_is_still_ctrl_c(tmp_path):
     assert tune(small(), DataLoader(Faulty(), batch_size=16), config, resume=True).steps[-1].step == 4
 
 
+def test_ctrl_c_in_the_last_evaluation_is_not_lost(tmp_path):
+    config = TuneConfig(**FAST, output=str(tmp_path))
+    stop = DataLoader(Late(), batch_size=16)
+    with pytest.raises(KeyboardInterrupt):
+        tune(small(), loader(), config, validation=stop)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_is_taken_up_as_it_was(tmp_path, optimizer):
+    config = TuneConfig(**{**FAST, "epochs": 2}, paradigm="all", optimizer=optimizer, checkpoint_every=2, lr=1e-3)
+    whole, resumed = small(), small()
+    tune(whole, DataLoader(Faulty(), batch_size=16), config)
+    config = replace(config, output=str(tmp_path))
+    with pytest.raises(RuntimeError, match="is gone"):
+        tune(small(), DataLoader(Faulty(at=60, do=fail, skip=1), batch_size=16), config)
+    with pytest.warns(UserWarning, match="no timm model"):
+        history = tune(resumed, DataLoader(Faulty(), batch_size=16), config, resume=True)
+    assert len(history.steps) == 8
+    assert differ(whole.state_dict(), resumed.state_dict()) == 0.0
+
+
 # --- nothing is lost ---------------------------------------------------------------------------------------------
 
 
 class Faulty(Dataset):
-    """64 digits; reading image `at` does something once. One worker reads a batch ahead."""
+    """64 digits; reading image `at` does something once, after `skip` times. The next batch is read ahead."""
 
-    def __init__(self, at: int = -1, do=lambda: None) -> None:
+    def __init__(self, at: int = -1, do=lambda: None, skip: int = 0) -> None:
         self.pixels, self.labels = digits("train")
-        self.at, self.do, self.calls = at, do, 0
+        self.at, self.do, self.calls = at, do, -skip
 
     def __len__(self) -> int:
         return 64
@@ -274,6 +324,13 @@ class Faulty(Dataset):
             if self.calls == 1:
                 self.do()
         return self.pixels[index], int(self.labels[index])
+
+
+class Late(Faulty):
+    """Ctrl-C while the first image is read for the second time."""
+
+    def __init__(self) -> None:
+        super().__init__(at=0, do=lambda: signal.raise_signal(signal.SIGINT), skip=1)
 
 
 def fail() -> None:
@@ -350,6 +407,11 @@ def test_a_run_is_not_overwritten_and_not_mixed_with_another(tmp_path):
         other[1].weight += 1
     with pytest.raises(ValueError, match=r"sha256 of what is frozen"):
         tune(other, loader(), config, resume=True)
+    steeper = timm_nrpm.reprogram_(small(), NRPMConfig(lam=0.5, iterations=1, eps=0.1))
+    with pytest.raises(ValueError, match=r"estimate's iterations: 3 then, 1 now; estimate's eps: 0.001 then, 0.1 now"):
+        tune(steeper, loader(), config, resume=True)
+    with pytest.raises(ValueError, match=r"mean: \[0.0\] then, \[0.5\] now"):
+        tune(small(), loader(), config, mean=(0.5,), resume=True)
     with pytest.raises(ValueError, match=r"needs config\.output"):
         tune(small(), loader(), replace(config, output=None), resume=True)
 
@@ -379,6 +441,48 @@ def test_wrong_images_are_refused_before_anything_changes(tmp_path, change, mess
     with pytest.raises(ValueError, match=message):
         tune(model, DataLoader(data, batch_size=16), TuneConfig(**FAST, output=str(tmp_path)))
     assert differ(before, model.state_dict()) == 0.0
+
+
+def test_labels_of_any_whole_kind():
+    pixels, labels = digits("train")
+    runs = []
+    for kind in (torch.int64, torch.int32, torch.uint8):
+        images = DataLoader(TensorDataset(pixels[:32], labels[:32].to(kind)), batch_size=16)
+        runs.append(tune(small(), images, TuneConfig(**FAST), validation=images))
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_calibration_sees_what_the_loader_gives():
+    """Images of bytes, which the loader makes pixels of."""
+    pixels, labels = digits("train")
+    data = [
+        ((image * 255).round().byte().numpy(), int(label)) for image, label in zip(pixels[:64], labels, strict=False)
+    ]
+
+    def collate(items):
+        images = torch.stack([torch.from_numpy(image) for image, _ in items]) / 255
+        return images, torch.tensor([label for _, label in items])
+
+    models = [bundled(), bundled()]
+    tensors = TensorDataset(*collate(data))
+    for model, images in zip(models, (DataLoader(data, 16, collate_fn=collate), DataLoader(tensors, 16)), strict=True):
+        tune(model, images, TuneConfig(**FAST, calibrate=32))
+    assert differ(models[0].state_dict(), models[1].state_dict()) == 0.0
+
+
+def test_a_batch_that_batchnorm_would_choke_on_is_told_at_once():
+    with pytest.raises(ValueError, match="would be a batch of its own"):
+        tune(bundled(), loader(17), TuneConfig(**FAST, paradigm="all"))
+    tune(bundled(), loader(17), TuneConfig(**FAST))
+    with pytest.raises(ValueError, match="The loader gives no batch"):
+        tune(bundled(), DataLoader(loader(8).dataset, 16, drop_last=True), TuneConfig(**FAST))
+
+
+def test_a_validation_loader_may_choose():
+    chosen = DataLoader(loader(64).dataset, batch_size=50, sampler=list(range(60)))
+    history = tune(small(), loader(), TuneConfig(**FAST), validation=chosen)
+    right = 60 * history.evaluations[0].clean  # and not of fewer images
+    assert right == pytest.approx(round(right), abs=1e-9)
 
 
 def test_a_loader_that_is_none_is_told():
@@ -464,6 +568,15 @@ def test_what_is_left_behind_can_be_read(tmp_path):
 def test_paradigm_3_leaves_a_full_variant(tmp_path):
     model = bundled()
     tune(model, loader(), TuneConfig(**FAST, paradigm="all", output=str(tmp_path), calibrate=64))
+    again, images = timm_nrpm.from_pretrained(tmp_path / "variant"), torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again(images), model.eval()(images))
+
+
+def test_weights_that_were_tuned_before_are_not_lost(tmp_path):
+    model = bundled()
+    tune(model, loader(), TuneConfig(**FAST, paradigm="all"))
+    tune(model, loader(), TuneConfig(**FAST, output=str(tmp_path)))
     again, images = timm_nrpm.from_pretrained(tmp_path / "variant"), torch.randn(4, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(again(images), model.eval()(images))

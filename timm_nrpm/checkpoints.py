@@ -104,7 +104,10 @@ class Checkpoints:
                     else "There is none before."
                 )
             ) from error
-        for old in self.paths()[: -self.keep]:
+        found = self.paths()
+        here = found.index(path)
+        # Those of later steps were broken when the run went on from an earlier one.
+        for old in (*found[: max(0, here + 1 - self.keep)], *found[here + 1 :]):
             shutil.rmtree(old, ignore_errors=True)
         return path
 

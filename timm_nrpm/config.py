@@ -26,6 +26,11 @@ OBJECTIVES = ("clean", "fgsm", "pgd", "trades", "mart", "sat", "awp")
 GRADIENTS = ("own", "bpda", "plain", "mixture")
 PARADIGMS = ("lambda", "all")
 PRECISIONS = ("no", "bf16")
+SCHEDULES = ("cosine", "tanh", "poly", "constant")
+OPTIMIZERS = (
+    *("sgd", "momentum", "adam", "adamw", "nadamw", "adafactor", "adopt"),
+    *("lamb", "lars", "lion", "laprop", "mars", "muon"),
+)
 
 
 def check_lam(value: Any, where: str = "lam") -> float:
@@ -152,18 +157,19 @@ class TuneConfig:
         target_momentum: Of SAT, how much of a target stays when the model's prediction is mixed in.
         target_start: Of SAT, the epoch, counted from 0, from which targets move.
         epochs: Passes over the loader.
-        optimizer: Any name that `timm.optim.create_optimizer_v2` knows.
+        optimizer: One of timm's whose whole state a checkpoint holds: `"sgd"`, `"momentum"`, `"adam"`, `"adamw"`,
+            `"nadamw"`, `"adafactor"`, `"adopt"`, `"lamb"`, `"lars"`, `"lion"`, `"laprop"`, `"mars"` or `"muon"`.
         lr: Learning rate of everything but lambda.
         lam_lr: Learning rate of lambda, which has no weight decay.
         weight_decay: Of everything with more than one dimension but lambda.
         calibrate: How many of the training images :func:`timm_nrpm.calibrate_` sees before the first epoch and, while
             no weight trains, after every epoch, since lambdas that moved leave statistics stale; 0 for none.
-        schedule: Any name that `timm.scheduler.create_scheduler_v2` knows, `"cosine"` to zero, or `"constant"`.
+        schedule: Of the learning rates: `"cosine"`, `"tanh"` or `"poly"` to zero, or `"constant"`.
         warmup_epochs: In which the learning rate rises.
         clip: Largest norm of the gradient, of lambda and of the rest each; None lets any gradient pass.
         patience: Steps in a row whose gradient may be non-finite before :class:`timm_nrpm.Diverged` is raised. Such a
             step changes nothing.
-        accumulate: Batches whose gradients make one step.
+        accumulate: Batches whose mean gradient makes one step; at the end of an epoch those that are left.
         precision: `"no"` for float32, or `"bf16"`, under which the estimate is still computed in float32.
         seed: Of the order of the images, their augmentation, the start of the attack, and dropout.
         output: Folder for checkpoints, history, plots and the tuned variant; None keeps nothing.
@@ -178,7 +184,7 @@ class TuneConfig:
         ValueError: A value is outside its range; the message names the range.
 
     Example:
-        >>> TuneConfig(paradigm="all", objective="fgsm", eps=0.1, epochs=2).step_size
+        >>> TuneConfig(paradigm="all", objective="fgsm", eps=0.1, epochs=2).attack_step_size
         0.1
     """
 
@@ -221,15 +227,10 @@ class TuneConfig:
                 given = (given,) if isinstance(given, str) else tuple(given)
                 object.__setattr__(self, name, given)
         choices = {"paradigm": PARADIGMS, "objective": OBJECTIVES, "gradient": GRADIENTS, "precision": PRECISIONS}
+        choices |= {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(allowed)}.")
-        if self.objective == "fgsm":
-            object.__setattr__(self, "steps", 1)
-        if self.step_size is None:
-            object.__setattr__(self, "step_size", self.eps if self.steps == 1 else self.eps / 4)
-        if self.evaluate_eps is None:
-            object.__setattr__(self, "evaluate_eps", self.eps or 8 / 255)
         if self.output is not None:
             object.__setattr__(self, "output", str(self.output))
         counts = (
@@ -252,6 +253,8 @@ class TuneConfig:
         at_most |= dict.fromkeys(("beta", "weight_perturbation", "lr", "lam_lr", "weight_decay"), math.inf)
         for name, high in at_most.items():
             value = getattr(self, name)
+            if value is None and name in ("step_size", "evaluate_eps"):
+                continue
             number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not 0 <= value <= high:
                 limit = f"from 0 to {high:g}" if high < math.inf else ">= 0"
@@ -260,6 +263,23 @@ class TuneConfig:
             raise ValueError(f"clip={self.clip!r} is not allowed: give a number > 0, or None to let any gradient pass.")
         if self.evaluate_eps == 0:
             raise ValueError("evaluate_eps=0 attacks nothing: give the change of a pixel, like 8 / 255.")
+
+    @property
+    def attack_steps(self) -> int:
+        """Steps of the inner attack that are taken."""
+        return 1 if self.objective == "fgsm" else self.steps
+
+    @property
+    def attack_step_size(self) -> float:
+        """Step size of the inner attack that is taken, in pixel units."""
+        if self.step_size is not None:
+            return self.step_size
+        return self.eps if self.attack_steps == 1 else self.eps / 4
+
+    @property
+    def validation_eps(self) -> float:
+        """Largest change of a pixel when the validation images are attacked."""
+        return (self.eps or 8 / 255) if self.evaluate_eps is None else self.evaluate_eps
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

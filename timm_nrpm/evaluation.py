@@ -11,6 +11,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from timm_nrpm.attacks import PixelModel, fgsm, pgd
+from timm_nrpm.images import check_labels, check_pixels
 from timm_nrpm.reprogramming import attackable, plain_copy, reprogrammed_layers
 
 MASKED = "gradient_masking"
@@ -160,6 +161,7 @@ def evaluate(
             with torch.no_grad():
                 logits = own(pixels)
             check_labels(labels, logits.shape[1])
+            labels = labels.long()
             right = {"clean": logits.argmax(1) == labels}
             bar.advance(task)
             for attack in attacks:
@@ -171,7 +173,8 @@ def evaluate(
         raise ValueError("The loader gave no images: there is nothing to evaluate.")
     shares = {name: sum(images) / len(images) for name, images in correct.items()}
     masked = shares.get("pgd_plain", 1.0) < min(shares["fgsm"], shares["pgd"]) - MASKING_MARGIN
-    raised = {MASKED: masked, NON_FINITE: any(source.non_finite for source in sources)}
+    non_finite = torch.tensor([any(source.non_finite for source in sources)], device=own.mean.device)
+    raised = {MASKED: masked, NON_FINITE: bool((non_finite if gather is None else gather(non_finite)).any())}
     flags = tuple(flag for flag, is_raised in raised.items() if is_raised)
     return RobustnessReport(threat, steps, seed, {k: tuple(v) for k, v in correct.items()}, flags)
 
@@ -179,23 +182,3 @@ def evaluate(
 @torch.no_grad()
 def _right(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     return model(pixels).argmax(1) == labels
-
-
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise a ValueError unless labels are `[B]` integers of one of the classes."""
-    low, high = int(labels.min()), int(labels.max())
-    if labels.is_floating_point() or labels.ndim != 1 or low < 0 or high >= classes:
-        raise ValueError(
-            f"The loader gives labels {list(labels.shape)} of {labels.dtype} from {low} to {high}, and the model has "
-            f"{classes} classes: give [B] integers from 0 to {classes - 1}, or a model with num_classes={high + 1}."
-        )
-
-
-def check_pixels(pixels: Tensor) -> None:
-    """Raise a ValueError unless all pixels are in [0, 1]."""
-    low, high = float(pixels.min()), float(pixels.max())
-    if not (low >= 0.0 and high <= 1.0):
-        raise ValueError(
-            f"The loader gives values from {low:.3g} to {high:.3g}: give pixels in [0, 1], before "
-            "normalisation, which is done inside. With timm's loaders, use normalize=False."
-        )

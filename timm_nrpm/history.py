@@ -134,7 +134,8 @@ class History:
             means = [sum(row.lams) / len(row.lams) for row in self.steps]
             upper.plot(at, means, color="black", linestyle="--", label="mean", linewidth=2)
         upper.set(ylabel="lambda (1 = the plain layer)", ylim=(-0.02, 1.02))
-        upper.legend(fontsize=8, ncols=2, framealpha=0.9)
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "fontsize": 8, "ncols": 4, "frameon": False}
+        upper.legend(**above)
         right = [(row.step, 100 * row.attacked) for row in self.steps if row.attacked is not None]
         if right:
             lower.plot(*zip(*right, strict=True), color="#999999", linewidth=0.8, label="training images, attacked")
@@ -146,7 +147,7 @@ class History:
             steps = [row.step for row in self.evaluations]
             lower.plot(steps, values, color=colour, marker=marker, linewidth=width, label=f"validation, {label}")
         lower.set(xlabel="step", ylabel="accuracy, %", ylim=(0, 101))
-        lower.legend(fontsize=8, framealpha=0.9)
+        lower.legend(**above)
         for panel in (upper, lower):
             panel.grid(alpha=0.3)
         c = self.config

@@ -42,6 +42,12 @@ class BrokenVariant(ValueError):
     """A folder that does not hold what `save_pretrained` writes."""
 
 
+def has_changed(model: nn.Module) -> bool:
+    """Whether the weights or BatchNorm statistics are others than when the model was reprogrammed."""
+    base = record_of(model).base
+    return base is not None and weights_sha256(plain_copy(model).state_dict()) != base.sha256
+
+
 def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False) -> Path:
     """Write a reprogrammed model to a folder.
 
@@ -71,9 +77,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     if others and CONFIG not in others:
         raise ValueError(f"{folder} exists and holds no variant: choose a new or an empty folder.")
     plain = plain_copy(model)
-    digest = weights_sha256(plain.state_dict())
     base = record.base or Base.of(plain, None, getattr(plain, "_model_args", {}))
-    if digest != base.sha256:
+    if has_changed(model):
         if not full:
             raise ValueError(
                 "The weights of this model changed since it was reprogrammed (BatchNorm statistics count, which a "

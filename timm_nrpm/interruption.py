@@ -28,16 +28,18 @@ class Interruption:
                 self._handlers[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+        if self.number and kind is None:  # it came too late for a step to see
+            self.pass_on(signal.Signals(self.number))
 
     def _note(self, number: int, _: Any) -> None:
         self.number = number
 
     def pass_on(self, number: signal.Signals) -> None:
         """Give `number` to whoever had it before, in every process, also where another process got it."""
-        self.__exit__()
         self.number = 0
+        self.__exit__()
         signal.raise_signal(number)

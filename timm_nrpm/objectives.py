@@ -153,15 +153,14 @@ class Objective(nn.Module):
         c = self.config
         if c.objective == "clean" or c.eps == 0:
             return pixels
-        assert c.step_size is not None
         return perturb(
             self.net,
             pixels,
             labels,
             self._start(pixels, rows),
             eps=c.eps,
-            steps=c.steps,
-            step_size=c.step_size,
+            steps=c.attack_steps,
+            step_size=c.attack_step_size,
             gradient=c.gradient,
             divergence=self.kind.divergence,
             turns=rows + self.epoch,
@@ -228,10 +227,11 @@ class Objective(nn.Module):
                 self._weights[weight] = weight.detach().clone()
                 scale = self.config.weight_perturbation * weight.norm() / (slope.norm() + 1e-20)
                 weight.add_(slope.nan_to_num(0.0) * scale.nan_to_num(0.0))
+        torch.clear_autocast_cache()  # which holds the weights as they were
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Put back, bit for bit, what AWP moved: to be called between backward and the optimizer's step."""
+        """Put back, bit for bit, what AWP moved: to be called after backward, whether or not it succeeded."""
         for weight, kept in self._weights.items():
             weight.copy_(kept)
         self._weights.clear()

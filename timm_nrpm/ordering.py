@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import chain, cycle, islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
 
 def seed_of(*numbers: int) -> int:
@@ -52,23 +53,32 @@ class Numbered(Dataset[Any]):
 
 
 class Order(Sampler[int]):
-    """What a sampler gives in an epoch, without the first `skip`."""
+    """What a sampler gives in an epoch, without the first `skip`.
+
+    Attributes:
+        multiple: How many images all processes take at once; from its own beginning an epoch is filled up to whole
+            multiples, as accelerate would do, which after a restart knows another beginning.
+    """
 
     def __init__(self, sampler: Sampler[int], seed: int) -> None:
         self.sampler, self.seed = sampler, seed
         self.epoch = self.skip = 0
+        self.multiple = 1
 
     def __len__(self) -> int:
-        return max(0, len(self.sampler) - self.skip)  # type: ignore[arg-type]
+        whole = -(-len(self.sampler) // self.multiple) * self.multiple  # type: ignore[arg-type]
+        return max(0, whole - self.skip)
 
     def __iter__(self) -> Iterator[int]:
         seed = seed_of(self.seed, self.epoch)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if isinstance(self.sampler, RandomSampler) and self.sampler.generator is not None:
-                self.sampler.generator.manual_seed(seed)
+            own = getattr(self.sampler, "generator", None)
+            if isinstance(own, torch.Generator):
+                own.manual_seed(seed)
             order = list(self.sampler)
-        yield from order[self.skip :]
+        missing = -len(order) % self.multiple
+        yield from islice(chain(order, islice(cycle(order), missing)), self.skip, None)
 
 
 class _Collate:
@@ -97,6 +107,11 @@ def ordered(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], Order,
         raise ValueError(
             f"The loader has a batch sampler of its own, {own.__name__}, which tuning would have to replace: give "
             "batch_size= and, if need be, sampler=."
+        )
+    if hasattr(loader.sampler, "num_replicas"):
+        raise ValueError(
+            f"The loader has a {type(loader.sampler).__name__}, which shares the images among processes, as tuning "
+            "does by itself: give shuffle=True instead."
         )
     if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         raise ValueError(

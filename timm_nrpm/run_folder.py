@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.checkpoints import Checkpoint, Checkpoints
 from timm_nrpm.history import History
-from timm_nrpm.hub import save_pretrained
+from timm_nrpm.hub import has_changed, save_pretrained
 
 
 class RunFolder:
@@ -86,8 +86,8 @@ class RunFolder:
             raise ValueError(f"The run in {self.path} was another: {other}. Give what it had, or another output.")
         return saved
 
-    def finish(self, model: nn.Module, history: History, full: bool) -> None:
-        """History, picture and variant."""
+    def finish(self, model: nn.Module, history: History) -> None:
+        """History, picture and variant: lambda alone where the weights are those of the base."""
 
         def write() -> None:
             history.save(self.path / "history.json")
@@ -95,6 +95,7 @@ class RunFolder:
                 history.plot(self.path / "curves.png")
             except ImportError as error:
                 warnings.warn(f"No picture: {error}", stacklevel=6)
+            full = has_changed(model)
             if not full or hasattr(model, "pretrained_cfg"):
                 save_pretrained(model, self.path / "variant", full=full)
             else:
@@ -112,8 +113,8 @@ class RunFolder:
         if self.accelerator.is_main_process:
             try:
                 outcome[0] = work()
-            except (OSError, ValueError) as error:
-                outcome[1:] = ["OSError" if isinstance(error, OSError) else "ValueError", str(error)]
+            except Exception as error:  # safetensors has errors of its own for a full disk
+                outcome[1:] = ["ValueError" if isinstance(error, ValueError) else "OSError", str(error)]
         broadcast_object_list(outcome)
         if outcome[1]:
             raise (OSError if outcome[1] == "OSError" else ValueError)(outcome[2])

@@ -9,20 +9,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count, pairwise
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from timm_nrpm.attacks import PixelModel
 from timm_nrpm.calibration import calibrate_
-from timm_nrpm.evaluation import Threat, check_labels, check_pixels, evaluate
+from timm_nrpm.evaluation import Threat, evaluate
+from timm_nrpm.images import check_labels, check_pixels
 from timm_nrpm.pareto import Candidate, ParetoFront, best_of
 from timm_nrpm.reprogramming import evaluating, forget_calibration_, plain_copy, record_of, reprogrammed_layers
-
-if TYPE_CHECKING:
-    from timm_nrpm.attacks import PixelModel
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -93,8 +92,6 @@ def search_lambda(
         (0.628, 0.606, 30)
         >>> front.plot("front.png")
     """
-    from timm_nrpm.attacks import PixelModel  # imports torchattacks and SciPy
-
     threat = threat or Threat()
     _check(threat, budget, bound, steps, seed)
     record_of(model)

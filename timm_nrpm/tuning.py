@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import ProjectConfiguration, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import distribute_bn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from timm_nrpm.attacks import PixelModel
@@ -28,22 +27,17 @@ from timm_nrpm.base import weights_sha256
 from timm_nrpm.calibration import calibrate_
 from timm_nrpm.checkpoints import collect, install_
 from timm_nrpm.config import TuneConfig
-from timm_nrpm.evaluation import Threat, check_labels, check_pixels, evaluate
+from timm_nrpm.evaluation import Threat, evaluate
 from timm_nrpm.history import Evaluation, History, Step, finite
+from timm_nrpm.images import check_batch, check_labels
 from timm_nrpm.interruption import SIGNALS, Interruption
 from timm_nrpm.objectives import Objective
 from timm_nrpm.ordering import ordered, seed_of
+from timm_nrpm.processes import average_statistics_, check_processes, shared
 from timm_nrpm.progress import Bar
-from timm_nrpm.reprogramming import evaluating, lambdas, reprogrammed_layers
+from timm_nrpm.reprogramming import evaluating, lambdas, record_of, reprogrammed_layers
 from timm_nrpm.run_folder import RunFolder
 from timm_nrpm.trainable import given_back, select_, set_modes_
-
-REPLICATED = {
-    getattr(DistributedType, name)
-    for name in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
-    if hasattr(DistributedType, name)
-}
-"""Set-ups in which every process holds the whole model."""
 
 MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience")
 """Settings that a run may be taken up with other values of: they do not change what it computes."""
@@ -103,13 +97,15 @@ def tune(
         raise ValueError(f"config={config!r} is no TuneConfig: write tune(model, loader, TuneConfig(epochs=1)).")
     if resume and config.output is None:
         raise ValueError("resume=True needs config.output, the folder of the run.")
-    ours = not AcceleratorState._shared_state  # or the caller has an Accelerator
+    ours, accumulation = not AcceleratorState._shared_state, dict(GradientState._shared_state)
     with given_back(model):
         try:
             return _Run(model, loader, config, validation, {"mean": mean, "std": std}, resume, progress).all()
         finally:
             if ours:  # the next call may have another precision
                 AcceleratorState._reset_state()
+            GradientState._shared_state.clear()  # the caller's Accelerator, if there is one, accumulates as before
+            GradientState._shared_state.update(accumulation)
 
 
 class _Run:
@@ -127,7 +123,7 @@ class _Run:
     ) -> None:
         self.model, self.config, self.normalisation = model, config, normalisation
         self.lams, self.weights = select_(model, config)
-        images, self.order, self.numbered = ordered(loader, config.seed)
+        self.source, self.order, self.numbered = ordered(loader, config.seed)
         self.history = History(config, tuple(reprogrammed_layers(model)))
         self.step = self.epoch = self.batch = self.failed = 0
         self.interruption = Interruption()
@@ -140,12 +136,12 @@ class _Run:
             # Buffers sent around before every forward would break a backward whose loss took two.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        _check_processes(self.accelerator)
+        check_processes(self.accelerator)
         self.folder: RunFolder | None = None
         if config.output is not None:
             self.folder = RunFolder(config.output, config.keep, resume, self.accelerator)
         net = PixelModel(model, **normalisation)
-        self.classes = _classes(net, images)
+        self.classes = _classes(net, self.source)
         self.objective = Objective(net, config, len(self.numbered), self.classes)
         groups = [
             {"params": self.lams, "lr": config.lam_lr, "weight_decay": 0.0},
@@ -157,9 +153,12 @@ class _Run:
         with warnings.catch_warnings():
             # Recent torch has another name for it, which accelerate cannot pass on.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(self.objective, optimizer, images)
-        self.validation = None if validation is None else self.accelerator.prepare(validation)
+            self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(self.objective, optimizer, self.source)
+        if self.accelerator.num_processes > 1 and not loader.drop_last:
+            self.order.multiple = self.loader.total_batch_size
+        self.validation = None if validation is None else shared(self.accelerator, validation)
         self.batches = len(self.loader)  # of an epoch and a process
+        self._check_last_batch()
         self.steps = -(-self.batches // config.accumulate)  # of an epoch
         self.scheduler = None
         if config.schedule != "constant":
@@ -186,11 +185,11 @@ class _Run:
         """Every epoch that is left."""
         # Without a folder there is nothing to save, and a signal may do what it does.
         with self.interruption if self.folder else nullcontext(), self.bar:
+            set_modes_(self.model)
             if self.step == 0:
                 self.calibrate()
                 self.evaluate()
             while self.epoch < self.config.epochs:
-                set_modes_(self.model)
                 self.objective.epoch = self.epoch
                 for batch, rows in self.images():
                     self.train(batch, rows)
@@ -199,9 +198,8 @@ class _Run:
                 self.evaluate()
                 self.epoch, self.batch = self.epoch + 1, 0
                 self.save()
-        self._share_statistics()
         if self.folder is not None:
-            self.folder.finish(self.model, self.history, full=bool(self.weights))
+            self.folder.finish(self.model, self.history)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return self.history
@@ -219,10 +217,15 @@ class _Run:
         """One batch and, unless gradients accumulate, one step."""
         pixels, labels = check_batch(batch, self.classes)
         set_seed(seed_of(self.config.seed, self.epoch, self.batch, self.accelerator.process_index))  # dropout's
+        first = self.batch - self.batch % self.config.accumulate
+        together = min(self.config.accumulate, self.batches - first)  # fewer at the end of an epoch
         with self.accelerator.accumulate(self.wrapped):
-            result = self.wrapped(pixels, labels, rows)
-            self.accelerator.backward(result[0])
-            self.objective.settle()
+            try:
+                result = self.wrapped(pixels, labels, rows)
+                # accelerate divides by config.accumulate, always.
+                self.accelerator.backward(result[0] * (self.config.accumulate / together))
+            finally:
+                self.objective.settle()
             loss, *right = result.detach()
             self.seen[:4] += torch.stack([loss * len(pixels), *right, torch.full_like(loss, len(pixels))])
             self.batch += 1
@@ -243,6 +246,7 @@ class _Run:
             with torch.no_grad():
                 for parameter in self.lams:
                     parameter.clamp_(0.0, 1.0)
+        average_statistics_(self.accelerator, self.model)
         return lam, rest
 
     def _after_step(self, norms: tuple[float, float]) -> None:
@@ -291,23 +295,29 @@ class _Run:
         self.bar.doing("Calibrating")
         self.order.epoch = self.order.skip = 0
         self.numbered.epoch.zero_()
-        rows = list(islice(self.order, self.config.calibrate))
-        size = self.loader.total_batch_size
-        batches = (torch.stack([self.numbered[i][0][0] for i in rows[j : j + size]]) for j in range(0, len(rows), size))
         net = self.objective.net
-        calibrate_(self.model, (net.normalise(pixels.to(net.mean)) for pixels in batches))
+        calibrate_(self.model, (net.normalise(pixels.to(net.mean.device)) for pixels in self._first_images()))
+
+    def _first_images(self) -> Iterator[Tensor]:
+        """The first `config.calibrate` images of an epoch, in batches of all processes together.
+
+        BatchNorm goes by the batch meanwhile, so that smaller ones would give other statistics than one process has.
+        """
+        size = self.loader.total_batch_size
+        rows = list(islice(self.order, min(self.config.calibrate, len(self.order.sampler))))  # type: ignore[arg-type]
+        for start in range(0, len(rows), size):
+            batch, _ = self.source.collate_fn([self.numbered[i] for i in rows[start : start + size]])
+            yield check_batch(batch, self.classes)[0]
 
     def evaluate(self) -> None:
         """Accuracy on the validation images, all processes together."""
         if self.validation is None:
             return
         self.bar.doing("Evaluating")
-        self._share_statistics()
         c = self.config
-        assert c.evaluate_eps is not None
-        gather = self.accelerator.gather_for_metrics
+        gather = self.accelerator.gather_for_metrics if self.accelerator.num_processes > 1 else None
         options = {"steps": c.evaluate_steps, "seed": c.seed, **self.normalisation}
-        report = evaluate(self.model, self.validation, Threat("Linf", c.evaluate_eps), gather=gather, **options)
+        report = evaluate(self.model, self.validation, Threat("Linf", c.validation_eps), gather=gather, **options)
         row = Evaluation(self.step, report.accuracy("clean"), report.accuracy("pgd"), report.worst_case, report.flags)
         self.history.evaluations.append(row)
         self.bar.evaluation = row
@@ -320,7 +330,6 @@ class _Run:
         """A checkpoint, and the history so far."""
         if self.folder is None:
             return
-        self._share_statistics()
         state = collect(self.model, self.wrapped, self.optimizer.optimizer)
         content = {"position": [self.step, self.epoch, self.batch, self.failed], "run": self._identity()}
         self.folder.save(self.step, state, content, self.history)
@@ -329,7 +338,10 @@ class _Run:
         """What must be the same for a run to be taken up."""
         settings = {k: v for k, v in asdict(self.config).items() if k not in MAY_DIFFER}
         same = {"batch of all processes": self.loader.total_batch_size, "images": len(self.numbered)}
-        return json.loads(json.dumps({**settings, **same, "sha256 of what is frozen": self.frozen}))
+        same |= {"layers": self.history.layers, "sha256 of what is frozen": self.frozen}
+        same |= {name: value.flatten().tolist() for name, value in self.objective.net.named_buffers(recurse=False)}
+        estimate = {k: v for k, v in asdict(record_of(self.model).config).items() if k not in ("lam", "layers")}
+        return json.loads(json.dumps({**settings, **same, **{f"estimate's {k}": v for k, v in estimate.items()}}))
 
     def _take_up(self) -> None:
         """Go back to the last good checkpoint, if there is one."""
@@ -340,10 +352,21 @@ class _Run:
         self.step, self.epoch, self.batch, self.failed = saved.content["position"]
         self.history = replace(History.from_dict(saved.content["history"]), config=self.config)
 
-    def _share_statistics(self) -> None:
-        """The mean of BatchNorm's statistics over the processes, each of which saw other images."""
-        if self.accelerator.num_processes > 1:
-            distribute_bn(self.model, self.accelerator.num_processes, reduce=True)
+    def _check_last_batch(self) -> None:
+        """Raise a ValueError if there is no batch, or one that BatchNorm would choke on after the others."""
+        if not self.batches:
+            raise ValueError(
+                f"The loader gives fewer batches than there are processes, {self.accelerator.num_processes}: give more "
+                "images, smaller batches, or drop_last=False."
+            )
+        size = self.source.batch_size or 1
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
+        norms = [m for m in norms if any(p.requires_grad for p in m.parameters())]
+        if norms and size > 1 and len(self.order) % size == 1 and not self.source.drop_last:
+            raise ValueError(
+                f"The last of the {len(self.order)} images would be a batch of its own, from which BatchNorm, which "
+                "trains, takes no statistics: give drop_last=True or another batch_size."
+            )
 
     def _track(self, row: Step) -> None:
         if not self.config.trackers:
@@ -352,33 +375,6 @@ class _Run:
         values |= {"norm/lambda": row.norm[0], "norm/rest": row.norm[1], "skipped": float(row.skipped)}
         lams = {f"lambda/{name}": lam for name, lam in zip(self.history.layers, row.lams, strict=True)}
         self.accelerator.log({**{k: v for k, v in values.items() if v is not None}, **lams}, step=row.step)
-
-
-def _check_processes(accelerator: Accelerator) -> None:
-    """Raise a ValueError unless every process holds the whole model and knows of the others."""
-    if accelerator.distributed_type not in REPLICATED:
-        raise ValueError(
-            f"accelerate is set up for {accelerator.distributed_type}, which cuts a model into parts, and tuning needs "
-            "it whole in every process: configure accelerate for multi-GPU or multi-CPU, or use torchrun."
-        )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    alone = accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.NO
-    if started > 1 and alone:
-        raise ValueError(
-            f"{started} processes were started, and accelerate would let each tune alone: on the CPU set "
-            "ACCELERATE_USE_CPU=true."
-        )
-
-
-def check_batch(batch: Any, classes: int | None = None) -> tuple[Tensor, Tensor]:
-    """Pixels and labels of a batch, found fit."""
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
-        raise ValueError(f"The loader gives {type(batch).__name__}: give pairs of pixels [B, C, H, W] and labels [B].")
-    pixels, labels = batch
-    check_pixels(pixels)
-    if classes is not None:
-        check_labels(labels, classes)
-    return pixels, labels
 
 
 def _classes(net: PixelModel, images: DataLoader[Any]) -> int:

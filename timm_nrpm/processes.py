@@ -1,0 +1,72 @@
+"""Several processes that tune one model: whether they can, and what they share beside gradients."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.utils.data import DataLoader
+
+REPLICATED = {
+    getattr(DistributedType, name)
+    for name in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_HPU")
+    if hasattr(DistributedType, name)
+}
+"""Set-ups in which every process holds the whole model."""
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Raise a ValueError unless every process holds the whole model and knows of the others."""
+    if accelerator.distributed_type not in REPLICATED:
+        raise ValueError(
+            f"accelerate is set up for {accelerator.distributed_type}, which cuts a model into parts, and tuning needs "
+            "it whole in every process: configure accelerate for multi-GPU or multi-CPU, or use torchrun."
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    alone = accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.NO
+    if started > 1 and alone:
+        raise ValueError(
+            f"{started} processes were started, and accelerate would let each tune alone: on the CPU set "
+            "ACCELERATE_USE_CPU=true."
+        )
+
+
+def shared(accelerator: Accelerator, validation: DataLoader[Any]) -> DataLoader[Any]:
+    """The validation images, each in one process.
+
+    Raises:
+        ValueError: The sampler chooses among the images, and accelerate, which leaves out what it added to make even
+            batches, goes by the dataset.
+    """
+    if accelerator.num_processes == 1:
+        return validation
+    chosen, images = len(validation.sampler), len(validation.dataset)  # type: ignore[arg-type]
+    if chosen != images:
+        raise ValueError(
+            f"The validation loader's sampler chooses {chosen} of {images} images, which processes cannot share: "
+            "give a loader over torch.utils.data.Subset(dataset, indices)."
+        )
+    return accelerator.prepare(validation)
+
+
+@torch.no_grad()
+def average_statistics_(accelerator: Accelerator, model: nn.Module) -> None:
+    """BatchNorm's statistics that move, as the mean over the processes, each of which saw other images.
+
+    To be called after every step, so that nothing depends on when a checkpoint is due; of those that move alone, since
+    the mean of three equal numbers is not always that number.
+    """
+    moving = [
+        buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if module.training and name in ("running_mean", "running_var")
+    ]
+    if moving and accelerator.num_processes > 1:
+        means = accelerator.reduce(torch.cat(moving), "mean").split([len(buffer) for buffer in moving])
+        for buffer, mean in zip(moving, means, strict=True):
+            buffer.copy_(mean)
