@@ -138,14 +138,14 @@ class History:
         upper.legend(**above)
         right = [(row.step, 100 * row.attacked) for row in self.steps if row.attacked is not None]
         if right:
-            lower.plot(*zip(*right, strict=True), color="#999999", linewidth=0.8, label="training images, attacked")
-        shown = {"clean": ("#0072B2", "o", "clean"), "own": ("#E69F00", "^", "PGD, own gradient")}
+            lower.plot(*zip(*right, strict=True), color="#999999", linewidth=0.8, label="training, attacked")
+        shown = {"clean": ("#0072B2", "o", "validation, clean"), "own": ("#E69F00", "^", "PGD, own gradient")}
         shown["worst_case"] = ("#D55E00", "s", "worst case")
         for key, (colour, marker, label) in shown.items():
             values = [100 * getattr(row, key) for row in self.evaluations]
             width = 3 if key == "worst_case" else 1.5
             steps = [row.step for row in self.evaluations]
-            lower.plot(steps, values, color=colour, marker=marker, linewidth=width, label=f"validation, {label}")
+            lower.plot(steps, values, color=colour, marker=marker, linewidth=width, label=label)
         lower.set(xlabel="step", ylabel="accuracy, %", ylim=(0, 101))
         lower.legend(**above)
         for panel in (upper, lower):

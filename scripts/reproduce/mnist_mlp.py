@@ -78,7 +78,7 @@ class Study:
         self.args, self.file = args, args.out / "mnist-mlp.json"
         self.settings: Row = {"images": args.images, "samples": args.samples, "epochs": args.epochs, "seed": 0, "K": K,
                               "eps": EPS, "steps": STEPS, "first lambda": START, "paradigm 2": PARADIGM_2,
-                              "paradigm 3": PARADIGM_3, "control": CONTROL}  # fmt: skip
+                              "paradigm 3": PARADIGM_3, "control": CONTROL, "mixture": MIXTURE, "unstable": UNSTABLE}  # fmt: skip
         self.settings = json.loads(json.dumps(self.settings))
         self.rows: Row = {}
         if self.file.exists():
