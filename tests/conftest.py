@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and everything that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports huggingface_hub: a test that would reach the network fails at once instead.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -291,6 +291,20 @@ def test_ctrl_c_in_the_last_evaluation_is_not_lost(tmp_path):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
 
 
+def test_a_signal_that_was_ignored_stays_so():
+    """Under nohup, or in the background of a shell: the run is to go on to its end."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        history = tune(
+            small(), DataLoader(Faulty(at=40, do=lambda: signal.raise_signal(signal.SIGINT)), batch_size=16),
+            TuneConfig(**FAST),
+        )  # fmt: skip
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert history.steps[-1].step == 4
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_is_taken_up_as_it_was(tmp_path, optimizer):
     config = TuneConfig(**{**FAST, "epochs": 2}, paradigm="all", optimizer=optimizer, checkpoint_every=2, lr=1e-3)

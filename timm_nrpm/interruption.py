@@ -25,7 +25,8 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._handlers[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup: whoever ignores it keeps doing so
+                    self._handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
