@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import signal
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and everything that they start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 # Before anything imports huggingface_hub: a test that would reach the network fails at once instead.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 import torch.nn as nn
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and everything that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

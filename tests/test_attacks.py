@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_nrpm import NRPMConfig, plain_copy, reprogram_
+from timm_nrpm import NRPMConfig, Threat, plain_copy, reprogram_
 from timm_nrpm.attacks import PixelModel, fgsm, gradient_source, perturb, pgd
 from timm_nrpm.reprogramming import reprogrammed_layers
 
@@ -129,15 +129,26 @@ def test_a_gradient_that_is_no_number_moves_nothing(batch):
     assert net.non_finite
 
 
-def test_torchattacks_agree_with_an_independent_ascent(model, batch):
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_torchattacks_agree_with_an_independent_ascent(model, batch, norm):
     model.eval()
-    start = torch.zeros_like(batch[0])
-    torch.testing.assert_close(
-        fgsm("fgsm", model, EPS).run(*batch), ascend(model, *batch, start, 1, EPS), atol=1e-6, rtol=0
-    )
+    seeds = list(range(5, 11))
+    if norm == "Linf":
+        want = ascend(model, *batch, torch.zeros_like(batch[0]), 1, EPS)
+        torch.testing.assert_close(fgsm(EPS)(model, *batch, seeds), want, atol=1e-6, rtol=0)
     state = torch.random.get_rng_state()
-    got = pgd("pgd", model, EPS, steps=3, seed=5).run(*batch)
+    got = pgd(Threat(norm, EPS), steps=3)(model, *batch, seeds)
     assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(5)
-    start = torch.empty_like(batch[0]).uniform_(-EPS, EPS)
-    torch.testing.assert_close(got, ascend(model, *batch, start, 3, EPS / 4), atol=1e-6, rtol=0)
+    assert bool(Threat(norm, EPS).allows(batch[0], got).all())
+    if norm == "Linf":
+        torch.manual_seed(5)
+        start = torch.empty_like(batch[0]).uniform_(-EPS, EPS)
+        torch.testing.assert_close(got, ascend(model, *batch, start, 3, EPS / 4), atol=1e-6, rtol=0)
+
+
+def test_passes_are_counted(model, batch):
+    fgsm(EPS)(model, *batch, [0])
+    assert (model.forwards, model.backwards) == (6, 6)
+    with torch.no_grad():
+        model(batch[0])
+    assert (model.forwards, model.backwards) == (12, 6)

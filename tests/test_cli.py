@@ -101,6 +101,74 @@ def test_tune_refuses_in_one_line(capsys, tmp_path, arguments, message):
     assert message in error
 
 
+EVALUATE = ["evaluate", "--samples", "24", "--steps", "2", "--queries", "3", "--calibrate", "64"]
+
+
+def test_evaluate_prints_draws_and_goes_on(capsys, tmp_path):
+    """Two bounds, then the same command again, which has nothing left to do."""
+    call = [*EVALUATE, "--eps", "0.05", "38/255", "--lam", "0.5", "--output", str(tmp_path)]
+    assert main(call) == 0
+    out = capsys.readouterr().out
+    assert out.count("24 images, Linf") == 2
+    assert "the plain model" in out
+    assert out.rstrip().endswith(f"Written: {tmp_path / 'report.html'}")
+    files = {path.name for path in tmp_path.iterdir()}
+    stems = ("adaptive-Linf-0.05", "adaptive-Linf-0.14902")
+    assert files == {"attacks.png", "curves.png", "attacked.png", "report.html"} | {
+        stem + end for stem in stems for end in (".json", ".jsonl")
+    }
+    reports = [timm_nrpm.RobustnessReport.from_json((tmp_path / f"{stem}.json").read_text()) for stem in stems]
+    assert [report.threat.eps for report in reports] == [0.05, 38 / 255]
+    assert reports[0].worst_case >= reports[1].worst_case
+    assert reports[0].control is not None
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png") == 2
+    assert "data:image/svg" in page or "<svg" in page  # the curve
+    journal = (tmp_path / "adaptive-Linf-0.05.jsonl").read_bytes()
+    assert main(call) == 0
+    assert (tmp_path / "adaptive-Linf-0.05.jsonl").read_bytes() == journal
+    again = [timm_nrpm.RobustnessReport.from_json((tmp_path / f"{stem}.json").read_text()) for stem in stems]
+    assert again == reports
+    assert main([*call, "--seed", "1"]) == 1
+    assert "seed: 0 then, 1 now" in capsys.readouterr().err
+
+
+def test_evaluate_takes_variants_plain_models_and_other_norms(capsys, tmp_path):
+    model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.7)
+    folder = str(timm_nrpm.save_pretrained(model, tmp_path / "variant"))
+    calls = {
+        "variant": [folder, "--norm", "L0", "--eps", "3"],
+        "plain": ["--lam", "none", "--suite", "quick"],
+        "L1": ["--norm", "L1", "--eps", "2", "--no-control"],
+    }
+    for name, more in calls.items():
+        assert main([*EVALUATE, *more, "--output", str(tmp_path / name)]) == 0
+    out = capsys.readouterr().out
+    assert "24 images, L0 3, adaptive" in out
+    assert "24 images, L1 2, adaptive" in out
+    report = timm_nrpm.RobustnessReport.from_json((tmp_path / "variant" / "adaptive-L0-3.json").read_text())
+    assert report.sha256 == timm_nrpm.base.weights_sha256(timm_nrpm.from_pretrained(folder).state_dict())
+    plain = timm_nrpm.RobustnessReport.from_json((tmp_path / "plain" / "quick-Linf-0.0313725.json").read_text())
+    assert plain.control is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eps", "2"], "eps=2.0 is not allowed"),
+        (["--norm", "L0", "--eps", "0.5"], "a whole number of pixels"),
+        (["--norm", "L1", "--eps", "2", "--suite", "paper"], "no attacks under L1"),
+        (["--steps", "0"], "steps=0"),
+        (["--data", "folder", "--root", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(capsys, tmp_path, arguments, message):
+    assert main([*EVALUATE, *arguments, "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("timm-nrpm: ")
+    assert message in error
+
+
 @pytest.mark.parametrize(
     ("option", "value"), [("--objective", "best"), ("--eps", "x"), ("--eps", "1/0"), ("--epochs", "1.5")]
 )

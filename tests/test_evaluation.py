@@ -1,20 +1,37 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import timm_nrpm
 from timm_nrpm import NRPMConfig, RobustnessReport, Threat, evaluate, reprogram_
-from timm_nrpm.attacks import PixelModel, fgsm, pgd
+from timm_nrpm.attacks import PixelModel
 from timm_nrpm.data import digits
-from timm_nrpm.evaluation import MASKED, NON_FINITE
+from timm_nrpm.flags import MASKED, NON_FINITE
 from timm_nrpm.registry import DIGITS
+
+ROOT = Path(__file__).resolve().parents[1]
+EIGHTH = Threat("Linf", 0.125)
+
+
+def batches(count, size=32):
+    pixels, labels = (t[:count] for t in digits("test"))
+    return list(zip(pixels.split(size), labels.split(size), strict=True))
 
 
 @pytest.fixture(scope="module")
 def data():
-    pixels, labels = (t[:60] for t in digits("test"))
-    return list(zip(pixels.split(32), labels.split(32), strict=True))
+    return batches(60)
 
 
 def linear(weight, bias=(0.0, 0.0)):
@@ -23,35 +40,76 @@ def linear(weight, bias=(0.0, 0.0)):
     return model
 
 
-def test_a_linear_model_falls_where_it_must():
-    """Margin 2 * 0.2 between the logits of two pixels: Linf 0.05 keeps it, 0.25 does not."""
+def small(lam=None):
+    """An untrained classifier of 4x4 images that its own attacks can be run on in no time."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(64, 5)
+    ).eval()
+    return model if lam is None else reprogram_(model, NRPMConfig(lam=lam, eps=0.01, iterations=2))
+
+
+def labelled(model, count=12, size=4):
+    """Images with the labels that the model gives most of them."""
+    pixels = torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        labels = model(pixels).argmax(1)
+    labels[0] = (labels[0] + 1) % 5
+    return list(zip(pixels.split(size), labels.split(size), strict=True))
+
+
+@pytest.mark.parametrize(("norm", "unit"), [("Linf", 1.0), ("L1", 2.0), ("L2", 2**0.5)])
+def test_a_linear_model_falls_where_it_must(norm, unit):
+    """Logits are the two pixels, 0.4 apart: both have to move by more than 0.2 for the other class."""
     model = linear([[1.0, 0.0], [0.0, 1.0]])
     pixels, labels = torch.tensor([[0.7, 0.3], [0.2, 0.6]]).view(2, 2, 1, 1), torch.tensor([0, 1])
-    for eps, worst in ((0.05, 1.0), (0.15, 1.0), (0.25, 0.0)):
-        report = evaluate(model, [(pixels, labels)], Threat("Linf", eps))
+    for eps, worst in ((0.05, 1.0), (0.19, 1.0), (0.21, 0.0), (0.4, 0.0)):
+        report = evaluate(model, [(pixels, labels)], Threat(norm, eps * unit), steps=20, queries=20)
         assert report.accuracy("clean") == 1.0
-        assert report.worst_case == report.accuracy("fgsm") == report.accuracy("pgd") == worst
+        assert report.worst_case == worst
 
 
-def test_attacks_stay_in_bounds_and_in_pixels():
+def test_under_l0_a_pixel_is_all_it_takes():
+    """One of four pixels outweighs the others; the other three together weigh less than it."""
+    model = linear([[0.0] * 4, [3.0, 1.0, 1.0, 0.5]], (1.4, 0.0))
+    pixels = torch.tensor([[0.0, 0.1, 0.1, 0.1], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]).view(3, 1, 2, 2)
+    labels = torch.tensor([0, 1, 1])
+    report = evaluate(model, [(pixels, labels)], Threat("L0", 1), queries=20)
+    assert report.survivors == (False, False, True)
+    assert evaluate(model, [(pixels, labels)], Threat("L0", 3), queries=20).survivors == (False, False, False)
+
+
+def independent_pgd(model, pixels, labels, eps, steps, seed):
+    """Twenty lines that know nothing of the library: accuracy image by image under PGD, or FGSM with no seed."""
+    right = (model((pixels - 0.5) / 0.5).argmax(1) == labels).nonzero().squeeze(1)
+    x0, y = pixels[right], labels[right]
+    x = x0.clone()
+    if seed is not None:
+        torch.manual_seed(seed)
+        x = (x0 + torch.empty_like(x0).uniform_(-eps, eps)).clamp(0, 1)
+    size = eps if seed is None else eps / 4
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        F.cross_entropy(model((x - 0.5) / 0.5), y).backward()
+        x = (x.detach() + size * x.grad.sign()).clamp(x0 - eps, x0 + eps).clamp(0, 1)
+    survived = torch.zeros(len(pixels), dtype=torch.bool)
+    survived[right] = model((x - 0.5) / 0.5).argmax(1) == y
+    return survived.tolist()
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.15])
+def test_plain_numbers_agree_with_an_independent_implementation_to_the_image(eps):
+    from timm_nrpm.ordering import seed_of
+
     model = timm.create_model(DIGITS, pretrained=True).eval()
-    pixels, labels = (t[:20] for t in digits("test"))
-    for attack in (fgsm("fgsm", PixelModel(model), 0.1), pgd("pgd", PixelModel(model), 0.1, 5, seed=0)):
-        attacked = attack.run(pixels, labels)
-        assert (attacked - pixels).abs().max() <= 0.1 + 1e-6
-        assert attacked.min() >= 0
-        assert attacked.max() <= 1
-        assert torch.equal(attacked, attack.run(pixels, labels))  # seeded
-
-
-def test_pgd_leaves_the_global_generator_alone():
-    model = linear([[1.0, 0.0], [0.0, 1.0]])
-    torch.manual_seed(5)
-    want = torch.rand(3)
-    torch.manual_seed(5)
-    pgd("pgd", PixelModel(model), 0.1, 2, seed=0).run(torch.rand(1, 2, 1, 1).zero_(), torch.tensor([0]))
-    torch.manual_seed(5)
-    assert torch.equal(torch.rand(3), want)
+    loader = batches(180, 180)
+    report = evaluate(model, loader, Threat("Linf", eps), "quick", seed=7)
+    first = report.clean.index(True)
+    for name, steps, seed in (("fgsm", 1, None), ("pgd", 20, seed_of(7, 0, first))):
+        want = independent_pgd(model, *loader[0], eps, steps, seed)
+        got = next(a for a in report.attacks if a.name == name)
+        assert [s is True for s in got.survived] == want
+        assert 0.2 < sum(want) / 180 < 0.98
 
 
 def test_normalisation_happens_inside(data):
@@ -63,38 +121,58 @@ def test_normalisation_happens_inside(data):
 
 def test_the_report_is_per_image_and_adds_up(data):
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9)
-    report = evaluate(model, data, Threat("Linf", 0.1), steps=3)
-    assert list(report.correct) == ["clean", "fgsm", "pgd", "pgd_plain"]
-    assert report.samples == 60
-    images = torch.tensor([report.correct[a] for a in report.correct])
+    report = evaluate(model, data, Threat("Linf", 0.1), "quick", steps=3)
+    assert [a.name for a in report.attacks] == ["fgsm", "pgd", "pgd_plain"]
+    assert [a.name for a in report.control.attacks] == ["fgsm", "pgd"]
+    assert report.samples == report.control.samples == 60
+    images = torch.tensor([report.clean, *([s is True for s in a.survived] for a in report.attacks)])
     assert report.worst_case == pytest.approx(images.all(0).double().mean().item())
     assert not (images[1:] & ~images[0]).any()  # wrong when clean is wrong under attack
-    assert report.worst_case <= min(map(report.accuracy, report.correct))
-    assert str(report).startswith("60 images, Linf 0.1: clean ")
-    assert "True" not in repr(report)
-    with pytest.raises(ValueError, match="it has clean, fgsm, pgd, pgd_plain"):
-        report.accuracy("cleann")
-    assert RobustnessReport.from_json(report.to_json()) == report
-    assert evaluate(model, data, Threat("Linf", 0.1), steps=3) == report
+    for attack in report.attacks:
+        assert [s is None for s in attack.survived] == [not c for c in report.clean]
+        assert attack.forwards >= attack.tried
+        assert attack.backwards == attack.tried * (1 if attack.name == "fgsm" else 3)
+    assert evaluate(model, data, Threat("Linf", 0.1), "quick", steps=3) == report
+    assert evaluate(model, data, Threat("Linf", 0.1), "quick", steps=3, seed=1) != report
+    plain = timm.create_model(DIGITS, pretrained=True)
+    beside = evaluate(plain, data, Threat("Linf", 0.1), "quick", steps=3)
+    assert beside.control is None
+    assert [a.survived for a in beside.attacks] == [a.survived for a in report.control.attacks]
+
+
+def test_broken_images_are_attacked_no_more():
+    model = small(0.5)
+    report = evaluate(model, labelled(model), Threat("Linf", 0.3), steps=5, queries=10)
+    left = list(report.clean)
+    for attack in report.attacks:
+        always = attack.name in ("fgsm", "pgd", "pgd_plain", "pgd_bpda")
+        tried = [s is not None for s in attack.survived]
+        assert tried == (list(report.clean) if always else left)
+        left = [a and s is not False for a, s in zip(left, attack.survived, strict=True)]
+    assert tuple(left) == report.survivors
+    assert 0 < sum(left) < 11  # else nothing was tested
 
 
 def test_a_plain_model_has_no_transfer_and_equals_lambda_one(data):
     plain = timm.create_model(DIGITS, pretrained=True)
     ours = timm_nrpm.create_model(DIGITS, pretrained=True, lam=1.0)
-    a, b = (evaluate(m, data, Threat("Linf", 0.1), steps=3) for m in (plain, ours))
-    assert "pgd_plain" not in a.correct
-    assert all(b.correct[name] == images for name, images in a.correct.items())
-    assert b.correct["pgd_plain"] == b.correct["pgd"]
+    a, b = (evaluate(m, data, Threat("Linf", 0.1), "quick", steps=3) for m in (plain, ours))
+    by_name = {attack.name: attack.survived for attack in b.attacks}
+    assert [attack.name for attack in a.attacks] == ["fgsm", "pgd"]
+    assert all(by_name[attack.name] == attack.survived for attack in a.attacks)
+    assert by_name["pgd_plain"] == by_name["pgd"]
+    assert (a.flags, b.flags) == ((), ())
 
 
 def test_gradient_masking_is_flagged(data):
     """The bundled model at lambda 0.4: the transfer attack leaves far fewer images right than its own gradient."""
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.4)
     timm_nrpm.calibrate_(model, [(digits("train")[0][:300] - 0.5) / 0.5])
-    report = evaluate(model, data, Threat("Linf", 0.15), steps=5)
+    report = evaluate(model, data, Threat("Linf", 0.15), "quick", steps=5)
     assert report.accuracy("pgd_plain") < report.accuracy("pgd") - 0.1
     assert report.flags == (MASKED,)
-    assert evaluate(reprogram_(model, NRPMConfig(lam=1.0)), data, Threat("Linf", 0.15), steps=5).flags == ()
+    assert str(report).startswith("FLAGS: gradient_masking. See docs/flags.md.")
+    assert evaluate(reprogram_(model, NRPMConfig(lam=1.0)), data, Threat("Linf", 0.15), "quick", steps=5).flags == ()
 
 
 class Cliff(nn.Linear):
@@ -108,30 +186,79 @@ def test_a_gradient_that_is_not_a_number_is_flagged():
     model = Cliff(2, 2)
     model.weight.data, model.bias.data = torch.eye(2), torch.zeros(2)
     pixels = torch.tensor([[0.9, 0.1]]).view(1, 2, 1, 1)
-    report = evaluate(model, [(pixels, torch.tensor([0]))], Threat("Linf", 0.1), steps=2)
+    report = evaluate(model, [(pixels, torch.tensor([0]))], Threat("Linf", 0.1), "quick", steps=2)
     assert report.flags == (NON_FINITE,)
     assert report.worst_case == 1.0
 
 
-def test_the_model_is_left_as_it_was(data):
-    model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9).train()
-    model.fc.weight.requires_grad_(False)
-    model.bn1.eval()
+def test_logits_that_are_no_numbers_are_wrong():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1)).where(x.flatten(1)[:, :1] > 0.5, float("nan"))
+
+    pixels = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).view(2, 2, 1, 1)
+    report = evaluate(Broken(2, 2), [(pixels, torch.tensor([0, 0]))], Threat("Linf", 0.01), "quick", steps=1)
+    assert not report.clean[1]  # though argmax gives 0 for NaN
+
+
+@pytest.mark.parametrize("suite", ["quick", "adaptive", "standard", "paper"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1", "L0"])
+def test_the_model_is_left_as_it_was(suite, norm):
+    if suite in ("standard", "paper") and norm in ("L1", "L0"):
+        return
+    model = small(0.6).train()
+    model[5].weight.requires_grad_(False)
+    model[1].eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    evaluate(model, data[:1], Threat("Linf", 0.1), steps=2)
-    assert model.training
-    assert not model.bn1.training
-    assert not model.fc.weight.requires_grad
-    assert model.conv1.weight.requires_grad
+    modes, flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    state = torch.random.get_rng_state()
+    loader = labelled(small(0.6))
+    evaluate(model, loader, Threat(norm, 1 if norm == "L0" else 0.1), suite, steps=2, queries=3)
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_an_attack_that_fails_leaves_the_model_as_it_was():
+    model = small(0.6).train()
+    pixels, labels = labelled(small(0.6))[0]
+    with pytest.raises(ValueError, match=r"give pixels in \[0, 1\]"):
+        evaluate(model, [(pixels, labels), (pixels + 2, labels)], EIGHTH, "quick", steps=1)
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad for name, p in model.named_parameters() if not name.endswith("lam"))
 
 
 def test_half_precision_and_no_grad(data):
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9).bfloat16()
     with torch.no_grad():
-        report = evaluate(model, data[:1], Threat("Linf", 0.1), steps=2)
+        report = evaluate(model, data[:1], Threat("Linf", 0.1), "quick", steps=2)
     assert report.accuracy("pgd") < report.accuracy("clean")
+
+
+def test_batches_of_one_and_another_base():
+    model, base = small(0.5), small()
+    data = labelled(model, size=1)
+    report = evaluate(model, data, EIGHTH, steps=3, queries=5, base=base)
+    assert report.samples == 12
+    names = [a.name for a in report.attacks]
+    assert "pgd_base" in names
+    assert "apgd_margin_base" in names
+
+
+def test_warnings_are_in_the_report_and_still_raised():
+    class Noisy(nn.Sequential):
+        def forward(self, x):
+            import warnings
+
+            warnings.warn("careful", UserWarning, stacklevel=1)
+            return super().forward(x)
+
+    model = Noisy(nn.Flatten(), nn.Linear(16, 3))
+    with pytest.warns(UserWarning, match="careful"):
+        report = evaluate(model, [(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))], EIGHTH, "quick", steps=1)
+    assert report.warnings == ("careful",)
 
 
 @pytest.mark.parametrize(
@@ -142,18 +269,130 @@ def test_half_precision_and_no_grad(data):
         (lambda: Threat("Linf", 0), "eps=0"),
         (lambda: Threat("Linf", "8/255"), "eps='8/255'"),
         (lambda: evaluate(linear([[1.0], [0.0]]), [], steps=0), "steps=0"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), [], queries=-1), "queries=-1"),
         (lambda: evaluate(linear([[1.0], [0.0]]), [], 0.1), "is no Threat"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), [], suite="best"), "choose one of quick, paper, standard"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), [], Threat("L0", 1), "paper"), "no attacks under L0"),
         (lambda: evaluate(linear([[1.0], [0.0]]), []), "gave no images"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), iter([])), "which gives its images once"),
         (
-            lambda: PixelModel(linear([[1.0], [0.0]]), (0.5,) * 3, (0.5,) * 3)(torch.zeros(1, 1, 1, 1)),
+            lambda: evaluate(nn.Sequential(nn.Flatten(), nn.Linear(1, 1)), one(0.5)),
+            "has 1 class, and there is no other",
+        ),
+        (lambda: evaluate(linear([[1.0], [0.0]]), one(0.5, label=2)), "the model has 2 classes"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), one(0.5, label=-1)), "from -1"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), one(float("nan"))), "from nan to nan"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), one(200.0)), "from 200 to 200"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), one(0.5), mean=(123.7,)), "normalises no pixels in"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), one(0.5), std=(0.0,)), "above 0 and up to 1"),
+        (
+            lambda: evaluate(linear([[1.0], [0.0]]), one(0.5), mean=(0.5,) * 3, std=(0.5,) * 3),
             "have 1 channels, and the model's normalisation has 3",
         ),
-        (
-            lambda: evaluate(linear([[1.0], [0.0]]), [(torch.full((1, 1, 1, 1), -2.0), torch.tensor([0]))]),
-            r"from -2 to -2: give pixels in \[0, 1\]",
-        ),
+        (lambda: evaluate(linear([[1.0], [0.0]]), one(-2.0)), r"from -2 to -2: give pixels in \[0, 1\]"),
     ],
 )
 def test_bad_calls(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def one(value, label=0):
+    return [(torch.full((1, 1, 1, 1), value), torch.tensor([label]))]
+
+
+def test_original_auto_attack_says_where_it_is():
+    if importlib.util.find_spec("autoattack") is not None:
+        pytest.skip("it is installed")
+    with pytest.raises(ImportError, match=r'git\+https://github.com/fra31/auto-attack, or choose suite="standard"'):
+        evaluate(linear([[1.0], [0.0]]), one(0.5), suite="autoattack")
+
+
+SCRIPT = """
+import sys, time
+import torch
+sys.path.insert(0, {tests!r})
+from test_evaluation import EIGHTH, batches
+import timm_nrpm
+from accelerate import PartialState
+torch.set_num_threads(1)
+model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.5)
+accelerator = None
+if {processes} > 1:
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True)
+print("ready", flush=True)
+report = timm_nrpm.evaluate(model, batches(24, 4), EIGHTH, "adaptive", steps=2, queries=4, resume={resume!r},
+                            accelerator=accelerator)
+if PartialState().is_main_process:
+    open({out!r}, "w").write(report.to_json())
+PartialState().destroy_process_group()
+"""
+
+
+def started(tmp_path, out, resume=None, processes=1):
+    code = SCRIPT.format(tests=str(ROOT / "tests"), resume=resume, out=str(out), processes=processes)
+    script = tmp_path / f"{Path(out).stem}.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    launcher += [] if processes == 1 else ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return subprocess.Popen([sys.executable, *launcher, str(script)], env=environment, cwd=tmp_path)
+
+
+def read(path) -> RobustnessReport:
+    return RobustnessReport.from_json(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert started(folder, folder / "whole.json").wait(300) == 0
+    return read(folder / "whole.json")
+
+
+def test_killed_and_resumed_is_the_same_report(tmp_path, uninterrupted):
+    """SIGKILL as soon as two batches are done, and once more; no image is lost and none attacked twice."""
+    journal, done = tmp_path / "journal.jsonl", 0
+    for _ in range(2):
+        process = started(tmp_path, tmp_path / "killed.json", str(journal))
+        until = time.monotonic() + 240
+        while (len(journal.read_bytes().splitlines()) if journal.exists() else 0) < done + 3:
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done = len(journal.read_bytes().splitlines()) - 1
+    kept = journal.read_bytes()
+    assert done < 6
+    assert started(tmp_path, tmp_path / "resumed.json", str(journal)).wait(300) == 0
+    assert journal.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])  # what was done was not done again
+    assert [json.loads(line)["number"] for line in journal.read_text().splitlines()[1:]] == list(range(6))
+    assert read(tmp_path / "resumed.json") == uninterrupted
+
+
+def test_two_processes_find_what_one_finds(tmp_path, uninterrupted):
+    assert started(tmp_path, tmp_path / "two.json", str(tmp_path / "journal"), 2).wait(300) == 0
+    assert read(tmp_path / "two.json") == uninterrupted
+    rows = [path.read_text().splitlines()[1:] for path in sorted(tmp_path.glob("journal.*"))]
+    assert [[json.loads(line)["number"] for line in lines] for lines in rows] == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path):
+    model, path = small(0.5), tmp_path / "journal"
+    data = labelled(model)
+    report = evaluate(model, data, EIGHTH, "quick", steps=2, resume=path)
+    assert evaluate(model, data, EIGHTH, "quick", steps=2, resume=path) == report
+    kept = path.read_bytes()
+    reprogram_(other := small(0.5), NRPMConfig(lam=0.5, eps=0.02, iterations=2))  # same weights, another estimate
+    for call, message in (
+        (lambda: evaluate(model, data, EIGHTH, "quick", steps=3, resume=path), "steps: 2 then, 3 now"),
+        (lambda: evaluate(small(0.4), data, EIGHTH, "quick", steps=2, resume=path), "sha256 of the model"),
+        (lambda: evaluate(other, data, EIGHTH, "quick", steps=2, resume=path), "modules"),
+        (lambda: evaluate(model, data[::-1], EIGHTH, "quick", steps=2, resume=path), "other images or labels"),
+        (lambda: evaluate(model, data, EIGHTH, "quick", steps=2, resume=path, mean=(0.1,)), "mean"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert path.read_bytes() == kept

@@ -5,6 +5,7 @@ Four minutes on two cores.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from timm_nrpm import (
 )
 from timm_nrpm.backbones import load_published_
 from timm_nrpm.data import pixel_loader
-from timm_nrpm.evaluation import MASKED
+from timm_nrpm.flags import MASKED
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 pytestmark = pytest.mark.skipif(
@@ -125,7 +126,7 @@ def test_mlp_under_fgsm():
     model = reprogram_(mlp(), NRPMConfig(lam=0.9, iterations=1, eps=5e-5))
     pixels, labels = mnist("test", 1000)
     loader = list(zip(pixels.split(100), labels.split(100), strict=True))
-    reports = [evaluate(model, loader, Threat("Linf", eps), steps=1) for eps in (0.05, 0.1, 0.15)]
+    reports = [evaluate(model, loader, Threat("Linf", eps), "quick", steps=1) for eps in (0.05, 0.1, 0.15)]
     got = [100 * reports[0].accuracy("clean"), *(100 * report.accuracy("fgsm") for report in reports)]
     assert got == pytest.approx([91.2, 58.2, 18.7, 6.7], abs=0.3)
 
@@ -147,9 +148,9 @@ def test_mlp_is_no_more_robust_in_the_worst_case(lam, calibrated):
     if calibrated:
         calibrate_(model, [mnist("train", 1000)[0]])
     pixels, labels = mnist("test", 1000)
-    report = evaluate(model, list(zip(pixels.split(250), labels.split(250), strict=True)), Threat("Linf", 0.05))
-    numbers = {name: round(100 * report.accuracy(name), 1) for name in report.correct}
-    print(f"lam={lam} calibrated={calibrated}: {numbers} worst={100 * report.worst_case:.1f} {report.flags}")
+    data = list(zip(pixels.split(250), labels.split(250), strict=True))
+    report = evaluate(model, data, Threat("Linf", 0.05), "quick")
+    print(f"lam={lam} calibrated={calibrated}: {report}")
     assert report.worst_case <= 0.46  # the plain model has 0.438
     assert report.flags == (() if lam == 1.0 else (MASKED,))
 
@@ -158,13 +159,43 @@ def test_narrow_resnet18_is_masked():
     """PGD-20 at 8/255 on 200 images, lambda 0.5, calibrated: the paper's protocol, and what is left of its gain."""
     pixels, labels = cifar("test", 50)
     loader = list(zip(pixels.split(50), labels.split(50), strict=True))
-    plain = evaluate(narrow_resnet18(), loader, Threat("Linf", 8 / 255))
-    ours = evaluate(reprogrammed(0.5, 5e-4, True), loader, Threat("Linf", 8 / 255))
+    plain = evaluate(narrow_resnet18(), loader, Threat("Linf", 8 / 255), "quick")
+    ours = evaluate(reprogrammed(0.5, 5e-4, True), loader, Threat("Linf", 8 / 255), "quick")
     for report in (plain, ours):
-        print({name: round(100 * report.accuracy(name), 1) for name in report.correct}, 100 * report.worst_case)
+        print(report)
     assert ours.accuracy("pgd") > plain.accuracy("pgd") + 0.1
     assert ours.worst_case < plain.worst_case + 0.05
     assert ours.flags == (MASKED,)
+
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "worst-case.json"
+
+
+def test_the_recorded_worst_case_is_what_the_readme_says():
+    """As `scripts/reproduce/worst_case.py` wrote it down: 500 images, 8/255, K = 1, eps = 5e-4."""
+    rows = json.loads(RESULTS.read_text())
+    half, plain = rows["resnet18-0.5-calibrated"], rows["resnet18-1-published"]
+    assert half["images"] == plain["images"] == 500
+    assert half["protocol"] >= 0.57
+    assert half["worst_case"] <= 0.43
+    assert MASKED in half["flags"]
+    assert plain["flags"] == []
+    assert half["control"] == {key: plain[key] for key in ("clean", "protocol", "worst_case", "interval")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lam", [0.5, 1.0])
+def test_narrow_resnet18_in_the_worst_case(lam):
+    """The same with fewer steps, half an hour."""
+    pixels, labels = cifar("test", 20)
+    loader = list(zip(pixels.split(100), labels.split(100), strict=True))
+    report = evaluate(reprogrammed(lam, 5e-4, lam < 1), loader, Threat("Linf", 8 / 255), steps=20, queries=50)
+    print(report)
+    assert report.samples == 500
+    assert report.worst_case <= 0.43
+    assert report.accuracy("pgd") >= 0.57 or lam == 1.0
+    assert (MASKED in report.flags) == (lam < 1)
+    assert lam < 1 or report.flags == ()
 
 
 RUNS = {  # the command, and how many processes share it

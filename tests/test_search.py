@@ -97,7 +97,7 @@ def test_every_trial_is_what_reprogram_calibrate_and_evaluate_give(found, data, 
         stale[candidate.kind] = clean_loss(model, data)
         if candidate.kind != "plain":
             calibrate_(model, [(x - 0.5) / 0.5 for x in training])
-        report = evaluate(model, data, Threat("Linf", 0.1), steps=2)
+        report = evaluate(model, data, Threat("Linf", 0.1), "quick", steps=2)
         assert candidate.worst_case == report.worst_case
         assert candidate.clean_accuracy == report.accuracy("clean")
         assert candidate.flags == report.flags
@@ -107,7 +107,7 @@ def test_every_trial_is_what_reprogram_calibrate_and_evaluate_give(found, data, 
 
 def test_the_plain_model_is_first_and_is_the_restored_one(found, data):
     plain = timm_nrpm.restore_(timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.7)).eval()
-    report = evaluate(plain, data, Threat("Linf", 0.1), steps=2)
+    report = evaluate(plain, data, Threat("Linf", 0.1), "quick", steps=2)
     assert found.plain is found.trials[0]
     assert set(found.plain.lams.values()) == {1.0}
     assert (found.plain.worst_case, found.plain.clean_accuracy) == (report.worst_case, report.accuracy("clean"))

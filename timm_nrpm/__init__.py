@@ -9,22 +9,31 @@ from typing import TYPE_CHECKING, Any
 from timm_nrpm import functional
 from timm_nrpm.base import WeightsUnavailable, WrongBase
 from timm_nrpm.calibration import calibrate_
+from timm_nrpm.certificates import CertificationReport
+from timm_nrpm.certification import certify, smoothed_predict
 from timm_nrpm.config import NRPMConfig, TuneConfig
-from timm_nrpm.evaluation import RobustnessReport, Threat, evaluate
+from timm_nrpm.corruption_report import CorruptionReport
+from timm_nrpm.corruptions import corrupt, evaluate_corruptions
+from timm_nrpm.evaluation import evaluate
 from timm_nrpm.history import History
 from timm_nrpm.hub import BrokenVariant, from_pretrained, save_pretrained
 from timm_nrpm.pareto import Candidate, ParetoFront
 from timm_nrpm.registry import create_model, list_models
+from timm_nrpm.report import AttackResult, RobustnessReport
 from timm_nrpm.reprogramming import ReprogrammingWarning, lambdas, plain_copy, reprogram_, restore_
 from timm_nrpm.search import search_lambda
+from timm_nrpm.threats import Threat
 from timm_nrpm.version import __version__
 
 if TYPE_CHECKING:
     from timm_nrpm.tuning import Diverged, tune
 
 __all__ = [
+    "AttackResult",
     "BrokenVariant",
     "Candidate",
+    "CertificationReport",
+    "CorruptionReport",
     "Diverged",
     "History",
     "NRPMConfig",
@@ -37,8 +46,11 @@ __all__ = [
     "WrongBase",
     "__version__",
     "calibrate_",
+    "certify",
+    "corrupt",
     "create_model",
     "evaluate",
+    "evaluate_corruptions",
     "from_pretrained",
     "functional",
     "lambdas",
@@ -48,6 +60,7 @@ __all__ = [
     "restore_",
     "save_pretrained",
     "search_lambda",
+    "smoothed_predict",
     "tune",
 ]
 

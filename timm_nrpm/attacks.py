@@ -5,16 +5,22 @@ The only importer of torchattacks, and only where it is called: it takes SciPy a
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from timm_nrpm.base import checksum_of
 from timm_nrpm.reprogramming import attackable, plain_copy, reprogrammed_layers
+from timm_nrpm.threats import Threat
 
 
 class PixelModel(nn.Module):
@@ -27,9 +33,10 @@ class PixelModel(nn.Module):
     Attributes:
         non_finite: Whether a gradient of the pixels was ever not a number, or infinite. An attack that takes its sign
             then stands still there, and says nothing of it.
+        forwards, backwards: How many images went through, and how many gradients came back.
 
     Raises:
-        ValueError: Images with another number of channels than the normalisation.
+        ValueError: A normalisation that is none of pixels in [0, 1], or images with another number of channels.
 
     Example:
         >>> logits = PixelModel(model)(pixels)
@@ -46,9 +53,17 @@ class PixelModel(nn.Module):
         like = next(model.parameters())
         self.model, self.dtype = model, like.dtype
         self.non_finite = False
+        self.forwards = self.backwards = 0
         for name, given in (("mean", mean), ("std", std)):
-            values = torch.tensor(data[name] if given is None else given, device=like.device)
-            self.register_buffer(name, values.view(-1, 1, 1))
+            values = [float(value) for value in (data[name] if given is None else given)]
+            # A mean outside [0, 1], or a deviation above 1, is one of pixels up to 255.
+            low = 0.0 if name == "mean" else math.ulp(0.0)
+            if not values or not all(low <= value <= 1 for value in values):
+                raise ValueError(
+                    f"{name}={tuple(values)} normalises no pixels in [0, 1]: give one number a channel, "
+                    f"{'from 0 to 1' if name == 'mean' else 'above 0 and up to 1'}, such as 123.7 / 255 for 123.7."
+                )
+            self.register_buffer(name, torch.tensor(values, device=like.device).view(-1, 1, 1))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels as the model takes them."""
@@ -60,12 +75,26 @@ class PixelModel(nn.Module):
                 f"The images have {pixels.shape[1]} channels, and the model's normalisation has {len(self.mean)}: "
                 "give the right one as mean= and std=."
             )
+        self.forwards += len(pixels)
         if pixels.requires_grad:
             pixels.register_hook(self._look)
         return self.model(self.normalise(pixels)).to(pixels.dtype)
 
+    def identity(self) -> dict[str, Any]:
+        """What weights do not tell of the model: the kinds of its modules, its estimates, the normalisation."""
+        kinds = {name: type(module).__qualname__ for name, module in self.model.named_modules()}
+        layers = reprogrammed_layers(self.model)
+        estimates = {name: {**asdict(layer.config), "lam": None, "layers": None} for name, layer in layers.items()}
+        normalisation = {key: getattr(self, key).flatten().tolist() for key in ("mean", "std")}
+        return {"modules": checksum_of({"kinds": kinds, "estimates": estimates}), **normalisation}
+
     def _look(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
         self.non_finite = self.non_finite or not bool(gradient.isfinite().all())
+
+
+Run = Callable[[PixelModel, Tensor, Tensor, list[int]], Tensor]
+"""The model to follow, pixels `[B, C, H, W]`, labels `[B]` and a seed for each image, to attacked pixels."""
 
 
 @dataclass(frozen=True)
@@ -74,36 +103,109 @@ class Attack:
 
     Attributes:
         name: What a report calls it.
-        run: Pixels and labels to attacked pixels, made on whichever model the attack reads gradients from.
+        source: Whose gradient it follows, see :func:`timm_nrpm.sources.sources_of`; `"scores"` for none.
+        run: The attack.
+        always: Whether it is there for comparison, so that also images already broken are attacked.
     """
 
     name: str
-    run: Callable[[Tensor, Tensor], Tensor]
+    source: str
+    run: Run
+    always: bool = False
 
 
-def fgsm(name: str, model: nn.Module, eps: float) -> Attack:
+def fgsm(eps: float) -> Run:
     """One signed gradient step of size `eps` (Goodfellow et al., arXiv 1412.6572)."""
-    import torchattacks
-
-    return Attack(name, torchattacks.FGSM(model, eps=eps))
+    return _library("FGSM", eps=eps)
 
 
-def pgd(name: str, model: nn.Module, eps: float, steps: int, seed: int) -> Attack:
-    """Projected gradient ascent in the Linf ball, random start, step `eps / 4` (Madry et al., arXiv 1706.06083).
+def pgd(threat: Threat, steps: int) -> Run:
+    """Projected gradient ascent from a random start, step `eps / 4` (Madry et al., arXiv 1706.06083), Linf or L2.
 
     The paper's 2/255 at eps = 8/255 is `eps / 4`.
     """
-    import torchattacks
+    options = {"eps": threat.eps, "alpha": threat.eps / 4, "steps": steps, "random_start": True}
+    return _library("PGD" if threat.norm == "Linf" else "PGDL2", **options)
 
-    attack = torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=steps, random_start=True)
 
-    def run(pixels: Tensor, labels: Tensor) -> Tensor:
-        # torchattacks draws from the global generator: seed it for this call alone.
+def square(threat: Threat, queries: int, restarts: int = 1, *, rescale: bool = True) -> Run:
+    """Random search by the scores alone (Andriushchenko et al., arXiv 1912.00049), Linf or L2.
+
+    Args:
+        rescale: Whether the squares shrink as fast as the queries are few, or as if there were ten thousand.
+    """
+    options = {"norm": threat.norm, "eps": threat.eps, "n_queries": queries, "n_restarts": restarts, "seed": ...}
+    search = _library("Square", **options, resc_schedule=rescale)
+
+    def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+        if threat.norm == "L2" and min(pixels.shape[2:]) < 5:
+            warnings.warn("Square under L2 needs images of 5 x 5 pixels: it was left out.", stacklevel=2)
+            return pixels
+        return search(net, pixels, labels, seeds)
+
+    return run
+
+
+def auto_attack(threat: Threat, classes: int, steps: int = 100, queries: int = 5000) -> dict[str, Run]:
+    """AutoAttack's four (Croce and Hein, arXiv 2003.01690, section 6) by torchattacks, Linf or L2, with its authors'
+    numbers: torchattacks' own ensemble takes ten steps where they take a hundred, and every class as a target where
+    they take the nine most likely."""
+    options: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps, "n_restarts": 1, "seed": ..., "steps": steps}
+    runs = {"aa_apgd_ce": _library("APGD", **options, loss="ce")}
+    if classes > 3:  # the targeted DLR loss takes the fourth largest logit
+        targets = min(classes, MOST_TARGETS + 1)
+        runs["aa_apgd_t"] = _library("APGDT", **options, n_classes=targets)
+        runs["aa_fab_t"] = _library("FAB", **options, multi_targeted=True, n_classes=targets)
+    return {**runs, "aa_square": square(threat, queries, rescale=False)}
+
+
+MOST_TARGETS = 9
+"""Of AutoAttack's targeted attacks."""
+
+ORIGINALS = {"aa_apgd_ce": "apgd-ce", "aa_apgd_t": "apgd-t", "aa_fab_t": "fab-t", "aa_square": "square"}
+
+
+def original_auto_attack(threat: Threat, classes: int, steps: int = 100, queries: int = 5000) -> dict[str, Run]:
+    """The same four by their authors' own code, Linf, L2 or L1.
+
+    Raises:
+        ImportError: It is not installed; it is in no package index, only at github.com/fra31/auto-attack.
+    """
+    try:
+        from autoattack import AutoAttack
+    except ImportError as error:
+        raise ImportError(
+            "The suite autoattack runs its authors' own code, which is not installed: "
+            'pip install git+https://github.com/fra31/auto-attack, or choose suite="standard".'
+        ) from error
+
+    def run(name: str, net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+        options = {"version": "custom", "attacks_to_run": [name], "seed": seeds[0], "verbose": False}
+        attack = AutoAttack(net, norm=threat.norm, eps=threat.eps, device=pixels.device, **options)
+        for part in (attack.apgd, attack.apgd_targeted, attack.fab):
+            part.n_restarts, part.n_iter = 1, steps
+            part.n_target_classes = min(MOST_TARGETS, classes - 1)
+        attack.square.n_queries = queries
         with torch.random.fork_rng(devices=[pixels.device] if pixels.is_cuda else []):
-            torch.manual_seed(seed)
-            return attack(pixels, labels)
+            return attack.run_standard_evaluation(pixels, labels, bs=len(pixels)).detach()
 
-    return Attack(name, run)
+    few = classes <= 3
+    return {ours: partial(run, theirs) for ours, theirs in ORIGINALS.items() if not (few and theirs.endswith("-t"))}
+
+
+def _library(name: str, **options: Any) -> Run:
+    """torchattacks' attack of that name; `...` stands for the seed."""
+
+    def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+        import torchattacks
+
+        given = {key: seeds[0] if value is ... else value for key, value in options.items()}
+        # It draws from the global generator, and seeds it.
+        with torch.random.fork_rng(devices=[pixels.device] if pixels.is_cuda else []):
+            torch.manual_seed(seeds[0])
+            return getattr(torchattacks, name)(net, **given)(pixels, labels).detach()
+
+    return run
 
 
 @contextmanager

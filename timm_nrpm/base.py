@@ -49,6 +49,11 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def checksum_of(content: Mapping[str, Any]) -> str:
+    """Hash of what a JSON file says, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Base:
     """A plain timm model.

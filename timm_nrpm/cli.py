@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from timm_nrpm.attacks import PixelModel
 from timm_nrpm.config import GRADIENTS, OBJECTIVES, PARADIGMS, PRECISIONS, NRPMConfig, TuneConfig
+from timm_nrpm.suites import SUITES
+from timm_nrpm.threats import NORMS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     listing.add_argument("filter", nargs="?", default="", help="a wildcard, like 'resnet*'")
     listing.set_defaults(run=_list)
     _add_tune(commands.add_parser("tune", help="learn lambda, or everything, under attack (paradigms 2 and 3)"))
+    _add_evaluate(
+        commands.add_parser("evaluate", help="attack a model in every way there is, and report the worst case")
+    )
     args = parser.parse_args(arguments)
     try:
         return args.run(args)
@@ -69,17 +75,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         "--nproc_per_node 2 -m timm_nrpm.cli tune ..."
     )
     parser.set_defaults(run=_tune)
-    model = parser.add_argument_group("model")
-    model.add_argument("model", nargs="?", default="resnet8_digits", help="timm's name (default: the bundled one)")
-    model.add_argument(
-        "--weights", metavar="FILE", help="safetensors, a state dict, or what the paper's authors publish"
-    )
-    model.add_argument("--no-pretrained", action="store_true", help="start from random weights")
-    model.add_argument("--num-classes", type=int, help="give the model a new classifier")
-    model.add_argument("--lam", type=_number, default=0.5, help="lambda to start from (default: 0.5)")
-    model.add_argument("--iterations", type=int, default=3, help="the paper's K (default: 3)")
-    model.add_argument("--estimator-eps", type=_number, default=1e-3, help="eps of the estimate (default: 1e-3)")
-    model.add_argument("--layers", nargs="+", metavar="GLOB", help="which layers (default: all)")
+    _add_model(parser, 0.5)
     data = parser.add_argument_group("images")
     data.add_argument("--data", default="digits", help="digits, folder, tar, torch/NAME or hfds/NAME (default: digits)")
     data.add_argument("--root", type=Path, help="where they are")
@@ -105,6 +101,57 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
             nargs="+" if str(field.type).startswith("tuple") else None,
             help=notes.get(field.name, "") + ("" if default in (None, ()) else f" (default: {default})"),
         )
+
+
+def _add_model(parser: argparse.ArgumentParser, lam: float) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "model",
+        nargs="?",
+        default="resnet8_digits",
+        help="timm's name, or a saved variant's folder (default: the bundled one)",
+    )
+    model.add_argument(
+        "--weights", metavar="FILE", help="safetensors, a state dict, or what the paper's authors publish"
+    )
+    model.add_argument("--no-pretrained", action="store_true", help="start from random weights")
+    model.add_argument("--num-classes", type=int, help="give the model a new classifier")
+    model.add_argument("--lam", type=_number, default=lam, help=f"lambda of every layer, at first (default: {lam:g})")
+    model.add_argument("--iterations", type=int, default=3, help="the paper's K (default: 3)")
+    model.add_argument("--estimator-eps", type=_number, default=1e-3, help="eps of the estimate (default: 1e-3)")
+    model.add_argument("--layers", nargs="+", metavar="GLOB", help="which layers (default: all)")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Evaluate a reprogrammed model, or a plain one with --lam none, under every attack of a suite; docs/attacks.md "
+        "says what they are. A run that was stopped goes on when it is started again. Several processes: as for tune."
+    )
+    parser.set_defaults(run=_evaluate)
+    _add_model(parser, 0.8)
+    data = parser.add_argument_group("images")
+    data.add_argument("--calibrate", type=int, default=1000, help="training images to calibrate with (default: 1000)")
+    data.add_argument("--training-split", default="train", help="where those are (default: train)")
+    data.add_argument("--data", default="digits", help="digits, folder, tar, torch/NAME or hfds/NAME (default: digits)")
+    data.add_argument("--root", type=Path, help="where they are")
+    data.add_argument("--split", default="test", help="to evaluate on (default: test)")
+    data.add_argument("--samples", type=int, default=500, help="at most, drawn at random (default: 500)")
+    data.add_argument("--batch-size", type=int, default=100, help="attacked at once (default: 100)")
+    data.add_argument("--workers", type=int, default=0, help="processes that read, for each process (default: 0)")
+    data.add_argument("--download", action="store_true", help="let torch/ download what is not there")
+    attack = parser.add_argument_group("attacks")
+    attack.add_argument("--norm", default="Linf", choices=NORMS, help="what is bounded (default: Linf)")
+    attack.add_argument(
+        "--eps", type=_number, nargs="+", default=[8 / 255], help="bounds in [0, 1] pixel units (default: 8/255)"
+    )
+    attack.add_argument("--suite", default="adaptive", choices=SUITES, help="(default: adaptive)")
+    attack.add_argument("--steps", type=int, help="of each ascent (default: the suite's)")
+    attack.add_argument("--queries", type=int, help="of each random search (default: the suite's)")
+    attack.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    attack.add_argument("--no-control", action="store_true", help="do not attack the plain model beside it")
+    attack.add_argument(
+        "--output", type=Path, default=Path("evaluated"), help="folder for reports (default: evaluated)"
+    )
 
 
 def _number(text: str) -> float | None:
@@ -154,20 +201,75 @@ def _tune(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    import json
+    import os
+
+    from accelerate import Accelerator
+
+    from timm_nrpm.calibration import calibrate_
+    from timm_nrpm.data import pixel_loader
+    from timm_nrpm.evaluation import evaluate
+    from timm_nrpm.processes import check_processes
+    from timm_nrpm.showing import show
+    from timm_nrpm.threats import Threat
+
+    threats = [Threat(args.norm, eps) for eps in args.eps]
+    model = _model(args)
+    images: dict[str, Any] = {"name": args.data, "root": args.root, "model": model, "batch_size": args.batch_size}
+    images |= {"workers": args.workers, "download": args.download}
+    loader = pixel_loader(**images, split=args.split)
+    if args.samples < len(loader.dataset):  # type: ignore[arg-type]
+        loader = pixel_loader(**images, split=args.split, samples=args.samples)
+    fresh = args.lam is not None and not _is_variant(args.model)
+    if args.calibrate and fresh:
+        net = PixelModel(model)
+        training = pixel_loader(**images, split=args.training_split, samples=args.calibrate)
+        calibrate_(model, [net.normalise(pixels) for pixels, _ in training])
+    accelerator = Accelerator() if "WORLD_SIZE" in os.environ else None
+    if accelerator is not None:
+        check_processes(accelerator)
+    args.output.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("suite", "steps", "queries", "seed")}
+    options |= {"control": not args.no_control, "accelerator": accelerator, "progress": True}
+    reports = []
+    for threat in threats:
+        stem = f"{args.suite}-{threat.norm}-{threat.eps:.6g}"
+        reports.append(evaluate(model, loader, threat, **options, resume=args.output / f"{stem}.jsonl"))
+        if accelerator is None or accelerator.is_main_process:
+            print(reports[-1])
+            (args.output / f"{stem}.json").write_text(json.dumps(reports[-1].to_dict()) + "\n")
+    if accelerator is None or accelerator.is_main_process:
+        print(f"Written: {show(reports, model, loader, args.output, title=f'{args.model}, lambda {args.lam}')}")
+    if accelerator is not None:
+        accelerator.state.destroy_process_group()
+    return 0
+
+
+def _is_variant(name: str) -> bool:
+    return (Path(name) / "nrpm_config.json").is_file()
+
+
 def _model(args: argparse.Namespace) -> nn.Module:
-    """The reprogrammed model."""
+    """The reprogrammed model, or the plain one where lambda is none."""
     from timm_nrpm.backbones import load_published_
     from timm_nrpm.base import create_plain
+    from timm_nrpm.hub import from_pretrained
     from timm_nrpm.registry import create_model
     from timm_nrpm.reprogramming import reprogram_
 
+    if _is_variant(args.model):
+        return from_pretrained(args.model)
     settings: dict[str, Any] = {"lam": args.lam, "iterations": args.iterations, "eps": args.estimator_eps}
     settings["layers"] = args.layers
     options = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    if args.weights is None:
-        return create_model(args.model, not args.no_pretrained, **settings, **options)
-    plain = create_plain(args.model, pretrained=False, **options)
-    return reprogram_(load_published_(plain, args.weights), NRPMConfig(**settings))
+    pretrained = args.weights is None and not args.no_pretrained
+    if args.weights is None and args.lam is not None:
+        return create_model(args.model, pretrained, **settings, **options)
+    plain = create_plain(args.model, pretrained=pretrained, **options)
+    if args.weights is not None:
+        load_published_(plain, args.weights)
+    return plain.eval() if args.lam is None else reprogram_(plain, NRPMConfig(**settings))
 
 
 def _report(history: History, before: dict[str, float], after: dict[str, float], console: Console) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -14,13 +13,13 @@ from rich.table import Table
 from timm_nrpm.calibration import calibrate_
 from timm_nrpm.config import NRPMConfig
 from timm_nrpm.data import digits
-from timm_nrpm.evaluation import RobustnessReport, Threat, evaluate
+from timm_nrpm.evaluation import evaluate
+from timm_nrpm.figures import draw_lambda
 from timm_nrpm.hub import from_pretrained, save_pretrained
 from timm_nrpm.registry import DIGITS, create_model
+from timm_nrpm.report import RobustnessReport
 from timm_nrpm.reprogramming import reprogram_
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from timm_nrpm.threats import Threat
 
 THREAT = Threat("Linf", 0.15)
 LAMBDAS = (1.0, 0.9, 0.8, 0.6, 0.4)
@@ -33,36 +32,12 @@ COLUMNS = {
     "pgd_plain": "PGD plain",
     "worst": "worst",
 }
-COLOURS = {"clean": "#000000", "fgsm": "#E69F00", "pgd": "#56B4E9", "pgd_plain": "#009E73", "worst": "#D55E00"}
 
 
 def accuracies(report: RobustnessReport) -> dict[str, float]:
     """The numbers of a report under the keys of COLUMNS."""
-    return {**{name: report.accuracy(name) for name in report.correct}, "worst": report.worst_case}
-
-
-def draw(reports: dict[str, dict[float, RobustnessReport]], title: str) -> Figure:
-    """Accuracy over lambda: one panel for each key of `reports`, one line for each attack, the worst case in bold."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(reports), figsize=(5 * len(reports), 4.2), sharey=True, layout="constrained")
-    for panel, (heading, by_lam) in zip(panels, reports.items(), strict=True):
-        lams = sorted(by_lam)
-        for name, label in COLUMNS.items():
-            worst = name == "worst"
-            values = [100 * accuracies(by_lam[lam])[name] for lam in lams]
-            style = {"linewidth": 3.5, "zorder": 1} if worst else {"linewidth": 1.5, "marker": "o", "markersize": 4}
-            panel.plot(lams, values, label=label, color=COLOURS[name], **style)
-        panel.set(title=heading, xlabel="lambda (1 = the plain model)", ylim=(0, 101))
-        panel.invert_xaxis()
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy, %")
-    panels[-1].legend(loc="lower left", fontsize=8, framealpha=0.9)
-    figure.suptitle(title)
-    return figure
+    names = ("clean", *(attack.name for attack in report.attacks))
+    return {**{name: report.accuracy(name) for name in names}, "worst": report.worst_case}
 
 
 def run(folder: Path, console: Console, lams: Sequence[float] = LAMBDAS, images: int = IMAGES) -> bool:
@@ -78,7 +53,7 @@ def run(folder: Path, console: Console, lams: Sequence[float] = LAMBDAS, images:
         for lam in lams:
             reprogram_(model, NRPMConfig(lam=lam))
             for by_lam in reports.values():
-                by_lam[lam] = evaluate(model, loader, THREAT, steps=STEPS)
+                by_lam[lam] = evaluate(model, loader, THREAT, "quick", steps=STEPS, control=False)
                 calibrate_(model, calibration)
                 bar.advance(task)
     title = f"{DIGITS}, {images} test images, Linf {THREAT.eps}, PGD-{STEPS}, accuracy in %"
@@ -100,7 +75,7 @@ def run(folder: Path, console: Console, lams: Sequence[float] = LAMBDAS, images:
         "gradient_masking stands, the former overstates robustness: believe the worst case, image by image, alone."
     )
     picture = folder / "demo.png"
-    draw(reports, title.replace(", accuracy in %", "")).savefig(picture, dpi=120)
+    draw_lambda(reports, picture, title.replace(", accuracy in %", ""))
     console.print(f"Picture: {picture}")
     variant = save_pretrained(model, folder / "variant")
     size = sum(file.stat().st_size for file in variant.iterdir())

@@ -28,7 +28,7 @@ from safetensors.torch import save as serialize_tensors
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from timm_nrpm.base import Base, weights_sha256
+from timm_nrpm.base import Base, checksum_of, weights_sha256
 from timm_nrpm.config import NRPMConfig
 from timm_nrpm.reprogramming import Statistic, plain_copy, record_of, reprogram_, reprogrammed_layers, restore_
 
@@ -242,8 +242,3 @@ def sha256_of(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def checksum_of(content: dict[str, Any]) -> str:
-    """Hash of what a JSON file says, however it is laid out."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

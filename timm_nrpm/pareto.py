@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from timm_nrpm.evaluation import Threat
+from timm_nrpm.threats import Threat
 
 KINDS = ("plain", "global", "layerwise")
 

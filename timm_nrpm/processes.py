@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.utils.data import DataLoader
 
 REPLICATED = {
     getattr(DistributedType, name)
@@ -33,24 +31,6 @@ def check_processes(accelerator: Accelerator) -> None:
             f"{started} processes were started, and accelerate would let each tune alone: on the CPU set "
             "ACCELERATE_USE_CPU=true."
         )
-
-
-def shared(accelerator: Accelerator, validation: DataLoader[Any]) -> DataLoader[Any]:
-    """The validation images, each in one process.
-
-    Raises:
-        ValueError: The sampler chooses among the images, and accelerate, which leaves out what it added to make even
-            batches, goes by the dataset.
-    """
-    if accelerator.num_processes == 1:
-        return validation
-    chosen, images = len(validation.sampler), len(validation.dataset)  # type: ignore[arg-type]
-    if chosen != images:
-        raise ValueError(
-            f"The validation loader's sampler chooses {chosen} of {images} images, which processes cannot share: "
-            "give a loader over torch.utils.data.Subset(dataset, indices)."
-        )
-    return accelerator.prepare(validation)
 
 
 @torch.no_grad()

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from timm_nrpm.attacks import PixelModel
 from timm_nrpm.calibration import calibrate_
-from timm_nrpm.evaluation import Threat, evaluate
+from timm_nrpm.evaluation import evaluate
 from timm_nrpm.images import check_labels, check_pixels
 from timm_nrpm.pareto import Candidate, ParetoFront, best_of
 from timm_nrpm.reprogramming import evaluating, forget_calibration_, plain_copy, record_of, reprogrammed_layers
+from timm_nrpm.threats import Threat
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -118,7 +119,9 @@ def search_lambda(
             loss = _clean_loss(PixelModel(subject, mean, std).eval(), images)
             if not trials and not math.isfinite(loss):
                 raise ValueError(f"The plain model's clean loss is {loss}, which no bound can be counted from.")
-            report = evaluate(subject, images, threat, steps=steps, seed=seed, mean=mean, std=std)
+            report = evaluate(
+                subject, images, threat, "quick", steps=steps, seed=seed, control=False, mean=mean, std=std
+            )
             samples = report.samples
             loss = loss if math.isfinite(loss) else math.inf
             trials.append(Candidate(kind, lams, loss, report.accuracy("clean"), report.worst_case, report.flags))

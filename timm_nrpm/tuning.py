@@ -27,16 +27,17 @@ from timm_nrpm.base import weights_sha256
 from timm_nrpm.calibration import calibrate_
 from timm_nrpm.checkpoints import collect, install_
 from timm_nrpm.config import TuneConfig
-from timm_nrpm.evaluation import Threat, evaluate
+from timm_nrpm.evaluation import evaluate
 from timm_nrpm.history import Evaluation, History, Step, finite
 from timm_nrpm.images import check_batch, check_labels
 from timm_nrpm.interruption import SIGNALS, Interruption
 from timm_nrpm.objectives import Objective
 from timm_nrpm.ordering import ordered, seed_of
-from timm_nrpm.processes import average_statistics_, check_processes, shared
+from timm_nrpm.processes import average_statistics_, check_processes
 from timm_nrpm.progress import Bar
 from timm_nrpm.reprogramming import evaluating, lambdas, record_of, reprogrammed_layers
 from timm_nrpm.run_folder import RunFolder
+from timm_nrpm.threats import Threat
 from timm_nrpm.trainable import given_back, select_, set_modes_
 
 MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience")
@@ -156,7 +157,7 @@ class _Run:
             self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(self.objective, optimizer, self.source)
         if self.accelerator.num_processes > 1 and not loader.drop_last:
             self.order.multiple = self.loader.total_batch_size
-        self.validation = None if validation is None else shared(self.accelerator, validation)
+        self.validation = validation
         self.batches = len(self.loader)  # of an epoch and a process
         self._check_last_batch()
         self.steps = -(-self.batches // config.accumulate)  # of an epoch
@@ -315,9 +316,9 @@ class _Run:
             return
         self.bar.doing("Evaluating")
         c = self.config
-        gather = self.accelerator.gather_for_metrics if self.accelerator.num_processes > 1 else None
-        options = {"steps": c.evaluate_steps, "seed": c.seed, **self.normalisation}
-        report = evaluate(self.model, self.validation, Threat("Linf", c.validation_eps), gather=gather, **options)
+        options = {"suite": "quick", "steps": c.evaluate_steps, "seed": c.seed, "control": False, **self.normalisation}
+        threat = Threat("Linf", c.validation_eps)
+        report = evaluate(self.model, self.validation, threat, accelerator=self.accelerator, **options)
         row = Evaluation(self.step, report.accuracy("clean"), report.accuracy("pgd"), report.worst_case, report.flags)
         self.history.evaluations.append(row)
         self.bar.evaluation = row

@@ -78,7 +78,8 @@ class Study:
         self.args, self.file = args, args.out / "mnist-mlp.json"
         self.settings: Row = {"images": args.images, "samples": args.samples, "epochs": args.epochs, "seed": 0, "K": K,
                               "eps": EPS, "steps": STEPS, "first lambda": START, "paradigm 2": PARADIGM_2,
-                              "paradigm 3": PARADIGM_3, "control": CONTROL, "mixture": MIXTURE, "unstable": UNSTABLE}  # fmt: skip
+                              "paradigm 3": PARADIGM_3, "control": CONTROL, "mixture": MIXTURE,
+                              "unstable": UNSTABLE}  # fmt: skip
         self.settings = json.loads(json.dumps(self.settings))
         self.rows: Row = {}
         if self.file.exists():
@@ -98,7 +99,9 @@ class Study:
 
     def measured(self, model: torch.nn.Module) -> Row:
         """Accuracies in % at every budget, the first of them clean."""
-        reports = [evaluate(model, self.test, Threat("Linf", eps), steps=STEPS) for eps in BUDGETS[1:]]
+        reports = [
+            evaluate(model, self.test, Threat("Linf", eps), "quick", steps=STEPS, control=False) for eps in BUDGETS[1:]
+        ]
         clean = 100 * reports[0].accuracy("clean")
         return {
             "lambda": [round(lam, 4) for lam in lambdas(model).values()],
@@ -108,7 +111,9 @@ class Study:
 
     def fgsm_on_training_images(self, model: torch.nn.Module) -> list[float]:
         """By which the budget to tune at is chosen, without a look at the test images."""
-        reports = [evaluate(model, self.train, Threat("Linf", eps), steps=1) for eps in BUDGETS[1:]]
+        reports = [
+            evaluate(model, self.train, Threat("Linf", eps), "quick", steps=1, control=False) for eps in BUDGETS[1:]
+        ]
         return [round(100 * report.accuracy("fgsm"), 1) for report in reports]
 
     def tuned(self, lam: float, budget: float, settings: Row, **reprogramming: Any) -> Row:

@@ -1,0 +1,207 @@
+"""Why there are two numbers: the paper's published models (arXiv 2410.04577) under its attack and in the worst case.
+
+    python scripts/reproduce/worst_case.py --shared SHARED    # an hour and a half on two cores
+
+SHARED holds the authors' checkpoints/ and data/, with CIFAR-10 as class folders in tars and MNIST in torchvision's
+layout. Writes results/worst-case.json, .md and an HTML report for each model; a run that was interrupted goes on, from
+the folder results/.journals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_nrpm import NRPMConfig, RobustnessReport, Threat, calibrate_, evaluate, reprogram_
+from timm_nrpm.backbones import load_published_
+from timm_nrpm.data import pixel_loader
+
+RESULTS = Path(__file__).parents[2] / "results"
+CALIBRATION = 1000
+ROBUST = ("layer*.conv*",)  # as published: the 3x3 convolutions of the blocks
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Attributes:
+        name: Of the model.
+        lam: Of every layer.
+        calibrated: On training images.
+        paper: Its accuracy in %, clean and under the attack of its protocol.
+    """
+
+    name: str
+    lam: float
+    calibrated: bool
+    paper: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.lam:g}-{'calibrated' if self.calibrated else 'published'}"
+
+
+CASES = (
+    Case("resnet18", 1.0, False, (67.89, 41.46)),
+    Case("resnet18", 0.5, True),
+    Case("resnet18", 0.9, True),
+    Case("resnet18", 0.9, False, (59.23, 40.03)),
+    Case("resnet18", 0.5, False, (15.99, 12.51)),
+    Case("mlp", 1.0, False, (90.8, 31.8)),
+    Case("mlp", 0.9, False, (90.8, 56.6)),
+    Case("mlp", 0.5, False, (84.1, 74.4)),
+    Case("mlp", 0.5, True),
+)
+
+MODELS: dict[str, dict[str, Any]] = {
+    "resnet18": {
+        "title": "The published narrow ResNet-18 (CIFAR-10)",
+        "backbone": ("resnet18_cifar_narrow", "tinyresnet18_cifar10_model.t7"),
+        "data": ("tar", "data/cifar10-jpeg"),
+        "every": {"train": 50, "test": 20},
+        "estimate": {"iterations": 1, "eps": 5e-4, "layers": ROBUST},
+        "threat": Threat("Linf", 8 / 255),
+        "protocol": ("pgd", "PGD-20"),
+    },
+    "mlp": {
+        "title": "The published MLP 784-256-64-10 (MNIST)",
+        "backbone": ("mlp3_mnist", "mlp3_mnist_model.pth"),
+        "data": ("torch/mnist", "data"),
+        "every": {"train": 60, "test": 10},
+        "estimate": {"iterations": 1, "eps": 5e-5},
+        "threat": Threat("Linf", 0.05),
+        "protocol": ("fgsm", "FGSM"),
+    },
+}
+
+
+def images(name: str, shared: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Every so many-th image of a split, since CIFAR's tar is ordered by class."""
+    reader, root = MODELS[name]["data"]
+    model = timm.create_model(MODELS[name]["backbone"][0])
+    dataset = pixel_loader(reader, shared / root, split=split, model=model).dataset
+    chosen = range(0, len(dataset), MODELS[name]["every"][split])  # type: ignore[arg-type]
+    pixels, labels = zip(*(dataset[i] for i in chosen), strict=True)
+    return torch.stack(pixels), torch.tensor(labels)
+
+
+def model_of(case: Case, shared: Path) -> nn.Module:
+    """As published, reprogrammed, calibrated if it is to be."""
+    settings = MODELS[case.name]
+    backbone, file = settings["backbone"]
+    model = load_published_(timm.create_model(backbone), shared / "checkpoints" / file).eval()
+    reprogram_(model, NRPMConfig(lam=case.lam, **settings["estimate"]))
+    if case.calibrated:
+        data = timm.data.resolve_model_data_config(model)
+        mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        pixels, _ = images(case.name, shared, "train")
+        calibrate_(model, [((x - mean) / std) for x in pixels[:CALIBRATION].split(250)])
+    return model
+
+
+def measure(case: Case, args: argparse.Namespace) -> RobustnessReport:
+    pixels, labels = images(case.name, args.shared, "test")
+    loader = list(zip(pixels[: args.images].split(100), labels[: args.images].split(100), strict=True))
+    journal = args.out / ".journals" / f"{case}-{args.images}.jsonl"
+    print(case)
+    return evaluate(model_of(case, args.shared), loader, MODELS[case.name]["threat"], resume=journal, progress=True)
+
+
+def row_of(case: Case, report: RobustnessReport) -> dict[str, Any]:
+    """What the table has of a report."""
+    control = report.control
+    assert control is not None
+    key = MODELS[case.name]["protocol"][0]
+    return {
+        **asdict(case),
+        "images": report.samples,
+        "threat": str(report.threat),
+        "clean": report.accuracy(),
+        "protocol": report.accuracy(key),
+        "accuracies": {attack.name: report.accuracy(attack.name) for attack in report.attacks},
+        "worst_case": report.worst_case,
+        "interval": report.interval(),
+        "control": {
+            "clean": control.accuracy(),
+            "protocol": control.accuracy(key),
+            "worst_case": control.worst_case,
+            "interval": control.interval(),
+        },
+        "flags": report.flags,
+        "evidence": dict(report.evidence),
+        "sha256": report.sha256,
+        "versions": dict(report.versions),
+        "passes": [
+            sum(attack.forwards for attack in report.attacks),
+            sum(attack.backwards for attack in report.attacks),
+        ],
+        "seconds": report.seconds,
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# Two numbers: the paper's protocol and the worst case",
+        "",
+        "`scripts/reproduce/worst_case.py`. Accuracy in %; the worst case is, image by image, over every attack of the "
+        "adaptive suite, with its 95 % interval. The plain model stands beside, under the same attacks on the same "
+        "images.",
+    ]
+    for name, settings in MODELS.items():
+        chosen = [row for row in rows if row["name"] == name]
+        if not chosen:
+            continue
+        attack = settings["protocol"][1]
+        lines += ["", f"## {settings['title']}, {chosen[0]['threat']}, {chosen[0]['images']} images", ""]
+        lines.append(
+            f"| lambda | calibrated | clean | {attack}, own gradient | worst case | plain model, worst | flags |"
+        )
+        lines.append("|---|---|---|---|---|---|---|")
+        for row in chosen:
+            paper = row["paper"] or (None, None)
+            clean, own = (
+                f"{100 * value:.1f}" + ("" if theirs is None else f" ({theirs:.1f})")
+                for value, theirs in zip((row["clean"], row["protocol"]), paper, strict=True)
+            )
+            low, high = (100 * x for x in row["interval"])
+            worst = f"**{100 * row['worst_case']:.1f}** ({low:.1f} to {high:.1f})"
+            plain = f"{100 * row['control']['worst_case']:.1f}"
+            cells = (f"{row['lam']:g}", "yes" if row["calibrated"] else "no", clean, own, worst, plain)
+            lines.append("| " + " | ".join((*cells, ", ".join(row["flags"]))) + " |")
+        lines += ["", "In brackets behind clean and own gradient: the paper's."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shared", type=Path, required=True, help="folder with checkpoints/ and data/")
+    parser.add_argument("--images", type=int, default=500, help="of each model (default: 500)")
+    parser.add_argument(
+        "--only", default="", help="cases whose name starts so, like resnet18-0.5; several processes can share the work"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    (args.out / ".journals").mkdir(parents=True, exist_ok=True)
+    file = args.out / "worst-case.json"
+    for case in CASES:
+        if not str(case).startswith(args.only):
+            continue
+        report = measure(case, args)
+        print(report)
+        (args.out / ".journals" / f"{case}.json").write_text(report.to_json())
+        rows = json.loads(file.read_text()) if file.exists() else {}  # another process may have added to it
+        rows[str(case)] = row_of(case, report)
+        rows = {str(c): rows[str(c)] for c in CASES if str(c) in rows}
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+        (args.out / "worst-case.md").write_text(markdown(list(rows.values())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+import pytest
+import torch
+from torch import nn
+
+from timm_nrpm import NRPMConfig, Threat, reprogram_
+from timm_nrpm.attacks import PixelModel
+from timm_nrpm.sources import sources_of
+from timm_nrpm.suites import EFFORTS, SUITES, Effort, attacks_of
+
+THREATS = {norm: Threat(norm, eps) for norm, eps in (("Linf", 0.1), ("L2", 0.6), ("L1", 4.0), ("L0", 3))}
+EVERY = ("own", "plain", "base", "bpda", "softer", "shorter", "halfway")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5)
+    ).eval()
+    return reprogram_(net, NRPMConfig(lam=0.5, eps=0.01, iterations=2))
+
+
+def cases():
+    for suite in SUITES:
+        for norm in THREATS:
+            if suite == "autoattack" or (suite in ("paper", "standard") and norm in ("L1", "L0")):
+                continue
+            yield suite, norm
+
+
+@pytest.mark.parametrize(("suite", "norm"), list(cases()))
+def test_whatever_an_attack_gives_is_within_the_bound_and_an_image(model, suite, norm):
+    """Not only after evaluate has brought it back."""
+    threat, pixels = THREATS[norm], torch.rand(5, 3, 6, 6)
+    pixels[0, :, :2] = 0.0
+    pixels[1, :, :2] = 1.0
+    sources = sources_of(model, [torch.rand(40, 3, 6, 6)], base=model)
+    with torch.no_grad():
+        labels = sources["own"].net(pixels).argmax(1)
+    moved = 0
+    for random in (False, True):
+        for attack in attacks_of(suite, threat, Effort(3, 15), sources, 5, random=random):
+            source = sources["own" if attack.source == "scores" else attack.source]
+            with source.followed() as net:
+                attacked = attack.run(net, pixels, labels, list(range(5)))
+            assert attacked.shape == pixels.shape
+            assert not attacked.requires_grad
+            assert bool(threat.allows(pixels, attacked).all()), attack.name
+            moved += int((attacked != pixels).any())
+    assert moved > 0
+
+
+def test_what_the_suites_are():
+    adaptive = [a.name for a in attacks_of("adaptive", THREATS["Linf"], EFFORTS["adaptive"], EVERY, 10)]
+    assert len(set(adaptive)) == len(adaptive)
+    assert adaptive[:5] == ["fgsm", "pgd", "pgd_plain", "pgd_base", "pgd_bpda"]
+    for source in EVERY:
+        assert f"apgd_ce_{source}" in adaptive
+        assert f"apgd_margin_{source}" in adaptive
+    assert adaptive[-1] == "square"
+    assert [a.name for a in attacks_of("standard", THREATS["L2"], EFFORTS["standard"], EVERY, 10)] == [
+        "aa_apgd_ce", "aa_apgd_t", "aa_fab_t", "aa_square"]  # fmt: skip
+    paper = [a.name for a in attacks_of("paper", THREATS["Linf"], EFFORTS["paper"], EVERY, 10)]
+    assert paper == ["fgsm", "pgd", "cw", "aa_apgd_ce", "aa_apgd_t", "aa_fab_t", "aa_square"]
+    assert [a.name for a in attacks_of("standard", THREATS["Linf"], EFFORTS["standard"], EVERY, 3)] == [
+        "aa_apgd_ce", "aa_square"]  # fmt: skip
+    sparse = [a.name for a in attacks_of("adaptive", THREATS["L0"], EFFORTS["adaptive"], EVERY, 10)]
+    assert sparse[-1] == "random_pixels"
+    assert {f"greedy_{source}" for source in EVERY} <= set(sparse)
+
+
+def test_auto_attack_has_its_authors_numbers(monkeypatch):
+    """A hundred steps, five thousand queries, nine targets at most, and always the seed."""
+    import torchattacks
+
+    made = {}
+
+    def spy(name):
+        original = getattr(torchattacks, name)
+
+        def make(net, **given):
+            made.setdefault(name, []).append(given)
+            return original(net, **{**given, **({"steps": 1} if "steps" in given else {"n_queries": 2})})
+
+        return make
+
+    for name in ("APGD", "APGDT", "FAB", "Square"):
+        monkeypatch.setattr(torchattacks, name, spy(name))
+    for classes in (7, 1000):
+        net = PixelModel(nn.Sequential(nn.Flatten(), nn.Linear(36, classes))).eval()
+        for attack in attacks_of("standard", THREATS["Linf"], EFFORTS["standard"], ("own",), classes):
+            attack.run(net, torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), [11, 12])
+        assert made["APGDT"][-1]["n_classes"] == made["FAB"][-1]["n_classes"] == min(classes, 10)
+    for name, calls in made.items():
+        assert len(calls) == 2
+        for given in calls:
+            assert given["seed"] == 11
+            assert given["n_restarts"] == 1
+            assert given.get("steps", 100) == 100
+            assert name != "Square" or (given["n_queries"], given["resc_schedule"]) == (5000, False)
+
+
+def test_own_sources_stop_early_and_others_do_not(model):
+    """A surrogate that is fooled says nothing of the model, so the attack on it goes on."""
+    sources = sources_of(model, [torch.rand(40, 3, 6, 6)])
+    pixels = torch.rand(4, 3, 6, 6)
+    with torch.no_grad():
+        wrong = (sources["own"].net(pixels).argmax(1) + 1) % 5  # so all are fooled from the start
+    for attack in attacks_of("adaptive", THREATS["Linf"], Effort(6, 2), sources, 5):
+        if not attack.name.startswith("apgd_ce"):
+            continue
+        with sources[attack.source].followed() as net:
+            before = net.forwards
+            attack.run(net, pixels, wrong, [0, 1, 2, 3])
+            assert (net.forwards - before < 28) == (attack.source in ("own", "bpda")), attack.name
+
+
+def test_surrogates_are_what_they_say(model):
+    from timm_nrpm import lambdas
+    from timm_nrpm.reprogramming import record_of, reprogrammed_layers
+
+    sources = sources_of(model, [torch.rand(40, 3, 6, 6)])
+    assert set(sources) == set(EVERY) - {"base"}
+    assert {name for name, s in sources.items() if s.predicts} == {"own", "bpda"}
+    assert not reprogrammed_layers(sources["plain"].net)
+    nets = {name: sources[name].net.model for name in ("softer", "shorter", "halfway")}
+    assert record_of(nets["softer"]).config.eps == pytest.approx(1.0)
+    assert record_of(nets["shorter"]).config.iterations == 1
+    assert set(lambdas(nets["halfway"]).values()) == {0.75}
+    assert set(lambdas(nets["softer"]).values()) == {0.5}
+    for net in nets.values():  # each calibrated on its own, the model itself not at all
+        assert not torch.equal(net[1].running_mean, model[1].running_mean)
+    means = [net[1].running_mean for net in nets.values()]
+    assert not torch.equal(means[0], means[1])
+    assert set(sources_of(model)) == {"own", "bpda", "plain"}
+    assert set(sources_of(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))) == {"own"}

@@ -1,0 +1,211 @@
+"""What randomized smoothing certified (Cohen et al., arXiv 1902.02918): radii, their curve and their picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""One for each sigma, Okabe and Ito's, which colour-blind people tell apart."""
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 3)))
+"""One for each model."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is certain of one image, except with probability `confidence` of the report.
+
+    Attributes:
+        label: The right class.
+        predicted: The smoothed model's class, or None where it abstained.
+        radius: L2, in pixel units of [0, 1]: no shorter change moves `predicted`. 0 where it abstained.
+        candidate: The class that most of the first n0 samples had.
+        selected, votes: How many of the first n0 samples, and of the n samples after them, had the candidate.
+        not_a_number: How many of all samples had logits that are no numbers. They vote for no class.
+        seconds: What the image took. Two certificates that differ in this alone are equal.
+    """
+
+    label: int
+    predicted: int | None
+    radius: float
+    candidate: int
+    selected: int
+    votes: int
+    not_a_number: int = 0
+    seconds: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class CertificationReport:
+    """What is certain of a model under Gaussian noise, image by image.
+
+    Attributes:
+        name: Of the model, for people and pictures.
+        sigma: Standard deviation of the noise, in pixel units of [0, 1].
+        n0, n: Samples that choose the class, and samples that bound its probability.
+        confidence: Probability, for every image, that its certificate is wrong; Cohen et al. call it alpha.
+        seed: Of the noise.
+        weights: :func:`timm_nrpm.base.weights_sha256` of the model.
+        versions: Of the libraries.
+        images: In the order of the loader.
+
+    Example:
+        >>> report = certify(model, loader, sigma=0.25, n=500)
+        >>> report.certified_accuracy(0.0), report.certified_accuracy(0.25), report.abstained
+        (0.861, 0.633, 0.139)
+    """
+
+    name: str
+    sigma: float
+    n0: int
+    n: int
+    confidence: float
+    seed: int
+    weights: str
+    versions: dict[str, str]
+    images: tuple[Certificate, ...] = field(repr=False)
+
+    def __str__(self) -> str:
+        shares = f"certified {100 * self.certified_accuracy(0.0):.1f} %, abstained {100 * self.abstained:.1f} %"
+        radius = f"average certified radius {self.average_certified_radius:.3f}"
+        return f"{self.name}, {len(self.images)} images, sigma {self.sigma:g}: {shares}, {radius}"
+
+    @property
+    def right(self) -> list[float]:
+        """Radii of the images that the smoothed model gets right, ascending."""
+        return sorted(image.radius for image in self.images if image.predicted == image.label)
+
+    def certified_accuracy(self, radius: float) -> float:
+        """Share of the images that are right and stay so under every change shorter than `radius`, L2 in pixel units.
+
+        On average, a share `confidence` of the certificates may be wrong (Cohen et al., section 4).
+        """
+        if not radius >= 0:
+            raise ValueError(f"radius={radius!r} is not allowed: give an L2 distance >= 0, in pixel units.")
+        return sum(one >= radius for one in self.right) / len(self.images)
+
+    def curve(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Radii, ascending from 0, and the certified accuracy at each: all corners of Figure 6 of Cohen et al.
+
+        Between two radii the accuracy is that of the larger, and beyond the last it is 0.
+        """
+        right = self.right
+        radii = sorted({0.0, *right})
+        return tuple(radii), tuple((len(right) - bisect_left(right, radius)) / len(self.images) for radius in radii)
+
+    @property
+    def average_certified_radius(self) -> float:
+        """Mean radius, 0 for images that are wrong (Zhai et al., arXiv 2001.02378, section 5).
+
+        Easy images move it most (arXiv 2410.06895): look at the curve too.
+        """
+        return sum(self.right) / len(self.images)
+
+    @property
+    def abstained(self) -> float:
+        """Share of the images on which the smoothed model says nothing."""
+        return sum(image.predicted is None for image in self.images) / len(self.images)
+
+    @property
+    def largest_radius(self) -> float:
+        """The radius where all n samples agree: beyond it, more samples or more noise help, no other model does."""
+        return certified_radius(lower_bound(self.n, self.n, self.confidence), self.sigma)
+
+    @property
+    def seconds(self) -> float:
+        """What all images took, however often they were interrupted."""
+        return sum(image.seconds for image in self.images)
+
+    def to_json(self) -> str:
+        names = ("average_certified_radius", "abstained", "largest_radius", "seconds")
+        return json.dumps({**asdict(self), "summary": {name: getattr(self, name) for name in names}}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> CertificationReport:
+        data = json.loads(text)
+        del data["summary"]
+        return cls(**{**data, "images": tuple(Certificate(**row) for row in data["images"])})
+
+
+def lower_bound(votes: int, n: int, confidence: float) -> float:
+    """The exact lower bound of a probability, too high with probability `confidence` at most.
+
+    Clopper and Pearson's, one-sided (LOWERCONFBOUND in Cohen et al., section 3.2.2): the probability at which as many
+    votes of `n`, or more, come up with probability `confidence`.
+
+    Example:
+        >>> lower_bound(1000, 1000, confidence=0.001)
+        0.9931160484209338
+    """
+    from scipy.stats import beta
+
+    # Never 1, of which nobody can be certain, and whose radius is infinite.
+    return min(float(beta.ppf(confidence, votes, n - votes + 1)), math.nextafter(1.0, 0.0)) if votes else 0.0
+
+
+def certified_radius(probability: float, sigma: float) -> float:
+    """`sigma * Phi^-1(probability)`, L2 in pixel units; 0 up to one half (Cohen et al., section 3.2.2)."""
+    from scipy.stats import norm
+
+    return sigma * float(norm.ppf(probability)) if probability > 0.5 else 0.0
+
+
+def plot_certified(reports: Sequence[CertificationReport], path: str | Path) -> Path:
+    """Draw certified accuracy over radius, a colour for each sigma, a dash for each model (Cohen et al., Figure 6).
+
+    Where a curve falls to 0 at once, the samples end, and not the model: :attr:`CertificationReport.largest_radius`.
+
+    Args:
+        reports: Of several sigmas and models.
+        path: Ends in .png or .svg.
+
+    Raises:
+        ValueError: No reports, two of one model and sigma, too many to tell apart, or another ending.
+        ImportError: Matplotlib is not installed.
+
+    Example:
+        >>> plot_certified([certify(model, loader, sigma) for sigma in (0.12, 0.25, 0.5)], "certified.png")
+        PosixPath('certified.png')
+    """
+    path, reports = Path(path), list(reports)
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ValueError(f"path={str(path)!r} must end in .png or .svg.")
+    sigmas, names = sorted({r.sigma for r in reports}), list(dict.fromkeys(r.name for r in reports))
+    if not reports or len(sigmas) > len(COLOURS) or len(names) > len(DASHES):
+        raise ValueError(
+            f"{len(reports)} reports of {len(sigmas)} sigmas and {len(names)} models cannot be drawn: give at least "
+            f"one report, and at most {len(COLOURS)} sigmas and {len(DASHES)} models."
+        )
+    if len({(r.sigma, r.name) for r in reports}) < len(reports):
+        raise ValueError(
+            "Two reports have the same model and sigma, so their curves would look the same: tell them apart by "
+            "certify(..., name=...) or dataclasses.replace(report, name=...)."
+        )
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("The plot needs Matplotlib: pip install 'timm_nrpm[demo]'.") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
+    for report in reports:
+        radii, accuracies = report.curve()
+        corners = [100 * accuracy for accuracy in (*accuracies, 0.0)]
+        look = {"color": COLOURS[sigmas.index(report.sigma)], "linestyle": DASHES[names.index(report.name)]}
+        label = f"{report.name}, sigma {report.sigma:g}"
+        panel.plot((*radii, radii[-1]), corners, drawstyle="steps-pre", linewidth=1.8, label=label, **look)
+    panel.set(xlabel="L2 radius, in pixel units of [0, 1]", ylabel="certified accuracy, %", ylim=(0, 101))
+    panel.set_xlim(left=0)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    one = {f"{len(r.images)} images, n = {r.n}, confidence {r.confidence:g}" for r in reports}
+    panel.set_title("Randomized smoothing" + (f", {one.pop()} each" if len(one) == 1 else ""))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

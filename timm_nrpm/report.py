@@ -1,0 +1,168 @@
+"""What an evaluation found: a frozen record of every attack on every image, and the worst case over them all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from timm_nrpm.threats import Threat
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """One attack.
+
+    Attributes:
+        name: Such as `"apgd_margin_plain"`.
+        source: Whose gradient it followed, see :func:`timm_nrpm.sources.sources_of`; `"scores"` for none.
+        survived: For each image whether it was still right; None where it was wrong before and not attacked.
+        forwards, backwards: Images that went through a model, and gradients that came back, for this attack.
+        seconds: For all of it.
+    """
+
+    name: str
+    source: str
+    survived: tuple[bool | None, ...] = field(repr=False)
+    forwards: int
+    backwards: int
+    seconds: float = field(compare=False)
+
+    @property
+    def tried(self) -> int:
+        """How many images it attacked."""
+        return sum(s is not None for s in self.survived)
+
+    @property
+    def broke(self) -> int:
+        """How many of them it got wrong."""
+        return sum(s is False for s in self.survived)
+
+
+@dataclass(frozen=True)
+class RobustnessReport:
+    """Accuracies from 0 to 1, and the images behind them.
+
+    Attributes:
+        threat: What an attacker may change.
+        suite: Which attacks.
+        steps, queries: Of each attack that counts them.
+        seed: Of everything random.
+        clean: Whether each image was right when nobody attacked it.
+        attacks: In the order in which they were tried. An image that was wrong is attacked no more, but by those that
+            are there for comparison.
+        flags: Reasons not to believe the accuracies under the model's own gradient; `docs/flags.md` explains each.
+        evidence: The numbers behind the flags.
+        control: The plain model (lambda = 1, statistics from before calibration) under the same attacks.
+        versions: Of what computed it.
+        sha256: Of the model's weights and statistics.
+        warnings: Every warning raised meanwhile.
+        seconds: For all of it.
+
+    Example:
+        >>> report = evaluate(model, loader, Threat("Linf", 8 / 255))
+        >>> report.accuracy("clean"), report.worst_case, report.interval()
+        (0.675, 0.417, (0.373, 0.462))
+        >>> RobustnessReport.from_json(report.to_json()) == report
+        True
+    """
+
+    threat: Threat
+    suite: str
+    steps: int
+    queries: int
+    seed: int
+    clean: tuple[bool, ...] = field(repr=False)
+    attacks: tuple[AttackResult, ...] = field(repr=False)
+    flags: tuple[str, ...] = ()
+    evidence: Mapping[str, float] = field(default_factory=dict, repr=False)
+    control: RobustnessReport | None = field(default=None, repr=False)
+    versions: Mapping[str, str] = field(default_factory=dict, repr=False)
+    sha256: str = field(default="", repr=False)
+    warnings: tuple[str, ...] = field(default=(), repr=False)
+    seconds: float = field(default=0.0, repr=False, compare=False)
+
+    @property
+    def samples(self) -> int:
+        return len(self.clean)
+
+    @property
+    def survivors(self) -> tuple[bool, ...]:
+        """Whether each image was right under every attack."""
+        found = list(self.clean)
+        for attack in self.attacks:
+            found = [s and h is not False for s, h in zip(found, attack.survived, strict=True)]
+        return tuple(found)
+
+    @property
+    def worst_case(self) -> float:
+        """Share of the images that no attack changed: what an attacker who may choose the attack leaves."""
+        return sum(self.survivors) / self.samples
+
+    def accuracy(self, attack: str = "clean") -> float:
+        """Share of the images that are right under `attack`, those counting as wrong that it found wrong already."""
+        if attack == "clean":
+            return sum(self.clean) / self.samples
+        for result in self.attacks:
+            if result.name == attack:
+                return sum(s is True for s in result.survived) / self.samples
+        raise ValueError(
+            f"{attack!r} is not in this report: it has {', '.join(('clean', *(a.name for a in self.attacks)))}."
+        )
+
+    def interval(self, share: float | None = None) -> tuple[float, float]:
+        """Where the worst case, or another share, of all images like these is in 95 of 100 such samples (Clopper and
+        Pearson's exact interval)."""
+        from scipy.stats import binomtest
+
+        right = round((self.worst_case if share is None else share) * self.samples)
+        low, high = binomtest(right, self.samples).proportion_ci(CONFIDENCE, method="exact")
+        return float(low), float(high)
+
+    def __str__(self) -> str:
+        low, high = (100 * share for share in self.interval())
+        lines = [f"FLAGS: {', '.join(self.flags)}. See docs/flags.md."] if self.flags else []
+        lines.append(
+            f"{self.samples} images, {self.threat}, {self.suite}: clean {100 * self.accuracy():.1f} %, "
+            f"worst case {100 * self.worst_case:.1f} % (95 %: {low:.1f} to {high:.1f})"
+        )
+        if self.control is not None:
+            lines[-1] += (
+                f"; the plain model {100 * self.control.accuracy():.1f} and {100 * self.control.worst_case:.1f} %"
+            )
+        width = max((len(a.name) for a in self.attacks), default=0)
+        for a in self.attacks:
+            told = f"of {a.tried} images {a.broke} broken"
+            lines.append(f"  {a.name:{width}}  {100 * self.accuracy(a.name):5.1f} %  {told}, {a.seconds:.1f} s")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """JSON, with the accuracies beside the images they come from."""
+        shares = {name: self.accuracy(name) for name in ("clean", *(a.name for a in self.attacks))}
+        summary = {
+            "flags": self.flags,
+            "worst_case": self.worst_case,
+            "interval": self.interval(),
+            "accuracies": shares,
+        }
+        return json.dumps({"summary": summary, **self.to_dict()})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RobustnessReport:
+        fields = {key: value for key, value in data.items() if key != "summary"}
+        attacks = (AttackResult(**{**a, "survived": tuple(a["survived"])}) for a in data["attacks"])
+        fields |= {"threat": Threat(**data["threat"]), "attacks": tuple(attacks), "clean": tuple(data["clean"])}
+        fields |= {"flags": tuple(data["flags"]), "warnings": tuple(data["warnings"])}
+        if data["control"] is not None:
+            fields["control"] = cls.from_dict(data["control"])
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> RobustnessReport:
+        return cls.from_dict(json.loads(text))

@@ -1,0 +1,126 @@
+"""What an attacker may change: a norm, a bound, and the nearest images within it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NORMS = ("Linf", "L2", "L1", "L0")
+
+SLACK = 1e-5
+"""By how much float32 may overstep a bound, relative to it and in pixel units."""
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What an attacker may change.
+
+    Args:
+        norm: `"Linf"`, the largest change of a pixel; `"L2"` or `"L1"`, the length of the change of a whole image;
+            `"L0"`, the number of positions that change, all of whose channels may take any value.
+        eps: The bound: in pixel units of [0, 1], 8/255 is usual for CIFAR under Linf, 0.5 under L2, 12 under L1; under
+            L0 a number of pixels.
+
+    Raises:
+        ValueError: Another norm, or a bound outside its range.
+
+    Example:
+        >>> Threat("Linf", 8 / 255), Threat("L0", 10)
+    """
+
+    norm: str = "Linf"
+    eps: float = 8 / 255
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r} is not known: choose one of {', '.join(NORMS)}.")
+        number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool) and math.isfinite(self.eps)
+        if not number or self.eps <= 0 or (self.norm == "Linf" and self.eps > 1):
+            raise ValueError(f"eps={self.eps!r} is not allowed: under {self.norm} it is {LIMITS[self.norm]}.")
+        if self.norm == "L0" and self.eps != int(self.eps):
+            raise ValueError(f"eps={self.eps!r} is not allowed: under L0 it is {LIMITS['L0']}.")
+
+    def __str__(self) -> str:
+        return f"{self.norm} {self.eps:.4g}"
+
+    def distance(self, pixels: Tensor, attacked: Tensor) -> Tensor:
+        """How far each image was moved, `[B]`, in the units of `eps`."""
+        change = (attacked - pixels).double()
+        if self.norm == "L0":
+            return (change != 0).flatten(2).any(1).sum(1)
+        flat = change.flatten(1)
+        if self.norm == "Linf":
+            return flat.abs().amax(1)
+        return flat.abs().sum(1) if self.norm == "L1" else flat.norm(dim=1)
+
+    def allows(self, pixels: Tensor, attacked: Tensor) -> Tensor:
+        """Which attacked images `[B]` are images at all, pixels in [0, 1], and within the bound."""
+        inside = ((attacked >= 0) & (attacked <= 1)).flatten(1).all(1)  # which a NaN is not
+        return inside & (self.distance(pixels, attacked) <= self.eps * (1 + SLACK) + SLACK * (self.norm != "L0"))
+
+    def project(self, pixels: Tensor, moved: Tensor) -> Tensor:
+        """`moved`, brought back to within the bound and to [0, 1], `[B, C, H, W]`.
+
+        The nearest such images, but under L2, where the change is shortened and then cut off at 0 and 1.
+        """
+        change = moved - pixels
+        if self.norm == "Linf":
+            return (pixels + change.clamp(-self.eps, self.eps)).clamp(0, 1)
+        if self.norm == "L2":
+            length = change.flatten(1).norm(dim=1).clamp(min=1e-12)
+            return (pixels + change * _wide((self.eps / length).clamp(max=1), change)).clamp(0, 1)
+        if self.norm == "L1":
+            return (pixels + _within_l1(change, -pixels, 1 - pixels, self.eps)).clamp(0, 1)
+        change = moved.clamp(0, 1) - pixels
+        sizes = change.square().sum(1).flatten(1)  # [B, H * W]
+        kept = torch.zeros_like(sizes).scatter_(1, sizes.topk(min(int(self.eps), sizes.shape[1])).indices, 1.0)
+        return pixels + change * kept.view(len(change), 1, *change.shape[2:])
+
+    def around(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Images drawn within the bound, each by its own generator on the CPU, `[B, C, H, W]`."""
+        if self.norm == "Linf":
+            draws = [2 * torch.rand(pixels.shape[1:], generator=g) - 1 for g in generators]
+            return self.project(pixels, pixels + self.eps * torch.stack(draws).to(pixels))
+        draws = [torch.randn(pixels.shape[1:], generator=g) for g in generators]
+        change = torch.stack(draws).to(pixels)
+        if self.norm != "L0":  # of the full length
+            flat = change.flatten(1)
+            length = flat.norm(dim=1) if self.norm == "L2" else flat.abs().sum(1)
+            change = change * _wide(self.eps / length.clamp(min=1e-12), change)
+        return self.project(pixels, pixels + change)
+
+
+LIMITS = {
+    "Linf": "a change of a pixel in (0, 1], like 8 / 255",
+    "L2": "a length > 0 in pixel units, like 0.5",
+    "L1": "a sum > 0 in pixel units, like 12",
+    "L0": "a whole number of pixels >= 1",
+}
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    """`[B]` so that it multiplies `[B, C, H, W]`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _within_l1(change: Tensor, low: Tensor, high: Tensor, eps: float) -> Tensor:
+    """The nearest change with an L1 norm of at most `eps` between `low` and `high`.
+
+    It is `clip(soft(change, t))` for the least threshold t >= 0 that makes it short enough, found by bisection.
+    """
+
+    def cut(threshold: Tensor) -> Tensor:
+        short = change.sign() * (change.abs() - _wide(threshold, change)).clamp(min=0)
+        return torch.minimum(torch.maximum(short, low), high)
+
+    below = torch.zeros(len(change), device=change.device, dtype=change.dtype)
+    above = change.flatten(1).abs().amax(1)
+    fits = cut(below).flatten(1).abs().sum(1) <= eps
+    for _ in range(40):
+        middle = (below + above) / 2
+        long = cut(middle).flatten(1).abs().sum(1) > eps
+        below, above = torch.where(long, middle, below), torch.where(long, above, middle)
+    return cut(torch.where(fits, torch.zeros_like(above), above))
