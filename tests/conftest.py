@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 
 # Before anything imports huggingface_hub: a test that would reach the network fails at once instead.
@@ -21,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
+    random.seed(0)  # which timm's augmentation draws from
     torch.manual_seed(0)
 
 

@@ -53,10 +53,15 @@ def test_checkpoints_are_the_papers():
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 def test_direction_is_steepest(threat):
     gradient, x = torch.randn(4, *SHAPE), torch.full((4, *SHAPE), 0.5)
-    step = direction(gradient, threat, x)
+    share = torch.tensor([0.02, 0.1, 0.5, 1.0])
+    step = direction(gradient, threat, x, share)
     length = threat.distance(torch.zeros_like(step), step)
     torch.testing.assert_close(length, torch.ones(4, dtype=torch.float64), atol=1e-5, rtol=0)
-    assert (direction(torch.zeros_like(gradient), threat, x) == 0).all()
+    assert (direction(torch.zeros_like(gradient), threat, x, share) == 0).all()
+    if threat.norm == "L1":
+        assert (step != 0).flatten(1).sum(1).tolist() == [1, 4, 24, 48]
+        ends = torch.where(gradient > 0, 1.0, 0.0)
+        assert (direction(gradient, threat, ends, share) == 0).all()  # nowhere to go
     if threat.norm == "L2":
         torch.testing.assert_close(step, gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
 
@@ -73,11 +78,14 @@ def test_climb_stays_within_and_climbs(batch, threat, loss):
     assert (trace[1:] >= trace[:-1]).all()
 
 
-@pytest.mark.parametrize("threat", THREATS, ids=str)
+@pytest.mark.parametrize(
+    "threat", [Threat("Linf", 0.03), Threat("L2", 0.5), Threat("L1", 4.0), Threat("L1", 12.0)], ids=str
+)
 def test_climb_finds_the_maximum_of_a_linear_model(threat):
-    """Under Linf and L2 the best change is known in closed form, under L1 it spends eps on the steepest pixels."""
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-    pixels, labels = torch.full((3, *SHAPE), 0.5), torch.tensor([0, 1, 0])
+    """On 3 x 32 x 32; under Linf and L2 the best change is known in closed form, under L1 it spends eps on the steepest
+    pixels."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2))
+    pixels, labels = torch.full((3, 3, 32, 32), 0.5), torch.tensor([0, 1, 0])
     w = net[1].weight.data.double()
     sign = torch.tensor([1.0, -1.0, 1.0]).view(3, 1)
     slope = sign * (w[1] - w[0])
@@ -89,10 +97,10 @@ def test_climb_finds_the_maximum_of_a_linear_model(threat):
         largest = slope.abs().sort(1, descending=True).values  # half a unit into each until eps is spent
         gain = 0.5 * largest[:, : int(threat.eps / 0.5)].sum(1)
     want = losses(net(pixels), labels, "margin").double() + gain
-    attacked, _ = climb(net, pixels, labels, threat, [1, 2, 3], steps=100, loss="margin", fooled=False)
+    attacked, _ = climb(net, pixels, labels, threat, [1, 2, 3], steps=50, loss="margin", fooled=False)
     got = losses(net(attacked), labels, "margin").double()
     share = (got - want + gain) / gain
-    assert (share > (0.75 if threat.norm == "L1" else 0.999)).all(), share
+    assert (share > (0.97 if threat.norm == "L1" else 0.999)).all(), share
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)

@@ -17,7 +17,7 @@ import timm_nrpm
 from timm_nrpm import NRPMConfig, RobustnessReport, Threat, evaluate, reprogram_
 from timm_nrpm.attacks import PixelModel
 from timm_nrpm.data import digits
-from timm_nrpm.flags import MASKED, NON_FINITE
+from timm_nrpm.flags import MASKED, NON_FINITE, RANDOM, ZERO
 from timm_nrpm.registry import DIGITS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,8 +141,8 @@ def test_the_report_is_per_image_and_adds_up(data):
 
 
 def test_broken_images_are_attacked_no_more():
-    model = small(0.5)
-    report = evaluate(model, labelled(model), Threat("Linf", 0.3), steps=5, queries=10)
+    model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9)
+    report = evaluate(model, batches(16, 8), Threat("Linf", 0.2), steps=5, queries=10)
     left = list(report.clean)
     for attack in report.attacks:
         always = attack.name in ("fgsm", "pgd", "pgd_plain", "pgd_bpda")
@@ -150,7 +150,7 @@ def test_broken_images_are_attacked_no_more():
         assert tried == (list(report.clean) if always else left)
         left = [a and s is not False for a, s in zip(left, attack.survived, strict=True)]
     assert tuple(left) == report.survivors
-    assert 0 < sum(left) < 11  # else nothing was tested
+    assert 0 < sum(left) < 14  # else nothing was tested
 
 
 def test_a_plain_model_has_no_transfer_and_equals_lambda_one(data):
@@ -187,7 +187,7 @@ def test_a_gradient_that_is_not_a_number_is_flagged():
     model.weight.data, model.bias.data = torch.eye(2), torch.zeros(2)
     pixels = torch.tensor([[0.9, 0.1]]).view(1, 2, 1, 1)
     report = evaluate(model, [(pixels, torch.tensor([0]))], Threat("Linf", 0.1), "quick", steps=2)
-    assert report.flags == (NON_FINITE,)
+    assert report.flags == (NON_FINITE, ZERO)  # where it is no number nothing moves
     assert report.worst_case == 1.0
 
 
@@ -221,13 +221,52 @@ def test_the_model_is_left_as_it_was(suite, norm):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_an_attack_that_fails_leaves_the_model_as_it_was():
-    model = small(0.6).train()
-    pixels, labels = labelled(small(0.6))[0]
-    with pytest.raises(ValueError, match=r"give pixels in \[0, 1\]"):
-        evaluate(model, [(pixels, labels), (pixels + 2, labels)], EIGHTH, "quick", steps=1)
+@pytest.mark.parametrize("at", [2, 9, 30, 70])
+def test_an_attack_that_fails_leaves_the_model_as_it_was(at):
+    """Whatever it was at."""
+    from timm_nrpm.reprogramming import reprogrammed_layers
+
+    class Failing(nn.Sequential):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == at:
+                raise RuntimeError("out of memory")
+            return super().forward(x)
+
+    model = Failing(*small()).train()
+    reprogram_(model, NRPMConfig(lam=0.6, iterations=2))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate(model, labelled(small(0.6)), EIGHTH, steps=2, queries=3)
     assert all(m.training for m in model.modules())
-    assert all(p.requires_grad for name, p in model.named_parameters() if not name.endswith("lam"))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(layer.linear_backward for layer in reprogrammed_layers(model).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_pixels_of_any_type(dtype):
+    model = small(0.6)
+    data = [(pixels.to(dtype), labels.to(torch.uint8)) for pixels, labels in labelled(model)]
+    same = [(pixels.float(), labels) for pixels, labels in data]
+    options = {"steps": 2, "queries": 3}
+    assert evaluate(model, data, EIGHTH, **options) == evaluate(model, same, EIGHTH, **options)
+
+
+def test_a_random_forward_is_random_the_same_way_each_time():
+    class Noisy(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x + 0.3 * torch.randn_like(x))
+
+    model, state = Noisy(*small()), torch.random.get_rng_state()
+    data = labelled(small())
+    reports = [evaluate(model, data, EIGHTH, steps=3, queries=5) for _ in range(2)]
+    assert reports[0] == reports[1]
+    assert RANDOM in reports[0].flags
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_half_precision_and_no_grad(data):
@@ -247,7 +286,7 @@ def test_batches_of_one_and_another_base():
     assert "apgd_margin_base" in names
 
 
-def test_warnings_are_in_the_report_and_still_raised():
+def test_warnings_are_in_the_report_and_still_raised(tmp_path):
     class Noisy(nn.Sequential):
         def forward(self, x):
             import warnings
@@ -256,9 +295,11 @@ def test_warnings_are_in_the_report_and_still_raised():
             return super().forward(x)
 
     model = Noisy(nn.Flatten(), nn.Linear(16, 3))
+    data, path = [(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))], tmp_path / "journal"
     with pytest.warns(UserWarning, match="careful"):
-        report = evaluate(model, [(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))], EIGHTH, "quick", steps=1)
+        report = evaluate(model, data, EIGHTH, "quick", steps=1, resume=path)
     assert report.warnings == ("careful",)
+    assert evaluate(model, data, EIGHTH, "quick", steps=1, resume=path).warnings == ("careful",)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +321,15 @@ def test_warnings_are_in_the_report_and_still_raised():
             "has 1 class, and there is no other",
         ),
         (lambda: evaluate(linear([[1.0], [0.0]]), one(0.5, label=2)), "the model has 2 classes"),
+        (lambda: evaluate(nn.Identity(), one(0.5)), r"The model gives \[1, 1, 1, 1\] for 1 images"),
+        (lambda: evaluate(nn.Flatten(0), one(0.5)), r"The model gives \[1\] for 1 images"),
+        (
+            lambda: evaluate(linear([[1.0], [0.0]]), [(torch.rand(0, 1, 1, 1), torch.zeros(0))]),
+            "a batch without images",
+        ),
+        (lambda: evaluate(linear([[1.0], [0.0]]), [(torch.rand(2, 1, 1, 1), torch.tensor([0]))]), "give 2 integers"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), [{"image": 0}]), "give pairs of pixels"),
+        (lambda: evaluate(linear([[1.0], [0.0]]), [(torch.rand(1, 1, 1, 1), torch.tensor([0]), 3)]), "give pairs"),
         (lambda: evaluate(linear([[1.0], [0.0]]), one(0.5, label=-1)), "from -1"),
         (lambda: evaluate(linear([[1.0], [0.0]]), one(float("nan"))), "from nan to nan"),
         (lambda: evaluate(linear([[1.0], [0.0]]), one(200.0)), "from 200 to 200"),
@@ -379,6 +429,50 @@ def test_two_processes_find_what_one_finds(tmp_path, uninterrupted):
     assert [[json.loads(line)["number"] for line in lines] for lines in rows] == [[0, 2, 4], [1, 3, 5]]
 
 
+class Rank:
+    """Stands for accelerate in one of two processes."""
+
+    num_processes = 2
+
+    def __init__(self, index):
+        self.process_index = index
+
+
+def test_processes_that_see_different_images_are_told(monkeypatch):
+    """As if accelerate had cut the loader in parts already; and a failure in one is one in all."""
+    import accelerate.utils
+
+    from timm_nrpm.evaluation import together
+
+    model = small(0.5)
+    data = labelled(model)
+    sent = []
+
+    def gather(mine):
+        sent.extend(mine)
+        return list(sent)
+
+    monkeypatch.setattr(accelerate.utils, "gather_object", gather)
+    evaluate(model, data, EIGHTH, "quick", steps=1, accelerator=Rank(0))
+    with pytest.raises(ValueError, match="given different images"):
+        evaluate(model, data[::-1], EIGHTH, "quick", steps=1, accelerator=Rank(1))
+    sent.clear()
+    with pytest.raises(ZeroDivisionError):
+        together(Rank(0), lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match=r"Process 0 failed, .* ZeroDivisionError"):
+        together(Rank(1), dict)
+
+
+def test_as_many_processes_as_before(tmp_path):
+    model = small(0.5)
+    (tmp_path / "a.0").write_text("")
+    (tmp_path / "b").write_text("")
+    with pytest.raises(ValueError, match="was of several processes"):
+        evaluate(model, labelled(model), EIGHTH, "quick", resume=tmp_path / "a")
+    with pytest.raises(ValueError, match="was of one process"):
+        evaluate(model, labelled(model), EIGHTH, "quick", resume=tmp_path / "b", accelerator=Rank(0))
+
+
 def test_a_journal_of_another_run_is_refused(tmp_path):
     model, path = small(0.5), tmp_path / "journal"
     data = labelled(model)
@@ -392,6 +486,8 @@ def test_a_journal_of_another_run_is_refused(tmp_path):
         (lambda: evaluate(other, data, EIGHTH, "quick", steps=2, resume=path), "modules"),
         (lambda: evaluate(model, data[::-1], EIGHTH, "quick", steps=2, resume=path), "other images or labels"),
         (lambda: evaluate(model, data, EIGHTH, "quick", steps=2, resume=path, mean=(0.1,)), "mean"),
+        (lambda: evaluate(model, data, EIGHTH, "quick", steps=2, resume=path, base=small()), "of the base"),
+        (lambda: evaluate(model, data[:2], EIGHTH, "quick", steps=2, resume=path), "holds 1 batches more than the 2"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -111,9 +111,25 @@ class Clipped(ZeroGradient):
         return 1e4 * self.model(x)
 
 
+class Detached(ZeroGradient):
+    """Cut off from autograd altogether."""
+
+    def forward(self, x):
+        return self.model(x.detach())
+
+
+class Integers(ZeroGradient):
+    """Through bytes, which have no gradient."""
+
+    def forward(self, x):
+        return self.model((8 * x + 8).to(torch.uint8).float() / 8 - 1)
+
+
 @pytest.mark.parametrize(
     ("defence", "expected"),
     [
+        (Detached, {F.ZERO, F.UNBOUNDED}),
+        (Integers, {F.ZERO, F.UNBOUNDED}),
         (ZeroGradient, {F.ZERO, F.UNBOUNDED}),
         (Quantised, {F.ZERO, F.UNBOUNDED}),
         (Noisy, {F.RANDOM}),
@@ -129,8 +145,16 @@ def test_broken_defences_are_flagged(data, defence, expected):
         if base is not None and defence is not Noisy:
             assert F.MASKED in report.flags, report.evidence
             # What the attacks on the model beneath leave; rounding keeps some of it, as it keeps the noise of a scan.
-            assert report.worst_case <= (0.7 if defence is ZeroGradient else 0.9)
+            assert report.worst_case <= (0.7 if defence in (ZeroGradient, Detached) else 0.9)
         assert str(report).startswith("FLAGS: ")
+
+
+def test_the_cheap_flags_are_in_every_suite(data):
+    beneath = timm.create_model(DIGITS, pretrained=True).eval()
+    for suite in ("quick", "standard"):
+        options = {"mean": (0.5,), "std": (0.5,), "steps": 1, "queries": 1}
+        assert F.ZERO in evaluate(Detached(beneath), data, THREAT, suite, **options).flags
+        assert F.RANDOM in evaluate(Noisy(beneath), data, THREAT, suite, **options).flags
 
 
 def test_a_saturated_loss_is_seen_through(data):
@@ -165,8 +189,8 @@ def test_evidence_by_hand():
         "pgd_bpda": ("bpda", outcome(40)),
         "square": ("scores", [None if i >= 40 else i < 36 for i in range(100)]),
     }
-    probes = {"probed": 50.0, "random": 0.5, "zero": 5.0, "unbounded": 20.0, "half": 40.0, "double": 39.0,
-              "surviving": 20.0, "climbing": 5.0}  # fmt: skip
+    probes = {"looked": 50.0, "probed": 50.0, "random": 0.5, "zero": 5.0, "unbounded": 20.0, "half": 40.0,
+              "double": 39.0, "surviving": 20.0, "climbing": 5.0}  # fmt: skip
     found = evidence_of(outcomes, clean, probes, non_finite=True, classes=10)
     assert found == pytest.approx(
         {

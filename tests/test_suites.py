@@ -58,6 +58,11 @@ def test_what_the_suites_are():
         assert f"apgd_ce_{source}" in adaptive
         assert f"apgd_margin_{source}" in adaptive
     assert adaptive[-1] == "square"
+    for sources, targets in ((EVERY, {"plain": 9, "base": 9, "own": 3, "bpda": 3}), (("own",), {"own": 9})):
+        names = [a.name for a in attacks_of("adaptive", THREATS["Linf"], EFFORTS["adaptive"], sources, 100)]
+        for source in sources:
+            count = sum(name.startswith("apgd_target") and name.endswith(f"_{source}") for name in names)
+            assert count == targets.get(source, 0)
     assert [a.name for a in attacks_of("standard", THREATS["L2"], EFFORTS["standard"], EVERY, 10)] == [
         "aa_apgd_ce", "aa_apgd_t", "aa_fab_t", "aa_square"]  # fmt: skip
     paper = [a.name for a in attacks_of("paper", THREATS["Linf"], EFFORTS["paper"], EVERY, 10)]

@@ -23,9 +23,8 @@ LOSSES = ("cross_entropy", "margin")
 MOMENTUM = 0.75
 """Of a step, the rest is inertia (arXiv 2003.01690, eq. 2)."""
 
-SPARSITY = 0.05
-"""Share of the values that one step moves under L1, those with the largest gradient (sparse L1 descent,
-arXiv 1904.13000)."""
+DENSE = 0.2
+"""Share of the values that the first steps move under L1, those with the largest gradient (arXiv 2103.01208)."""
 
 RISES = 0.75
 """Share of the steps that must have raised the loss, for a step not to halve (arXiv 2003.01690, condition 1)."""
@@ -62,21 +61,24 @@ def slope(
     return logits.detach(), values.detach(), gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
-def direction(gradient: Tensor, threat: Threat, x: Tensor) -> Tensor:
-    """The steepest step of length 1 in the threat's norm, from images `x`; under L1 along several pixels at once, none
-    of which is at its end already, where a step would go nowhere (after arXiv 2103.01208)."""
+def direction(gradient: Tensor, threat: Threat, x: Tensor, share: Tensor) -> Tensor:
+    """The steepest step of length 1 in the threat's norm, from images `x`; under L1 along a share `[B]` of the values
+    at once, none of which is at its end already, where a step would go nowhere (arXiv 2103.01208, section 3)."""
     if threat.norm == "Linf":
         return gradient.sign()
     if threat.norm == "L2":
         return gradient / _wide(gradient.flatten(1).norm(dim=1).clamp(min=1e-12), gradient)
     flat = gradient.where((gradient > 0) & (x < 1) | (gradient < 0) & (x > 0), 0.0).flatten(1)
-    least = flat.abs().topk(max(1, round(SPARSITY * flat.shape[1])), 1).values[:, -1:]
+    last = (share * flat.shape[1]).long().clamp(1, flat.shape[1]) - 1
+    least = flat.abs().sort(1, descending=True).values.gather(1, last.unsqueeze(1))
     flat = flat.sign() * (flat.abs() >= least)
     return (flat / flat.abs().sum(1, keepdim=True).clamp(min=1e-12)).view_as(gradient)
 
 
-def checkpoints(steps: int) -> set[int]:
-    """Steps after which APGD looks whether to halve its step (arXiv 2003.01690, section 3.1)."""
+def checkpoints(steps: int, norm: str = "Linf") -> set[int]:
+    """Steps after which APGD looks whether to shorten its step (arXiv 2003.01690, section 3.1; of L1 2103.01208)."""
+    if norm == "L1":
+        return set(range(0, steps, max(1, int(0.04 * steps)))) - {0}
     shares = [0.0, 0.22]
     while shares[-1] < 1:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
@@ -98,7 +100,8 @@ def climb(
     fooled: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Auto-PGD: projected ascent with inertia, whose step halves where it no longer helps and which then goes on from
-    the best point so far (Croce and Hein, arXiv 2003.01690, Algorithm 1).
+    the best point so far (Croce and Hein, arXiv 2003.01690, Algorithm 1). Under L1 it has no inertia, and moves the
+    fewer values at once the fewer the best point has changed (arXiv 2103.01208, Algorithm 1).
 
     Args:
         follow: Whose loss is climbed.
@@ -117,12 +120,14 @@ def climb(
     x = threat.around(pixels, generators(seeds)) if start is None else threat.project(pixels, start)
     result, trace = x.clone(), torch.full((steps + 1, len(x)), math.nan, device=x.device)
     rows = torch.arange(len(x), device=x.device)  # of the images still attacked
-    size = torch.full((len(x),), 2.0 * threat.eps, device=x.device)
+    sparse = threat.norm == "L1"
+    size = torch.full((len(x),), (1.0 if sparse else 2.0) * threat.eps, device=x.device)
     best = torch.full((len(x),), -math.inf, device=x.device)
     at, gradient_at, before = x.clone(), torch.zeros_like(x), x.clone()
     rises, last_best, halved = torch.zeros_like(size), best.clone(), torch.ones_like(size, dtype=torch.bool)
     previous, looked = best.clone(), 0
-    due = checkpoints(steps)
+    share, spread = torch.full_like(size, DENSE), torch.full_like(size, x[0].numel())  # under L1 alone
+    due = checkpoints(steps, threat.norm)
     for step in range(steps + 1):
         picked = None if target is None else target[rows]
         logits, values, gradient = slope(follow, x, labels[rows], loss, picked, average)
@@ -138,23 +143,37 @@ def climb(
             x, rows, size, best, at, gradient_at, before, rises, last_best, halved, previous, gradient = (
                 state[right] for state in kept
             )
+            share, spread = share[right], spread[right]
         if step == steps or not len(rows):
             break
-        if step in due:
+        if step in due and sparse:
+            changed = (at != pixels[rows]).flatten(1).sum(1).to(size)
+            fewer, spread = changed < 0.95 * spread, changed
+            share = changed / x[0].numel() / 1.5
+            size = torch.where(fewer, threat.eps, (size / 1.5).clamp(min=threat.eps / 10))
+            x, gradient = torch.where(_wide(fewer, x), at, x), torch.where(_wide(fewer, x), gradient_at, gradient)
+        elif step in due:
             stuck = rises < RISES * (step - looked)
             stuck |= ~halved & (last_best >= best)
             size = torch.where(stuck, size / 2, size)
             x, gradient = torch.where(_wide(stuck, x), at, x), torch.where(_wide(stuck, x), gradient_at, gradient)
             rises, last_best, halved, looked = torch.zeros_like(rises), best.clone(), stuck, step
-        moved = threat.project(pixels[rows], x + _wide(size, x) * direction(gradient, threat, x))
-        if step:
+        moved = threat.project(pixels[rows], x + _wide(size, x) * direction(gradient, threat, x, share))
+        if step and not sparse:
             moved = threat.project(pixels[rows], x + MOMENTUM * (moved - x) + (1 - MOMENTUM) * (x - before))
         before, x = x, moved
     return result.detach(), trace
 
 
 def greedy_pixels(
-    follow: Forward, pixels: Tensor, labels: Tensor, threat: Threat, *, rounds: int, fooled: bool = True
+    follow: Forward,
+    pixels: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    *,
+    rounds: int,
+    average: int = 1,
+    fooled: bool = True,
 ) -> Tensor:
     """L0: pixel after pixel, set to the corner of the colour cube that the gradient of the margin points to, those
     first whose change it says is worth most (after JSMA, Papernot et al., arXiv 1511.07528).
@@ -167,7 +186,7 @@ def greedy_pixels(
     active = torch.arange(len(x), device=x.device)
     for part in torch.arange(count).tensor_split(min(rounds, count)):
         now = x[active]
-        logits, _, gradient = slope(follow, now, labels[active], "margin", None, 1)
+        logits, _, gradient = slope(follow, now, labels[active], "margin", None, average)
         if fooled:
             right = logits.argmax(1) == labels[active]
             active, now, gradient = active[right], now[right], gradient[right]
@@ -254,7 +273,8 @@ def carlini_wagner(
             logits = follow(x)
             distance = (x - pixels).flatten(1).square().sum(1)
             margin = losses(logits, labels, "margin")
-            (w.grad,) = torch.autograd.grad((distance + c * (-margin).clamp(min=0)).sum(), w)
+            (gradient,) = torch.autograd.grad((distance + c * (-margin).clamp(min=0)).sum(), w)
+            w.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
             optimizer.step()
             with torch.no_grad():
                 wrong = logits.argmax(1) != labels

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class PixelModel(nn.Module):
     ) -> None:
         super().__init__()
         data = resolve_model_data_config(model) if hasattr(model, "pretrained_cfg") else {"mean": (0.0,), "std": (1.0,)}
-        like = next(model.parameters())
+        like = next(chain(model.parameters(), model.buffers(), [torch.zeros(())]))
         self.model, self.dtype = model, like.dtype
         self.non_finite = False
         self.forwards = self.backwards = 0
@@ -78,7 +79,13 @@ class PixelModel(nn.Module):
         self.forwards += len(pixels)
         if pixels.requires_grad:
             pixels.register_hook(self._look)
-        return self.model(self.normalise(pixels)).to(pixels.dtype)
+        logits = self.model(self.normalise(pixels))
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(pixels):
+            said = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"The model gives {said} for {len(pixels)} images: give a classifier, logits [B, N].")
+        if pixels.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+            logits = logits + 0 * pixels.flatten(1).sum(1, keepdim=True)  # cut off from the pixels: a gradient of zero
+        return logits.to(pixels.dtype)
 
     def identity(self) -> dict[str, Any]:
         """What weights do not tell of the model: the kinds of its modules, its estimates, the normalisation."""
@@ -180,11 +187,15 @@ def original_auto_attack(threat: Threat, classes: int, steps: int = 100, queries
         ) from error
 
     def run(name: str, net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
-        options = {"version": "custom", "attacks_to_run": [name], "seed": seeds[0], "verbose": False}
-        attack = AutoAttack(net, norm=threat.norm, eps=threat.eps, device=pixels.device, **options)
+        options = {"version": "standard", "seed": seeds[0], "verbose": False, "device": pixels.device}
+        attack = AutoAttack(net, norm=threat.norm, eps=threat.eps, **options)
+        attack.attacks_to_run = [name]
         for part in (attack.apgd, attack.apgd_targeted, attack.fab):
-            part.n_restarts, part.n_iter = 1, steps
-            part.n_target_classes = min(MOST_TARGETS, classes - 1)
+            if steps != 100:
+                part.n_iter = part.n_iter_orig = steps
+                part.n_iter_2, part.n_iter_min = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1)
+                part.size_decr = max(int(0.03 * steps), 1)
+            part.n_target_classes = min(getattr(part, "n_target_classes", MOST_TARGETS), classes - 1)
         attack.square.n_queries = queries
         with torch.random.fork_rng(devices=[pixels.device] if pixels.is_cuda else []):
             return attack.run_standard_evaluation(pixels, labels, bs=len(pixels)).detach()

@@ -204,8 +204,11 @@ def _tune(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     import json
     import os
+    from datetime import timedelta
 
+    import torch
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     from timm_nrpm.calibration import calibrate_
     from timm_nrpm.data import pixel_loader
@@ -215,7 +218,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     from timm_nrpm.threats import Threat
 
     threats = [Threat(args.norm, eps) for eps in args.eps]
-    model = _model(args)
+    accelerator = None
+    if "WORLD_SIZE" in os.environ:
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+        check_processes(accelerator)
+    usual = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _model(args).to(usual if accelerator is None else accelerator.device)
     images: dict[str, Any] = {"name": args.data, "root": args.root, "model": model, "batch_size": args.batch_size}
     images |= {"workers": args.workers, "download": args.download}
     loader = pixel_loader(**images, split=args.split)
@@ -225,10 +233,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.calibrate and fresh:
         net = PixelModel(model)
         training = pixel_loader(**images, split=args.training_split, samples=args.calibrate)
-        calibrate_(model, [net.normalise(pixels) for pixels, _ in training])
-    accelerator = Accelerator() if "WORLD_SIZE" in os.environ else None
-    if accelerator is not None:
-        check_processes(accelerator)
+        calibrate_(model, [net.normalise(pixels.to(net.mean.device)) for pixels, _ in training])
     args.output.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {name: getattr(args, name) for name in ("suite", "steps", "queries", "seed")}
     options |= {"control": not args.no_control, "accelerator": accelerator, "progress": True}

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from timm_nrpm.attacks import PixelModel
 from timm_nrpm.base import weights_sha256
-from timm_nrpm.flags import PROBED, RANDOM, THRESHOLDS, evidence_of, flags_of, probe, unlike
-from timm_nrpm.images import check_labels, check_pixels
+from timm_nrpm.flags import evidence_of, flags_of
+from timm_nrpm.images import check_batch, check_labels
 from timm_nrpm.journal import Journal, digest_of
-from timm_nrpm.ordering import seed_of
+from timm_nrpm.judging import Judge
 from timm_nrpm.report import AttackResult, RobustnessReport
 from timm_nrpm.reprogramming import attackable, plain_copy, reprogrammed_layers
 from timm_nrpm.sources import Source, alike, sources_of
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 CALIBRATED = 1000
 """Images with which surrogates are calibrated."""
-
-PROBE_STEPS = 10
 
 
 def evaluate(
@@ -63,11 +61,12 @@ def evaluate(
     PGD and PGD from the plain model, see :func:`timm_nrpm.suites.attacks_of`.
 
     Args:
-        model: Takes normalised images. Afterwards it is as before, modes, gradients and statistics included.
+        model: Takes normalised images, and is attacked on the device it is on. Afterwards it is as before, modes,
+            gradients and statistics included.
         loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`; in the same order each time it is run.
         threat: The default is Linf with eps 8/255.
         suite: One of `timm_nrpm.suites.SUITES`.
-        steps, queries: Of each attack, in place of the suite's own numbers.
+        steps, queries: Of each ascent and of each random search, in place of the suite's own numbers.
         seed: Of everything random. Each image's part of it depends on its batch's place alone.
         base: Another model to make examples on, such as the one this was made from.
         control: Whether to put the plain model under the same attacks.
@@ -75,7 +74,8 @@ def evaluate(
             model that is not timm's.
         resume: A file that keeps every batch once it is done: a run that was killed goes on there. With several
             processes, each has its own, with its rank at the end.
-        accelerator: Shares the batches among its processes. Give a loader that it did not prepare.
+        accelerator: Shares the batches among its processes. Give each the same loader, which it did not prepare.
+            Processes wait for the slowest at the end: set its timeout (`InitProcessGroupKwargs`) to longer than that.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -99,143 +99,112 @@ def evaluate(
     start, ours = time.perf_counter(), bool(reprogrammed_layers(model))
     sha256 = weights_sha256(model.state_dict())
     identity = {"threat": [threat.norm, threat.eps], "suite": suite, "seed": seed, "control": control}
-    identity |= {"steps": effort.steps, "queries": effort.queries}
-    identity |= {"timm_nrpm": __version__, "sha256 of the model": sha256}
-    identity |= {"sha256 of the base": None if base is None else weights_sha256(base.state_dict())}
+    identity |= {**asdict(effort), "timm_nrpm": __version__, "sha256 of the model": sha256}
     identity |= PixelModel(model, mean, std).identity()
+    others = {"plain model": plain_copy(model) if ours else None, "base": base}
+    for name, other in others.items():
+        identity[f"sha256 of the {name}"] = None if other is None else weights_sha256(other.state_dict())
+        identity[f"modules of the {name}"] = None if other is None else PixelModel(other, mean, std).identity()
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    shard = resume if resume is None or processes == 1 else Path(f"{resume}.{rank}")
-    journal = Journal(shard, {**identity, "processes": processes})
     with ExitStack() as stack:
         raised = stack.enter_context(_heard())
         bar = stack.enter_context(_bar(progress and rank == 0))
         for net in (model, base):
             if net is not None:
                 stack.enter_context(attackable(net))
-        options: dict[str, Any] = {"mean": mean, "std": std}
-        calibration = _first_images(loader) if ours and suite == "adaptive" else []
-        judges = [_Judge(sources_of(model, calibration, base=base, **options), threat, suite, effort, seed)]
-        if control and ours:
-            plain = Source(alike(plain_copy(model), judges[0].net), predicts=True)
-            judges.append(_Judge({"own": plain}, threat, suite, effort, seed))
-        total = len(loader) if isinstance(loader, Sized) else None
-        task = bar.add_task("Evaluating", total=total)
-        offset = 0
-        for number, (pixels, labels) in enumerate(loader):
-            check_pixels(pixels)  # in every process, so that none is left waiting
-            digest = digest_of(pixels, labels)
-            if number % processes == rank and not journal.has(number, digest):
 
-                def tell(share: float, doing: str, judge: int, number: int = number) -> None:
-                    done = number + (judge + share) / len(judges)
-                    bar.update(task, completed=done, description=f"Evaluating: {doing}")
+        def work() -> dict[str, Any]:
+            journal = Journal(_shard(resume, rank, processes), {**identity, "processes": processes})
+            options: dict[str, Any] = {"mean": mean, "std": std}
+            calibration = _first_images(loader) if ours and suite == "adaptive" else []
+            judges = [Judge(sources_of(model, calibration, base=base, **options), threat, suite, effort, seed)]
+            if control and ours:
+                plain = Source(alike(plain_copy(model), judges[0].net), predicts=True)
+                judges.append(Judge({"own": plain}, threat, suite, effort, seed))
+            return _rows(judges, loader, journal, bar, rank, processes)
 
-                judged = [judge(pixels, labels, offset, partial(tell, judge=i)) for i, judge in enumerate(judges)]
-                journal.add(number, {"images": digest, "judged": judged})
-            offset += len(labels)
-            bar.update(task, completed=number + 1)
-        rows = list(journal.rows.items())
-        if accelerator is not None and processes > 1:
-            from accelerate.utils import gather_object
-
-            rows = gather_object(rows)
-        if not rows or not offset:
-            raise ValueError("The loader gave no images: there is nothing to evaluate.")
-        found = [row["judged"] for _, row in sorted(rows)]
+        parts = together(accelerator, work)
+    rows = _joined(parts)
+    heard = dict.fromkeys([*raised, *(told for row in rows for told in row["warnings"])])
     told = {"versions": _versions(), "threat": threat, "suite": suite, "seed": seed}
     told |= {"steps": effort.steps, "queries": effort.queries}
-    reports = [_report([judged[i] for judged in found], told) for i in range(len(judges))]
+    reports = [_report([row["judged"][i] for row in rows], told) for i in range(len(rows[0]["judged"]))]
     seconds = time.perf_counter() - start
     beside = reports[1] if len(reports) > 1 else None
-    return replace(reports[0], control=beside, sha256=sha256, warnings=tuple(raised), seconds=seconds)
+    return replace(reports[0], control=beside, sha256=sha256, warnings=tuple(heard), seconds=seconds)
 
 
-class _Judge:
-    """A model, and the attacks it has to withstand."""
-
-    def __init__(self, sources: dict[str, Source], threat: Threat, suite: str, effort: Effort, seed: int) -> None:
-        self.sources, self.threat, self.suite, self.effort, self.seed = sources, threat, suite, effort, seed
-        self.net = sources["own"].net
-
-    def __call__(
-        self, images: Tensor, labels: Tensor, offset: int, tell: Callable[[float, str], None]
-    ) -> dict[str, Any]:
-        """What became of a batch, as JSON: `"1"` for an image still right, `"0"` wrong, `"-"` not attacked."""
-        device = self.net.mean.device
-        pixels, labels = images.to(device), labels.to(device)
-        logits, again = self.logits(pixels), self.logits(pixels)
-        classes = logits.shape[1]
-        if classes < 2:
-            raise ValueError(
-                f"The model has {classes} class, and there is no other to be taken for: give one with more."
-            )
-        check_labels(labels, classes)
-        labels, random = labels.long(), unlike(logits, again) > THRESHOLDS[RANDOM]
-        right = _right(logits, labels)
-        attacks = attacks_of(self.suite, self.threat, self.effort, self.sources, classes, random=random)
-        left, outcomes = right.clone(), {}
-        for place, attack in enumerate(attacks):
-            tell(place / len(attacks), f"{attack.name}, {int(left.sum())} of {len(left)} left")
-            rows = (right if attack.always else left).nonzero().squeeze(1)
-            source = self.sources["own" if attack.source == "scores" else attack.source]
-            before, start = self.passes(source), time.perf_counter()
-            code = ["-"] * len(labels)
-            if len(rows):
-                # Attacks that are compared start from the same place, the others each from its own.
-                seeds = [seed_of(self.seed, 0 if attack.always else place, offset + row) for row in rows.tolist()]
-                with source.followed() as net:
-                    attacked = attack.run(net, pixels[rows], labels[rows], seeds)
-                attacked = self.fair(pixels[rows], attacked)
-                survived = _right(self.logits(attacked), labels[rows])
-                left[rows] &= survived
-                for row, survives in zip(rows.tolist(), survived.tolist(), strict=True):
-                    code[row] = str(int(survives))
-            passes = [now - then for now, then in zip(self.passes(source), before, strict=True)]
-            seconds = time.perf_counter() - start
-            outcomes[attack.name] = [attack.source, "".join(code), *passes, seconds]
-        probes: dict[str, float] = {}
-        probed = right.nonzero().squeeze(1)[: max(0, PROBED - offset)]
-        if self.suite == "adaptive" and len(probed):
-            seeds = [seed_of(self.seed, -1, offset + row) for row in probed.tolist()]
-            source, some = self.sources["own"], (pixels[probed], labels[probed])
-            probes = probe(source, *some, self.threat, seeds, steps=PROBE_STEPS)
-        clean = "".join(str(int(r)) for r in right.tolist())
-        non_finite = any(source.net.non_finite for source in self.sources.values())
-        return {"clean": clean, "attacks": outcomes, "probes": probes, "non_finite": non_finite, "classes": classes}
-
-    @torch.no_grad()
-    def logits(self, pixels: Tensor) -> Tensor:
-        return self.net(pixels)
-
-    def passes(self, source: Source) -> tuple[int, int]:
-        """Images that went forwards and backwards so far."""
-        nets = {id(net): net for net in (self.net, source.net)}.values()
-        return sum(net.forwards for net in nets), sum(net.backwards for net in nets)
-
-    def fair(self, pixels: Tensor, attacked: Tensor) -> Tensor:
-        """What an attack found, brought back within the bound where it cheated."""
-        honest = self.threat.allows(pixels, attacked)
-        if bool(honest.all()):
-            return attacked
-        return torch.where(honest.view(-1, 1, 1, 1), attacked, self.threat.project(pixels, attacked.nan_to_num(0.0)))
+def _shard(resume: str | Path | None, rank: int, processes: int) -> Path | None:
+    """The file of a process."""
+    if resume is None:
+        return None
+    alone, first = Path(resume), Path(f"{resume}.0")
+    if (first if processes == 1 else alone).exists() and not (alone if processes == 1 else first).exists():
+        before = "several processes" if processes == 1 else "one process"
+        raise ValueError(f"The run in {resume} was of {before}: go on with as many, or give another file.")
+    return alone if processes == 1 else Path(f"{resume}.{rank}")
 
 
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which predictions are right, `[B]`; where logits are not numbers there is none."""
-    return (logits.argmax(1) == labels) & logits.isfinite().all(1)
+def _rows(
+    judges: Sequence[Judge],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    journal: Journal,
+    bar: Progress,
+    rank: int,
+    processes: int,
+) -> dict[str, Any]:
+    """What became of the batches of this process, and which batches all of them were."""
+    task = bar.add_task("Evaluating", total=len(loader) if isinstance(loader, Sized) else None)
+    offset, digests = 0, []
+    for number, batch in enumerate(loader):
+        pixels, labels = check_batch(batch)
+        check_labels(labels, count=len(pixels))
+        pixels = pixels.float()  # half precision could not keep within the bound
+        digests.append(digest_of(pixels, labels))
+        if number % processes == rank and not journal.has(number, digests[-1]):
+
+            def tell(share: float, doing: str, judge: int, number: int = number) -> None:
+                done = number + (judge + share) / len(judges)
+                bar.update(task, completed=done, description=f"Evaluating: {doing}")
+
+            with _heard() as raised:
+                judged = [judge(pixels, labels, offset, partial(tell, judge=i)) for i, judge in enumerate(judges)]
+            journal.add(number, {"images": digests[-1], "judged": judged, "warnings": raised})
+        offset += len(labels)
+        bar.update(task, completed=number + 1)
+    if not offset:
+        raise ValueError("The loader gave no images: there is nothing to evaluate.")
+    if surplus := [number for number in journal.rows if number >= len(digests)]:
+        raise ValueError(
+            f"{journal.path} holds {len(surplus)} batches more than the {len(digests)} that the loader gave: give the "
+            "loader it was written with, or another file."
+        )
+    return {"digests": digests, "rows": journal.rows}
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all processes, in order."""
+    if any(part["digests"] != parts[0]["digests"] for part in parts):
+        raise ValueError(
+            "The processes were given different images: give each the same loader, not shuffled, and not prepared by "
+            "accelerate, since the batches are shared here."
+        )
+    rows = {number: row for part in parts for number, row in part["rows"].items()}
+    return [rows[number] for number in sorted(rows)]
 
 
 def _report(rows: Sequence[dict[str, Any]], told: dict[str, Any]) -> RobustnessReport:
     """All batches together."""
     clean = tuple(c == "1" for row in rows for c in row["clean"])
-    names = list(dict.fromkeys(name for row in rows for name in row["attacks"]))
+    names = list(rows[0]["attacks"])
+    if any(list(row["attacks"]) != names for row in rows):
+        raise ValueError("Not all batches were attacked alike: they are of different versions. Give another file.")
     codes = {"1": True, "0": False, "-": None}
     attacks = []
     for name in names:
-        parts = [row["attacks"].get(name, ["", "-" * len(row["clean"]), 0, 0, 0.0]) for row in rows]
+        parts = [row["attacks"][name] for row in rows]
         survived = tuple(codes[c] for part in parts for c in part[1])
-        source = next(part[0] for part in parts if part[0])
-        attacks.append(AttackResult(name, source, survived, *(sum(part[i] for part in parts) for i in (2, 3, 4))))
+        attacks.append(AttackResult(name, parts[0][0], survived, *(sum(part[i] for part in parts) for i in (2, 3, 4))))
     keys = {key for row in rows for key in row["probes"]}
     probes = {
         key: (max if key == "random" else sum)(row["probes"].get(key, 0.0) for row in rows) for key in sorted(keys)
@@ -252,11 +221,36 @@ def _report(rows: Sequence[dict[str, Any]], told: dict[str, Any]) -> RobustnessR
     )
 
 
+def together(accelerator: Accelerator | None, work: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `work` gives in every process. Where it fails in one it fails in all, so that none waits for it."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return [work()]
+    from accelerate.utils import gather_object
+
+    failure: Exception | None = None
+    mine: dict[str, Any] = {}
+    try:
+        mine = work()
+    except Exception as error:
+        failure = error
+    said = None if failure is None else f"{type(failure).__name__}: {failure}"
+    everyone = gather_object([(mine, said)])
+    if failure is not None:
+        raise failure
+    for rank, (_, told) in enumerate(everyone):
+        if told is not None:
+            raise RuntimeError(f"Process {rank} failed, and the evaluation with it: {told}")
+    return [part for part, _ in everyone]
+
+
 def _effort(suite: str, steps: int | None, queries: int | None) -> Effort:
     if suite not in EFFORTS:
         raise ValueError(f"suite={suite!r} is not known: choose one of {', '.join(EFFORTS)}.")
     effort = EFFORTS[suite]
-    effort = Effort(effort.steps if steps is None else steps, effort.queries if queries is None else queries)
+    if steps is not None:
+        effort = replace(effort, steps=steps, pgd=steps, auto=steps)
+    if queries is not None:
+        effort = replace(effort, queries=queries)
     if effort.steps < 1 or effort.queries < 0:
         raise ValueError(
             f"steps={steps} and queries={queries} are not allowed: an ascent needs a step at least, and a search no "
@@ -268,8 +262,8 @@ def _effort(suite: str, steps: int | None, queries: int | None) -> Effort:
 def _first_images(loader: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Batches of pixels for surrogates: an attacker has the images, and needs no labels."""
     batches: list[Tensor] = []
-    for pixels, _ in loader:
-        check_pixels(pixels)
+    for batch in loader:
+        pixels = check_batch(batch)[0].float()
         batches.append(pixels[: CALIBRATED - sum(map(len, batches))])
         if sum(map(len, batches)) >= CALIBRATED:
             break

@@ -61,7 +61,7 @@ THRESHOLDS = {
 FLAT, the accuracy at double the bound relative to that at half."""
 
 PROBED = 64
-"""Images that are probed for those flags that need attacks of their own."""
+"""Of the first so many images, those that are right are looked at one by one, and attacked for flags alone."""
 
 BITES = 0.1
 """Share of the images that half the bound must break, for double to be expected to break more."""
@@ -78,24 +78,32 @@ def unlike(first: Tensor, again: Tensor) -> float:
 def probe(
     source: Source, pixels: Tensor, labels: Tensor, threat: Threat, seeds: Sequence[int], *, steps: int
 ) -> dict[str, float]:
-    """Counts and sums over `[B]` images that are right when clean, to be added up over batches."""
+    """Counts and sums over `[B]` images that are right when clean, to be added up over batches.
+
+    Args:
+        steps: Of an ascent; with 0, what needs one is left out.
+    """
     forward = source.net
     with torch.no_grad():
         first, again = forward(pixels), forward(pixels)
     _, _, gradient = slope(forward, pixels, labels, "margin", None, 1)
-    found = {"probed": float(len(pixels)), "random": unlike(first, again)}
+    found = {"looked": float(len(pixels)), "random": unlike(first, again)}
     found["zero"] = float((gradient.flatten(1) == 0).all(1).sum())
+    if not steps:
+        return found
 
-    def right(within: Threat) -> Tensor:
+    def right(within: Threat, start: Tensor | None = None) -> Tensor:
         if within.norm == "L0":
             attacked = greedy_pixels(forward, pixels, labels, within, rounds=steps)
         else:
-            attacked, _ = climb(forward, pixels, labels, within, seeds, steps=steps)
+            attacked, _ = climb(forward, pixels, labels, within, seeds, steps=steps, start=start)
         with torch.no_grad():
             return forward(attacked).argmax(1) == labels
 
-    for name, within in zip(("unbounded", "half", "double"), _bounds(threat, pixels), strict=True):
-        found[name] = float(right(within).sum())
+    unbounded, half, double = _bounds(threat, pixels)
+    found |= {"probed": float(len(pixels)), "half": float(right(half).sum()), "double": float(right(double).sum())}
+    # From the image itself: unbounded noise breaks anything, gradient or not.
+    found["unbounded"] = float(right(unbounded, pixels).sum())
     if threat.norm != "L0":
         _, trace = climb(forward, pixels, labels, threat, seeds, steps=5 * steps, fooled=True)
         rose, late = trace[-1] - trace[0], trace[-1] - trace[-1 - steps]  # NaN where the image was broken
@@ -142,9 +150,9 @@ def evidence_of(
         found[SCORES] = sum(a and any(s[i] is False for s in searched) for i, a in enumerate(left)) / count
     if "fgsm" in right and "pgd" in right:
         found[ONE_STEP] = (right["pgd"] - right["fgsm"]) / count
-    probed = probes.get("probed", 0.0)
-    if probed:
-        found |= {RANDOM: probes["random"], ZERO: probes["zero"] / probed}
+    looked, probed = probes.get("looked", 0.0), probes.get("probed", 0.0)
+    if looked:
+        found |= {RANDOM: probes["random"], ZERO: probes["zero"] / looked}
     if probed >= FEWEST:
         found[UNBOUNDED] = probes["unbounded"] / probed - 1 / classes
     # Else there is nothing that could fall, or the bound is too small for anything to happen.

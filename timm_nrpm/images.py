@@ -12,6 +12,10 @@ def check_batch(batch: Any, classes: int | None = None) -> tuple[Tensor, Tensor]
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
         raise ValueError(f"The loader gives {type(batch).__name__}: give pairs of pixels [B, C, H, W] and labels [B].")
     pixels, labels = batch
+    if pixels.ndim != 4 or not pixels.numel():
+        raise ValueError(
+            f"The loader gives a batch without images, or what are none: {_said(pixels)}. Give pixels [B, C, H, W]."
+        )
     check_pixels(pixels)
     if classes is not None:
         check_labels(labels, classes)

@@ -78,9 +78,9 @@ def attack_one_batch(
 ) -> tuple[Tensor, Tensor]:
     """Attacked pixels `[B, C, H, W]` on the CPU, and the classes `[B]` that the model gives them: PGD from the plain
     model, or along the own gradient of one that is not reprogrammed."""
-    sources = sources_of(model, mean=mean, std=std)
-    net = sources["own"].net
     with attackable(model):
+        sources = sources_of(model, mean=mean, std=std)
+        net = sources["own"].net
         x, y = pixels.to(net.mean.device), labels.to(net.mean.device).long()
         classes = classes_of(net, x)
         attacks = {a.name: a for a in attacks_of("quick", report.threat, EFFORTS["quick"], sources, classes)}

@@ -48,7 +48,7 @@ def sources_of(
     model at lambda = 1 with its statistics from before calibration; `"base"`, if one is given; and, if there are images
     to calibrate them with, surrogates whose gradient is smoother: `"softer"` with a hundred times the eps, `"shorter"`
     with one iteration, `"halfway"` with every lambda halfway to 1. One with statistics of another model would attack
-    nothing, so each is calibrated on its own.
+    nothing, so each is calibrated on its own. All of them are put into evaluation mode, `model` and `base` too.
 
     Args:
         calibration: Batches of pixels `[B, C, H, W]` in [0, 1].

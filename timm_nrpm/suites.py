@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from timm_nrpm.ascent import carlini_wagner, climb, greedy_pixels, random_pixels
-from timm_nrpm.attacks import Attack, PixelModel, Run, auto_attack, fgsm, original_auto_attack, pgd, square
+from timm_nrpm.attacks import (
+    MOST_TARGETS,
+    Attack,
+    PixelModel,
+    Run,
+    auto_attack,
+    fgsm,
+    original_auto_attack,
+    pgd,
+    square,
+)
 from timm_nrpm.threats import Threat
 
 SUITES = ("quick", "paper", "standard", "autoattack", "adaptive")
@@ -22,10 +32,14 @@ class Effort:
     Attributes:
         steps: Of one ascent.
         queries: Of one random search.
+        pgd: Steps of PGD, the paper's.
+        auto: Steps of AutoAttack, its authors'.
     """
 
     steps: int
     queries: int
+    pgd: int = 20
+    auto: int = 100
 
 
 EFFORTS = {
@@ -36,17 +50,15 @@ EFFORTS = {
     "adaptive": Effort(50, 300),
 }
 
-PGD_STEPS = 20
-"""Of the paper's PGD."""
-
 EXPECTATION = 8
 """Forwards for a gradient where the forward is random (expectation over transformation, arXiv 1707.07397)."""
 
 ORDER = ("plain", "base", "own", "bpda", "softer", "shorter", "halfway")
 """Of the sources: those without an estimate first, since they are cheap and leave fewer images to the others."""
 
-TARGETS = 3
-"""Other classes, the most likely ones, whose margin is climbed one by one."""
+TARGETS = {"plain": MOST_TARGETS, "base": MOST_TARGETS, "own": 3, "bpda": 3}
+"""Other classes, the most likely ones, whose margin is climbed one by one: as many as AutoAttack's where no estimate is
+in the way."""
 
 
 def attacks_of(
@@ -77,7 +89,7 @@ def attacks_of(
     if suite not in ("standard", "autoattack"):
         if threat.norm == "Linf":
             found.append(Attack("fgsm", "own", fgsm(threat.eps), always=True))
-        first = pgd(threat, min(effort.steps, PGD_STEPS)) if library else _direct(threat, effort)
+        first = pgd(threat, effort.pgd) if library else _direct(threat, effort)
         found.append(Attack("pgd", "own", first, always=True))
         # The same on every image from elsewhere: where it breaks more, the own gradient misleads.
         compared = {"quick": ("plain",), "adaptive": ("plain", "base", "bpda")}.get(suite, ())
@@ -86,30 +98,33 @@ def attacks_of(
         found.append(Attack("cw", "own", _carlini_wagner(threat, effort.steps)))
     if suite in ("paper", "standard", "autoattack"):
         made_by = original_auto_attack if suite == "autoattack" else auto_attack
-        runs = made_by(threat, classes, EFFORTS["standard"].steps if suite == "paper" else effort.steps, effort.queries)
+        runs = made_by(threat, classes, effort.auto, effort.queries)
         found += [Attack(name, "scores" if name == "aa_square" else "own", run) for name, run in runs.items()]
     if suite == "adaptive":
-        average = EXPECTATION if random else 1
         if threat.norm == "L0":
-            found += _sparse(threat, effort, sources)
+            found += _sparse(threat, effort, sources, random)
         else:
-            found += _ascents(threat, effort, sources, min(TARGETS, classes - 1), average)
-            if library:
-                found.append(Attack("square", "scores", square(threat, effort.queries, restarts=2)))
+            found += _ascents(threat, effort, sources, classes, random)
+        if library:
+            found.append(Attack("square", "scores", square(threat, effort.queries, restarts=2)))
+        else:
+            found.append(Attack("random_pixels", "scores", _random_pixels(threat, effort.queries)))
     return found
 
 
-def _ascents(threat: Threat, effort: Effort, sources: Collection[str], targets: int, average: int) -> list[Attack]:
+def _ascents(threat: Threat, effort: Effort, sources: Collection[str], classes: int, random: bool) -> list[Attack]:
     found = []
+    average = EXPECTATION if random else 1
     for source in (name for name in ORDER if name in sources):
-        predicts = source in ("own", "bpda")
+        predicts = source in ("own", "bpda") and not random  # where it is, being fooled once means little
         for loss in ("cross_entropy", "margin"):
             run = _ascent(threat, effort.steps, loss, average=average, predicts=predicts)
             found.append(Attack(f"apgd_{SHORT[loss]}_{source}", source, run))
-        if source in ("own", "plain", "bpda"):
-            for rank in range(1, targets + 1):
-                run = _ascent(threat, effort.steps, "margin", rank=rank, average=average, predicts=predicts)
-                found.append(Attack(f"apgd_target{rank}_{source}", source, run))
+        # Without a plain model beside it, the model is one itself.
+        targets = TARGETS.get(source, 0) if "plain" in sources else MOST_TARGETS
+        for rank in range(1, min(targets, classes - 1) + 1):
+            run = _ascent(threat, effort.steps, "margin", rank=rank, average=average, predicts=predicts)
+            found.append(Attack(f"apgd_target{rank}_{source}", source, run))
     return found
 
 
@@ -138,21 +153,30 @@ def _direct(threat: Threat, effort: Effort) -> Run:
     return _greedy(threat, effort.steps, predicts=False)
 
 
-def _sparse(threat: Threat, effort: Effort, sources: Collection[str]) -> list[Attack]:
+def _sparse(threat: Threat, effort: Effort, sources: Collection[str], random: bool) -> list[Attack]:
     found = []
     for source in (name for name in ORDER if name in sources):
-        run = _greedy(threat, effort.steps, predicts=source in ("own", "bpda"))
+        predicts = source in ("own", "bpda") and not random
+        run = _greedy(threat, effort.steps, average=EXPECTATION if random else 1, predicts=predicts)
         found.append(Attack(f"greedy_{source}", source, run))
-
-    def search(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
-        return random_pixels(net, pixels, labels, threat, seeds, queries=effort.queries)
-
-    return [*found, Attack("random_pixels", "scores", search)]
+    return found
 
 
-def _greedy(threat: Threat, steps: int, *, predicts: bool) -> Run:
+def _greedy(threat: Threat, steps: int, *, average: int = 1, predicts: bool) -> Run:
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
-        return greedy_pixels(net, pixels, labels, threat, rounds=steps, fooled=predicts)
+        return greedy_pixels(net, pixels, labels, threat, rounds=steps, average=average, fooled=predicts)
+
+    return run
+
+
+def _random_pixels(threat: Threat, queries: int) -> Run:
+    """Random pixels in random colours; under L1 as many as may be black and white at most."""
+
+    def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+        count = int(threat.eps) if threat.norm == "L0" else int(threat.eps / pixels.shape[1])
+        if not count:
+            return pixels
+        return random_pixels(net, pixels, labels, Threat("L0", count), seeds, queries=queries)
 
     return run
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from timm_nrpm import NRPMConfig, RobustnessReport, Threat, calibrate_, evaluate, reprogram_
 from timm_nrpm.backbones import load_published_
 from timm_nrpm.data import pixel_loader
+from timm_nrpm.showing import show
 
 RESULTS = Path(__file__).parents[2] / "results"
 CALIBRATION = 1000
@@ -107,11 +108,18 @@ def model_of(case: Case, shared: Path) -> nn.Module:
 
 
 def measure(case: Case, args: argparse.Namespace) -> RobustnessReport:
+    """The report; of one reprogrammed model each, a page too."""
     pixels, labels = images(case.name, args.shared, "test")
     loader = list(zip(pixels[: args.images].split(100), labels[: args.images].split(100), strict=True))
+    model = model_of(case, args.shared)
     journal = args.out / ".journals" / f"{case}-{args.images}.jsonl"
     print(case)
-    return evaluate(model_of(case, args.shared), loader, MODELS[case.name]["threat"], resume=journal, progress=True)
+    report = evaluate(model, loader, MODELS[case.name]["threat"], resume=journal, progress=True)
+    if case.calibrated and case.lam == 0.5:
+        title = f"{MODELS[case.name]['title']}, lambda {case.lam:g}, calibrated"
+        page = show([report], model, loader, args.out / ".journals" / str(case), title=title)
+        page.replace(args.out / f"worst-case-{case.name}.html")
+    return report
 
 
 def row_of(case: Case, report: RobustnessReport) -> dict[str, Any]:
@@ -195,7 +203,6 @@ def main() -> None:
             continue
         report = measure(case, args)
         print(report)
-        (args.out / ".journals" / f"{case}.json").write_text(report.to_json())
         rows = json.loads(file.read_text()) if file.exists() else {}  # another process may have added to it
         rows[str(case)] = row_of(case, report)
         rows = {str(c): rows[str(c)] for c in CASES if str(c) in rows}
