@@ -57,7 +57,7 @@ def main() -> None:
     loader = list(zip(*(t.split(256) for t in digits("test")), strict=True))
     print(
         {
-            eps: timm_nrpm.evaluate(model, loader, timm_nrpm.Threat("Linf", eps), "quick").worst_case
+            eps: timm_nrpm.evaluate(model, loader, timm_nrpm.Threat("Linf", eps)).worst_case
             for eps in (0.05, 0.1, 0.15, 0.2)
         }
     )

@@ -527,7 +527,7 @@ def test_other_types_see_the_same_noise(dtype):
         (lambda: certify(Line(), [(torch.full((1, 3, 2, 2), 255.0), torch.tensor([0]))]), r"pixels in \[0, 1\]"),
         (lambda: certify(Line(), [(torch.rand(1, 3, 2, 2), torch.tensor([2]))]), "2 classes: give .* from 0 to 1"),
         (lambda: certify(Line(), [(torch.rand(2, 3, 2, 2), torch.tensor([1]))]), "2 images and 1 labels"),
-        (lambda: certify(nn.Conv2d(3, 3, 1), loader()), r"gives \[1, 3, 2, 2\]: give a classifier"),
+        (lambda: certify(nn.Conv2d(3, 3, 1), loader()), r"gives \[1, 3, 2, 2\] for 1 images: give a classifier"),
         (lambda: certify(Line(), loader(), mean=(0.5, 0.5)), "have 3 channels, and the model's normalisation has 2"),
         (lambda: smoothed_predict(Line(), torch.rand(1, 3, 2, 2), -1), "sigma=-1"),
         (lambda: smoothed_predict(Line(), torch.rand(1, 3, 2, 2), n=0), "n=0"),

@@ -318,7 +318,7 @@ def test_warnings_are_in_the_report_and_still_raised(tmp_path):
         (lambda: evaluate(linear([[1.0], [0.0]]), iter([])), "which gives its images once"),
         (
             lambda: evaluate(nn.Sequential(nn.Flatten(), nn.Linear(1, 1)), one(0.5)),
-            "has 1 class, and there is no other",
+            "of two classes at least",
         ),
         (lambda: evaluate(linear([[1.0], [0.0]]), one(0.5, label=2)), "the model has 2 classes"),
         (lambda: evaluate(nn.Identity(), one(0.5)), r"The model gives \[1, 1, 1, 1\] for 1 images"),

@@ -180,7 +180,8 @@ def test_the_recorded_worst_case_is_what_the_readme_says():
     assert half["worst_case"] <= 0.43
     assert MASKED in half["flags"]
     assert plain["flags"] == []
-    assert half["control"] == {key: plain[key] for key in ("clean", "protocol", "worst_case", "interval")}
+    assert half["control"] == plain["control"]
+    assert abs(plain["worst_case"] - plain["control"]["worst_case"]) <= 0.01  # the same model, under more attacks
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ class PixelModel(nn.Module):
         forwards, backwards: How many images went through, and how many gradients came back.
 
     Raises:
-        ValueError: A normalisation that is none of pixels in [0, 1], or images with another number of channels.
+        ValueError: A normalisation that is none of pixels in [0, 1], images with another number of channels, or a model
+            that gives no logits of two classes at least.
 
     Example:
         >>> logits = PixelModel(model)(pixels)
@@ -80,9 +81,13 @@ class PixelModel(nn.Module):
         if pixels.requires_grad:
             pixels.register_hook(self._look)
         logits = self.model(self.normalise(pixels))
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(pixels):
+        fit = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(pixels) and logits.shape[1] > 1
+        if not fit:
             said = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"The model gives {said} for {len(pixels)} images: give a classifier, logits [B, N].")
+            raise ValueError(
+                f"The model gives {said} for {len(pixels)} images: give a classifier, whose logits are [B, N], of two "
+                "classes at least, since one alone is never wrong."
+            )
         if pixels.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
             logits = logits + 0 * pixels.flatten(1).sum(1, keepdim=True)  # cut off from the pixels: a gradient of zero
         return logits.to(pixels.dtype)

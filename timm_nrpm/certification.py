@@ -224,10 +224,7 @@ class _Smoothed:
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
-        logits: Tensor = self.net(pixels)
-        if logits.ndim != 2:
-            raise ValueError(f"The model gives {list(logits.shape)}: give a classifier, whose logits are [B, classes].")
-        return logits
+        return self.net(pixels)
 
     def votes(
         self, image: Tensor, noise: Iterator[Tensor], samples: int, done: Callable[[int], None] | None = None

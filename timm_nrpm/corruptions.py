@@ -186,11 +186,6 @@ def _right(net: PixelModel, pixels: Tensor, labels: Tensor) -> list[bool]:
     """Image by image, on the device of the model; where logits are not numbers, no answer is right."""
     # Logits come in the type of the pixels, and in half a type there are ties.
     logits = net(pixels.to(net.mean.device, torch.promote_types(pixels.dtype, torch.float32)))
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(
-            f"The model gives {list(logits.shape)} for {len(pixels)} images: give a classifier, whose logits are "
-            "[B, classes], with two classes at least, since one alone is never wrong."
-        )
     check_labels(labels, logits.shape[1])
     right = (logits.argmax(1) == labels.to(logits.device)) & logits.isfinite().all(1)
     return right.tolist()

@@ -35,7 +35,7 @@ class Judge:
             tell: Called with the share that is done, and what is being done.
 
         Raises:
-            ValueError: Labels that are no classes, or a model with one class.
+            ValueError: Labels that are no classes.
         """
         device = self.net.mean.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -47,10 +47,6 @@ class Judge:
     ) -> dict[str, Any]:
         logits, again = self.logits(pixels), self.logits(pixels)
         classes = logits.shape[1]
-        if classes < 2:
-            raise ValueError(
-                f"The model has {classes} class, and there is no other to be taken for: give one with more."
-            )
         check_labels(labels, classes, count=len(pixels))
         labels, random = labels.long(), unlike(logits, again) > THRESHOLDS[RANDOM]
         right = _right(logits, labels)

@@ -67,6 +67,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "backbone": ("resnet18_cifar_narrow", "tinyresnet18_cifar10_model.t7"),
         "data": ("tar", "data/cifar10-jpeg"),
         "every": {"train": 50, "test": 20},
+        "images": 500,
+        "batch": 100,
         "estimate": {"iterations": 1, "eps": 5e-4, "layers": ROBUST},
         "threat": Threat("Linf", 8 / 255),
         "protocol": ("pgd", "PGD-20"),
@@ -75,7 +77,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "title": "The published MLP 784-256-64-10 (MNIST)",
         "backbone": ("mlp3_mnist", "mlp3_mnist_model.pth"),
         "data": ("torch/mnist", "data"),
-        "every": {"train": 60, "test": 10},
+        "every": {"train": 60, "test": 1},  # the first thousand, as the paper has it
+        "images": 1000,
+        "batch": 500,
         "estimate": {"iterations": 1, "eps": 5e-5},
         "threat": Threat("Linf", 0.05),
         "protocol": ("fgsm", "FGSM"),
@@ -83,12 +87,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def images(name: str, shared: Path, split: str) -> tuple[Tensor, Tensor]:
+def images(name: str, shared: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
     """Every so many-th image of a split, since CIFAR's tar is ordered by class."""
     reader, root = MODELS[name]["data"]
     model = timm.create_model(MODELS[name]["backbone"][0])
     dataset = pixel_loader(reader, shared / root, split=split, model=model).dataset
-    chosen = range(0, len(dataset), MODELS[name]["every"][split])  # type: ignore[arg-type]
+    chosen = range(0, len(dataset), MODELS[name]["every"][split])[:count]  # type: ignore[arg-type]
     pixels, labels = zip(*(dataset[i] for i in chosen), strict=True)
     return torch.stack(pixels), torch.tensor(labels)
 
@@ -102,17 +106,18 @@ def model_of(case: Case, shared: Path) -> nn.Module:
     if case.calibrated:
         data = timm.data.resolve_model_data_config(model)
         mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        pixels, _ = images(case.name, shared, "train")
-        calibrate_(model, [((x - mean) / std) for x in pixels[:CALIBRATION].split(250)])
+        pixels, _ = images(case.name, shared, "train", CALIBRATION)
+        calibrate_(model, [((x - mean) / std) for x in pixels.split(250)])
     return model
 
 
 def measure(case: Case, args: argparse.Namespace) -> RobustnessReport:
     """The report; of one reprogrammed model each, a page too."""
-    pixels, labels = images(case.name, args.shared, "test")
-    loader = list(zip(pixels[: args.images].split(100), labels[: args.images].split(100), strict=True))
+    count, size = args.images or MODELS[case.name]["images"], MODELS[case.name]["batch"]
+    pixels, labels = images(case.name, args.shared, "test", count)
+    loader = list(zip(pixels.split(size), labels.split(size), strict=True))
     model = model_of(case, args.shared)
-    journal = args.out / ".journals" / f"{case}-{args.images}.jsonl"
+    journal = args.out / ".journals" / f"{case}-{count}.jsonl"
     print(case)
     report = evaluate(model, loader, MODELS[case.name]["threat"], resume=journal, progress=True)
     if case.calibrated and case.lam == 0.5:
@@ -190,7 +195,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shared", type=Path, required=True, help="folder with checkpoints/ and data/")
-    parser.add_argument("--images", type=int, default=500, help="of each model (default: 500)")
+    parser.add_argument("--images", type=int, help="of each model (default: 500 of CIFAR-10, 1000 of MNIST)")
     parser.add_argument(
         "--only", default="", help="cases whose name starts so, like resnet18-0.5; several processes can share the work"
     )
