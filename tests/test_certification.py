@@ -479,11 +479,12 @@ class Constant(nn.Linear):
         return self.logits.to(x).expand(len(x), -1)
 
 
-def test_one_class_one_image_one_sample():
+def test_one_image_and_one_sample():
     one = [(torch.rand(1, 1, 2, 2), torch.tensor([0]))]
-    assert certify(Constant(0.0), one, n=100).images[0].predicted == 0
-    assert smoothed_predict(Constant(0.0), one[0][0], n=100) == (0,)
-    assert certify(Constant(0.0), one, n0=1, n=1, batch_size=1).images[0].predicted is None
+    with pytest.raises(ValueError, match="two classes at least"):
+        certify(Constant(0.0), one, n=100)
+    assert smoothed_predict(Constant(1.0, 0.0), one[0][0], n=100) == (0,)
+    assert certify(Constant(1.0, 0.0), one, n0=1, n=1, batch_size=1).images[0].predicted is None
     assert certify(Constant(1.0, 1.0), one).images[0].predicted == 0  # of equals the first, as argmax says
 
 
