@@ -38,6 +38,7 @@ def figure(width: float, height: float) -> Figure:
         >>> drawing.savefig(target("line.png"))
     """
     try:
+        import matplotlib  # noqa: F401, without which the two below fail later, in the middle of a picture
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from timm_nrpm import canvas
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """One for each sigma, Okabe and Ito's, which colour-blind people tell apart."""
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 3)))
@@ -172,9 +174,7 @@ def plot_certified(reports: Sequence[CertificationReport], path: str | Path) -> 
         >>> plot_certified([certify(model, loader, sigma) for sigma in (0.12, 0.25, 0.5)], "certified.png")
         PosixPath('certified.png')
     """
-    path, reports = Path(path), list(reports)
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise ValueError(f"path={str(path)!r} must end in .png or .svg.")
+    path, reports = canvas.target(path), list(reports)
     sigmas, names = sorted({r.sigma for r in reports}), list(dict.fromkeys(r.name for r in reports))
     if not reports or len(sigmas) > len(COLOURS) or len(names) > len(DASHES):
         raise ValueError(
@@ -186,14 +186,8 @@ def plot_certified(reports: Sequence[CertificationReport], path: str | Path) -> 
             "Two reports have the same model and sigma, so their curves would look the same: tell them apart by "
             "certify(..., name=...) or dataclasses.replace(report, name=...)."
         )
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("The plot needs Matplotlib: pip install 'timm_nrpm[demo]'.") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = canvas.figure(8, 5)
+    panel = figure.subplots()
     for report in reports:
         radii, accuracies = report.curve()
         corners = [100 * accuracy for accuracy in (*accuracies, 0.0)]
@@ -207,5 +201,4 @@ def plot_certified(reports: Sequence[CertificationReport], path: str | Path) -> 
     one = {f"{len(r.images)} images, n = {r.n}, confidence {r.confidence:g}" for r in reports}
     panel.set_title("Randomized smoothing" + (f", {one.pop()} each" if len(one) == 1 else ""))
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path

@@ -85,7 +85,7 @@ def evaluate(
     Example:
         >>> report = evaluate(model, loader, Threat("Linf", 8 / 255), progress=True)
         >>> report.worst_case, report.control.worst_case, report.flags
-        (0.417, 0.407, ("gradient_masking",))
+        (0.364, 0.354, ("gradient_masking", "attack_not_finished"))
     """
     if isinstance(loader, Iterator):
         raise ValueError(
@@ -98,13 +98,6 @@ def evaluate(
     attacks_of(suite, threat, effort, ("own",), 2)  # whether there are any, before anything is computed
     start, ours = time.perf_counter(), bool(reprogrammed_layers(model))
     sha256 = weights_sha256(model.state_dict())
-    identity = {"threat": [threat.norm, threat.eps], "suite": suite, "seed": seed, "control": control}
-    identity |= {**asdict(effort), "timm_nrpm": __version__, "sha256 of the model": sha256}
-    identity |= PixelModel(model, mean, std).identity()
-    others = {"plain model": plain_copy(model) if ours else None, "base": base}
-    for name, other in others.items():
-        identity[f"sha256 of the {name}"] = None if other is None else weights_sha256(other.state_dict())
-        identity[f"modules of the {name}"] = None if other is None else PixelModel(other, mean, std).identity()
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     with ExitStack() as stack:
         raised = stack.enter_context(_heard())
@@ -114,8 +107,14 @@ def evaluate(
                 stack.enter_context(attackable(net))
 
         def work() -> dict[str, Any]:
-            journal = Journal(_shard(resume, rank, processes), {**identity, "processes": processes})
             options: dict[str, Any] = {"mean": mean, "std": std}
+            identity: dict[str, Any] = {}
+            if resume is not None:
+                identity = {"threat": [threat.norm, threat.eps], "suite": suite, "seed": seed, "control": control}
+                identity |= {**asdict(effort), "timm_nrpm": __version__, "processes": processes}
+                nets = {"model": model, "plain model": plain_copy(model) if ours else None, "base": base}
+                identity |= {f"the {name}": None if n is None else _told(n, **options) for name, n in nets.items()}
+            journal = Journal(_shard(resume, rank, processes), identity)
             calibration = _first_images(loader) if ours and suite == "adaptive" else []
             judges = [Judge(sources_of(model, calibration, base=base, **options), threat, suite, effort, seed)]
             if control and ours:
@@ -132,6 +131,11 @@ def evaluate(
     seconds = time.perf_counter() - start
     beside = reports[1] if len(reports) > 1 else None
     return replace(reports[0], control=beside, sha256=sha256, warnings=tuple(heard), seconds=seconds)
+
+
+def _told(model: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> dict[str, Any]:
+    """What tells a model from others."""
+    return {"sha256": weights_sha256(model.state_dict()), **PixelModel(model, mean, std).identity()}
 
 
 def _shard(resume: str | Path | None, rank: int, processes: int) -> Path | None:

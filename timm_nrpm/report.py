@@ -65,7 +65,7 @@ class RobustnessReport:
     Example:
         >>> report = evaluate(model, loader, Threat("Linf", 8 / 255))
         >>> report.accuracy("clean"), report.worst_case, report.interval()
-        (0.675, 0.417, (0.373, 0.462))
+        (0.682, 0.364, (0.322, 0.408))
         >>> RobustnessReport.from_json(report.to_json()) == report
         True
     """
