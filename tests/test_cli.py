@@ -147,7 +147,7 @@ def test_evaluate_takes_variants_plain_models_and_other_norms(capsys, tmp_path):
     assert "24 images, L0 3, adaptive" in out
     assert "24 images, L1 2, adaptive" in out
     report = timm_nrpm.RobustnessReport.from_json((tmp_path / "variant" / "adaptive-L0-3.json").read_text())
-    assert report.sha256 == timm_nrpm.base.weights_sha256(timm_nrpm.from_pretrained(folder).state_dict())
+    assert report.sha256 == timm_nrpm.reprogramming.model_sha256(timm_nrpm.from_pretrained(folder))
     plain = timm_nrpm.RobustnessReport.from_json((tmp_path / "plain" / "quick-Linf-0.0313725.json").read_text())
     assert plain.control is None
 

@@ -16,13 +16,15 @@ from timm_nrpm.corruption_report import CorruptionReport
 from timm_nrpm.corruptions import corrupt, evaluate_corruptions
 from timm_nrpm.evaluation import evaluate
 from timm_nrpm.history import History
-from timm_nrpm.hub import BrokenVariant, from_pretrained, save_pretrained
+from timm_nrpm.loading import from_pretrained
 from timm_nrpm.pareto import Candidate, ParetoFront
 from timm_nrpm.registry import create_model, list_models
 from timm_nrpm.report import AttackResult, RobustnessReport
 from timm_nrpm.reprogramming import ReprogrammingWarning, lambdas, plain_copy, reprogram_, restore_
 from timm_nrpm.search import search_lambda
 from timm_nrpm.threats import Threat
+from timm_nrpm.transfers import HubError
+from timm_nrpm.variants import BrokenVariant, save_pretrained
 from timm_nrpm.version import __version__
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ __all__ = [
     "CorruptionReport",
     "Diverged",
     "History",
+    "HubError",
     "NRPMConfig",
     "ParetoFront",
     "ReprogrammingWarning",

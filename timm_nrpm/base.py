@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,33 @@ import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
+
+from timm_nrpm.transfers import HubError, NotOnHub, Repository, is_lost_connection
+
+TIMM_FILES = ("config.json", "model.safetensors")
+"""What timm saves a model in."""
+
+LARGEST_CONFIG = 16 << 20
+"""Bytes of a config: the largest have the names of 22 thousand classes."""
 
 PLACEMENT = ("device", "dtype", "cache_dir")
 """Arguments of timm's create_model that say where, not what."""
 
+ABOUT_IMAGES = (
+    *("input_size", "test_input_size", "min_input_size", "fixed_input_size", "interpolation", "crop_pct"),
+    *("test_crop_pct", "crop_mode", "mean", "std", "num_classes", "label_names", "label_descriptions", "pool_size"),
+    *("test_pool_size", "first_conv", "classifier", "license", "description", "origin_url", "paper_name", "paper_ids"),
+    *("notes", "tag", "architecture"),
+)
+"""Of timm's pretrained config, what does not say where to read from."""
 
-HTTP_LIBRARY = re.compile(r"(httpx2?|httpcore2?|requests|urllib3)\b")
+
+WORD = re.compile(r"[\w.-]{1,200}")
+REPO = re.compile(r"[\w.-]{1,100}/[\w.-]{1,100}")
+REVISION = re.compile(r"[\w./-]{1,200}")
+NAME = re.compile(rf"(?!nrpm_){WORD.pattern}|hf[-_]hub:{REPO.pattern}(@{REVISION.pattern})?")
 
 
 def brings_weights(kwargs: Mapping[str, Any]) -> bool:
@@ -31,7 +53,15 @@ def brings_weights(kwargs: Mapping[str, Any]) -> bool:
     )
 
 
-class WeightsUnavailable(RuntimeError):
+def _public(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of timm's create_model that say something to others: no places on this machine."""
+    found = {k: v for k, v in kwargs.items() if k not in (*PLACEMENT, "checkpoint_path", "pretrained_cfg")}
+    overlay = found.pop("pretrained_cfg_overlay", None) or {}
+    overlay = {k: v for k, v in dict(overlay).items() if k in (*ABOUT_IMAGES, "hf_hub_id")}
+    return {**found, "pretrained_cfg_overlay": overlay} if overlay else found
+
+
+class WeightsUnavailable(HubError):
     """Pretrained weights can be neither downloaded nor found on this machine."""
 
 
@@ -79,9 +109,10 @@ class Base:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else None
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype={self.dtype!r} is no dtype of torch.")
-        if self.name is not None and brings_weights(self.kwargs):
+        if brings_weights(self.kwargs):
             # Such arguments would make whoever loads a variant read a file or an address that its maker chose.
             raise ValueError(f"{self.name} with {sorted(self.kwargs)} does not name its weights by a timm or Hub name.")
 
@@ -109,7 +140,7 @@ class Base:
             tag=tag,
             hub_id=hub_id or None,
             revision=revision or _cached_revision(hub_id, cfg.get("hf_hub_filename"), kwargs.get("cache_dir")),
-            kwargs={k: v for k, v in kwargs.items() if k not in PLACEMENT},
+            kwargs=_public(kwargs),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         )
 
@@ -120,8 +151,38 @@ class Base:
         found = cfg.get("file") or _cached_revision(str(cfg.get("hf_hub_id") or ""), cfg.get("hf_hub_filename"), None)
         return cls.of(model, cfg.get("architecture") if found else None, getattr(model, "_model_args", {}))
 
-    def build(self, cache_dir: str | Path | None = None) -> nn.Module:
-        """The plain model again, its weights at the same revision.
+    @classmethod
+    def from_dict(cls, data: Any) -> Base:
+        """What :meth:`to_dict` gave, from somebody who may have written anything.
+
+        Raises:
+            ValueError: It is not of that kind.
+        """
+        if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
+            raise ValueError(f"base must hold {', '.join(f.name for f in fields(cls))}, and nothing else.")
+        for key in ("architecture", "sha256", "dtype"):
+            if not isinstance(data[key], str):
+                raise ValueError(f"base's {key}={data[key]!r} is no text.")
+        for key, pattern in (("name", NAME), ("tag", WORD), ("hub_id", REPO), ("revision", REVISION)):
+            value = data[key]
+            if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
+                raise ValueError(f"base's {key}={value!r} is none.")
+        if not isinstance(data["kwargs"], dict):
+            raise ValueError(f"base's kwargs={data['kwargs']!r} are no arguments.")
+        overlay = data["kwargs"].get("pretrained_cfg_overlay") or {}
+        if not isinstance(overlay, dict) or set(overlay) - {*ABOUT_IMAGES, "hf_hub_id"}:
+            raise ValueError(
+                f"base's pretrained_cfg_overlay={overlay!r} may say what images are like, and nothing else."
+            )
+        return cls(**data)
+
+    def build(
+        self,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> nn.Module:
+        """The plain model again, its weights at the same revision, from safetensors if they come from the Hub.
 
         Raises:
             WrongBase: No name leads to the weights, or they are others by now.
@@ -132,13 +193,41 @@ class Base:
                 f"This variant was made for a {self.architecture} whose weights have no public name (random, from a "
                 "checkpoint, or with a new classifier). Build that model and give it as base=."
             )
-        overlay = dict(self.kwargs.get("pretrained_cfg_overlay") or {})
-        if self.hub_id and self.revision and ":" not in self.name:
-            overlay["hf_hub_id"] = f"{self.hub_id}@{self.revision}"
-        kwargs = {**self.kwargs, "pretrained_cfg_overlay": overlay or None, "cache_dir": cache_dir}
-        kwargs["dtype"] = self.torch_dtype
-        model = create_plain(self.name, pretrained=True, **kwargs)
+        source, _, hub_id = self.name.rpartition(":")
+        repo_id = hub_id.partition("@")[0] if source else self.hub_id
+        if repo_id is None:
+            model = create_plain(self.name, pretrained=True, **self.kwargs, dtype=self.torch_dtype, cache_dir=cache_dir)
+        else:
+            revision = self.revision or (hub_id.partition("@")[2] if source else None) or None
+            options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+            repository = Repository(repo_id, revision, cache_dir=cache_dir, **options)
+            try:
+                model = self._from_hub(repository, in_registry=not source)
+            except HubError as error:
+                raise WeightsUnavailable(unavailable(self.name, str(error))) from error
         self.check(model)
+        return model
+
+    def _from_hub(self, repository: Repository, in_registry: bool) -> nn.Module:
+        """The model from a repository that timm's registry names, or that holds timm's config beside the weights."""
+        if not in_registry:
+            config = repository.fetch(TIMM_FILES[0], LARGEST_CONFIG)
+            weights = repository.at(config, TIMM_FILES[0]).fetch(_weights_of(config))
+            return from_timm_files(config, weights, self.kwargs, self.torch_dtype)
+        known = get_pretrained_cfg(str(self.name))
+        options = {**self.kwargs, "dtype": self.torch_dtype}
+        overlay = dict(self.kwargs.get("pretrained_cfg_overlay") or {})
+        name = (known and known.hf_hub_filename) or TIMM_FILES[1]
+        try:
+            overlay["file"] = str(repository.fetch(name if name.endswith(".safetensors") else TIMM_FILES[1]))
+        except NotOnHub:
+            if known is None or known.hf_hub_id != repository.repo_id:
+                raise  # what a stranger names is read from safetensors alone
+            overlay["hf_hub_id"] = str(repository)
+            options["cache_dir"] = repository.cache_dir
+        model = create_plain(str(self.name), pretrained=True, **{**options, "pretrained_cfg_overlay": overlay})
+        cfg: Any = model.pretrained_cfg
+        cfg.pop("file", None)  # a place on this machine
         return model
 
     @property
@@ -172,17 +261,54 @@ def create_plain(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
-        unreachable = (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, TimeoutError)
-        # The Hub's client raises its HTTP library's own errors when a connection fails, whichever library that is.
-        if not isinstance(error, unreachable) and not HTTP_LIBRARY.match(type(error).__module__):
+        unreachable = (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, HubError)
+        if isinstance(error, WeightsUnavailable) or not (isinstance(error, unreachable) or is_lost_connection(error)):
             raise
         cause = error
-    reason = str(cause).strip().split("\n")[0]
-    raise WeightsUnavailable(
+    raise WeightsUnavailable(unavailable(name, str(cause).strip().split("\n")[0])) from cause
+
+
+def unavailable(name: str, reason: str) -> str:
+    """What to say of weights that cannot be had."""
+    return (
         f"The pretrained weights of {name} can be neither downloaded nor found in the cache ({reason}). "
         "Connect to the network once, or point to a copy: checkpoint_path=FILE with pretrained=False, or "
         "pretrained_cfg_overlay=dict(file=FILE)."
-    ) from cause
+    )
+
+
+def from_timm_files(config: Path, weights: Path, kwargs: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    """The model in timm's two files, which do not get to say where else to read from.
+
+    Raises:
+        ValueError: They are no such files.
+    """
+    content = json.loads(config.read_text())
+    if not isinstance(content, dict) or not isinstance(content.get("pretrained_cfg"), dict):
+        raise ValueError(f"{config.name} is no model's: it has no pretrained_cfg.")
+    if not timm.is_model(str(content.get("architecture"))) or content["architecture"].startswith("nrpm_"):
+        raise ValueError(f"{config.name} names architecture {content.get('architecture')!r}, which timm does not know.")
+    content["pretrained_cfg"] = {k: v for k, v in content["pretrained_cfg"].items() if k in ABOUT_IMAGES}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / TIMM_FILES[0]).write_text(json.dumps(content))
+        try:
+            (Path(folder) / TIMM_FILES[1]).symlink_to(weights.resolve())
+        except OSError:  # where only an administrator may make links
+            shutil.copy(weights, Path(folder) / TIMM_FILES[1])
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, dtype=dtype, **kwargs)
+    cfg: Any = model.pretrained_cfg
+    for key in ("file", "source"):
+        cfg.pop(key, None)
+    return model
+
+
+def _weights_of(config: Path) -> str:
+    """The name of the safetensors beside a config of timm's."""
+    try:
+        name = json.loads(config.read_text())["pretrained_cfg"]["hf_hub_filename"]
+    except (ValueError, LookupError, TypeError):
+        return TIMM_FILES[1]
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) else TIMM_FILES[1]
 
 
 def _cached_revision(hub_id: str, filename: str | None, cache_dir: str | Path | None) -> str | None:

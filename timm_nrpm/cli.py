@@ -259,7 +259,7 @@ def _model(args: argparse.Namespace) -> nn.Module:
     """The reprogrammed model, or the plain one where lambda is none."""
     from timm_nrpm.backbones import load_published_
     from timm_nrpm.base import create_plain
-    from timm_nrpm.hub import from_pretrained
+    from timm_nrpm.loading import from_pretrained
     from timm_nrpm.registry import create_model
     from timm_nrpm.reprogramming import reprogram_
 

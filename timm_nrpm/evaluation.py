@@ -23,7 +23,7 @@ from timm_nrpm.images import check_batch, check_labels
 from timm_nrpm.journal import Journal, digest_of
 from timm_nrpm.judging import Judge
 from timm_nrpm.report import AttackResult, RobustnessReport
-from timm_nrpm.reprogramming import attackable, plain_copy, reprogrammed_layers
+from timm_nrpm.reprogramming import attackable, model_sha256, plain_copy, reprogrammed_layers
 from timm_nrpm.sources import Source, alike, sources_of
 from timm_nrpm.suites import EFFORTS, Effort, attacks_of
 from timm_nrpm.threats import Threat
@@ -97,7 +97,7 @@ def evaluate(
     effort = _effort(suite, steps, queries)
     attacks_of(suite, threat, effort, ("own",), 2)  # whether there are any, before anything is computed
     start, ours = time.perf_counter(), bool(reprogrammed_layers(model))
-    sha256 = weights_sha256(model.state_dict())
+    sha256 = model_sha256(model)
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     with ExitStack() as stack:
         raised = stack.enter_context(_heard())

@@ -18,7 +18,8 @@ from torch import nn
 from timm_nrpm.backbones import CifarResNet
 from timm_nrpm.base import Base, brings_weights, create_plain
 from timm_nrpm.config import Lambdas, LayerSelection, NRPMConfig
-from timm_nrpm.reprogramming import record_of, reprogram_
+from timm_nrpm.loading import from_timm, is_variant
+from timm_nrpm.reprogramming import record_of, reprogram_, reprogrammed_layers
 
 __all__ = ["create_model", "list_models"]  # timm adds the entrypoints it registers
 
@@ -99,6 +100,8 @@ def create_model(
         name = f"{name}.{timm_kwargs.pop('pretrained_cfg')}"
     _check_name(name)
     model = create_plain(name, pretrained, **timm_kwargs)
+    if reprogrammed_layers(model):
+        raise ValueError(f"{name} is a variant already: load it by timm_nrpm.from_pretrained.")
     given = {k: v for k, v in timm_kwargs.items() if v is not None}
     # Weights from a file on this machine are nobody else's to find again under the name.
     local = name.startswith("local-dir:") or brings_weights(given)
@@ -149,6 +152,8 @@ def _register(architecture: str, tags: list[str]) -> None:
     """Make `nrpm_<architecture>` known to timm, with the same pretrained weights."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if is_variant(kwargs.get("pretrained_cfg")):
+            return from_timm(kwargs.pop("pretrained_cfg"), pretrained, kwargs)
         return create_model(architecture, pretrained, **kwargs)
 
     name = f"nrpm_{architecture}"

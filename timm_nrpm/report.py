@@ -58,7 +58,7 @@ class RobustnessReport:
         evidence: The numbers behind the flags.
         control: The plain model (lambda = 1, statistics from before calibration) under the same attacks.
         versions: Of what computed it.
-        sha256: Of the model's weights and statistics.
+        sha256: :func:`timm_nrpm.reprogramming.model_sha256` of the model: weights, statistics, lambdas, estimates.
         warnings: Every warning raised meanwhile.
         seconds: For all of it.
 

@@ -16,7 +16,7 @@ import torch
 from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
-from timm_nrpm.base import Base
+from timm_nrpm.base import Base, checksum_of, weights_sha256
 from timm_nrpm.config import NRPMConfig
 from timm_nrpm.layers import LINEAR_MAPS, REPROGRAMMED, Reprogrammed, reprogram_layer_, restore_layer_
 
@@ -194,6 +194,20 @@ def plain_copy(model: Model) -> Model:
     """
     memo = {id(p): p for p in model.parameters()}
     return restore_(copy.deepcopy(model, memo))
+
+
+def model_sha256(model: nn.Module) -> str:
+    """Hash of all that decides what a model computes: weights, statistics, lambdas, and how each layer estimates.
+
+    Of two models of one architecture that have the same, both have the same logits on the same machine.
+    """
+    state, estimates = dict(model.state_dict()), {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, Reprogrammed):
+            continue
+        state[f"{name}.lam"] = layer.lam.detach().clamp(0, 1)  # what counts
+        estimates[name] = {key: value for key, value in layer.settings().items() if key != "lam"}
+    return checksum_of({"state": weights_sha256(state), "estimates": estimates})
 
 
 def record_of(model: nn.Module) -> Record:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.checkpoints import Checkpoint, Checkpoints
 from timm_nrpm.history import History
-from timm_nrpm.hub import has_changed, save_pretrained
+from timm_nrpm.variants import has_changed, save_pretrained
 
 
 class RunFolder:

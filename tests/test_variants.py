@@ -26,7 +26,7 @@ from timm_nrpm import (
 )
 from timm_nrpm.registry import DIGITS
 
-FILES = ["nrpm_config.json", "nrpm.safetensors"]
+FILES = ["nrpm_config.json", "nrpm.safetensors", "config.json"]
 
 
 def variant(**settings):
@@ -52,7 +52,7 @@ def test_round_trip(tmp_path, full):
     plain = timm.create_model(DIGITS, pretrained=True)
     assert same(timm_nrpm.restore_(again), plain, 1, 8, 8)  # the old statistics came along
     files = sorted(f.name for f in folder.iterdir())
-    assert files == sorted(FILES + ["config.json", "model.safetensors"] * full)
+    assert files == sorted(FILES + ["model.safetensors"] * full)
     if not full:
         assert sum(f.stat().st_size for f in folder.iterdir()) < 8192
     assert os.listdir(tmp_path / "deep") == ["v"]
@@ -214,7 +214,15 @@ def flip(path, position):
     path.write_bytes(data)
 
 
+def link(path, target="elsewhere"):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(target)
+
+
 DAMAGE = {
+    "a link": (lambda f: link(f / FILES[1]), "is a link"),
+    "a link to nowhere": (lambda f: link(f / FILES[0], "/dev/zero"), "is a link"),
+    "a folder": (lambda f: ((f / FILES[1]).unlink(), (f / FILES[1]).mkdir()), "is a link or no file"),
     "no config": (lambda f: (f / FILES[0]).unlink(), "holds no nrpm_config.json"),
     "no tensors": (lambda f: (f / FILES[1]).unlink(), "nrpm.safetensors is missing"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
@@ -258,14 +266,14 @@ FORGERIES = {
     ],
 )
 def test_a_forged_base_is_not_followed(tmp_path, forged):
-    from timm_nrpm.hub import checksum_of
+    from timm_nrpm.base import checksum_of
 
     folder = save_pretrained(variant(), tmp_path / "v")
     content = json.loads((folder / FILES[0]).read_text())
     del content["sha256"]
     content["base"].update(forged)
     (folder / FILES[0]).write_text(json.dumps({**content, "sha256": checksum_of(content)}))
-    with pytest.raises(BrokenVariant, match=r"is no dtype of torch|does not name its weights"):
+    with pytest.raises(BrokenVariant, match=r"is no dtype of torch|does not name its weights|may say what images are like"):
         from_pretrained(folder)
 
 
@@ -276,7 +284,7 @@ def test_forged_contents_with_fitting_hashes(tmp_path, add, drop, message):
 
     from safetensors.torch import load_file, save_file
 
-    from timm_nrpm.hub import checksum_of
+    from timm_nrpm.base import checksum_of
 
     folder = save_pretrained(variant(), tmp_path / "v")
     tensors = {k: v for k, v in {**load_file(folder / FILES[1]), **add}.items() if k not in drop}

@@ -1,0 +1,252 @@
+"""What comes from the Hub and goes there: calls that wait, try again and end in one clear error.
+
+The Hub's client gives up at once on some failures, waits for ever on others, and does not compare what it downloads
+with its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session
+
+Result = TypeVar("Result")
+
+WAITS = (1.0, 2.0, 4.0)
+"""Seconds between attempts."""
+
+PATIENCE = 60.0
+"""Seconds without a sign of the server after which a request has failed."""
+
+PASSING = (408, 429, 500, 502, 503, 504)
+"""Answers that may be others a moment later."""
+
+HTTP_LIBRARY = re.compile(r"(httpx2?|httpcore2?|requests|urllib3)\b")
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class HubError(RuntimeError):
+    """The Hub did not do what it was asked; the message says why and what to do."""
+
+
+class NotOnHub(HubError):
+    """The Hub has no such repository, revision or file, or shows it to others only."""
+
+
+class Unreachable(HubError):
+    """The Hub does not answer, or not now."""
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a request failed before its answer was complete, so that nobody knows what became of it."""
+    names = {kind.__name__ for kind in type(error).__mro__ if HTTP_LIBRARY.match(kind.__module__)}
+    return bool(names & {"TransportError", "StreamError"}) or isinstance(error, (ConnectionError, TimeoutError))
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same call may succeed a moment later."""
+    if isinstance(error, HfHubHTTPError):
+        return getattr(error.response, "status_code", None) in PASSING
+    return is_lost_connection(error)
+
+
+_lock = threading.Lock()
+_patient: list[Any] = []
+
+
+@contextmanager
+def patience(seconds: float = PATIENCE) -> Iterator[None]:
+    """No request waits for ever: the client that all of the Hub's functions share has no limit of its own."""
+    client = get_session()
+    with _lock:
+        _patient.append(client.timeout)
+        client.timeout = seconds
+    try:
+        yield
+    finally:
+        with _lock:
+            before = _patient.pop()
+            if not _patient:  # the last to leave has what was there at first
+                client.timeout = before
+
+
+def insist(what: str, call: Callable[[], Result], *, token: str | bool | None = None, again: bool = True) -> Result:
+    """What `call` gives, tried up to four times while its failure may pass.
+
+    Args:
+        what: It does, for the message: "Downloading me/x".
+        call: Talks to the Hub, and may be repeated without harm.
+        token: Is cut out of messages, should a server repeat it.
+        again: Whether to try more than once.
+
+    Raises:
+        NotOnHub: There is no such thing.
+        Unreachable: The Hub does not answer, or not now.
+        HubError: Anything else.
+    """
+    for wait in (*(WAITS if again else ()), None):
+        try:
+            with patience():
+                return call()
+        except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            if wait is None or not may_pass(error):
+                raise told(what, error, token) from None  # its own text may be long, and hold what is not to be seen
+        except Exception as error:
+            if not is_lost_connection(error):
+                raise
+            if wait is None:
+                raise told(what, error, token) from None
+        time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def told(what: str, error: BaseException, token: str | bool | None = None) -> HubError:
+    """The error that says it in one message."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kind: type[HubError] = HubError
+    if isinstance(error, GatedRepoError):
+        kind, why = NotOnHub, "its owner lets in who asked: accept the conditions on its page, and give a token"
+    elif isinstance(error, RevisionNotFoundError):
+        kind, why = NotOnHub, "there is no such revision: give a branch, a tag, a commit or refs/pr/1"
+    elif isinstance(error, RepositoryNotFoundError):
+        kind, why = NotOnHub, "there is no such repository, or it is private: give token=, or log in by `hf auth login`"
+    elif isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        kind, why = (
+            Unreachable,
+            "the Hub cannot be reached, and the cache does not hold it: connect to the network once",
+        )
+    elif isinstance(error, EntryNotFoundError):
+        kind, why = NotOnHub, "there is no such file"
+    elif status == 401:
+        why = "the token is not valid: give another, or log in by `hf auth login`"
+    elif status == 403:
+        why = f"this token may not do that ({_said(error)}): give one that may write there"
+    elif isinstance(error, HfHubHTTPError):
+        why = f"the Hub answered {status} ({_said(error)})"
+        if may_pass(error):
+            kind, why = Unreachable, f"{why}: try again later"
+    elif is_lost_connection(error):
+        kind, why = Unreachable, f"the connection broke or no answer came ({type(error).__name__}): try again later"
+    else:
+        why = _said(error)
+    text = f"{what} failed: {why}."
+    for secret in (token if isinstance(token, str) else None, *re.findall(r"hf_\w{8,}", text)):
+        text = text.replace(secret, "***") if secret else text
+    return kind(text)
+
+
+def _said(error: BaseException) -> str:
+    """What the server said, in one line."""
+    text = getattr(error, "server_message", None) or str(error)
+    return " ".join(str(text).split())[:200].rstrip(". ") or type(error).__name__
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on the Hub, to read from.
+
+    Args:
+        repo_id: `owner/name`.
+        revision: A branch, tag, commit or `refs/pr/1`; the default is `main`.
+        cache_dir: Where downloads are kept; the default is the Hub's own cache.
+        token: To read what is private; by default the one logged in with.
+        local_files_only: Whether to take what is in the cache and ask nobody.
+
+    Example:
+        >>> path = Repository("timm/resnet18.a1_in1k").fetch("config.json", at_most=1 << 20)
+    """
+
+    repo_id: str
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
+
+    def fetch(self, name: str, at_most: int | None = None) -> Path:
+        """The file's path in the cache, where it is put if it is not there.
+
+        What the cache has under a name made of its hash is compared with that, and downloaded once more if it differs.
+
+        Args:
+            name: In the repository.
+            at_most: Bytes; a larger file is refused before it is downloaded.
+
+        Raises:
+            NotOnHub: It is not there.
+            HubError: It cannot be had, or is too large.
+        """
+        local, size = self.local_files_only, None
+        if at_most is not None and not local:
+            try:
+                size = self._size(name)
+            except Unreachable:
+                local = True  # it may be in the cache
+        self._check_size(name, size, at_most)
+        path = self._get(name, local, False)
+        if not local and not is_intact(path):
+            path = self._get(name, local, True)
+        self._check_size(name, path.stat().st_size, at_most)
+        return path
+
+    def at(self, path: Path, name: str) -> Repository:
+        """The same at the commit that `name` was fetched from, so that all files are of one."""
+        commit = path.parts[-1 - len(Path(name).parts)]
+        return replace(self, revision=commit) if COMMIT.fullmatch(commit) else self
+
+    def _get(self, name: str, local: bool, force: bool) -> Path:
+        options: dict[str, Any] = {"cache_dir": self.cache_dir, "token": self.token, "revision": self.revision}
+        options |= {"local_files_only": local, "force_download": force}
+        return Path(self._do(f"Downloading {name} of {self}", lambda: hf_hub_download(self.repo_id, name, **options)))
+
+    def _size(self, name: str) -> int | None:
+        url = hf_hub_url(self.repo_id, name, revision=self.revision)
+        return self._do(f"Looking for {name} in {self}", lambda: get_hf_file_metadata(url, token=self.token)).size
+
+    def _do(self, what: str, call: Callable[[], Result]) -> Result:
+        return insist(what, call, token=self.token)
+
+    def _check_size(self, name: str, size: int | None, at_most: int | None) -> None:
+        if at_most is not None and size is not None and size > at_most:
+            raise HubError(f"{name} of {self} has {size} bytes, and a file of that kind has {at_most} at most.")
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file of the Hub's cache is what its name there says, the hash that git or LFS gives it."""
+    named = path.resolve().name
+    if len(named) == 64:
+        return sha256_of(path) == named
+    if len(named) == 40:
+        content = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == named
+    return True
+
+
+def sha256_of(file: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,388 @@
+"""Variants on disk: safetensors and JSON, nothing that executes; docs/format.md says what they hold.
+
+A *lambda-only* folder holds a few kilobytes and names its base model; a *full* folder also holds the weights, in timm's
+own format, so that plain timm can load them as the un-reprogrammed model.
+
+    nrpm_config.json      format, base, settings, layers; sha256 of the model, the other files and itself
+    nrpm.safetensors      lambdas, calibrated statistics
+    config.json           timm's; full: of the plain model; lambda-only: of the `nrpm_*` architecture
+    model.safetensors     full: timm's
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialize_tensors
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from timm_nrpm.base import TIMM_FILES, Base, checksum_of, from_timm_files, weights_sha256
+from timm_nrpm.config import NRPMConfig
+from timm_nrpm.reprogramming import (
+    Statistic,
+    model_sha256,
+    plain_copy,
+    record_of,
+    reprogram_,
+    reprogrammed_layers,
+    restore_,
+)
+from timm_nrpm.transfers import HubError, sha256_of
+
+FORMAT = 1
+CONFIG, TENSORS = "nrpm_config.json", "nrpm.safetensors"
+KEYS = ("format", "base", "settings", "layers", "model", "files", "sha256")
+SETTINGS = tuple(f.name for f in fields(NRPMConfig) if f.name not in ("lam", "layers"))
+HASH = re.compile(r"[0-9a-f]{64}")
+LARGEST = {CONFIG: 16 << 20, TENSORS: 256 << 20, TIMM_FILES[0]: 16 << 20}
+"""Bytes that a file may have: a stranger's is not read, or downloaded, beyond that."""
+DRAFT = ".draft-"
+
+
+class BrokenVariant(ValueError):
+    """Something that does not hold what `save_pretrained` writes, damaged or made up."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The checked contents of a folder, before any model is built.
+
+    Attributes:
+        base: The plain model.
+        settings: Of every estimate: the fields of :class:`timm_nrpm.NRPMConfig` but `lam` and `layers`.
+        lams: Of the reprogrammed layers, in the order the model calls them.
+        tensors: What else it adds to its base: corrections and moved statistics.
+        model: :func:`timm_nrpm.reprogramming.model_sha256` of the whole.
+        files: sha256 of every other file.
+    """
+
+    base: Base
+    settings: dict[str, Any]
+    lams: dict[str, float]
+    tensors: dict[str, Tensor]
+    model: str
+    files: dict[str, str]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the weights are in it."""
+        return TIMM_FILES[1] in self.files
+
+    @property
+    def config(self) -> NRPMConfig:
+        return NRPMConfig(**self.settings, lam=self.lams, layers=tuple(self.lams))
+
+    @classmethod
+    def read(cls, find: Callable[[str], Path], where: str) -> Variant:
+        """Read and check a variant.
+
+        Args:
+            find: Gives the path of a file by its name.
+            where: They are, for messages.
+
+        Raises:
+            BrokenVariant: A file is missing, damaged, of a later format, or holds what no variant does.
+        """
+        content = parse_config(find(CONFIG), where)
+        for name, expected in content["files"].items():
+            if sha256_of(find(name)) != expected:
+                raise BrokenVariant(f"{name} of {where} is cut short or was changed after it was saved: get it again.")
+        try:
+            tensors = parse_tensors(find(TENSORS).read_bytes())
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+            raise BrokenVariant(f"{TENSORS} of {where} cannot be read ({error}): get it again.") from error
+        try:
+            lams = {layer: _lam(tensors.pop(f"{layer}.lam", None), layer) for layer in content["layers"]}
+            check_tensors(tensors, lams)
+            base = Base.from_dict(content["base"])
+            found = cls(base, content["settings"], lams, tensors, content["model"], content["files"])
+            _ = found.config  # which checks the settings
+        except (TypeError, ValueError) as error:
+            raise BrokenVariant(f"{where} holds no variant that this version can read: {error}") from error
+        return found
+
+    def build(self, find: Callable[[str], Path], plain: Callable[[], nn.Module], where: str) -> nn.Module:
+        """The model: the same layers, lambdas and statistics on the same weights.
+
+        Args:
+            find: As for :meth:`read`.
+            plain: Gives the plain model where the weights are not in the variant.
+            where: It is, for messages.
+
+        Raises:
+            BrokenVariant: It does not fit its base, or gives another model than was saved.
+            timm_nrpm.WrongBase: The base has other weights.
+        """
+        try:
+            if self.is_full:
+                config, weights = (find(name) for name in TIMM_FILES)
+                model = from_timm_files(config, weights, {}, self.base.torch_dtype)
+            else:
+                model = plain()
+            self.base.check(model)
+        except (HubError, ValueError) as error:
+            if type(error) is not ValueError:
+                raise
+            raise BrokenVariant(f"{where} holds no model that timm can build: {error}") from error
+        except Exception as error:  # whatever timm makes of arguments that somebody made up
+            raise BrokenVariant(f"{where} holds no model that timm can build: {error!r}") from error
+        return self.install(model, where)
+
+    def install(self, base: nn.Module, where: str) -> nn.Module:
+        """Reprogram the plain model, in place; after an error it is plain again."""
+        try:
+            reprogram_(base, self.config)
+            record_of(base).base = self.base
+            found = set(reprogrammed_layers(base))
+            if found != set(self.lams):
+                raise BrokenVariant(
+                    f"{where} does not fit its base: layers {sorted(found ^ set(self.lams))[:3]} differ."
+                )
+            _install(base, self.tensors, where)
+            if model_sha256(base) != self.model:
+                raise BrokenVariant(f"{where} gives another model than the one that was saved: get it again.")
+        except BaseException as error:
+            restore_(base)
+            if isinstance(error, Exception) and not isinstance(error, BrokenVariant):
+                raise BrokenVariant(f"{where} does not fit its base model: {error}") from error
+            raise
+        return base.eval()
+
+
+def has_changed(model: nn.Module) -> bool:
+    """Whether the weights or BatchNorm statistics are others than when the model was reprogrammed."""
+    base = record_of(model).base
+    return base is not None and weights_sha256(plain_copy(model).state_dict()) != base.sha256
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False) -> Path:
+    """Write a reprogrammed model to a folder.
+
+    Args:
+        model: A reprogrammed timm model.
+        folder: Is made, or holds a variant that is replaced. Other files in it stay.
+        full: Whether to write the weights too. Without them, whoever loads the variant needs its base.
+
+    Returns:
+        The folder. It changes only once everything is written.
+
+    Raises:
+        ValueError: The model is not reprogrammed; its weights changed since they were loaded, so that lambdas alone
+            would lose them; or `folder` holds something else.
+
+    Example:
+        >>> save_pretrained(model, "my-variant")
+        PosixPath('my-variant')
+    """
+    record, layers = record_of(model), reprogrammed_layers(model)
+    is_timm = hasattr(model, "pretrained_cfg") and hasattr(model, "num_classes")
+    if full and not is_timm:
+        raise ValueError(f"{type(model).__name__} is no timm classifier, and a full folder is timm's: use full=False.")
+    folder = Path(folder)
+    plain = plain_copy(model)
+    base = record.base or Base.of(plain, None, getattr(plain, "_model_args", {}))
+    if has_changed(model):
+        if not full:
+            raise ValueError(
+                "The weights of this model changed since it was reprogrammed (BatchNorm statistics count, which a "
+                "forward in training mode moves), and a lambda-only folder would lose them: save with full=True."
+            )
+        base = Base.of(plain, None, base.kwargs)
+    tensors = serialize_tensors(_tensors(model))
+    content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "layers": list(layers)}
+    content |= {"settings": {name: getattr(record.config, name) for name in SETTINGS}, "model": model_sha256(model)}
+    with filling(folder) as draft:
+        if is_timm:
+            _save_timm_files(model, plain, draft, full)
+        (draft / TENSORS).write_bytes(tensors)
+        content["files"] = {f.name: sha256_of(f) for f in sorted(draft.iterdir())}
+        try:
+            text = json.dumps({**content, "sha256": checksum_of(content)}, indent=2)
+        except TypeError as error:
+            raise ValueError(
+                f"The base was created with an argument that JSON cannot hold ({error}): {base.kwargs}. "
+                "Create it with names and numbers alone, and save again."
+            ) from error
+        (draft / CONFIG).write_text(text + "\n")
+    return folder
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """An empty folder beside or in `folder`, whose files, a whole variant, are put there once they are all written.
+
+    What is not there yet comes into being at once. In a folder that holds a variant the config is replaced last:
+    whatever interrupts that, a folder whose config does not fit its files is refused.
+
+    Raises:
+        ValueError: `folder` is a file, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and a variant is a folder: choose another name.")
+    fresh = not folder.exists()
+    others = [] if fresh else [f.name for f in folder.iterdir() if not f.name.startswith(DRAFT)]
+    if others and CONFIG not in others:
+        raise ValueError(f"{folder} exists and holds no variant: choose a new or an empty folder.")
+    place, prefix = (folder.parent, f"{DRAFT}{folder.name}-") if fresh else (folder, DRAFT)
+    place.mkdir(parents=True, exist_ok=True)
+    for stale in place.glob(f"{prefix}*"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as temporary:
+        draft = Path(temporary) / "ready"
+        draft.mkdir()
+        yield draft
+        if fresh and not folder.exists():
+            os.replace(draft, folder)
+            return
+        ready = sorted(draft.iterdir(), key=lambda f: f.name == CONFIG)
+        for file in ready:
+            os.replace(file, folder / file.name)
+    for name in set(TIMM_FILES) - {f.name for f in ready}:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _save_timm_files(model: nn.Module, plain: nn.Module, folder: Path, full: bool) -> None:
+    """What timm reads: the plain model, or, without weights, the architecture that stands for the variant."""
+    names = {f.name for f in fields(NRPMConfig)}
+    recorded = getattr(model, "_model_args", {})
+    vars(plain)["_model_args"] = {k: v for k, v in recorded.items() if k not in names}
+    architecture = (getattr(plain, "pretrained_cfg", None) or {}).get("architecture")
+    if full:
+        save_for_hf(plain, str(folder), safe_serialization=True)
+    elif timm.is_model(f"nrpm_{architecture}"):
+        cfg: Any = plain.pretrained_cfg
+        content: dict[str, Any] = {"architecture": f"nrpm_{architecture}", "num_classes": plain.num_classes}
+        content["pretrained_cfg"] = {
+            key: cfg[key]
+            for key in ("input_size", "interpolation", "crop_pct", "mean", "std", "license")
+            if cfg.get(key)
+        }
+        (folder / TIMM_FILES[0]).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def parse_config(path: Path, where: str) -> dict[str, Any]:
+    """A variant's config, without its own hash, which was checked.
+
+    Raises:
+        BrokenVariant: It is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        version, checksum = content["format"], content["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BrokenVariant(
+            f"{CONFIG} of {where} is cut short or is no variant's config ({error!r}): get it again."
+        ) from (error)
+    if version != FORMAT or isinstance(version, bool):
+        raise BrokenVariant(f"{where} has format {version!r}, and this version reads {FORMAT}: update timm_nrpm.")
+    del content["sha256"]
+    if checksum != checksum_of(content):
+        raise BrokenVariant(
+            f"{CONFIG} of {where} was changed after it was saved: get it again, or save the variant anew."
+        )
+    if set(content) | {"sha256"} != set(KEYS):
+        raise BrokenVariant(f"{CONFIG} of {where} holds {sorted(content)}, and a variant's {sorted(KEYS)}.")
+    layers, files, settings = content["layers"], content["files"], content["settings"]
+    if not _is_list_of_names(layers):
+        raise BrokenVariant(f"{CONFIG} of {where} lists no layers, or one twice: save the variant anew.")
+    allowed = [{TENSORS}, {TENSORS, TIMM_FILES[0]}, {TENSORS, *TIMM_FILES}]
+    hashes = files.values() if isinstance(files, dict) else [None]
+    if not all(isinstance(value, str) and HASH.fullmatch(value) for value in [*hashes, content["model"]]):
+        raise BrokenVariant(f"{CONFIG} of {where} holds hashes that are none: save the variant anew.")
+    if set(files) not in allowed:
+        raise BrokenVariant(
+            f"{CONFIG} of {where} vouches for {sorted(files)}, and a variant has {sorted(allowed[-1])}."
+        )
+    if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
+        raise BrokenVariant(f"{CONFIG} of {where} has other settings than {', '.join(SETTINGS)}: update timm_nrpm.")
+    return content
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _is_list_of_names(layers: Any) -> bool:
+    if not isinstance(layers, list) or not layers or not all(isinstance(name, str) for name in layers):
+        return False
+    return len(set(layers)) == len(layers)
+
+
+def _lam(tensor: Tensor | None, layer: str) -> float:
+    """The lambda of a layer."""
+    if tensor is None or tensor.ndim or not tensor.is_floating_point():
+        raise ValueError(f"{layer} has no lambda.")
+    if not 0 <= (lam := float(tensor)) <= 1:
+        raise ValueError(f"{layer} has lambda {lam}, which is not in [0, 1].")
+    return lam
+
+
+PAIRS = {"correction.gain": "correction.offset", "running_mean": "running_var"}
+
+
+def check_tensors(tensors: dict[str, Tensor], layers: dict[str, float]) -> None:
+    """Raise a ValueError for what no calibration writes: other names, halves of pairs, values that are no numbers."""
+    for name, tensor in tensors.items():
+        for first, second in PAIRS.items():
+            for mine, other in ((first, second), (second, first)):
+                if name.endswith(f".{mine}") and f"{name.removesuffix(mine)}{other}" in tensors:
+                    break
+            else:
+                continue
+            break
+        else:
+            raise ValueError(f"{name} has no place in a variant.")
+        if name.rpartition(".correction.")[1] and name.rpartition(".correction.")[0] not in layers:
+            raise ValueError(f"{name} corrects a layer that is not reprogrammed.")
+        if not tensor.is_floating_point() or tensor.ndim != 1 or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds what is no finite number a channel.")
+        if name.endswith(".running_var") and bool((tensor < 0).any()):
+            raise ValueError(f"{name} holds variances below 0.")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a variant adds to its base: lambdas, corrections, moved statistics."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in reprogrammed_layers(model).items():
+        tensors[f"{name}.lam"] = layer.lam.detach().clamp(0, 1)
+        if layer.correction is not None:
+            tensors[f"{name}.correction.gain"] = layer.correction.gain
+            tensors[f"{name}.correction.offset"] = layer.correction.offset
+    for name, kept in record_of(model).statistics.items():
+        tensors |= {f"{name}.{key}": getattr(model.get_submodule(name), key) for key in kept}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _install(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Put corrections and statistics into a freshly reprogrammed model."""
+    record, layers = record_of(model), reprogrammed_layers(model)
+    modules = dict(model.named_modules())
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        layer = layers.get(owner.removesuffix(".correction"))
+        if layer is not None and owner.endswith(".correction"):
+            target = (layer.correction or layer.add_correction())._buffers.get(key)
+        else:
+            target = modules[owner]._buffers.get(key) if owner in modules else None
+        if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:
+            raise BrokenVariant(
+                f"{TENSORS} of {where} holds {name} {list(tensor.shape)}, which its base has no place for."
+            )
+        if not owner.endswith(".correction"):
+            record.statistics.setdefault(owner, {})[key] = Statistic(target.clone(), tensor.to(target))
+        with torch.no_grad():
+            target.copy_(tensor)
