@@ -12,7 +12,7 @@ from timm_nrpm import AttackResult, RobustnessReport, Threat, create_model, eval
 from timm_nrpm.data import digits
 from timm_nrpm.figures import SOURCES, draw_attacks
 from timm_nrpm.flags import MASKED, RANDOM, THRESHOLDS, ZERO
-from timm_nrpm.page import MEANINGS, NUMBERS, write_page
+from timm_nrpm.page import write_page
 from timm_nrpm.registry import DIGITS
 
 HOSTILE = '</script><img src="http://evil.example/x" onerror=alert(1)><!--<script>&amp;\'"'

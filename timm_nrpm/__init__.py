@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from timm_nrpm import functional
 from timm_nrpm.base import WeightsUnavailable, WrongBase
+from timm_nrpm.browsing import inspect, list_variants, pull
 from timm_nrpm.calibration import calibrate_
 from timm_nrpm.certificates import CertificationReport
 from timm_nrpm.certification import certify, smoothed_predict
@@ -18,6 +19,7 @@ from timm_nrpm.evaluation import evaluate
 from timm_nrpm.history import History
 from timm_nrpm.loading import from_pretrained
 from timm_nrpm.pareto import Candidate, ParetoFront
+from timm_nrpm.publishing import Published, push_to_hub
 from timm_nrpm.registry import create_model, list_models
 from timm_nrpm.report import AttackResult, RobustnessReport
 from timm_nrpm.reprogramming import ReprogrammingWarning, lambdas, plain_copy, reprogram_, restore_
@@ -41,6 +43,7 @@ __all__ = [
     "HubError",
     "NRPMConfig",
     "ParetoFront",
+    "Published",
     "ReprogrammingWarning",
     "RobustnessReport",
     "Threat",
@@ -56,9 +59,13 @@ __all__ = [
     "evaluate_corruptions",
     "from_pretrained",
     "functional",
+    "inspect",
     "lambdas",
     "list_models",
+    "list_variants",
     "plain_copy",
+    "pull",
+    "push_to_hub",
     "reprogram_",
     "restore_",
     "save_pretrained",

@@ -237,6 +237,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {name: getattr(args, name) for name in ("suite", "steps", "queries", "seed")}
     options |= {"control": not args.no_control, "accelerator": accelerator, "progress": True}
+    options["data"] = f"{args.data.removeprefix('torch/').removeprefix('hfds/')}, {args.split}"
     reports = []
     for threat in threats:
         stem = f"{args.suite}-{threat.norm}-{threat.eps:.6g}"

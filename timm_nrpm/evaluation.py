@@ -45,6 +45,7 @@ def evaluate(
     steps: int | None = None,
     queries: int | None = None,
     seed: int = 0,
+    data: str = "",
     base: nn.Module | None = None,
     control: bool = True,
     mean: tuple[float, ...] | None = None,
@@ -68,6 +69,7 @@ def evaluate(
         suite: One of `timm_nrpm.suites.SUITES`.
         steps, queries: Of each ascent and of each random search, in place of the suite's own numbers.
         seed: Of everything random. Each image's part of it depends on its batch's place alone.
+        data: What the images are, in words, such as `"cifar10, test"`; the report and its card say it.
         base: Another model to make examples on, such as the one this was made from.
         control: Whether to put the plain model under the same attacks.
         mean, std: The model's normalisation, one number a channel; by default timm's for this model, and none for a
@@ -130,7 +132,8 @@ def evaluate(
     reports = [_report([row["judged"][i] for row in rows], told) for i in range(len(rows[0]["judged"]))]
     seconds = time.perf_counter() - start
     beside = reports[1] if len(reports) > 1 else None
-    return replace(reports[0], control=beside, sha256=sha256, warnings=tuple(heard), seconds=seconds)
+    found = replace(reports[0], control=beside, warnings=tuple(heard), seconds=seconds)
+    return replace(found, sha256=sha256, data=data)
 
 
 def _told(model: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> dict[str, Any]:

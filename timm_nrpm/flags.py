@@ -46,6 +46,35 @@ CLIMBING = "attack_not_finished"
 MARGIN = 0.02
 """Share of all images that an attack must break beyond another's to beat it."""
 
+MEANINGS = {
+    MASKED: "The same PGD breaks more images along the gradient of the plain model or of the linear maps than along "
+    "the model's own, so the own gradient misleads attackers without keeping them out. Three images are the least.",
+    SCORES: "A random search that sees the scores alone breaks images that no attack along the own gradient broke. "
+    "Three images are the least.",
+    NON_FINITE: "A gradient that an attack followed was not finite: there the attack stood still.",
+    ZERO: "On some images the gradient is zero in every pixel, so that attacks along it stand still.",
+    RANDOM: "The same images give other logits each time: an image that survives once may fall the next time.",
+    ONE_STEP: "One step breaks more images than twenty do, so the many steps went astray. Three images are the least.",
+    UNBOUNDED: "An attacker who may change every pixel at will still leaves more images right than guessing would: the "
+    "attack does not work on this model.",
+    FLAT: "Double the bound breaks hardly more images than half of it: attacks do not use the room that they have.",
+    CLIMBING: "On images that survived, the loss was still rising when the attack ended: more steps would break more.",
+}
+"""What each flag means, in a sentence."""
+
+NUMBERS = {
+    MASKED: "images broken along another gradient beyond the own",
+    SCORES: "images that only the search breaks",
+    NON_FINITE: "1 if there was one",
+    ZERO: "images with a zero gradient",
+    RANDOM: "change of a logit, relative to the largest",
+    ONE_STEP: "images that one step breaks beyond many steps",
+    UNBOUNDED: "images that survive, beyond chance",
+    FLAT: "accuracy at double the bound, relative to half",
+    CLIMBING: "surviving images whose loss was rising",
+}
+"""What the number of each flag counts."""
+
 THRESHOLDS = {
     MASKED: MARGIN,
     SCORES: MARGIN,

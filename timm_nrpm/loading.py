@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +88,24 @@ def find_variant(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    weights: bool = True,
 ) -> Found:
-    """The checked contents of a folder or a repository, without a model; see :func:`from_pretrained`."""
+    """The checked contents of a folder or a repository, without a model; see :func:`from_pretrained`.
+
+    Args:
+        weights: Whether those of a full variant are fetched and checked as well.
+    """
     name = str(source).removeprefix(PREFIX)
     if not isinstance(source, str) or Path(source).is_dir() or not REPO_ID.fullmatch(name):
         folder = Path(source)
-        return Found(Variant.read(lambda file: in_folder(folder, file), str(folder)), lambda f: folder / f, str(folder))
+        return Found(Variant.read(partial(in_folder, folder), str(folder), weights), folder.joinpath, str(folder))
     repository = Repository(name, revision, cache_dir, token, local_files_only)
     repository = repository.at(repository.fetch(CONFIG, LARGEST[CONFIG]), CONFIG)
 
     def find(file: str) -> Path:
         return repository.fetch(file, LARGEST.get(file))
 
-    return Found(Variant.read(find, name), find, name, repository)
+    return Found(Variant.read(find, name, weights), find, name, repository)
 
 
 def in_folder(folder: Path, name: str) -> Path:

@@ -59,6 +59,7 @@ class RobustnessReport:
         control: The plain model (lambda = 1, statistics from before calibration) under the same attacks.
         versions: Of what computed it.
         sha256: :func:`timm_nrpm.reprogramming.model_sha256` of the model: weights, statistics, lambdas, estimates.
+        data: What the images are, in words, such as `"cifar10, test"`.
         warnings: Every warning raised meanwhile.
         seconds: For all of it.
 
@@ -82,6 +83,7 @@ class RobustnessReport:
     control: RobustnessReport | None = field(default=None, repr=False)
     versions: Mapping[str, str] = field(default_factory=dict, repr=False)
     sha256: str = field(default="", repr=False)
+    data: str = ""
     warnings: tuple[str, ...] = field(default=(), repr=False)
     seconds: float = field(default=0.0, repr=False, compare=False)
 

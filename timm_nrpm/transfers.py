@@ -7,6 +7,7 @@ with its hash.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 import time
@@ -34,7 +35,7 @@ WAITS = (1.0, 2.0, 4.0)
 """Seconds between attempts."""
 
 PATIENCE = 60.0
-"""Seconds without a sign of the server after which a request has failed."""
+"""Seconds without a sign of the server after which a request has failed; TIMM_NRPM_TIMEOUT gives another number."""
 
 PASSING = (408, 429, 500, 502, 503, 504)
 """Answers that may be others a moment later."""
@@ -74,8 +75,9 @@ _patient: list[Any] = []
 
 
 @contextmanager
-def patience(seconds: float = PATIENCE) -> Iterator[None]:
+def patience() -> Iterator[None]:
     """No request waits for ever: the client that all of the Hub's functions share has no limit of its own."""
+    seconds = float(os.environ.get("TIMM_NRPM_TIMEOUT", PATIENCE))
     client = get_session()
     with _lock:
         _patient.append(client.timeout)

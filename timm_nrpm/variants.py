@@ -87,18 +87,21 @@ class Variant:
         return NRPMConfig(**self.settings, lam=self.lams, layers=tuple(self.lams))
 
     @classmethod
-    def read(cls, find: Callable[[str], Path], where: str) -> Variant:
+    def read(cls, find: Callable[[str], Path], where: str, weights: bool = True) -> Variant:
         """Read and check a variant.
 
         Args:
             find: Gives the path of a file by its name.
             where: They are, for messages.
+            weights: Whether those of a full variant are looked at as well.
 
         Raises:
             BrokenVariant: A file is missing, damaged, of a later format, or holds what no variant does.
         """
         content = parse_config(find(CONFIG), where)
         for name, expected in content["files"].items():
+            if name == TIMM_FILES[1] and not weights:
+                continue
             if sha256_of(find(name)) != expected:
                 raise BrokenVariant(f"{name} of {where} is cut short or was changed after it was saved: get it again.")
         try:

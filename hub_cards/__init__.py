@@ -1,0 +1,1 @@
+"""The template of model cards, and the cards of what was published."""

@@ -1,0 +1,161 @@
+"""What the Hub has: variants by owner, what one holds without its weights, and copies of them on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from timm_nrpm.base import Base
+from timm_nrpm.cards import CARD, EVALUATION, PICTURE, TAGS, parse_evaluation
+from timm_nrpm.loading import find_variant
+from timm_nrpm.report import RobustnessReport
+from timm_nrpm.transfers import NotOnHub, insist
+from timm_nrpm.variants import CONFIG, filling
+
+LARGEST_EXTRA = 64 << 20
+"""Bytes of a card, a picture or reports."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A variant as it says it is, read without its weights.
+
+    Attributes:
+        name: A folder or repository.
+        commit: That was read, on the Hub.
+        base: What it was made from.
+        is_full: Whether the weights are in it.
+        settings: Of the estimates.
+        lams: Of every layer.
+        reports: Behind its card, if they are of this very model.
+        note: What is to be said of them.
+    """
+
+    name: str
+    commit: str | None
+    base: Base
+    is_full: bool
+    settings: Mapping[str, Any]
+    lams: Mapping[str, float]
+    reports: tuple[RobustnessReport, ...]
+    note: str
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Every flag that a report raises."""
+        return tuple(dict.fromkeys(flag for report in self.reports for flag in report.flags))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A repository in a list."""
+
+    repo_id: str
+    private: bool
+    base: str | None
+    modified: str
+
+
+def inspect(
+    source: str | Path, *, revision: str | None = None, token: str | bool | None = None, local_files_only: bool = False
+) -> Description:
+    """Read what a variant holds, without its weights and without those of its base.
+
+    Args:
+        source, revision, token, local_files_only: As for :func:`timm_nrpm.from_pretrained`.
+
+    Raises:
+        timm_nrpm.BrokenVariant, timm_nrpm.HubError: As there.
+
+    Example:
+        >>> inspect("me/resnet18-nrpm").flags
+        ('gradient_masking',)
+    """
+    options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    found = find_variant(source, revision=revision, **options, weights=False)
+    variant = found.variant
+    reports: list[RobustnessReport] = []
+    try:
+        path = found.repository.fetch(EVALUATION, LARGEST_EXTRA) if found.repository else found.find(EVALUATION)
+        reports = parse_evaluation(path.read_text(encoding="utf-8"))
+        note = f"{len(reports)} evaluation{'s' * (len(reports) != 1)}"
+    except (NotOnHub, FileNotFoundError):
+        note = "Not evaluated."
+    except ValueError as error:
+        note = f"Its evaluation cannot be read: {error}"
+    if any(report.sha256 != variant.model for report in reports):
+        note, reports = "Its evaluation is of another model, and says nothing of this one.", []
+    commit = found.repository.revision if found.repository else None
+    about = (variant.base, variant.is_full, variant.settings, variant.lams)
+    return Description(found.where, commit, *about, tuple(reports), note)
+
+
+def list_variants(author: str, *, token: str | bool | None = None) -> list[Listed]:
+    """The variants that somebody published, by their tag.
+
+    Raises:
+        timm_nrpm.HubError: The Hub cannot be asked.
+
+    Example:
+        >>> [listed.repo_id for listed in list_variants("me")]
+        ['me/resnet18-nrpm']
+    """
+    ask = partial(HfApi(token=token).list_models, author=author, filter=TAGS[0], full=True, cardData=True)
+    models = insist(f"Listing the models of {author}", lambda: list(ask()), token=token)
+    return [
+        Listed(
+            model.id,
+            bool(model.private),
+            model.card_data.get("base_model") if model.card_data else None,
+            f"{model.last_modified:%Y-%m-%d}" if model.last_modified else "",
+        )
+        for model in sorted(models, key=lambda model: model.id)
+    ]
+
+
+def pull(
+    repo_id: str,
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Copy a variant from the Hub into a folder, with its card: all of it, of one commit, or nothing.
+
+    Args:
+        repo_id, revision, cache_dir, token, local_files_only: As for :func:`timm_nrpm.from_pretrained`.
+        folder: Is made, or holds a variant that is replaced.
+
+    Returns:
+        The folder, for `from_pretrained`.
+
+    Raises:
+        ValueError: `folder` holds something else.
+        timm_nrpm.BrokenVariant, timm_nrpm.HubError: As for `from_pretrained`.
+
+    Example:
+        >>> pull("me/resnet18-nrpm", "resnet18-nrpm")
+        PosixPath('resnet18-nrpm')
+    """
+    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    folder = Path(folder)
+    with filling(folder) as draft:
+        found = find_variant(repo_id, revision=revision, **options)
+        if found.repository is None:
+            raise ValueError(f"{repo_id!r} is no repository on the Hub: write owner/name.")
+        for name in (CONFIG, *found.variant.files):
+            shutil.copyfile(found.find(name), draft / name)
+        for name in (CARD, EVALUATION, PICTURE):
+            try:
+                shutil.copyfile(found.repository.fetch(name, LARGEST_EXTRA), draft / name)
+            except NotOnHub:
+                (folder / name).unlink(missing_ok=True)  # of the variant that was there
+    return folder
