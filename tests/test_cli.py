@@ -25,12 +25,12 @@ def test_the_demo_on_fewer_images(tmp_path):
 
 
 def test_list(capsys):
-    assert main(["list", "resnet1?"]) == 0
+    assert main(["models", "resnet1?"]) == 0
     assert "resnet18" in capsys.readouterr().out.split()
 
 
 def test_an_empty_list_is_told(capsys):
-    assert main(["list", "*nope*"]) == 1
+    assert main(["models", "*nope*"]) == 1
     assert "no architecture matches '*nope*'" in capsys.readouterr().err
 
 

@@ -97,6 +97,7 @@ class Base:
         kwargs: The further arguments of `timm.create_model`.
         sha256: :func:`weights_sha256` of the plain model.
         dtype: Of its parameters, as torch names it.
+        tuned: Whether the weights were trained on since they came through the name, which then says where they started.
     """
 
     architecture: str
@@ -107,6 +108,7 @@ class Base:
     revision: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+    tuned: bool = False
 
     def __post_init__(self) -> None:
         dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else None
@@ -167,8 +169,8 @@ class Base:
             value = data[key]
             if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
                 raise ValueError(f"base's {key}={value!r} is none.")
-        if not isinstance(data["kwargs"], dict):
-            raise ValueError(f"base's kwargs={data['kwargs']!r} are no arguments.")
+        if not isinstance(data["kwargs"], dict) or not isinstance(data["tuned"], bool):
+            raise ValueError(f"base's kwargs={data['kwargs']!r}, tuned={data['tuned']!r} are none.")
         overlay = data["kwargs"].get("pretrained_cfg_overlay") or {}
         if not isinstance(overlay, dict) or set(overlay) - {*ABOUT_IMAGES, "hf_hub_id"}:
             raise ValueError(
@@ -188,15 +190,17 @@ class Base:
             WrongBase: No name leads to the weights, or they are others by now.
             WeightsUnavailable: The weights cannot be had.
         """
-        if self.name is None:
+        if not self.is_public:
             raise WrongBase(
                 f"This variant was made for a {self.architecture} whose weights have no public name (random, from a "
-                "checkpoint, or with a new classifier). Build that model and give it as base=."
+                "checkpoint, tuned, or with a new classifier). Build that model and give it as base=."
             )
-        source, _, hub_id = self.name.rpartition(":")
+        source, _, hub_id = str(self.name).rpartition(":")
         repo_id = hub_id.partition("@")[0] if source else self.hub_id
         if repo_id is None:
-            model = create_plain(self.name, pretrained=True, **self.kwargs, dtype=self.torch_dtype, cache_dir=cache_dir)
+            model = create_plain(
+                str(self.name), pretrained=True, **self.kwargs, dtype=self.torch_dtype, cache_dir=cache_dir
+            )
         else:
             revision = self.revision or (hub_id.partition("@")[2] if source else None) or None
             options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
@@ -204,7 +208,7 @@ class Base:
             try:
                 model = self._from_hub(repository, in_registry=not source)
             except HubError as error:
-                raise WeightsUnavailable(unavailable(self.name, str(error))) from error
+                raise WeightsUnavailable(unavailable(str(self.name), str(error))) from error
         self.check(model)
         return model
 
@@ -229,6 +233,11 @@ class Base:
         cfg: Any = model.pretrained_cfg
         cfg.pop("file", None)  # a place on this machine
         return model
+
+    @property
+    def is_public(self) -> bool:
+        """Whether the name leads to these weights."""
+        return self.name is not None and not self.tuned
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

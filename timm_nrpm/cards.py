@@ -86,7 +86,8 @@ def render(
         "base": _described(variant),
         "architecture": base.architecture,
         "settings": variant.settings,
-        "public": base.name is not None,
+        "public": base.is_public,
+        "tuned": base.tuned,
         "source": _repository(variant) or base.name,
         "revision": base.revision,
         "calibrated": bool(variant.tensors),
@@ -139,7 +140,7 @@ def _described(variant: Variant) -> str:
 def _metadata(variant: Variant, name: str, reports: Sequence[RobustnessReport]) -> dict[str, Any]:
     data: dict[str, Any] = {"library_name": "timm_nrpm", "pipeline_tag": "image-classification"}
     if repository := _repository(variant):
-        data |= {"base_model": repository, "base_model_relation": "finetune" if variant.is_full else "adapter"}
+        data |= {"base_model": repository, "base_model_relation": "finetune" if variant.base.tuned else "adapter"}
     if reports:
         data["model_name"] = name.rpartition("/")[2]
         data["eval_results"] = [result for report in reports for result in _results(report)]

@@ -16,8 +16,10 @@ from rich.table import Table
 
 from timm_nrpm.attacks import PixelModel
 from timm_nrpm.config import GRADIENTS, OBJECTIVES, PARADIGMS, PRECISIONS, NRPMConfig, TuneConfig
+from timm_nrpm.hub_commands import add_commands
 from timm_nrpm.suites import SUITES
 from timm_nrpm.threats import NORMS
+from timm_nrpm.transfers import REPO_ID
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,13 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="reprogram and attack the bundled digits model")
     demo.add_argument("--output", type=Path, default=Path("demo"), help="folder for the picture and the variant")
     demo.set_defaults(run=_demo)
-    listing = commands.add_parser("list", help="architectures that can be reprogrammed whole")
+    listing = commands.add_parser("models", help="architectures that can be reprogrammed whole")
     listing.add_argument("filter", nargs="?", default="", help="a wildcard, like 'resnet*'")
-    listing.set_defaults(run=_list)
+    listing.set_defaults(run=_models)
     _add_tune(commands.add_parser("tune", help="learn lambda, or everything, under attack (paradigms 2 and 3)"))
     _add_evaluate(
         commands.add_parser("evaluate", help="attack a model in every way there is, and report the worst case")
     )
+    add_commands(commands)
     args = parser.parse_args(arguments)
     try:
         return args.run(args)
@@ -58,7 +61,7 @@ def _demo(args: argparse.Namespace) -> int:
     return 0 if run(args.output, Console()) else 1
 
 
-def _list(args: argparse.Namespace) -> int:
+def _models(args: argparse.Namespace) -> int:
     from timm_nrpm.registry import list_models
 
     names = list_models(args.filter)
@@ -109,7 +112,7 @@ def _add_model(parser: argparse.ArgumentParser, lam: float) -> None:
         "model",
         nargs="?",
         default="resnet8_digits",
-        help="timm's name, or a saved variant's folder (default: the bundled one)",
+        help="timm's name, or a variant: a folder, or owner/name on the Hub (default: the bundled one)",
     )
     model.add_argument(
         "--weights", metavar="FILE", help="safetensors, a state dict, or what the paper's authors publish"
@@ -253,7 +256,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _is_variant(name: str) -> bool:
-    return (Path(name) / "nrpm_config.json").is_file()
+    return (Path(name) / "nrpm_config.json").is_file() or (bool(REPO_ID.fullmatch(name)) and not Path(name).exists())
 
 
 def _model(args: argparse.Namespace) -> nn.Module:

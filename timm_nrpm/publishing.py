@@ -36,7 +36,7 @@ from timm_nrpm.transfers import (
     sha256_of,
     told,
 )
-from timm_nrpm.variants import CONFIG, TENSORS, has_changed, save_pretrained
+from timm_nrpm.variants import CONFIG, TENSORS, needs_weights, save_pretrained
 
 FILES = (CONFIG, TENSORS, *TIMM_FILES, EVALUATION, PICTURE, CARD)
 """What a repository holds of ours; others in it stay."""
@@ -104,7 +104,7 @@ def push_to_hub(
             that were written by hand.
         reports: What :func:`timm_nrpm.evaluate` found of this very model, one for each threat. Without any the card
             says that nothing was measured.
-        full: Whether the weights go along; by default if they changed since the model was reprogrammed.
+        full: Whether the weights go along; by default if they were tuned.
         license: An id that the Hub knows; by default the base's.
         datasets: On the Hub, that the model was trained on.
         private: Whether others may not see a new repository: the default. True refuses one that is public already.
@@ -195,7 +195,7 @@ def check_repo_id(repo_id: str) -> str:
 def _fill(model: nn.Module | str | Path, folder: Path, full: bool | None) -> None:
     """The variant's own files into `folder`."""
     if isinstance(model, nn.Module):
-        save_pretrained(model, folder, full=has_changed(model) if full is None else full)
+        save_pretrained(model, folder, full=needs_weights(model) if full is None else full)
         return
     found = find_variant(Path(model))
     if full is not None and full != found.variant.is_full:

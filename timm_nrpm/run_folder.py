@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.checkpoints import Checkpoint, Checkpoints
 from timm_nrpm.history import History
-from timm_nrpm.variants import has_changed, save_pretrained
+from timm_nrpm.variants import needs_weights, save_pretrained
 
 
 class RunFolder:
@@ -95,7 +95,7 @@ class RunFolder:
                 history.plot(self.path / "curves.png")
             except ImportError as error:
                 warnings.warn(f"No picture: {error}", stacklevel=6)
-            full = has_changed(model)
+            full = needs_weights(model)
             if not full or hasattr(model, "pretrained_cfg"):
                 save_pretrained(model, self.path / "variant", full=full)
             else:

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,12 @@ def has_changed(model: nn.Module) -> bool:
     return base is not None and weights_sha256(plain_copy(model).state_dict()) != base.sha256
 
 
+def needs_weights(model: nn.Module) -> bool:
+    """Whether lambdas alone would leave others without the weights: they changed, now or before they were loaded."""
+    base = record_of(model).base
+    return has_changed(model) or (base is not None and base.tuned)
+
+
 def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False) -> Path:
     """Write a reprogrammed model to a folder.
 
@@ -204,7 +210,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
                 "The weights of this model changed since it was reprogrammed (BatchNorm statistics count, which a "
                 "forward in training mode moves), and a lambda-only folder would lose them: save with full=True."
             )
-        base = Base.of(plain, None, base.kwargs)
+        base = replace(base, sha256=weights_sha256(plain.state_dict()), tuned=True)
     tensors = serialize_tensors(_tensors(model))
     content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "layers": list(layers)}
     content |= {"settings": {name: getattr(record.config, name) for name in SETTINGS}, "model": model_sha256(model)}
