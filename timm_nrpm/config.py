@@ -179,6 +179,9 @@ class TuneConfig:
         evaluate_eps: Their largest change of a pixel; by default that of training, or 8/255 if that is 0.
         log_every: Steps between two rows of the history.
         trackers: Names that accelerate knows, like `("tensorboard",)`.
+        push_to: A repository on the Hub, `owner/name`, that the variant is sent to with every checkpoint, beside the
+            run and by the main process. A Hub that is down neither stops nor holds up the run.
+        license: Of what is pushed, an id that the Hub knows; by default the base's.
 
     Raises:
         ValueError: A value is outside its range; the message names the range.
@@ -219,6 +222,8 @@ class TuneConfig:
     evaluate_eps: float | None = None
     log_every: int = 1
     trackers: tuple[str, ...] = ()
+    push_to: str | None = None
+    license: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("trainable", "trackers"):
@@ -261,6 +266,8 @@ class TuneConfig:
                 raise ValueError(f"{name}={value!r} is not allowed: give a number {limit}.")
         if self.clip is not None and not (isinstance(self.clip, Real) and self.clip > 0):
             raise ValueError(f"clip={self.clip!r} is not allowed: give a number > 0, or None to let any gradient pass.")
+        if self.push_to is not None and self.output is None:
+            raise ValueError(f"push_to={self.push_to!r} needs output, the folder where variants wait to be sent.")
         if self.evaluate_eps == 0:
             raise ValueError("evaluate_eps=0 attacks nothing: give the change of a pixel, like 8 / 255.")
 

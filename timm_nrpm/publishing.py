@@ -274,7 +274,7 @@ class _Push:
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                 if status in (409, 412):
                     raise HubError(f"Somebody else committed to {self.repo_id} at the same time: push again.") from None
-                if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+                if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError) and not may_pass(error):
                     raise ValueError(f"The Hub does not take the card: {' '.join(str(error).split())[:500]}") from None
                 if wait is None or not may_pass(error):
                     raise told(what, error, self.token) from None

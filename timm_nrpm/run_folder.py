@@ -4,6 +4,7 @@ checkpoints/    what the run goes on from
 history.json    every step
 curves.png      the same, drawn
 variant/        the tuned model, for `from_pretrained`
+push-*/         variants that wait to be sent to the Hub
 logs/           of trackers
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.checkpoints import Checkpoint, Checkpoints
 from timm_nrpm.history import History
+from timm_nrpm.publisher import Publisher
 from timm_nrpm.variants import needs_weights, save_pretrained
 
 
@@ -39,6 +41,7 @@ class RunFolder:
 
     def __init__(self, path: str, keep: int, resume: bool, accelerator: Accelerator) -> None:
         self.path, self.accelerator = Path(path), accelerator
+        self.publisher: Publisher | None = None
         self.checkpoints = Checkpoints(self.path / "checkpoints", keep)
 
         def claim() -> None:
@@ -53,14 +56,36 @@ class RunFolder:
 
         self._on_main(claim)
 
-    def save(self, step: int, state: Mapping[str, Any], content: Mapping[str, Any], history: History) -> None:
-        """A checkpoint of `state`, tensors and plain values, and of `content`; and the history so far."""
+    def publish(self, model: nn.Module, repo_id: str, license: str | None) -> None:
+        """Send a variant to the Hub with every checkpoint from now on, from the main process.
+
+        Raises:
+            ValueError: It could never be sent: no such name, or no licence.
+        """
+
+        def start() -> None:
+            self.publisher = Publisher(self.path, repo_id, model, license)
+
+        self._on_main(start)
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        content: Mapping[str, Any],
+        history: History,
+        model: nn.Module,
+    ) -> None:
+        """A checkpoint of `state`, tensors and plain values, and of `content`; the history so far; and, if the run is
+        published, the variant that `model` is by now."""
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
         values = {k: v for k, v in state.items() if k not in tensors}
 
         def write() -> None:
             self.checkpoints.save(step, tensors, {**content, "values": values, "history": history.to_dict()})
             history.save(self.path / "history.json")
+            if self.publisher is not None:
+                self.publisher.offer(model, f"Step {step}")
 
         self._on_main(write)
 
@@ -104,6 +129,8 @@ class RunFolder:
                     "last checkpoint alone. Save model.state_dict() yourself.",
                     stacklevel=6,
                 )
+            if self.publisher is not None:
+                self.publisher.finish()
 
         self._on_main(write)
 

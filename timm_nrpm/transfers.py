@@ -7,6 +7,7 @@ with its hash.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import threading
@@ -63,11 +64,16 @@ def is_lost_connection(error: BaseException) -> bool:
     return bool(names & {"TransportError", "StreamError"}) or isinstance(error, (ConnectionError, TimeoutError))
 
 
+def is_garbled(error: BaseException) -> bool:
+    """Whether the client stumbled over an answer that arrived damaged."""
+    return isinstance(error, (LookupError, TypeError, AttributeError, json.JSONDecodeError))
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether the same call may succeed a moment later."""
     if isinstance(error, HfHubHTTPError):
         return getattr(error.response, "status_code", None) in PASSING
-    return is_lost_connection(error)
+    return is_lost_connection(error) or is_garbled(error)
 
 
 _lock = threading.Lock()
@@ -113,7 +119,7 @@ def insist(what: str, call: Callable[[], Result], *, token: str | bool | None = 
             if wait is None or not may_pass(error):
                 raise told(what, error, token) from None  # its own text may be long, and hold what is not to be seen
         except Exception as error:
-            if not is_lost_connection(error):
+            if not may_pass(error):
                 raise
             if wait is None:
                 raise told(what, error, token) from None
@@ -148,6 +154,8 @@ def told(what: str, error: BaseException, token: str | bool | None = None) -> Hu
             kind, why = Unreachable, f"{why}: try again later"
     elif is_lost_connection(error):
         kind, why = Unreachable, f"the connection broke or no answer came ({type(error).__name__}): try again later"
+    elif is_garbled(error):
+        kind, why = Unreachable, "its answer arrived damaged: try again later"
     else:
         why = _said(error)
     text = f"{what} failed: {why}."

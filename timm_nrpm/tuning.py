@@ -40,7 +40,7 @@ from timm_nrpm.run_folder import RunFolder
 from timm_nrpm.threats import Threat
 from timm_nrpm.trainable import given_back, select_, set_modes_
 
-MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience")
+MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience", "push_to", "license")
 """Settings that a run may be taken up with other values of: they do not change what it computes."""
 
 
@@ -141,6 +141,8 @@ class _Run:
         self.folder: RunFolder | None = None
         if config.output is not None:
             self.folder = RunFolder(config.output, config.keep, resume, self.accelerator)
+            if config.push_to is not None:
+                self.folder.publish(model, config.push_to, config.license)
         net = PixelModel(model, **normalisation)
         self.classes = _classes(net, self.source)
         self.objective = Objective(net, config, len(self.numbered), self.classes)
@@ -333,7 +335,7 @@ class _Run:
             return
         state = collect(self.model, self.wrapped, self.optimizer.optimizer)
         content = {"position": [self.step, self.epoch, self.batch, self.failed], "run": self._identity()}
-        self.folder.save(self.step, state, content, self.history)
+        self.folder.save(self.step, state, content, self.history, self.model)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to be taken up."""
