@@ -58,6 +58,16 @@ def test_round_trip(tmp_path, full):
     assert os.listdir(tmp_path / "deep") == ["v"]
 
 
+def test_a_resnet50_is_a_few_kilobytes(tmp_path):
+    model = timm_nrpm.create_model("resnet50", lam=0.8).eval()
+    assert sum(tensor.nbytes for tensor in timm_nrpm.plain_copy(model).state_dict().values()) // 10**6 == 102
+    sizes = []
+    for folder in ("lambdas", "calibrated"):
+        sizes.append(sum(f.stat().st_size for f in save_pretrained(model, tmp_path / folder).iterdir()))
+        calibrate_(model, [torch.randn(2, 3, 64, 64)])
+    assert sizes[0] < 7000 < sizes[1] < 229_000
+
+
 def test_a_full_folder_is_the_plain_model_to_timm(tmp_path):
     folder = save_pretrained(variant(), tmp_path / "v", full=True)
     assert same(
@@ -273,7 +283,9 @@ def test_a_forged_base_is_not_followed(tmp_path, forged):
     del content["sha256"]
     content["base"].update(forged)
     (folder / FILES[0]).write_text(json.dumps({**content, "sha256": checksum_of(content)}))
-    with pytest.raises(BrokenVariant, match=r"is no dtype of torch|does not name its weights|may say what images are like"):
+    with pytest.raises(
+        BrokenVariant, match=r"is no dtype of torch|does not name its weights|may say what images are like"
+    ):
         from_pretrained(folder)
 
 

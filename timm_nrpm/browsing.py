@@ -13,7 +13,8 @@ from huggingface_hub import HfApi
 
 from timm_nrpm.base import Base
 from timm_nrpm.cards import CARD, EVALUATION, PICTURE, TAGS, parse_evaluation
-from timm_nrpm.loading import find_variant
+from timm_nrpm.loading import PREFIX, find_variant
+from timm_nrpm.publishing import check_repo_id
 from timm_nrpm.report import RobustnessReport
 from timm_nrpm.transfers import NotOnHub, insist
 from timm_nrpm.variants import CONFIG, filling
@@ -138,7 +139,7 @@ def pull(
         The folder, for `from_pretrained`.
 
     Raises:
-        ValueError: `folder` holds something else.
+        ValueError: `folder` holds something else, or `repo_id` is no name.
         timm_nrpm.BrokenVariant, timm_nrpm.HubError: As for `from_pretrained`.
 
     Example:
@@ -146,11 +147,10 @@ def pull(
         PosixPath('resnet18-nrpm')
     """
     options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    folder = Path(folder)
+    folder, source = Path(folder), f"{PREFIX}{check_repo_id(repo_id)}"  # not a folder of that name
     with filling(folder) as draft:
-        found = find_variant(repo_id, revision=revision, **options)
-        if found.repository is None:
-            raise ValueError(f"{repo_id!r} is no repository on the Hub: write owner/name.")
+        found = find_variant(source, revision=revision, **options)
+        assert found.repository is not None
         for name in (CONFIG, *found.variant.files):
             shutil.copyfile(found.find(name), draft / name)
         for name in (CARD, EVALUATION, PICTURE):

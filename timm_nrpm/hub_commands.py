@@ -99,7 +99,8 @@ def _inspect(args: argparse.Namespace) -> int:
         low, high = (100 * share for share in report.interval())
         console.print(
             f"{report.threat}, {report.samples} images{f' ({report.data})' if report.data else ''}: clean "
-            f"{100 * report.accuracy():.1f} %, worst case {100 * report.worst_case:.1f} % ({low:.1f} to {high:.1f})",
+            f"{100 * report.accuracy():.1f} %, worst case {100 * report.worst_case:.1f} % ({low:.1f} to {high:.1f})"
+            + (f", at lambda 1 {100 * report.control.worst_case:.1f} %" if report.control else ""),
             highlight=False,
         )
     console.print(f"flags: {', '.join(about.flags) or 'none'}" if about.reports else about.note, highlight=False)

@@ -29,11 +29,11 @@ def draw_lambdas(lams: Mapping[str, float], path: str | Path, title: str = "") -
     axes = figure.subplots()
     places = range(len(lams))
     axes.barh(places, list(lams.values()), color=canvas.STYLES[0][0], height=0.6)
-    axes.plot(list(lams.values()), places, "o", color=canvas.STYLES[0][0], markersize=4)  # seen at 0 as well
+    axes.plot(list(lams.values()), places, "o", color=canvas.STYLES[0][0], markersize=4, clip_on=False)  # seen at 0
     size = 8 if len(lams) <= 60 else max(2, 480 / len(lams))
     axes.set_yticks(places, list(lams), fontsize=size, family="monospace")
     axes.invert_yaxis()  # the first layer above
-    axes.set_xlim(0, 1.02)
+    axes.set_xlim(0, 1)
     axes.set_xlabel("lambda (0 = the robust estimate, 1 = the plain layer)")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

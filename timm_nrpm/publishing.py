@@ -31,6 +31,7 @@ from timm_nrpm.transfers import (
     Repository,
     Unreachable,
     insist,
+    limit,
     may_pass,
     patience,
     sha256_of,
@@ -310,7 +311,8 @@ class _Push:
 
     def _info(self, revision: str | None) -> Any:
         try:
-            return self._do(f"Looking at {self.repo_id}", partial(self.api.model_info, self.repo_id, revision=revision))
+            ask = partial(self.api.model_info, revision=revision, timeout=limit())  # by default it has none at all
+            return self._do(f"Looking at {self.repo_id}", lambda: ask(self.repo_id))
         except Unreachable as error:
             raise Unreachable(f"{error} If something was sent, pushing again sends what is missing.") from None
 

@@ -76,6 +76,11 @@ def may_pass(error: BaseException) -> bool:
     return is_lost_connection(error) or is_garbled(error)
 
 
+def limit() -> float:
+    """Seconds without a sign of the server after which a request has failed."""
+    return float(os.environ.get("TIMM_NRPM_TIMEOUT", PATIENCE))
+
+
 _lock = threading.Lock()
 _patient: list[Any] = []
 
@@ -83,11 +88,10 @@ _patient: list[Any] = []
 @contextmanager
 def patience() -> Iterator[None]:
     """No request waits for ever: the client that all of the Hub's functions share has no limit of its own."""
-    seconds = float(os.environ.get("TIMM_NRPM_TIMEOUT", PATIENCE))
     client = get_session()
     with _lock:
         _patient.append(client.timeout)
-        client.timeout = seconds
+        client.timeout = limit()
     try:
         yield
     finally:

@@ -1,0 +1,68 @@
+"""Make variants of the bundled model, one for each paradigm, evaluate them and write what would be published.
+
+    python scripts/render_cards.py              # ten minutes on two cores
+    python scripts/render_cards.py --cards      # after a change to the template: the cards alone
+
+Writes hub_cards/resnet8_digits-{nrpm,lambda,tuned}/, folders that `from_pretrained` loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import timm_nrpm
+from timm_nrpm import Threat, TuneConfig
+from timm_nrpm.data import digits
+from timm_nrpm.publishing import read_reports, write_card
+from timm_nrpm.registry import DIGITS
+from timm_nrpm.variants import needs_weights
+
+CARDS = Path(__file__).parents[1] / "hub_cards"
+THREAT = Threat("Linf", 0.15)
+IMAGES, CALIBRATION, LAM = 180, 1000, 0.5
+CONFIGS = {
+    "nrpm": None,
+    "lambda": TuneConfig(paradigm="lambda", eps=THREAT.eps, epochs=5, calibrate=CALIBRATION),
+    "tuned": TuneConfig(paradigm="all", eps=THREAT.eps, epochs=5, gradient="mixture"),
+}
+"""By the name of the variant: how it is tuned."""
+
+
+def make(config: TuneConfig | None) -> nn.Module:
+    """A variant of the bundled model."""
+    torch.manual_seed(0)
+    pixels, labels = digits("train")
+    model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=LAM).eval()
+    timm_nrpm.calibrate_(model, [(pixels[:CALIBRATION] - 0.5) / 0.5])
+    if config is not None:
+        loader = DataLoader(TensorDataset(pixels, labels), batch_size=64, shuffle=True, drop_last=True)
+        timm_nrpm.tune(model, loader, config, progress=True)
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cards", action="store_true", help="render the cards alone")
+    args = parser.parse_args()
+    pixels, labels = (t[:IMAGES] for t in digits("test"))
+    loader = list(zip(pixels.split(90), labels.split(90), strict=True))
+    for name, config in CONFIGS.items():
+        folder = CARDS / f"{DIGITS}-{name}"
+        if args.cards:
+            reports = read_reports(folder)
+        else:
+            model = make(config)
+            timm_nrpm.save_pretrained(model, folder, full=needs_weights(model))
+            said = "scikit-learn's digits, test"
+            reports = [timm_nrpm.evaluate(model, loader, THREAT, data=said, progress=True)]
+            print(reports[0])
+        print(write_card(folder, f"hub_cards/{folder.name}", reports))
+
+
+if __name__ == "__main__":
+    main()
