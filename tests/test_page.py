@@ -11,7 +11,7 @@ from PIL import Image
 from timm_nrpm import AttackResult, RobustnessReport, Threat, create_model, evaluate, flags
 from timm_nrpm.data import digits
 from timm_nrpm.figures import SOURCES, draw_attacks
-from timm_nrpm.flags import MASKED, RANDOM, THRESHOLDS, ZERO
+from timm_nrpm.flags import MASKED, MEANINGS, NUMBERS, RANDOM, THRESHOLDS, ZERO
 from timm_nrpm.page import write_page
 from timm_nrpm.registry import DIGITS
 

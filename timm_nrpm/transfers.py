@@ -66,11 +66,25 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def is_garbled(error: BaseException) -> bool:
     """Whether the client stumbled over an answer that arrived damaged."""
+    if isinstance(error, ValueError) and re.search("improperly formatted|[Mm]alformed response", str(error)):
+        return True  # so says the client
     return isinstance(error, (LookupError, TypeError, AttributeError, json.JSONDecodeError))
+
+
+def is_upload(error: BaseException) -> bool:
+    """Whether the client failed to upload one large file, for a reason that it keeps as the cause."""
+    return type(error) is RuntimeError and error.__cause__ is not None
+
+
+def is_closed(error: BaseException) -> bool:
+    """Whether the connection that all threads share was closed by another, which lost its own."""
+    return type(error) is RuntimeError and "client has been closed" in str(error)
 
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same call may succeed a moment later."""
+    if is_upload(error) or is_closed(error):
+        return True  # whatever it was: its address may have been damaged, or its time over
     if isinstance(error, HfHubHTTPError):
         return getattr(error.response, "status_code", None) in PASSING
     return is_lost_connection(error) or is_garbled(error)
@@ -133,6 +147,8 @@ def insist(what: str, call: Callable[[], Result], *, token: str | bool | None = 
 
 def told(what: str, error: BaseException, token: str | bool | None = None) -> HubError:
     """The error that says it in one message."""
+    if is_upload(error) and error.__cause__ is not None:
+        error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     kind: type[HubError] = HubError
     if isinstance(error, GatedRepoError):
@@ -156,7 +172,7 @@ def told(what: str, error: BaseException, token: str | bool | None = None) -> Hu
         why = f"the Hub answered {status} ({_said(error)})"
         if may_pass(error):
             kind, why = Unreachable, f"{why}: try again later"
-    elif is_lost_connection(error):
+    elif is_lost_connection(error) or is_closed(error):
         kind, why = Unreachable, f"the connection broke or no answer came ({type(error).__name__}): try again later"
     elif is_garbled(error):
         kind, why = Unreachable, "its answer arrived damaged: try again later"
@@ -171,6 +187,7 @@ def told(what: str, error: BaseException, token: str | bool | None = None) -> Hu
 def _said(error: BaseException) -> str:
     """What the server said, in one line."""
     text = getattr(error, "server_message", None) or str(error)
+    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", str(text))  # an address in the storage is as good as a key
     return " ".join(str(text).split())[:200].rstrip(". ") or type(error).__name__
 
 
@@ -221,6 +238,8 @@ class Repository:
         path = self._get(name, local, False)
         if not local and not is_intact(path):
             path = self._get(name, local, True)
+            if not is_intact(path):
+                raise Unreachable(f"{name} of {self} arrived damaged twice: try again later.")
         self._check_size(name, path.stat().st_size, at_most)
         return path
 
