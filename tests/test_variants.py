@@ -68,6 +68,21 @@ def test_a_resnet50_is_a_few_kilobytes(tmp_path):
     assert sizes[0] < 7000 < sizes[1] < 229_000
 
 
+def test_a_layer_alone(tmp_path):
+    base = nn.Linear(4, 3)
+    model = reprogram_(nn.Linear(4, 3), NRPMConfig(lam=0.3))
+    base.load_state_dict(timm_nrpm.plain_copy(model).state_dict())
+    assert same(from_pretrained(save_pretrained(model, tmp_path / "v"), base=base), model, 4)
+
+
+def test_a_module_with_two_names_has_no_full_folder(tmp_path):
+    model = timm_nrpm.create_model(DIGITS, pretrained=True, layers="layer1*")
+    model.layer1.again = model.layer1[0]
+    with pytest.raises(ValueError, match="under several names"):
+        save_pretrained(model, tmp_path / "v", full=True)
+    assert not (tmp_path / "v").exists()
+
+
 def test_a_full_folder_is_the_plain_model_to_timm(tmp_path):
     folder = save_pretrained(variant(), tmp_path / "v", full=True)
     assert same(
@@ -325,10 +340,12 @@ def test_killed_while_saving_leaves_a_whole_variant_or_a_refused_one(tmp_path):
     """SIGKILL at several moments: what is then in the folder loads, or says that it is broken; never half of each."""
     folder = tmp_path / "v"
     outcomes = set()
-    for delay in (0.0, 0.05, 0.3, 0.7):
+    for delay in (0.0, 0.05, 0.3, 0.7, None, 0.3):
         process = subprocess.Popen([sys.executable, "-c", SAVER, str(folder)], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "ready\n"
-        time.sleep(delay)
+        while delay is None and not (folder / FILES[0]).exists():  # once, on a machine however slow, it is done
+            time.sleep(0.01)
+        time.sleep(delay or 0.0)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()

@@ -56,7 +56,8 @@ class NRPMConfig:
         layers: Which layers, see :data:`LayerSelection`. Globs match names as `model.named_modules()` gives them;
             ``"first:4"`` takes the first four convolutional or linear layers in the order the model calls them.
         delta: Width of the quadratic zone of the Huber penalties, in units of one product.
-        gamma: Distance from which the MCP penalties stop growing, in units of one product. > `delta`.
+        gamma: Distance from which the MCP penalties stop growing, in units of one product; above `delta` for
+            `"huber-mcp"`.
         learnable: Whether lambda takes gradients (paradigms 2 and 3) or is frozen (paradigm 1).
 
     Raises:
