@@ -77,3 +77,22 @@ def test_text_says_the_flags_first_and_every_attack():
 def test_it_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         report().seed = 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clean": []},
+        {"clean": [1, 0, 1, 1]},
+        {"clean": [True]},
+        {"flags": [["x"]]},
+        {"warnings": [3]},
+        {"data": None},
+        {"suite": {}},
+    ],
+)
+def test_what_is_no_report(change):
+    told = json.loads(report().to_json())
+    assert RobustnessReport.from_dict(told) == report()
+    with pytest.raises(ValueError, match="This is no report"):
+        RobustnessReport.from_dict({**told, **change})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from timm.models import get_pretrained_cfg
+from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
 from timm_nrpm.transfers import HubError, NotOnHub, Repository, is_lost_connection
@@ -26,6 +28,9 @@ TIMM_FILES = ("config.json", "model.safetensors")
 
 LARGEST_CONFIG = 16 << 20
 """Bytes of a config: the largest have the names of 22 thousand classes."""
+
+LARGEST_IMAGE = 1 << 23
+"""Numbers of an image: three channels of 1672x1672."""
 
 PLACEMENT = ("device", "dtype", "cache_dir")
 """Arguments of timm's create_model that say where, not what."""
@@ -41,8 +46,9 @@ ABOUT_IMAGES = (
 
 WORD = re.compile(r"[\w.-]{1,200}")
 REPO = re.compile(r"[\w.-]{1,100}/[\w.-]{1,100}")
-REVISION = re.compile(r"[\w./-]{1,200}")
-NAME = re.compile(rf"(?!nrpm_){WORD.pattern}|hf[-_]hub:{REPO.pattern}(@{REVISION.pattern})?")
+REVISION = re.compile(r"(?!/)(?!.*\.\.)[\w./-]{1,200}")  # which becomes a path in the cache
+ARCHITECTURE = re.compile(rf"(?!nrpm_){WORD.pattern}")
+NAME = re.compile(rf"{ARCHITECTURE.pattern}|hf[-_]hub:{REPO.pattern}(@{REVISION.pattern})?")
 
 
 def brings_weights(kwargs: Mapping[str, Any]) -> bool:
@@ -162,9 +168,12 @@ class Base:
         """
         if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
             raise ValueError(f"base must hold {', '.join(f.name for f in fields(cls))}, and nothing else.")
-        for key in ("architecture", "sha256", "dtype"):
-            if not isinstance(data[key], str):
-                raise ValueError(f"base's {key}={data[key]!r} is no text.")
+        if not isinstance(data["dtype"], str):
+            raise ValueError(f"base's dtype={data['dtype']!r} is no text.")
+        if not isinstance(data["sha256"], str) or not re.fullmatch(r"[0-9a-f]{64}", data["sha256"]):
+            raise ValueError(f"base's sha256={data['sha256']!r} is none.")
+        if not isinstance(data["architecture"], str) or not ARCHITECTURE.fullmatch(data["architecture"]):
+            raise ValueError(f"base's architecture={data['architecture']!r} is none.")
         for key, pattern in (("name", NAME), ("tag", WORD), ("hub_id", REPO), ("revision", REVISION)):
             value = data[key]
             if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
@@ -176,6 +185,12 @@ class Base:
             raise ValueError(
                 f"base's pretrained_cfg_overlay={overlay!r} may say what images are like, and nothing else."
             )
+        if data["name"] is not None and str(overlay.get("hf_hub_id") or data["hub_id"]).partition("@")[0] != str(
+            data["hub_id"]
+        ):
+            raise ValueError(f"base has weights of {data['hub_id']!r} and of {overlay['hf_hub_id']!r}.")
+        if set(data["kwargs"]) & set(PLACEMENT):
+            raise ValueError(f"base's kwargs={data['kwargs']!r} say where to put the model.")
         return cls(**data)
 
     def build(
@@ -227,7 +242,7 @@ class Base:
         except NotOnHub:
             if known is None or known.hf_hub_id != repository.repo_id:
                 raise  # what a stranger names is read from safetensors alone
-            overlay["hf_hub_id"] = str(repository)
+            overlay["hf_hub_id"] = repository.repo_id  # not at a stranger's revision, which may be anyone's proposal
             options["cache_dir"] = repository.cache_dir
         model = create_plain(str(self.name), pretrained=True, **{**options, "pretrained_cfg_overlay": overlay})
         cfg: Any = model.pretrained_cfg
@@ -309,6 +324,13 @@ def from_timm_files(config: Path, weights: Path, kwargs: Mapping[str, Any], dtyp
     for key in ("file", "source"):
         cfg.pop(key, None)
     return model
+
+
+def check_image_size(model: nn.Module) -> None:
+    """Raise a ValueError if a stranger's model wants images so large that one fills the memory."""
+    size = get_model_input_config(model)["input_size"]
+    if math.prod(size) > LARGEST_IMAGE:
+        raise ValueError(f"its images have {list(size)} numbers, and {LARGEST_IMAGE} are the most.")
 
 
 def _weights_of(config: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from timm_nrpm.base import check_image_size
 from timm_nrpm.reprogramming import reprogram_, reprogrammed_layers
 from timm_nrpm.transfers import REPO_ID, Repository
 from timm_nrpm.variants import CONFIG, LARGEST, BrokenVariant, Variant
@@ -98,7 +99,8 @@ def find_variant(
     name = str(source).removeprefix(PREFIX)
     if not isinstance(source, str) or Path(source).is_dir() or not REPO_ID.fullmatch(name):
         folder = Path(source)
-        return Found(Variant.read(partial(in_folder, folder), str(folder), weights), folder.joinpath, str(folder))
+        inside = partial(in_folder, folder)
+        return Found(Variant.read(inside, str(folder), weights), inside, str(folder))
     repository = Repository(name, revision, cache_dir, token, local_files_only)
     repository = repository.at(repository.fetch(CONFIG, LARGEST[CONFIG]), CONFIG)
 
@@ -108,19 +110,24 @@ def find_variant(
     return Found(Variant.read(find, name, weights), find, name, repository)
 
 
+class MissingFile(BrokenVariant, FileNotFoundError):
+    """A folder lacks a file."""
+
+
 def in_folder(folder: Path, name: str) -> Path:
     """A file of a folder that somebody may have made up: a plain file, and not larger than it can be.
 
     Raises:
-        BrokenVariant: It is not there, or something else.
+        MissingFile: It is not there.
+        BrokenVariant: It is something else.
     """
     path = folder / name
     try:
         status = path.lstat()
     except OSError as error:
         if name == CONFIG:
-            raise BrokenVariant(f"{folder} holds no {CONFIG}: give a folder that save_pretrained wrote.") from error
-        raise BrokenVariant(f"{path} is missing: get it again.") from error
+            raise MissingFile(f"{folder} holds no {CONFIG}: give a folder that save_pretrained wrote.") from error
+        raise MissingFile(f"{path} is missing: get it again.") from error
     if not stat.S_ISREG(status.st_mode):
         raise BrokenVariant(f"{path} is a link or no file, and a variant's files are files: get it again.")
     if status.st_size > LARGEST.get(name, status.st_size):
@@ -142,16 +149,21 @@ def from_timm(cfg: Mapping[str, Any], pretrained: bool, arguments: Mapping[str, 
         arguments: Of `create_model`, of which a variant takes `cache_dir` alone.
     """
     refused = {k: v for k, v in arguments.items() if v is not None and k not in ("cache_dir", "pretrained_model_args")}
-    source = Path(cfg["file"]) if cfg["source"] == "local-dir" else str(cfg["hf_hub_id"]).partition("@")[0]
+    source = Path(cfg["file"]) if cfg["source"] == "local-dir" else PREFIX + str(cfg["hf_hub_id"]).partition("@")[0]
     if refused:
         raise ValueError(
-            f"{source} is a variant, and is loaded as it was saved: without {', '.join(refused)}. Change the model "
-            "afterwards, for example by model.reset_classifier(10)."
+            f"{str(source).removeprefix(PREFIX)} is a variant, and is loaded as it was saved: without "
+            f"{', '.join(refused)}. Change the model afterwards, for example by model.reset_classifier(10)."
         )
     revision = str(cfg.get("hf_hub_id")).partition("@")[2] or None
     options: dict[str, Any] = {"revision": revision, "cache_dir": arguments.get("cache_dir")}
     if pretrained:
         return from_pretrained(source, **options)
-    variant = find_variant(source, **options).variant
-    plain = timm.create_model(variant.base.architecture, pretrained=False, **variant.base.kwargs)
-    return reprogram_(plain, variant.config)
+    found = find_variant(source, **options)
+    variant = found.variant
+    try:
+        plain = timm.create_model(variant.base.architecture, pretrained=False, **variant.base.kwargs)
+        check_image_size(plain)
+        return reprogram_(plain, variant.config)
+    except Exception as error:  # whatever timm makes of arguments that somebody made up
+        raise BrokenVariant(f"{found.where} holds no model that timm can build: {error!r}") from error

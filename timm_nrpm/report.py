@@ -157,12 +157,19 @@ class RobustnessReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RobustnessReport:
+        """What :meth:`to_dict` gave. A ValueError, LookupError or TypeError for anything else."""
         fields = {key: value for key, value in data.items() if key != "summary"}
         attacks = (AttackResult(**{**a, "survived": tuple(a["survived"])}) for a in data["attacks"])
         fields |= {"threat": Threat(**data["threat"]), "attacks": tuple(attacks), "clean": tuple(data["clean"])}
         fields |= {"flags": tuple(data["flags"]), "warnings": tuple(data["warnings"])}
         if data["control"] is not None:
             fields["control"] = cls.from_dict(data["control"])
+        texts = (*fields["flags"], *fields["warnings"], fields.get("data", ""), fields["suite"])
+        outcomes = [fields["clean"], *(attack.survived for attack in fields["attacks"])]
+        if not all(isinstance(text, str) for text in texts) or not fields["clean"]:
+            raise ValueError("This is no report: it has no images, or flags, warnings or names that are no text.")
+        if any(len(row) != len(fields["clean"]) or set(map(type, row)) - {bool, type(None)} for row in outcomes):
+            raise ValueError("This is no report: its attacks were on other images than it counts.")
         return cls(**fields)
 
     @classmethod

@@ -187,7 +187,9 @@ def told(what: str, error: BaseException, token: str | bool | None = None) -> Hu
 def _said(error: BaseException) -> str:
     """What the server said, in one line."""
     text = getattr(error, "server_message", None) or str(error)
-    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", str(text))  # an address in the storage is as good as a key
+    text = re.sub(
+        r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", str(text)
+    )  # an address in the storage is as good as a key
     return " ".join(str(text).split())[:200].rstrip(". ") or type(error).__name__
 
 

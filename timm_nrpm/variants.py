@@ -30,7 +30,15 @@ from safetensors.torch import save as serialize_tensors
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from timm_nrpm.base import TIMM_FILES, Base, checksum_of, from_timm_files, weights_sha256
+from timm_nrpm.base import (
+    TIMM_FILES,
+    Base,
+    WrongBase,
+    check_image_size,
+    checksum_of,
+    from_timm_files,
+    weights_sha256,
+)
 from timm_nrpm.config import NRPMConfig
 from timm_nrpm.reprogramming import (
     Statistic,
@@ -48,13 +56,18 @@ CONFIG, TENSORS = "nrpm_config.json", "nrpm.safetensors"
 KEYS = ("format", "base", "settings", "layers", "model", "files", "sha256")
 SETTINGS = tuple(f.name for f in fields(NRPMConfig) if f.name not in ("lam", "layers"))
 HASH = re.compile(r"[0-9a-f]{64}")
-LARGEST = {CONFIG: 16 << 20, TENSORS: 256 << 20, TIMM_FILES[0]: 16 << 20}
+LARGEST = {CONFIG: 16 << 20, TENSORS: 256 << 20, TIMM_FILES[0]: 16 << 20, "evaluation.json": 64 << 20}
 """Bytes that a file may have: a stranger's is not read, or downloaded, beyond that."""
 DRAFT = ".draft-"
 
 
 class BrokenVariant(ValueError):
     """Something that does not hold what `save_pretrained` writes, damaged or made up."""
+
+    def __init__(self, text: str) -> None:
+        # A stranger's words in it may be long, or steer a terminal.
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        super().__init__(text if len(text) <= 1000 else f"{text[:700]} ... {text[-200:]}")
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,7 @@ class Variant:
             base = Base.from_dict(content["base"])
             found = cls(base, content["settings"], lams, tensors, content["model"], content["files"])
             _ = found.config  # which checks the settings
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise BrokenVariant(f"{where} holds no variant that this version can read: {error}") from error
         return found
 
@@ -137,17 +150,20 @@ class Variant:
             else:
                 model = plain()
             self.base.check(model)
-        except (HubError, ValueError) as error:
-            if type(error) is not ValueError:
-                raise
-            raise BrokenVariant(f"{where} holds no model that timm can build: {error}") from error
+            check_image_size(model)
+        except (HubError, WrongBase):
+            raise
         except Exception as error:  # whatever timm makes of arguments that somebody made up
-            raise BrokenVariant(f"{where} holds no model that timm can build: {error!r}") from error
+            said = error if type(error) is ValueError else repr(error)
+            raise BrokenVariant(f"{where} holds no model that timm can build: {said}") from error
         return self.install(model, where)
 
     def install(self, base: nn.Module, where: str) -> nn.Module:
         """Reprogram the plain model, in place; after an error it is plain again."""
         try:
+            unknown = set(self.lams) - {name for name, _ in base.named_modules()}  # which globs are as well
+            if unknown:
+                raise BrokenVariant(f"{where} does not fit its base: it has no layers {sorted(unknown)[:3]}.")
             reprogram_(base, self.config)
             record_of(base).base = self.base
             found = set(reprogrammed_layers(base))
@@ -271,7 +287,12 @@ def _save_timm_files(model: nn.Module, plain: nn.Module, folder: Path, full: boo
     vars(plain)["_model_args"] = {k: v for k, v in recorded.items() if k not in names}
     architecture = (getattr(plain, "pretrained_cfg", None) or {}).get("architecture")
     if full:
-        save_for_hf(plain, str(folder), safe_serialization=True)
+        try:
+            save_for_hf(plain, str(folder), safe_serialization=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{architecture} has tensors under several names, which a full folder cannot hold: use full=False."
+            ) from error
     elif timm.is_model(f"nrpm_{architecture}"):
         cfg: Any = plain.pretrained_cfg
         content: dict[str, Any] = {"architecture": f"nrpm_{architecture}", "num_classes": plain.num_classes}
@@ -291,15 +312,15 @@ def parse_config(path: Path, where: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-        version, checksum = content["format"], content["sha256"]
+        version, checksum = content["format"], content.pop("sha256")
+        expected = checksum_of(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenVariant(
             f"{CONFIG} of {where} is cut short or is no variant's config ({error!r}): get it again."
         ) from (error)
-    if version != FORMAT or isinstance(version, bool):
+    if version != FORMAT or type(version) is not int:
         raise BrokenVariant(f"{where} has format {version!r}, and this version reads {FORMAT}: update timm_nrpm.")
-    del content["sha256"]
-    if checksum != checksum_of(content):
+    if checksum != expected:
         raise BrokenVariant(
             f"{CONFIG} of {where} was changed after it was saved: get it again, or save the variant anew."
         )
@@ -318,6 +339,8 @@ def parse_config(path: Path, where: str) -> dict[str, Any]:
         )
     if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
         raise BrokenVariant(f"{CONFIG} of {where} has other settings than {', '.join(SETTINGS)}: update timm_nrpm.")
+    if not isinstance(settings["learnable"], bool):
+        raise BrokenVariant(f"{CONFIG} of {where} has learnable={settings['learnable']!r}, which is true or false.")
     return content
 
 
