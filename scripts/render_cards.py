@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_nrpm
 from timm_nrpm import Threat, TuneConfig
+from timm_nrpm.cards import read_reports, write_card
 from timm_nrpm.data import digits
-from timm_nrpm.publishing import read_reports, write_card
 from timm_nrpm.registry import DIGITS
-from timm_nrpm.variants import needs_weights
+from timm_nrpm.saving import needs_weights
 
 CARDS = Path(__file__).parents[1] / "hub_cards"
 THREAT = Threat("Linf", 0.15)
@@ -61,7 +61,7 @@ def main() -> None:
             said = "scikit-learn's digits, test"
             reports = [timm_nrpm.evaluate(model, loader, THREAT, data=said, progress=True)]
             print(reports[0])
-        print(write_card(folder, f"hub_cards/{folder.name}", reports))
+        print(write_card(folder, f"me/{folder.name}", reports))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from hub_server import Hub
 import timm_nrpm
 from timm_nrpm.cli import main
 from timm_nrpm.data import digits
+from timm_nrpm.transfers import Repository
 from timm_nrpm.variants import parse_config
 
 TOKEN = "hf_browse0123456789"
@@ -181,3 +182,51 @@ def test_a_full_variant_is_inspected_without_its_weights(tmp_path):
     assert about.base.sha256 == parse_config(folder / "nrpm_config.json", "v")["base"]["sha256"]
     with pytest.raises(timm_nrpm.BrokenVariant, match="is missing"):
         timm_nrpm.from_pretrained(folder)
+
+
+def test_words_of_strangers_do_not_steer_the_terminal(work, tmp_path, capsys):
+    shutil.copytree(work / "v", tmp_path / "v")
+    told = json.loads((work / "report.json").read_text())
+    hostile = {"data": "[/x] \x1b[31m", "flags": ["[bold]"]}
+    (tmp_path / "v" / "evaluation.json").write_text(json.dumps({"reports": [{**told, **hostile}]}))
+    assert main(["inspect", str(tmp_path / "v")]) == 0
+    said = capsys.readouterr().out
+    assert "([/x] \\x1b[31m)" in said
+    assert "flags: [bold]" in said
+
+
+def test_only_what_is_the_variants_is_sent(work, tmp_path):
+    shutil.copytree(work / "v", tmp_path / "v")
+    for name in ("model.safetensors", "secret.txt"):
+        (tmp_path / "v" / name).write_text("private")
+    pushed = timm_nrpm.push_to_hub(tmp_path / "v", "me/v", dry_run=True)
+    assert set(pushed.files) == {*os.listdir(work / "v"), "README.md", "lambdas.png"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="holds no variant"):
+        timm_nrpm.push_to_hub(tmp_path / "v", "me/v", dry_run=True, folder=tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+def test_the_reports_of_a_folder_go_along(work, tmp_path):
+    shutil.copytree(work / "v", tmp_path / "v")
+    told = json.loads((work / "report.json").read_text())
+    (tmp_path / "v" / "evaluation.json").write_text(json.dumps({"reports": [told]}))
+    assert "evaluation.json" in timm_nrpm.push_to_hub(tmp_path / "v", "me/v", dry_run=True).files
+    assert "evaluation.json" not in timm_nrpm.push_to_hub(tmp_path / "v", "me/v", dry_run=True, reports=()).files
+
+
+def test_what_is_not_in_the_cache_is_not_said_to_be_nowhere(hub, work, tmp_path):
+    command(hub, work, "push", "v", "me/cached", "--report", "report.json")
+    load = "import timm_nrpm; timm_nrpm.from_pretrained('me/cached')"
+    home = {"HF_HOME": str(tmp_path / "home")}
+    ours = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0", **home}
+    subprocess.run([sys.executable, "-c", load], env={**os.environ, **ours}, check=True)
+    said = command(hub, tmp_path, "inspect", "me/cached", "--offline", **home)
+    assert "If it was evaluated, that is not in the cache." in said
+    assert "copy: " in command(hub, tmp_path, "pull", "me/cached", "copy", "--offline", **home)
+    assert sorted(os.listdir(tmp_path / "copy")) == sorted(os.listdir(work / "v"))
+
+
+def test_a_token_is_in_no_repr():
+    assert TOKEN not in repr(Repository("me/v", token=TOKEN))

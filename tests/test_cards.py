@@ -13,10 +13,10 @@ from scipy.stats import beta
 
 import timm_nrpm
 from timm_nrpm import AttackResult, RobustnessReport, Threat
-from timm_nrpm.cards import BEGIN, END, evaluation_json, parse_evaluation
+from timm_nrpm.cards import BEGIN, END, evaluation_json, parse_evaluation, write_card
 from timm_nrpm.flags import THRESHOLDS
 from timm_nrpm.loading import find_variant
-from timm_nrpm.publishing import push_to_hub, write_card
+from timm_nrpm.publishing import push_to_hub
 from timm_nrpm.reprogramming import model_sha256
 
 CARDS = sorted((Path(__file__).parents[1] / "hub_cards").glob("*/README.md"))
@@ -116,7 +116,7 @@ def test_the_cards_in_the_project_are_rendered_from_what_lies_beside_them(path, 
     assert [r.sha256 for r in reports] == [found.model]
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    again = write_card(tmp_path, f"hub_cards/{folder.name}", reports).read_text()
+    again = write_card(tmp_path, f"me/{folder.name}", reports).read_text()
     assert again == path.read_text()
     check_numbers(folder)
 
@@ -209,7 +209,7 @@ def test_base_and_licence_are_inherited(tmp_path, tuned, relation):
         "apache-2.0",
     )
     assert ("The weights were tuned" in text, "The weights are untouched" in text) == (tuned, not tuned)
-    assert ("un-reprogrammed self" in text) == (tmp_path / "v" / "model.safetensors").exists() == tuned
+    assert ("**Plain timm loads it" in text) == (tmp_path / "v" / "model.safetensors").exists() == tuned
     assert ("0123456789abcdef" in text) == (not tuned)  # the commit of the base
 
 
@@ -280,6 +280,37 @@ def test_reports_come_back(tmp_path):
     for text in ("", "[]", "{}", '{"reports": 3}', '{"reports": [{}]}', "[" * 10**5):
         with pytest.raises(ValueError, match="holds no reports"):
             parse_evaluation(text)
+
+
+def test_what_is_said_of_plain_timm_is_true(tmp_path):
+    """timm alone knows no architecture of ours, and no variant without weights."""
+    model, _ = variant(tmp_path)
+    with torch.no_grad():
+        model.fc.bias.add_(1)
+    push_to_hub(model, "me/v", dry_run=True, folder=tmp_path / "full")
+    text = (tmp_path / "full" / "README.md").read_text()
+    assert "is timm_nrpm's `resnet8_digits`" in text
+    assert "Plain timm" not in text
+    assert "hf-hub:" not in text
+    assert 'timm.create_model("hf-hub:me/digits-nrpm", pretrained=True)' in card(variant(tmp_path, "w")[1])
+
+
+def test_a_licence_goes_with_its_base(tmp_path):
+    _, folder = variant(tmp_path)
+    other = "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\nbase_model: {}\n---\n"
+    of_another = ModelCard(card(folder, [], other.format("timm/resnet18.a1_in1k"))).data
+    assert (of_another.license, of_another.get("license_name")) == ("apache-2.0", None)
+    given = ModelCard(card(folder, [], other.replace("base_model: {}\n", ""), license="mit")).data
+    assert (given.license, given.get("license_name"), given.get("license_link")) == ("mit", None, None)
+    kept = ModelCard(card(folder, [], other.replace("base_model: {}\n", ""))).data
+    assert (kept.license, kept.license_name) == ("other", "mine")
+
+
+def test_blank_lines_of_others_stay(tmp_path):
+    _, folder = variant(tmp_path)
+    code = "```python\na = 1\n\n\n\nb = 2\n```"
+    text = card(folder, [], f"# Mine\n\n{code}\n\n{BEGIN}\n{END}\n\n{code}\n")
+    assert text.count(code) == 2
 
 
 def test_every_flag_has_its_sentence(tmp_path):

@@ -56,7 +56,7 @@ def test_drafts_of_a_killed_process_are_swept(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1)
     draft = next(iter(tmp_path.iterdir())).rename(tmp_path / ".draft-killed")
-    from timm_nrpm.variants import DRAFT
+    from timm_nrpm.saving import DRAFT
 
     draft.rename(tmp_path / f"{DRAFT}killed")
     assert checkpoints.last() is None

@@ -104,6 +104,14 @@ def pushed(hub, repo, branch="main"):
 @pytest.mark.parametrize(("kind", "step"), ONCE)
 def test_what_fails_for_a_moment_succeeds(hub, worker, outcomes, small, kind, step):
     repo, asked = outcomes[kind, step, False]
+    if step == "propose" and kind in (
+        "reset",
+        "stall",
+    ):  # nobody knows whether it comes through: another could be a second
+        with pytest.raises(Failed, match=r"it may be open all the same: look at .*/discussions before you push again"):
+            asked.result(timeout=150)
+        assert hub.repo(repo).pull_requests == []
+        return
     done = asked.result(timeout=150)
     if step in PULL:
         assert done == small
@@ -249,6 +257,7 @@ CALLS = {  # and how often they are made
     "no repository": (answered(404, errors.RepositoryNotFoundError), 1),
     "broken off": (http.RemoteProtocolError("x"), 4),
     "garbled": (AttributeError("x"), 4),
+    "offline": (errors.OfflineModeIsEnabled("x"), 1),
     "not in the cache": (errors.LocalEntryNotFoundError("x"), 1),
     "full disk": (OSError(28, "No space left on device"), 1),
 }
@@ -268,10 +277,6 @@ def test_only_what_may_pass_is_tried_again(monkeypatch, error, expected):
     with pytest.raises(HubError):
         insist("It", call)
     assert len(calls) == expected
-    calls.clear()
-    with pytest.raises(HubError):
-        insist("It", call, again=False)
-    assert len(calls) == 1
     calls.clear()
     if expected > 1:
         assert insist("It", lambda: call(True)) == "done"
@@ -322,6 +327,15 @@ def test_what_the_cache_holds_is_what_its_name_says(tmp_path):
         assert not is_intact(link)
     Path(tmp_path / "other").write_bytes(b"content")
     assert is_intact(tmp_path / "other")
+    shared, link = tmp_path / ("a" * 64), tmp_path / "shared.json"  # as xet keeps it, under a hash of another kind
+    shared.write_bytes(b"content")
+    blob = tmp_path / "blobs" / hashlib.sha256(b"content").hexdigest()
+    blob.parent.mkdir()
+    blob.symlink_to(shared)
+    link.symlink_to(blob)
+    assert is_intact(link)
+    shared.write_bytes(b"contend")
+    assert not is_intact(link)
 
 
 @pytest.mark.parametrize(("kind", "step"), ALWAYS)

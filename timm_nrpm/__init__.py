@@ -23,10 +23,11 @@ from timm_nrpm.publishing import Published, push_to_hub
 from timm_nrpm.registry import create_model, list_models
 from timm_nrpm.report import AttackResult, RobustnessReport
 from timm_nrpm.reprogramming import ReprogrammingWarning, lambdas, plain_copy, reprogram_, restore_
+from timm_nrpm.saving import save_pretrained
 from timm_nrpm.search import search_lambda
 from timm_nrpm.threats import Threat
 from timm_nrpm.transfers import HubError
-from timm_nrpm.variants import BrokenVariant, save_pretrained
+from timm_nrpm.variants import BrokenVariant
 from timm_nrpm.version import __version__
 
 if TYPE_CHECKING:

@@ -185,9 +185,8 @@ class Base:
             raise ValueError(
                 f"base's pretrained_cfg_overlay={overlay!r} may say what images are like, and nothing else."
             )
-        if data["name"] is not None and str(overlay.get("hf_hub_id") or data["hub_id"]).partition("@")[0] != str(
-            data["hub_id"]
-        ):
+        repository = overlay.get("hf_hub_id")
+        if data["name"] is not None and repository and str(repository).partition("@")[0] != data["hub_id"]:
             raise ValueError(f"base has weights of {data['hub_id']!r} and of {overlay['hf_hub_id']!r}.")
         if set(data["kwargs"]) & set(PLACEMENT):
             raise ValueError(f"base's kwargs={data['kwargs']!r} say where to put the model.")

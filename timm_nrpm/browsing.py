@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from timm_nrpm.base import Base
 from timm_nrpm.cards import CARD, EVALUATION, PICTURE, TAGS, parse_evaluation
 from timm_nrpm.loading import PREFIX, find_variant
 from timm_nrpm.publishing import check_repo_id
 from timm_nrpm.report import RobustnessReport
-from timm_nrpm.transfers import NotOnHub, insist
-from timm_nrpm.variants import CONFIG, filling
+from timm_nrpm.saving import filling
+from timm_nrpm.transfers import NotOnHub, Unreachable, insist
+from timm_nrpm.variants import CONFIG
 
+EXTRAS = (CARD, EVALUATION, PICTURE)
 LARGEST_EXTRA = 64 << 20
 """Bytes of a card, a picture or reports."""
 
@@ -88,6 +91,10 @@ def inspect(
         note = f"{len(reports)} evaluation{'s' * (len(reports) != 1)}"
     except (NotOnHub, FileNotFoundError):
         note = "Not evaluated."
+    except Unreachable:
+        if not (local_files_only or HF_HUB_OFFLINE):
+            raise
+        note = "If it was evaluated, that is not in the cache."
     except ValueError as error:
         note = f"Its evaluation cannot be read: {error}"
     if any(report.sha256 != variant.model for report in reports):
@@ -113,7 +120,7 @@ def list_variants(author: str, *, token: str | bool | None = None) -> list[Liste
         Listed(
             model.id,
             bool(model.private),
-            model.card_data.get("base_model") if model.card_data else None,
+            _base_of(model),
             f"{model.last_modified:%Y-%m-%d}" if model.last_modified else "",
         )
         for model in sorted(models, key=lambda model: model.id)
@@ -153,9 +160,21 @@ def pull(
         assert found.repository is not None
         for name in (CONFIG, *found.variant.files):
             shutil.copyfile(found.find(name), draft / name)
-        for name in (CARD, EVALUATION, PICTURE):
+        for name in EXTRAS:
             try:
                 shutil.copyfile(found.repository.fetch(name, LARGEST_EXTRA), draft / name)
             except NotOnHub:
-                (folder / name).unlink(missing_ok=True)  # of the variant that was there
+                pass
+            except Unreachable:
+                if not (local_files_only or HF_HUB_OFFLINE):
+                    raise
+        got = {file.name for file in draft.iterdir()}
+    for name in set(EXTRAS) - got:
+        (folder / name).unlink(missing_ok=True)  # of the variant that was there
     return folder
+
+
+def _base_of(model: Any) -> str | None:
+    """What a card says; anybody may have written it."""
+    said = model.card_data.get("base_model") if model.card_data else None
+    return ", ".join(map(str, said)) if isinstance(said, list) else said and str(said)

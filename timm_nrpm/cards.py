@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from timm_nrpm.base import TIMM_FILES
 from timm_nrpm.flags import MEANINGS
+from timm_nrpm.lambda_figure import draw_lambdas
+from timm_nrpm.loading import find_variant
 from timm_nrpm.report import RobustnessReport
 from timm_nrpm.transfers import REPO_ID
 from timm_nrpm.variants import CONFIG, TENSORS, Variant
@@ -25,6 +28,10 @@ CARD, EVALUATION, PICTURE = "README.md", "evaluation.json", "lambdas.png"
 TAGS = ("timm_nrpm", "timm", "adversarial-robustness")
 BEGIN = "<!-- timm_nrpm: from here to the next mark this card is generated; write before or after it -->"
 END = "<!-- timm_nrpm: end of what is generated -->"
+BEFORE, AFTER = "<!-- before -->", "<!-- after -->"
+"""Where the template has what others wrote, until it is put there as it is."""
+
+LICENSE = ("license", "license_name", "license_link")
 OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
 """Metadata that is rewritten; the rest of an existing card stays."""
 
@@ -49,7 +56,7 @@ def render(
         folder: Holds its files, and its picture if there is one.
         name: `owner/name` on the Hub.
         reports: Of this very model, one for each threat; none makes a card that says so.
-        license: An id that the Hub knows; by default the base's, or what the existing card has.
+        license: An id that the Hub knows; by default the existing card's, unless it is of another base, or the base's.
         datasets: On the Hub, that the model was trained on.
         existing: The text of a card whose own words and metadata stay.
 
@@ -66,9 +73,13 @@ def render(
                 f"The report under {report.threat} is of another model ({report.sha256[:12]}... was attacked, and "
                 f"{variant.model[:12]}... is published): evaluate the model as it is now."
             )
-    before, after, metadata = _kept(existing, name)
+    before, after, metadata, base_before = _kept(existing, name)
     data = {**metadata, **_metadata(variant, name, reports)}
-    data |= _license(license, metadata, folder)
+    of_same_base = existing is not None and base_before in (None, data.get("base_model"))
+    for key in () if of_same_base and license is None and metadata.get("license") else LICENSE:
+        data.pop(key, None)
+    if "license" not in data:
+        data |= _license(license, folder)
     data["tags"] = list(dict.fromkeys([*TAGS, *(metadata.get("tags") or [])]))
     if datasets:
         data["datasets"] = list(datasets)
@@ -78,8 +89,8 @@ def render(
     base = variant.base
     content: dict[str, Any] = {
         "name": name,
-        "before": before,
-        "after": after,
+        "before": f"{BEFORE}\n",
+        "after": f"{AFTER}\n",
         "begin": BEGIN,
         "end": END,
         "full": variant.is_full,
@@ -88,6 +99,9 @@ def render(
         "settings": variant.settings,
         "public": base.is_public,
         "tuned": base.tuned,
+        "quick": any(report.suite == "quick" for report in reports),
+        "in_timm": _is_timms(base.architecture),
+        "through_timm": not variant.is_full and TIMM_FILES[0] in variant.files,
         "source": _repository(variant) or base.name,
         "revision": base.revision,
         "calibrated": bool(variant.tensors),
@@ -103,7 +117,44 @@ def render(
     }
     template = (files("timm_nrpm.hub_cards") / "template.md").read_text(encoding="utf-8")
     text = str(ModelCard.from_template(ModelCardData(**data), template_str=template, **content))
-    return ModelCard(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
+    text = re.sub(r"\n{3,}", "\n\n", text)  # where the template left lines out, and not in what others wrote
+    text = text.replace(f"{BEFORE}\n", before, 1).replace(AFTER, after, 1)
+    return ModelCard(text.rstrip() + "\n")
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    reports: Sequence[RobustnessReport] = (),
+    existing: str | None = None,
+    *,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+) -> Path:
+    """Write the card of the variant in a folder, its picture (where Matplotlib is), and the reports behind it.
+
+    Example:
+        >>> write_card(save_pretrained(model, "my-variant"), "me/resnet18-nrpm", [report])
+        PosixPath('my-variant/README.md')
+    """
+    variant = find_variant(folder).variant
+    try:
+        draw_lambdas(variant.lams, folder / PICTURE)
+    except ImportError:
+        (folder / PICTURE).unlink(missing_ok=True)  # the card has the same as a table
+    if reports:
+        (folder / EVALUATION).write_text(evaluation_json(reports))
+    else:
+        (folder / EVALUATION).unlink(missing_ok=True)
+    card = render(variant, folder, name, reports, license=license, datasets=datasets, existing=existing)
+    (folder / CARD).write_text(str(card), encoding="utf-8")
+    return folder / CARD
+
+
+def read_reports(folder: Path) -> list[RobustnessReport]:
+    """The reports that a variant's folder brings along."""
+    path = folder / EVALUATION
+    return parse_evaluation(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def evaluation_json(reports: Sequence[RobustnessReport]) -> str:
@@ -134,7 +185,15 @@ def _described(variant: Variant) -> str:
     base = variant.base
     if repository := _repository(variant):
         return f"[{repository}](https://huggingface.co/{repository})"
-    return f"timm's `{base.name}`" if base.name else f"a `{base.architecture}` whose weights have no public name"
+    if base.name:
+        return f"{'timm' if _is_timms(base.architecture) else 'timm_nrpm'}'s `{base.name}`"
+    return f"a `{base.architecture}` whose weights have no public name"
+
+
+def _is_timms(architecture: str) -> bool:
+    """Whether timm has it without our help."""
+    known = timm.is_model(architecture)
+    return known and timm.models.model_entrypoint(architecture).__module__.startswith("timm.")
 
 
 def _metadata(variant: Variant, name: str, reports: Sequence[RobustnessReport]) -> dict[str, Any]:
@@ -202,12 +261,10 @@ def one_line(text: str) -> str:
     return " ".join(text.split()).replace("|", "/").replace("<", "&lt;")
 
 
-def _license(given: str | None, metadata: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The licence given, else that of the existing card, else the base's."""
+def _license(given: str | None, folder: Path) -> dict[str, Any]:
+    """The licence given, else the base's."""
     if given is not None:
         return {"license": given}
-    if metadata.get("license"):
-        return {}
     config = folder / TIMM_FILES[0]
     inherited = json.loads(config.read_text())["pretrained_cfg"].get("license") if config.exists() else None
     if not inherited:
@@ -215,13 +272,14 @@ def _license(given: str | None, metadata: Mapping[str, Any], folder: Path) -> di
     return {"license": inherited} if inherited in HUB_LICENSES else {"license": "other", "license_name": inherited}
 
 
-def _kept(existing: str | None, name: str) -> tuple[str, str, dict[str, Any]]:
-    """What stands before and after the generated part of a card, and its metadata without ours."""
+def _kept(existing: str | None, name: str) -> tuple[str, str, dict[str, Any], Any]:
+    """What stands before and after the generated part of a card, its metadata without ours, and the base it was of."""
     if existing is None:
-        return f"# {name.rpartition('/')[2]}\n\n", "", {}
+        return f"# {name.rpartition('/')[2]}\n\n", "", {}, None
     try:
         card = ModelCard(existing)
-        metadata = {k: v for k, v in card.data.to_dict().items() if k not in OURS}
+        found = card.data.to_dict()
+        metadata = {k: v for k, v in found.items() if k not in OURS}
     except Exception as error:  # whatever YAML makes of it
         raise ValueError(
             f"The {CARD} that is there has metadata that cannot be read ({error}): mend it first."
@@ -230,4 +288,4 @@ def _kept(existing: str | None, name: str) -> tuple[str, str, dict[str, Any]]:
     after = rest.partition(END)[2] if END in rest else rest
     if not marked:
         before = before.rstrip() + "\n\n"
-    return before.lstrip("\n"), after.strip("\n"), metadata
+    return before.lstrip("\n"), after.strip("\n"), metadata, found.get("base_model")

@@ -29,8 +29,8 @@ from torch.optim import Optimizer
 
 from timm_nrpm.base import checksum_of
 from timm_nrpm.reprogramming import Statistic, forget_calibration_, record_of, reprogrammed_layers
+from timm_nrpm.saving import DRAFT
 from timm_nrpm.transfers import sha256_of
-from timm_nrpm.variants import DRAFT
 
 STATE, TENSORS = "state.json", "state.safetensors"
 

@@ -19,8 +19,8 @@ from timm_nrpm.loading import from_pretrained
 from timm_nrpm.registry import DIGITS, create_model
 from timm_nrpm.report import RobustnessReport
 from timm_nrpm.reprogramming import reprogram_
+from timm_nrpm.saving import save_pretrained
 from timm_nrpm.threats import Threat
-from timm_nrpm.variants import save_pretrained
 
 THREAT = Threat("Linf", 0.15)
 LAMBDAS = (1.0, 0.9, 0.8, 0.6, 0.4)

@@ -8,6 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from timm_nrpm.variants import printable
 
 BAR = 20
 """Characters of a lambda of 1."""
@@ -45,13 +48,10 @@ def add_commands(commands: Any) -> None:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from timm_nrpm.publishing import push_to_hub, read_reports
+    from timm_nrpm.publishing import push_to_hub
     from timm_nrpm.report import RobustnessReport
 
-    if args.report:
-        reports = [_read(path, RobustnessReport) for path in args.report]
-    else:
-        reports = read_reports(args.folder)
+    reports = [_read(path, RobustnessReport) for path in args.report] or None
     options = {"license": args.license, "datasets": args.dataset, "private": False if args.public else None}
     options |= {"revision": args.branch, "pull_request": args.pull_request, "commit_message": args.message}
     print(push_to_hub(args.folder, args.repo, reports=reports, dry_run=args.dry_run, **options))
@@ -79,7 +79,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from timm_nrpm.browsing import inspect
 
     about = inspect(args.repo, revision=args.revision, local_files_only=args.offline)
-    console, base = Console(), about.base
+    console, base = Console(markup=False), about.base
     console.print(f"{about.name}{f' at {about.commit[:12]}' if about.commit else ''}", highlight=False)
     weights = "tuned weights" if base.tuned else "weights untouched"
     held = "in it" if about.is_full else "not in it"
@@ -93,17 +93,18 @@ def _inspect(args: argparse.Namespace) -> int:
     console.print(f"estimate: {shown}", highlight=False)
     table = Table("layer", "lambda", "")
     for layer, lam in about.lams.items():
-        table.add_row(layer, f"{lam:.3f}", "█" * round(BAR * lam))
+        table.add_row(Text(printable(layer)), f"{lam:.3f}", "█" * round(BAR * lam))
     console.print(table)
     for report in about.reports:
         low, high = (100 * share for share in report.interval())
         console.print(
-            f"{report.threat}, {report.samples} images{f' ({report.data})' if report.data else ''}: clean "
+            f"{report.threat}, {report.samples} images{f' ({printable(report.data)})' if report.data else ''}: clean "
             f"{100 * report.accuracy():.1f} %, worst case {100 * report.worst_case:.1f} % ({low:.1f} to {high:.1f})"
             + (f", at lambda 1 {100 * report.control.worst_case:.1f} %" if report.control else ""),
             highlight=False,
         )
-    console.print(f"flags: {', '.join(about.flags) or 'none'}" if about.reports else about.note, highlight=False)
+    said = f"flags: {', '.join(about.flags) or 'none'}" if about.reports else about.note
+    console.print(printable(said), highlight=False)
     return 0
 
 
@@ -116,6 +117,8 @@ def _list(args: argparse.Namespace) -> int:
         return 0
     table = Table("repository", "base", "seen by", "changed")
     for listed in found:
-        table.add_row(listed.repo_id, listed.base or "", "some" if listed.private else "all", listed.modified)
+        table.add_row(
+            listed.repo_id, Text(printable(listed.base or "")), "some" if listed.private else "all", listed.modified
+        )
     Console().print(table)
     return 0

@@ -14,7 +14,7 @@ from torch import nn
 
 from timm_nrpm.base import check_image_size
 from timm_nrpm.reprogramming import reprogram_, reprogrammed_layers
-from timm_nrpm.transfers import REPO_ID, Repository
+from timm_nrpm.transfers import REPO_ID, NotOnHub, Repository
 from timm_nrpm.variants import CONFIG, LARGEST, BrokenVariant, Variant
 
 PREFIX = "hf-hub:"
@@ -102,7 +102,10 @@ def find_variant(
         inside = partial(in_folder, folder)
         return Found(Variant.read(inside, str(folder), weights), inside, str(folder))
     repository = Repository(name, revision, cache_dir, token, local_files_only)
-    repository = repository.at(repository.fetch(CONFIG, LARGEST[CONFIG]), CONFIG)
+    try:
+        repository = repository.at(repository.fetch(CONFIG, LARGEST[CONFIG]), CONFIG)
+    except NotOnHub as error:
+        raise NotOnHub(f"{error} There is no folder {name} either.") from None
 
     def find(file: str) -> Path:
         return repository.fetch(file, LARGEST.get(file))

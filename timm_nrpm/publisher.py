@@ -12,7 +12,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from torch import nn
 
 from timm_nrpm.publishing import push_to_hub
-from timm_nrpm.variants import needs_weights, save_pretrained
+from timm_nrpm.saving import needs_weights, save_pretrained
 
 
 class PushWarning(UserWarning):
@@ -45,6 +45,7 @@ class Publisher:
         self._waiting: tuple[Path, str] | None = None
         self._busy = self._over = False
         self._failure: str | None = None
+        self._unsaved: str | None = None
         self._quiet = are_progress_bars_disabled()
         disable_progress_bars()  # they would be drawn into the run's own
         threading.Thread(target=self._work, name="timm_nrpm push", daemon=True).start()  # ends with the process
@@ -55,11 +56,12 @@ class Publisher:
         try:
             place = Path(tempfile.mkdtemp(prefix="push-", dir=self.folder))
             save_pretrained(model, place / "variant", full=needs_weights(model))
-        except (ValueError, OSError) as error:
-            self._fail(str(error))
+        except Exception as error:  # safetensors has errors of its own for a full disk
+            self._fail(str(error), unsaved=True)
             if place is not None:
                 shutil.rmtree(place, ignore_errors=True)
             return
+        self._unsaved = None
         with self._change:
             if self._waiting is not None:
                 shutil.rmtree(self._waiting[0], ignore_errors=True)
@@ -74,7 +76,9 @@ class Publisher:
             done = self._change.wait_for(lambda: self._waiting is None and not self._busy, timeout=seconds)
         if not self._quiet:
             enable_progress_bars()
-        failure = self._failure if done else f"after {seconds:g} seconds the Hub still had not taken it"
+        failure = (
+            self._unsaved or self._failure if done else f"after {seconds:g} seconds the Hub still had not taken it"
+        )
         if failure:
             warnings.warn(
                 f"The last variant is not on the Hub: {failure} Push it later: timm-nrpm push "
@@ -101,7 +105,10 @@ class Publisher:
                     self._busy = False
                     self._change.notify_all()
 
-    def _fail(self, why: str) -> None:
-        if self._failure is None:
+    def _fail(self, why: str, unsaved: bool = False) -> None:
+        if self._failure is None and self._unsaved is None:
             warnings.warn(f"{self.repo_id} was not updated, and the run goes on: {why}", PushWarning, stacklevel=3)
-        self._failure = why
+        if unsaved:
+            self._unsaved = why  # a push of what was written before does not mend it
+        else:
+            self._failure = why

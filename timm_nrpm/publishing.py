@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from huggingface_hub.utils.sha import git_hash
 from torch import nn
 
 from timm_nrpm.base import TIMM_FILES
-from timm_nrpm.cards import CARD, EVALUATION, PICTURE, evaluation_json, parse_evaluation, render
-from timm_nrpm.lambda_figure import draw_lambdas
+from timm_nrpm.cards import CARD, EVALUATION, PICTURE, read_reports, write_card
 from timm_nrpm.loading import find_variant
 from timm_nrpm.report import RobustnessReport
+from timm_nrpm.saving import filling, needs_weights, save_pretrained
 from timm_nrpm.transfers import (
     REPO_ID,
     WAITS,
@@ -31,13 +31,14 @@ from timm_nrpm.transfers import (
     Repository,
     Unreachable,
     insist,
+    is_lost_connection,
     limit,
     may_pass,
     patience,
     sha256_of,
     told,
 )
-from timm_nrpm.variants import CONFIG, TENSORS, needs_weights, save_pretrained
+from timm_nrpm.variants import CONFIG, TENSORS
 
 FILES = (CONFIG, TENSORS, *TIMM_FILES, EVALUATION, PICTURE, CARD)
 """What a repository holds of ours; others in it stay."""
@@ -81,7 +82,7 @@ def push_to_hub(
     model: nn.Module | str | Path,
     repo_id: str,
     *,
-    reports: Sequence[RobustnessReport] | RobustnessReport = (),
+    reports: Sequence[RobustnessReport] | RobustnessReport | None = None,
     full: bool | None = None,
     license: str | None = None,
     datasets: Sequence[str] = (),
@@ -103,8 +104,8 @@ def push_to_hub(
         model: A reprogrammed model, or a folder that holds a variant.
         repo_id: `owner/name`; it is made if it is not there. Other files in it stay, and so do the parts of its card
             that were written by hand.
-        reports: What :func:`timm_nrpm.evaluate` found of this very model, one for each threat. Without any the card
-            says that nothing was measured.
+        reports: What :func:`timm_nrpm.evaluate` found of this very model, one for each threat; by default those that
+            a folder has. Without any the card says that nothing was measured.
         full: Whether the weights go along; by default if they were tuned.
         license: An id that the Hub knows; by default the base's.
         datasets: On the Hub, that the model was trained on.
@@ -114,7 +115,7 @@ def push_to_hub(
         commit_message: Its first line.
         token: That may write there; by default the one that is logged in.
         dry_run: Whether to stop once the folder is complete, without a request.
-        folder: Where the folder stays; by default it is temporary.
+        folder: Where the folder stays: made, or a variant's, which is replaced; by default it is temporary.
 
     Raises:
         ValueError: A report of another model, no licence, an argument that does not fit; before any request.
@@ -124,6 +125,8 @@ def push_to_hub(
         >>> print(push_to_hub(model, "me/resnet18-nrpm", reports=report))
     """
     repo_id = check_repo_id(repo_id)
+    if reports is None:
+        reports = () if isinstance(model, nn.Module) else read_reports(Path(model))
     reports = (reports,) if isinstance(reports, RobustnessReport) else tuple(reports)
     if pull_request and revision is not None:
         raise ValueError(f"pull_request=True opens one against main: leave out revision={revision!r}.")
@@ -140,45 +143,12 @@ def push_to_hub(
             return Published(repo_id, None, None, _sizes(folder))
         push = _Push(HfApi(token=token), repo_id, revision, folder, token)
         push.make_repository(private)
-        existing = push.card()
+        parent = push.head()
+        existing = push.card(parent)
         if existing is not None:
             prepare(reports, existing)
-        return push.commit(commit_message.strip(), pull_request)
-
-
-def write_card(
-    folder: Path,
-    name: str,
-    reports: Sequence[RobustnessReport] = (),
-    existing: str | None = None,
-    *,
-    license: str | None = None,
-    datasets: Sequence[str] = (),
-) -> Path:
-    """Write the card of the variant in a folder, its picture (where Matplotlib is), and the reports behind it.
-
-    Example:
-        >>> write_card(save_pretrained(model, "my-variant"), "me/resnet18-nrpm", [report])
-        PosixPath('my-variant/README.md')
-    """
-    variant = find_variant(folder).variant
-    try:
-        draw_lambdas(variant.lams, folder / PICTURE)
-    except ImportError:
-        (folder / PICTURE).unlink(missing_ok=True)  # the card has the same as a table
-    if reports:
-        (folder / EVALUATION).write_text(evaluation_json(reports))
-    else:
-        (folder / EVALUATION).unlink(missing_ok=True)
-    card = render(variant, folder, name, reports, license=license, datasets=datasets, existing=existing)
-    (folder / CARD).write_text(str(card), encoding="utf-8")
-    return folder / CARD
-
-
-def read_reports(folder: Path) -> list[RobustnessReport]:
-    """The reports that a variant's folder brings along."""
-    path = folder / EVALUATION
-    return parse_evaluation(path.read_text(encoding="utf-8")) if path.is_file() else []
+            push.sizes = _sizes(folder)
+        return push.commit(parent, commit_message.strip(), pull_request)
 
 
 def check_repo_id(repo_id: str) -> str:
@@ -203,13 +173,15 @@ def _fill(model: nn.Module | str | Path, folder: Path, full: bool | None) -> Non
         held = "with its weights" if found.variant.is_full else "without its weights"
         raise ValueError(f"{model} holds a variant {held}: load it and push the model, or leave out full={full}.")
     if folder.resolve() != Path(model).resolve():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (CONFIG, *found.variant.files):
-            shutil.copyfile(found.find(name), folder / name)
+        with filling(folder) as draft:
+            for name in (CONFIG, *found.variant.files):
+                shutil.copyfile(found.find(name), draft / name)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {name: (folder / name).stat().st_size for name in FILES if (folder / name).is_file()}
+    """Bytes of what is to be sent: the variant's own files and its card's, whatever else lies beside them."""
+    names = (CONFIG, *find_variant(folder).variant.files, EVALUATION, PICTURE, CARD)
+    return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
 
 
 @dataclass
@@ -220,7 +192,10 @@ class _Push:
     repo_id: str
     revision: str | None
     folder: Path
-    token: str | bool | None
+    token: str | bool | None = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = _sizes(self.folder)
 
     def make_repository(self, private: bool | None) -> None:
         """The repository and the branch, with nothing in them yet, seen by those alone who may see it."""
@@ -240,22 +215,25 @@ class _Push:
             branch = partial(self.api.create_branch, branch=str(self.revision), exist_ok=True)
             self._do(f"Making the branch {self.revision} of {self.repo_id}", lambda: branch(self.repo_id))
 
-    def card(self) -> str | None:
-        """The card that is there."""
+    def head(self) -> str:
+        """The commit that the branch is at."""
+        return str(self._info(self.revision).sha)
+
+    def card(self, commit: str) -> str | None:
+        """The card that was there then."""
         try:
-            path = Repository(self.repo_id, self.revision, token=self.token).fetch(CARD, 16 << 20)
+            path = Repository(self.repo_id, commit, token=self.token).fetch(CARD, 16 << 20)
         except NotOnHub:
             return None
         return path.read_text(encoding="utf-8")
 
-    def commit(self, message: str, pull_request: bool) -> Published:
-        """One commit of what differs; none if nothing does."""
-        parent = str(self._info(self.revision).sha)
-        changed, stale = self.difference(self.revision)
-        sizes = _sizes(self.folder)
+    def commit(self, parent: str, message: str, pull_request: bool) -> Published:
+        """One commit of what differs; none if nothing does. It is refused if the branch is no more at `parent`, whose
+        card this one continues."""
+        changed, stale = self.difference(parent)
         url = f"{self.api.endpoint}/{self.repo_id}"
         if not changed and not stale:
-            return Published(self.repo_id, parent, f"{url}/tree/{parent}", sizes)
+            return Published(self.repo_id, parent, f"{url}/tree/{parent}", self.sizes)
         before = self._pull_requests() if pull_request else set()
         operations: list[Any] = [CommitOperationAdd(name, str(self.folder / name)) for name in changed]
         operations += [CommitOperationDelete(name) for name in stale]
@@ -275,22 +253,34 @@ class _Push:
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                 if status in (409, 412):
                     raise HubError(f"Somebody else committed to {self.repo_id} at the same time: push again.") from None
-                if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError) and not may_pass(error):
+                if isinstance(error, ValueError) and CARD in str(error):
                     raise ValueError(f"The Hub does not take the card: {' '.join(str(error).split())[:500]}") from None
-                if wait is None or not may_pass(error):
+                if wait is None or not (may_pass(error) or type(error) is RuntimeError):  # which xet raises
                     raise told(what, error, self.token) from None
+                if pull_request and is_lost_connection(error) and "/commit/" in _address(error):
+                    # Nothing makes a second request fail where the first comes through late.
+                    for later in WAITS:
+                        time.sleep(later)
+                        landed = landed or self._landed(parent, before, pull_request)
+                    if landed is not None:
+                        commit, address = landed
+                        break
+                    raise Unreachable(
+                        f"{what} as a pull request was not answered, and it may be open all the same: look at "
+                        f"{url}/discussions before you push again."
+                    ) from None
                 time.sleep(wait)
-        return Published(self.repo_id, commit, f"{url}/tree/{commit}", sizes, changed, stale, address)
+        return Published(self.repo_id, commit, f"{url}/tree/{commit}", self.sizes, changed, stale, address)
 
     def difference(self, revision: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of files that the Hub has not or otherwise, and of those that it has and this variant has not."""
         list_tree = partial(self.api.list_repo_tree, self.repo_id, revision=revision, recursive=False)
         tree = {item.path: item for item in self._do(f"Listing {self.repo_id}", lambda: list(list_tree()))}
-        same = {name for name in _sizes(self.folder) if name in tree and _is_same(self.folder / name, tree[name])}
+        same = {name for name in self.sizes if name in tree and _is_same(self.folder / name, tree[name])}
         if TENSORS in same and PICTURE in tree:
             same.add(PICTURE)  # another Matplotlib draws the same with other bytes
-        names = _sizes(self.folder)
-        return tuple(n for n in names if n not in same), tuple(n for n in FILES if n in tree and n not in names)
+        changed = tuple(name for name in self.sizes if name not in same)
+        return changed, tuple(name for name in FILES if name in tree and name not in self.sizes)
 
     def _landed(self, parent: str, before: set[str], pull_request: bool) -> tuple[str, str | None] | None:
         """The commit, and the pull request, if they are there although no answer said so."""
@@ -300,7 +290,7 @@ class _Push:
                     number = name.rpartition("/")[2]
                     return str(self._info(name).sha), f"{self.api.endpoint}/{self.repo_id}/discussions/{number}"
             return None
-        head = str(self._info(self.revision).sha)
+        head = self.head()
         return (head, None) if head != parent and self.difference(self.revision) == ((), ()) else None
 
     def _pull_requests(self) -> set[str]:
@@ -318,6 +308,14 @@ class _Push:
 
     def _do(self, what: str, call: Any) -> Any:
         return insist(what, call, token=self.token)
+
+
+def _address(error: BaseException) -> str:
+    """What was asked when a connection broke."""
+    try:
+        return str(error.request.url)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # the HTTP library has none to tell
+        return ""
 
 
 def _is_same(file: Path, item: Any) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from timm_nrpm.checkpoints import Checkpoint, Checkpoints
 from timm_nrpm.history import History
 from timm_nrpm.publisher import Publisher
-from timm_nrpm.variants import needs_weights, save_pretrained
+from timm_nrpm.saving import needs_weights, save_pretrained
 
 
 class RunFolder:

@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -42,7 +42,7 @@ PASSING = (408, 429, 500, 502, 503, 504)
 """Answers that may be others a moment later."""
 
 HTTP_LIBRARY = re.compile(r"(httpx2?|httpcore2?|requests|urllib3)\b")
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -83,6 +83,8 @@ def is_closed(error: BaseException) -> bool:
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same call may succeed a moment later."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return False  # although it is a ConnectionError
     if is_upload(error) or is_closed(error):
         return True  # whatever it was: its address may have been damaged, or its time over
     if isinstance(error, HfHubHTTPError):
@@ -92,7 +94,11 @@ def may_pass(error: BaseException) -> bool:
 
 def limit() -> float:
     """Seconds without a sign of the server after which a request has failed."""
-    return float(os.environ.get("TIMM_NRPM_TIMEOUT", PATIENCE))
+    given = os.environ.get("TIMM_NRPM_TIMEOUT", str(PATIENCE))
+    try:
+        return float(given)
+    except ValueError as error:
+        raise ValueError(f"TIMM_NRPM_TIMEOUT={given!r} is no number of seconds.") from error
 
 
 _lock = threading.Lock()
@@ -101,7 +107,10 @@ _patient: list[Any] = []
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """No request waits for ever: the client that all of the Hub's functions share has no limit of its own."""
+    """No request waits for ever: the client that all of the Hub's functions share has no limit of its own.
+
+    After a refused connection the Hub's functions may make a new one, which has a limit from the next request of ours.
+    """
     client = get_session()
     with _lock:
         _patient.append(client.timeout)
@@ -115,21 +124,20 @@ def patience() -> Iterator[None]:
                 client.timeout = before
 
 
-def insist(what: str, call: Callable[[], Result], *, token: str | bool | None = None, again: bool = True) -> Result:
+def insist(what: str, call: Callable[[], Result], *, token: str | bool | None = None) -> Result:
     """What `call` gives, tried up to four times while its failure may pass.
 
     Args:
         what: It does, for the message: "Downloading me/x".
         call: Talks to the Hub, and may be repeated without harm.
         token: Is cut out of messages, should a server repeat it.
-        again: Whether to try more than once.
 
     Raises:
         NotOnHub: There is no such thing.
         Unreachable: The Hub does not answer, or not now.
         HubError: Anything else.
     """
-    for wait in (*(WAITS if again else ()), None):
+    for wait in (*WAITS, None):
         try:
             with patience():
                 return call()
@@ -158,10 +166,11 @@ def told(what: str, error: BaseException, token: str | bool | None = None) -> Hu
     elif isinstance(error, RepositoryNotFoundError):
         kind, why = NotOnHub, "there is no such repository, or it is private: give token=, or log in by `hf auth login`"
     elif isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        kind, why = (
-            Unreachable,
-            "the Hub cannot be reached, and the cache does not hold it: connect to the network once",
-        )
+        kind = Unreachable
+        if type(error.__cause__).__name__ == "FileMetadataError":
+            why = "what HF_ENDPOINT names does not answer like the Hub"
+        else:
+            why = "the Hub cannot be reached, and the cache does not hold it: connect to the network once"
     elif isinstance(error, EntryNotFoundError):
         kind, why = NotOnHub, "there is no such file"
     elif status == 401:
@@ -186,10 +195,8 @@ def told(what: str, error: BaseException, token: str | bool | None = None) -> Hu
 
 def _said(error: BaseException) -> str:
     """What the server said, in one line."""
-    text = getattr(error, "server_message", None) or str(error)
-    text = re.sub(
-        r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", str(text)
-    )  # an address in the storage is as good as a key
+    text = str(getattr(error, "server_message", None) or error)
+    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)  # an address in the storage is as good as a key
     return " ".join(str(text).split())[:200].rstrip(". ") or type(error).__name__
 
 
@@ -211,7 +218,7 @@ class Repository:
     repo_id: str
     revision: str | None = None
     cache_dir: str | Path | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     local_files_only: bool = False
 
     def __str__(self) -> str:
@@ -230,7 +237,7 @@ class Repository:
             NotOnHub: It is not there.
             HubError: It cannot be had, or is too large.
         """
-        local, size = self.local_files_only, None
+        local, size = self.local_files_only or self._is_cached(name), None
         if at_most is not None and not local:
             try:
                 size = self._size(name)
@@ -238,7 +245,7 @@ class Repository:
                 local = True  # it may be in the cache
         self._check_size(name, size, at_most)
         path = self._get(name, local, False)
-        if not local and not is_intact(path):
+        if not self.local_files_only and not is_intact(path):
             path = self._get(name, local, True)
             if not is_intact(path):
                 raise Unreachable(f"{name} of {self} arrived damaged twice: try again later.")
@@ -253,7 +260,26 @@ class Repository:
     def _get(self, name: str, local: bool, force: bool) -> Path:
         options: dict[str, Any] = {"cache_dir": self.cache_dir, "token": self.token, "revision": self.revision}
         options |= {"local_files_only": local, "force_download": force}
-        return Path(self._do(f"Downloading {name} of {self}", lambda: hf_hub_download(self.repo_id, name, **options)))
+
+        def download() -> str:
+            try:
+                return hf_hub_download(self.repo_id, name, **options)
+            except RuntimeError as error:
+                if is_closed(error):
+                    raise
+                raise ConnectionError(str(error)) from error  # of xet, which says so whatever happened
+            except ValueError as error:
+                if not force:
+                    raise
+                raise error.__cause__ or ConnectionError(str(error)) from None  # the client's words for any failure
+
+        return Path(self._do(f"Downloading {name} of {self}", download))
+
+    def _is_cached(self, name: str) -> bool:
+        """Whether the cache has the file of that very commit, so that nobody need be asked."""
+        if not COMMIT.fullmatch(self.revision or ""):
+            return False
+        return isinstance(try_to_load_from_cache(self.repo_id, name, self.cache_dir, self.revision), str)
 
     def _size(self, name: str) -> int | None:
         url = hf_hub_url(self.repo_id, name, revision=self.revision)
@@ -269,7 +295,8 @@ class Repository:
 
 def is_intact(path: Path) -> bool:
     """Whether a file of the Hub's cache is what its name there says, the hash that git or LFS gives it."""
-    named = path.resolve().name
+    # Not further than one link: what that leads to may be shared, and named by another hash.
+    named = Path(os.readlink(path)).name if path.is_symlink() else ""
     if len(named) == 64:
         return sha256_of(path) == named
     if len(named) == 40:

@@ -12,43 +12,20 @@ own format, so that plain timm can load them as the un-reprogrammed model.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as serialize_tensors
-from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from timm_nrpm.base import (
-    TIMM_FILES,
-    Base,
-    WrongBase,
-    check_image_size,
-    checksum_of,
-    from_timm_files,
-    weights_sha256,
-)
+from timm_nrpm.base import TIMM_FILES, Base, WrongBase, check_image_size, checksum_of, from_timm_files
 from timm_nrpm.config import NRPMConfig
-from timm_nrpm.reprogramming import (
-    Statistic,
-    model_sha256,
-    plain_copy,
-    record_of,
-    reprogram_,
-    reprogrammed_layers,
-    restore_,
-)
+from timm_nrpm.reprogramming import Statistic, model_sha256, record_of, reprogram_, reprogrammed_layers, restore_
 from timm_nrpm.transfers import HubError, sha256_of
 
 FORMAT = 1
@@ -58,15 +35,18 @@ SETTINGS = tuple(f.name for f in fields(NRPMConfig) if f.name not in ("lam", "la
 HASH = re.compile(r"[0-9a-f]{64}")
 LARGEST = {CONFIG: 16 << 20, TENSORS: 256 << 20, TIMM_FILES[0]: 16 << 20, "evaluation.json": 64 << 20}
 """Bytes that a file may have: a stranger's is not read, or downloaded, beyond that."""
-DRAFT = ".draft-"
+
+
+def printable(text: str) -> str:
+    """A stranger's words, which may otherwise steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class BrokenVariant(ValueError):
     """Something that does not hold what `save_pretrained` writes, damaged or made up."""
 
     def __init__(self, text: str) -> None:
-        # A stranger's words in it may be long, or steer a terminal.
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        text = printable(text)  # a stranger's words in it may be long, too
         super().__init__(text if len(text) <= 1000 else f"{text[:700]} ... {text[-200:]}")
 
 
@@ -182,128 +162,6 @@ class Variant:
         return base.eval()
 
 
-def has_changed(model: nn.Module) -> bool:
-    """Whether the weights or BatchNorm statistics are others than when the model was reprogrammed."""
-    base = record_of(model).base
-    return base is not None and weights_sha256(plain_copy(model).state_dict()) != base.sha256
-
-
-def needs_weights(model: nn.Module) -> bool:
-    """Whether lambdas alone would leave others without the weights: they changed, now or before they were loaded."""
-    base = record_of(model).base
-    return has_changed(model) or (base is not None and base.tuned)
-
-
-def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False) -> Path:
-    """Write a reprogrammed model to a folder.
-
-    Args:
-        model: A reprogrammed timm model.
-        folder: Is made, or holds a variant that is replaced. Other files in it stay.
-        full: Whether to write the weights too. Without them, whoever loads the variant needs its base.
-
-    Returns:
-        The folder. It changes only once everything is written.
-
-    Raises:
-        ValueError: The model is not reprogrammed; its weights changed since they were loaded, so that lambdas alone
-            would lose them; or `folder` holds something else.
-
-    Example:
-        >>> save_pretrained(model, "my-variant")
-        PosixPath('my-variant')
-    """
-    record, layers = record_of(model), reprogrammed_layers(model)
-    is_timm = hasattr(model, "pretrained_cfg") and hasattr(model, "num_classes")
-    if full and not is_timm:
-        raise ValueError(f"{type(model).__name__} is no timm classifier, and a full folder is timm's: use full=False.")
-    folder = Path(folder)
-    plain = plain_copy(model)
-    base = record.base or Base.of(plain, None, getattr(plain, "_model_args", {}))
-    if has_changed(model):
-        if not full:
-            raise ValueError(
-                "The weights of this model changed since it was reprogrammed (BatchNorm statistics count, which a "
-                "forward in training mode moves), and a lambda-only folder would lose them: save with full=True."
-            )
-        base = replace(base, sha256=weights_sha256(plain.state_dict()), tuned=True)
-    tensors = serialize_tensors(_tensors(model))
-    content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "layers": list(layers)}
-    content |= {"settings": {name: getattr(record.config, name) for name in SETTINGS}, "model": model_sha256(model)}
-    with filling(folder) as draft:
-        if is_timm:
-            _save_timm_files(model, plain, draft, full)
-        (draft / TENSORS).write_bytes(tensors)
-        content["files"] = {f.name: sha256_of(f) for f in sorted(draft.iterdir())}
-        try:
-            text = json.dumps({**content, "sha256": checksum_of(content)}, indent=2)
-        except TypeError as error:
-            raise ValueError(
-                f"The base was created with an argument that JSON cannot hold ({error}): {base.kwargs}. "
-                "Create it with names and numbers alone, and save again."
-            ) from error
-        (draft / CONFIG).write_text(text + "\n")
-    return folder
-
-
-@contextmanager
-def filling(folder: Path) -> Iterator[Path]:
-    """An empty folder beside or in `folder`, whose files, a whole variant, are put there once they are all written.
-
-    What is not there yet comes into being at once. In a folder that holds a variant the config is replaced last:
-    whatever interrupts that, a folder whose config does not fit its files is refused.
-
-    Raises:
-        ValueError: `folder` is a file, or holds something else.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, and a variant is a folder: choose another name.")
-    fresh = not folder.exists()
-    others = [] if fresh else [f.name for f in folder.iterdir() if not f.name.startswith(DRAFT)]
-    if others and CONFIG not in others:
-        raise ValueError(f"{folder} exists and holds no variant: choose a new or an empty folder.")
-    place, prefix = (folder.parent, f"{DRAFT}{folder.name}-") if fresh else (folder, DRAFT)
-    place.mkdir(parents=True, exist_ok=True)
-    for stale in place.glob(f"{prefix}*"):  # of a process that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as temporary:
-        draft = Path(temporary) / "ready"
-        draft.mkdir()
-        yield draft
-        if fresh and not folder.exists():
-            os.replace(draft, folder)
-            return
-        ready = sorted(draft.iterdir(), key=lambda f: f.name == CONFIG)
-        for file in ready:
-            os.replace(file, folder / file.name)
-    for name in set(TIMM_FILES) - {f.name for f in ready}:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _save_timm_files(model: nn.Module, plain: nn.Module, folder: Path, full: bool) -> None:
-    """What timm reads: the plain model, or, without weights, the architecture that stands for the variant."""
-    names = {f.name for f in fields(NRPMConfig)}
-    recorded = getattr(model, "_model_args", {})
-    vars(plain)["_model_args"] = {k: v for k, v in recorded.items() if k not in names}
-    architecture = (getattr(plain, "pretrained_cfg", None) or {}).get("architecture")
-    if full:
-        try:
-            save_for_hf(plain, str(folder), safe_serialization=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{architecture} has tensors under several names, which a full folder cannot hold: use full=False."
-            ) from error
-    elif timm.is_model(f"nrpm_{architecture}"):
-        cfg: Any = plain.pretrained_cfg
-        content: dict[str, Any] = {"architecture": f"nrpm_{architecture}", "num_classes": plain.num_classes}
-        content["pretrained_cfg"] = {
-            key: cfg[key]
-            for key in ("input_size", "interpolation", "crop_pct", "mean", "std", "license")
-            if cfg.get(key)
-        }
-        (folder / TIMM_FILES[0]).write_text(json.dumps(content, indent=2) + "\n")
-
-
 def parse_config(path: Path, where: str) -> dict[str, Any]:
     """A variant's config, without its own hash, which was checked.
 
@@ -384,19 +242,6 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, float]) -> None:
             raise ValueError(f"{name} holds what is no finite number a channel.")
         if name.endswith(".running_var") and bool((tensor < 0).any()):
             raise ValueError(f"{name} holds variances below 0.")
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a variant adds to its base: lambdas, corrections, moved statistics."""
-    tensors: dict[str, Tensor] = {}
-    for name, layer in reprogrammed_layers(model).items():
-        tensors[f"{name}.lam"] = layer.lam.detach().clamp(0, 1)
-        if layer.correction is not None:
-            tensors[f"{name}.correction.gain"] = layer.correction.gain
-            tensors[f"{name}.correction.offset"] = layer.correction.offset
-    for name, kept in record_of(model).statistics.items():
-        tensors |= {f"{name}.{key}": getattr(model.get_submodule(name), key) for key in kept}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _install(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
