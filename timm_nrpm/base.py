@@ -21,7 +21,7 @@ from timm.models import get_pretrained_cfg
 from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
-from timm_nrpm.transfers import HubError, NotOnHub, Repository, is_lost_connection
+from timm_nrpm.transfers import REPO_ID, HubError, NotOnHub, Repository, is_lost_connection
 
 TIMM_FILES = ("config.json", "model.safetensors")
 """What timm saves a model in."""
@@ -45,10 +45,9 @@ ABOUT_IMAGES = (
 
 
 WORD = re.compile(r"[\w.-]{1,200}")
-REPO = re.compile(r"[\w.-]{1,100}/[\w.-]{1,100}")
 REVISION = re.compile(r"(?!/)(?!.*\.\.)[\w./-]{1,200}")  # which becomes a path in the cache
 ARCHITECTURE = re.compile(rf"(?!nrpm_){WORD.pattern}")
-NAME = re.compile(rf"{ARCHITECTURE.pattern}|hf[-_]hub:{REPO.pattern}(@{REVISION.pattern})?")
+NAME = re.compile(rf"{ARCHITECTURE.pattern}|hf[-_]hub:{REPO_ID.pattern}(@{REVISION.pattern})?")
 
 
 def brings_weights(kwargs: Mapping[str, Any]) -> bool:
@@ -174,7 +173,7 @@ class Base:
             raise ValueError(f"base's sha256={data['sha256']!r} is none.")
         if not isinstance(data["architecture"], str) or not ARCHITECTURE.fullmatch(data["architecture"]):
             raise ValueError(f"base's architecture={data['architecture']!r} is none.")
-        for key, pattern in (("name", NAME), ("tag", WORD), ("hub_id", REPO), ("revision", REVISION)):
+        for key, pattern in (("name", NAME), ("tag", WORD), ("hub_id", REPO_ID), ("revision", REVISION)):
             value = data[key]
             if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
                 raise ValueError(f"base's {key}={value!r} is none.")

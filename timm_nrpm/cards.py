@@ -137,7 +137,7 @@ def write_card(
         >>> write_card(save_pretrained(model, "my-variant"), "me/resnet18-nrpm", [report])
         PosixPath('my-variant/README.md')
     """
-    variant = find_variant(folder).variant
+    variant = find_variant(folder, weights=False).variant
     try:
         draw_lambdas(variant.lams, folder / PICTURE)
     except ImportError:

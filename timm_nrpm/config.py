@@ -181,7 +181,8 @@ class TuneConfig:
         log_every: Steps between two rows of the history.
         trackers: Names that accelerate knows, like `("tensorboard",)`.
         push_to: A repository on the Hub, `owner/name`, that the variant is sent to with every checkpoint, beside the
-            run and by the main process. A Hub that is down neither stops nor holds up the run.
+            run and by the main process. A Hub that is down does not stop the run, and holds
+            it up at its end alone, for two minutes at most.
         license: Of what is pushed, an id that the Hub knows; by default the base's.
 
     Raises:

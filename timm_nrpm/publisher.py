@@ -1,4 +1,4 @@
-"""Pushes beside a run: a thread that sends the latest variant, and never holds up or ends the run."""
+"""Pushes beside a run: a thread sends the latest variant, and neither ends the run nor holds it up before its end."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def _fill(model: nn.Module | str | Path, folder: Path, full: bool | None) -> Non
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of what is to be sent: the variant's own files and its card's, whatever else lies beside them."""
-    names = (CONFIG, *find_variant(folder).variant.files, EVALUATION, PICTURE, CARD)
+    names = (CONFIG, *find_variant(folder, weights=False).variant.files, EVALUATION, PICTURE, CARD)
     return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
 
 

@@ -27,16 +27,10 @@ from timm_nrpm.variants import CONFIG, FORMAT, SETTINGS, TENSORS
 DRAFT = ".draft-"
 
 
-def has_changed(model: nn.Module) -> bool:
-    """Whether the weights or BatchNorm statistics are others than when the model was reprogrammed."""
-    base = record_of(model).base
-    return base is not None and weights_sha256(plain_copy(model).state_dict()) != base.sha256
-
-
 def needs_weights(model: nn.Module) -> bool:
     """Whether lambdas alone would leave others without the weights: they changed, now or before they were loaded."""
     base = record_of(model).base
-    return has_changed(model) or (base is not None and base.tuned)
+    return base is not None and (base.tuned or weights_sha256(plain_copy(model).state_dict()) != base.sha256)
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False) -> Path:
@@ -64,14 +58,15 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
         raise ValueError(f"{type(model).__name__} is no timm classifier, and a full folder is timm's: use full=False.")
     folder = Path(folder)
     plain = plain_copy(model)
-    base = record.base or Base.of(plain, None, getattr(plain, "_model_args", {}))
-    if has_changed(model):
+    sha256 = weights_sha256(plain.state_dict())
+    base = record.base or Base.of(plain, None, getattr(plain, "_model_args", {}), sha256)
+    if sha256 != base.sha256:
         if not full:
             raise ValueError(
                 "The weights of this model changed since it was reprogrammed (BatchNorm statistics count, which a "
                 "forward in training mode moves), and a lambda-only folder would lose them: save with full=True."
             )
-        base = replace(base, sha256=weights_sha256(plain.state_dict()), tuned=True)
+        base = replace(base, sha256=sha256, tuned=True)
     tensors = serialize_tensors(_tensors(model))
     content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "layers": list(layers)}
     content |= {"settings": {name: getattr(record.config, name) for name in SETTINGS}, "model": model_sha256(model)}

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_session
+from huggingface_hub.utils.sha import git_hash
 
 Result = TypeVar("Result")
 
@@ -42,7 +43,7 @@ PASSING = (408, 429, 500, 502, 503, 504)
 """Answers that may be others a moment later."""
 
 HTTP_LIBRARY = re.compile(r"(httpx2?|httpcore2?|requests|urllib3)\b")
-REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+REPO_ID = re.compile(r"\w[\w.-]{0,99}/\w[\w.-]{0,99}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -300,8 +301,7 @@ def is_intact(path: Path) -> bool:
     if len(named) == 64:
         return sha256_of(path) == named
     if len(named) == 40:
-        content = path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == named
+        return git_hash(path.read_bytes()) == named
     return True
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from torch import Tensor, nn
 
-from timm_nrpm.base import TIMM_FILES, Base, WrongBase, check_image_size, checksum_of, from_timm_files
+from timm_nrpm.base import LARGEST_CONFIG, TIMM_FILES, Base, WrongBase, check_image_size, checksum_of, from_timm_files
 from timm_nrpm.config import NRPMConfig
 from timm_nrpm.reprogramming import Statistic, model_sha256, record_of, reprogram_, reprogrammed_layers, restore_
 from timm_nrpm.transfers import HubError, sha256_of
@@ -33,7 +33,7 @@ CONFIG, TENSORS = "nrpm_config.json", "nrpm.safetensors"
 KEYS = ("format", "base", "settings", "layers", "model", "files", "sha256")
 SETTINGS = tuple(f.name for f in fields(NRPMConfig) if f.name not in ("lam", "layers"))
 HASH = re.compile(r"[0-9a-f]{64}")
-LARGEST = {CONFIG: 16 << 20, TENSORS: 256 << 20, TIMM_FILES[0]: 16 << 20, "evaluation.json": 64 << 20}
+LARGEST = {CONFIG: LARGEST_CONFIG, TENSORS: 256 << 20, TIMM_FILES[0]: LARGEST_CONFIG, "evaluation.json": 64 << 20}
 """Bytes that a file may have: a stranger's is not read, or downloaded, beyond that."""
 
 
@@ -175,7 +175,7 @@ def parse_config(path: Path, where: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenVariant(
             f"{CONFIG} of {where} is cut short or is no variant's config ({error!r}): get it again."
-        ) from (error)
+        ) from error
     if version != FORMAT or type(version) is not int:
         raise BrokenVariant(f"{where} has format {version!r}, and this version reads {FORMAT}: update timm_nrpm.")
     if checksum != expected:
@@ -221,20 +221,16 @@ def _lam(tensor: Tensor | None, layer: str) -> float:
     return lam
 
 
-PAIRS = {"correction.gain": "correction.offset", "running_mean": "running_var"}
+PARTNERS = {"correction.gain": "correction.offset", "running_mean": "running_var"}
+PARTNERS |= {second: first for first, second in PARTNERS.items()}
+"""Tensors that stand in a variant together or not at all."""
 
 
 def check_tensors(tensors: dict[str, Tensor], layers: dict[str, float]) -> None:
     """Raise a ValueError for what no calibration writes: other names, halves of pairs, values that are no numbers."""
     for name, tensor in tensors.items():
-        for first, second in PAIRS.items():
-            for mine, other in ((first, second), (second, first)):
-                if name.endswith(f".{mine}") and f"{name.removesuffix(mine)}{other}" in tensors:
-                    break
-            else:
-                continue
-            break
-        else:
+        key = next((key for key in PARTNERS if name.endswith(f".{key}")), None)
+        if key is None or name.removesuffix(key) + PARTNERS[key] not in tensors:
             raise ValueError(f"{name} has no place in a variant.")
         if name.rpartition(".correction.")[1] and name.rpartition(".correction.")[0] not in layers:
             raise ValueError(f"{name} corrects a layer that is not reprogrammed.")
