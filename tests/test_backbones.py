@@ -16,7 +16,25 @@ published = pytest.mark.skipif(
     not CHECKPOINTS.exists(), reason="needs the published models in shared/checkpoints beside the repository"
 )
 
-PARAMETERS = {"mlp3_mnist": 784 * 256 + 256 + 256 * 64 + 64 + 64 * 10 + 10, "resnet18_cifar_narrow": 176_402}
+PARAMETERS = {
+    "mlp1_mnist": 784 * 10 + 10,
+    "mlp2_mnist": 784 * 64 + 64 + 64 * 10 + 10,
+    "mlp3_mnist": 784 * 256 + 256 + 256 * 64 + 64 + 64 * 10 + 10,
+    "lenet_mnist": 25 * 10 + 10 + 250 * 20 + 20 + 320 * 50 + 50 + 50 * 10 + 10,
+    "lenet_svhn": 75 * 10 + 10 + 250 * 20 + 20 + 500 * 50 + 50 + 50 * 10 + 10,
+    "lenet_imagenet10": 75 * 10 + 10 + 250 * 20 + 20 + 20 * 53 * 53 * 50 + 50 + 50 * 10 + 10,
+    "resnet10_cifar": 4_903_242,
+    "resnet18_cifar": 11_173_962,  # as everywhere for this form
+    "resnet34_cifar": 21_282_122,
+    "resnet10_cifar_narrow": 78_002,
+    "resnet18_cifar_narrow": 176_402,
+    "resnet34_cifar_narrow": 335_154,
+    # The stem, the norm and head, and so many blocks of two norms and two pairs of linear maps.
+    **{
+        f"mixer{n}_cifar": 48 * 128 + 128 + 256 + 1290 + n * (2 * 256 + 2 * 64 * 64 + 128 + 2 * 128 * 512 + 512 + 128)
+        for n in (2, 4, 8)
+    },
+}
 
 
 def as_published(model, wrapped):
@@ -71,6 +89,42 @@ def test_the_mlp_is_three_linear_layers_and_nothing_else():
     x = torch.rand(4, 1, 28, 28, dtype=torch.float64)
     at_zero = model(torch.zeros_like(x))
     assert torch.allclose(model(2 * x) - at_zero, 2 * (model(x) - at_zero))
+
+
+def test_lenet_is_what_its_formula_says():
+    """The published architecture by hand: convolution, maximum, rectifier, twice; linear, rectifier, linear."""
+    model = timm.create_model("lenet_mnist").double().eval()
+    x = torch.rand(3, 1, 28, 28, dtype=torch.float64)
+    patches = x.unfold(2, 5, 1).unfold(3, 5, 1)[:, 0]  # [B, 24, 24, 5, 5]
+    z = torch.einsum("bhwij,oij->bohw", patches, model.conv1.weight[:, 0]) + model.conv1.bias.view(-1, 1, 1)
+    z = z.unfold(2, 2, 2).unfold(3, 2, 2).amax((-2, -1)).clamp(min=0)
+    patches = z.unfold(2, 5, 1).unfold(3, 5, 1)  # [B, 10, 8, 8, 5, 5]
+    z = torch.einsum("bchwij,ocij->bohw", patches, model.conv2.weight) + model.conv2.bias.view(-1, 1, 1)
+    z = z.unfold(2, 2, 2).unfold(3, 2, 2).amax((-2, -1)).clamp(min=0).reshape(3, 320)
+    z = (z @ model.fc1.weight.T + model.fc1.bias).clamp(min=0)
+    assert torch.allclose(model(x), z @ model.fc2.weight.T + model.fc2.bias, atol=1e-12)
+
+
+def test_lenet_drops_in_training_alone_and_refuses_small_images():
+    model, pixels = timm.create_model("lenet_mnist"), torch.rand(8, 1, 28, 28)
+    assert not torch.equal(model(pixels), model(pixels))
+    model.eval()
+    assert torch.equal(model(pixels), model(pixels))
+    whole = timm.create_model("lenet_mnist", drop_rate=0.0)
+    assert torch.equal(whole(pixels), whole.eval()(pixels))
+    assert timm.create_model("lenet_mnist", img_size=16)(torch.rand(2, 1, 16, 16)).shape == (2, 10)
+    with pytest.raises(ValueError, match="need images of 16 x 16 pixels at least"):
+        timm.create_model("lenet_mnist", img_size=15)
+
+
+@pytest.mark.parametrize("depth", [10, 18, 34])
+def test_the_narrow_resnets_have_an_eighth_of_the_channels(depth):
+    wide, narrow = (timm.create_model(f"resnet{depth}_cifar{suffix}") for suffix in ("", "_narrow"))
+    convolutions = [
+        [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)] for model in (wide, narrow)
+    ]
+    assert len(convolutions[0]) == depth - 1
+    assert [a.out_channels for a in convolutions[0]] == [8 * b.out_channels for b in convolutions[1]]
 
 
 def test_other_sizes_of_the_mlp():

@@ -281,3 +281,24 @@ def test_cifar10(split, whole):
     assert len(classes) == 10
     assert labels.bincount(minlength=10).min() >= 15
     assert len(loader.dataset.dataset) == {"train": 50_000, "test": 10_000}[split]
+
+
+def test_svhn_as_torchvision_keeps_it(tmp_path, drawn, monkeypatch):
+    """Generated images in the format of the dataset; its own files are known by their hashes."""
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    pixels, labels = np.random.default_rng(1).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8), np.arange(20) % 10
+    content = {"X": pixels.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)[:, None]}  # a 0 is a 10 there
+    with pytest.raises(ValueError, match="finds nothing to read.*Give as root= the folder in which torchvision keeps"):
+        pixel_loader("torch/svhn", tmp_path, split="test", input_size=(3, 32, 32))
+    savemat(tmp_path / "test_32x32.mat", content)
+    monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *_: True)
+    loader = pixel_loader("torch/svhn", tmp_path, split="validation", input_size=(3, 32, 32), batch_size=8)
+    assert isinstance(loader.dataset, SVHN)
+    images, targets = read(loader)
+    assert np.array_equal((255 * images).round().byte().numpy().transpose(0, 2, 3, 1), pixels)
+    assert targets.tolist() == labels.tolist()
+    assert targets.dtype == torch.int64
+    with pytest.raises(ValueError, match="has 'train' and 'test'"):
+        pixel_loader("torch/svhn", tmp_path, split="extra", input_size=(3, 32, 32))

@@ -131,12 +131,14 @@ def fgsm(eps: float) -> Run:
     return _library("FGSM", eps=eps)
 
 
-def pgd(threat: Threat, steps: int) -> Run:
-    """Projected gradient ascent from a random start, step `eps / 4` (Madry et al., arXiv 1706.06083), Linf or L2.
+def pgd(threat: Threat, steps: int, step_size: float | None = None) -> Run:
+    """Projected gradient ascent from a random start (Madry et al., arXiv 1706.06083), Linf or L2.
 
-    The paper's 2/255 at eps = 8/255 is `eps / 4`.
+    Args:
+        step_size: In pixel units; by default `eps / 4`, which at eps = 8/255 is the paper's 2/255.
     """
-    options = {"eps": threat.eps, "alpha": threat.eps / 4, "steps": steps, "random_start": True}
+    size = threat.eps / 4 if step_size is None else step_size
+    options = {"eps": threat.eps, "alpha": size, "steps": steps, "random_start": True}
     return _library("PGD" if threat.norm == "Linf" else "PGDL2", **options)
 
 

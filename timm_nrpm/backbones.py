@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.layers import get_device_dtype, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.mlp_mixer import MlpMixer
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from timm_nrpm.reprogramming import reprogrammed_layers
 
-__all__ = ["CifarResNet", "LinearMLP", "load_published_"]  # timm adds the entrypoints it registers
+__all__ = ["CifarResNet", "LeNet", "LinearMLP", "load_published_"]  # timm adds the entrypoints it registers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -79,6 +81,71 @@ class LinearMLP(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+class LeNet(nn.Module):
+    """Two 5x5 convolutions, each with its maximum over 2x2, and two linear layers, as the authors published theirs.
+
+    Args:
+        channels: Of the convolutions.
+        hidden: Outputs of the first linear layer.
+        num_classes: Outputs of the second; 0 for none.
+        in_chans, img_size: What images have, `[B, in_chans, *img_size]`; 16 pixels a side at least.
+        drop_rate: Of the maps after the second convolution, whole, and of the features before the last layer.
+
+    Raises:
+        ValueError: Images too small for two convolutions.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, int] = (10, 20),
+        hidden: int = 50,
+        num_classes: int = 10,
+        in_chans: int = 1,
+        img_size: int | tuple[int, int] = 28,
+        drop_rate: float = 0.5,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_chans, self.drop_rate = in_chans, drop_rate
+        self.num_features = self.head_hidden_size = hidden
+        sides = [((side - 4) // 2 - 4) // 2 for side in to_2tuple(img_size)]
+        if min(sides) < 1:
+            raise ValueError(f"img_size={img_size}: LeNet's two convolutions need images of 16 x 16 pixels at least.")
+        placement: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, channels[0], 5, **placement)
+        self.conv2 = nn.Conv2d(channels[0], channels[1], 5, **placement)
+        self.fc1 = nn.Linear(channels[1] * math.prod(sides), hidden, **placement)
+        self._add_classifier(num_classes, **placement)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.fc2
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the last layer by a new one; there is nothing to pool."""
+        self._add_classifier(num_classes, **get_device_dtype(self))
+
+    def _add_classifier(self, num_classes: int, **placement: Any) -> None:
+        self.num_classes = num_classes
+        self.fc2 = nn.Linear(self.num_features, num_classes, **placement) if num_classes else nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` to features `[B, num_features]`."""
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # [B, 10, 12, 12] of 28 x 28 pixels
+        x = F.dropout2d(self.conv2(x), self.drop_rate, self.training)
+        x = F.relu(F.max_pool2d(x, 2))  # [B, 20, 4, 4]
+        return F.relu(self.fc1(x.flatten(1)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits `[B, num_classes]`."""
+        x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.fc2(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
 class CifarResNet(ResNet):
     """A ResNet for small images: its stem is one 3x3 convolution that keeps the resolution, and no pooling.
 
@@ -120,12 +187,44 @@ class Backbone:
     num_classes: int = 10
 
 
-MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
-EIGHTH = {"block": BasicBlock, "layers": (2, 2, 2, 2), "channels": (8, 16, 32, 64)}
+MNIST, CIFAR, IMAGENET = (1, 28, 28), (3, 32, 32), (3, 224, 224)
+DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+"""Of the ResNets, basic blocks in each stage."""
+
+
+def _mlp(*widths: int) -> Backbone:
+    settings = {"widths": widths}
+    return Backbone(LinearMLP, MNIST, f"fc{len(widths) + 1}", settings=settings, fixed_input_size=True)
+
+
+def _lenet(size: tuple[int, int, int]) -> Backbone:
+    settings = {"in_chans": size[0], "img_size": size[1]}
+    return Backbone(LeNet, size, "fc2", "conv1", settings, fixed_input_size=True)
+
+
+def _resnet(depth: int, narrower: int = 1) -> Backbone:
+    channels = tuple(width // narrower for width in (64, 128, 256, 512))
+    return Backbone(
+        CifarResNet, CIFAR, "fc", "conv1", {"block": BasicBlock, "layers": DEPTHS[depth], "channels": channels}
+    )
+
+
+def _mixer(blocks: int) -> Backbone:
+    # The paper names the blocks alone; the rest is what trains in an hour.
+    settings = {"img_size": 32, "patch_size": 4, "num_blocks": blocks, "embed_dim": 128}
+    return Backbone(MlpMixer, CIFAR, "head", "stem.proj", settings, fixed_input_size=True)
+
 
 BACKBONES = {
-    "mlp3_mnist": Backbone(LinearMLP, MNIST, "fc3", settings={"widths": (256, 64)}, fixed_input_size=True),
-    "resnet18_cifar_narrow": Backbone(CifarResNet, CIFAR, "fc", "conv1", EIGHTH),
+    "mlp1_mnist": _mlp(),
+    "mlp2_mnist": _mlp(64),
+    "mlp3_mnist": _mlp(256, 64),
+    "lenet_mnist": _lenet(MNIST),
+    "lenet_svhn": _lenet(CIFAR),
+    "lenet_imagenet10": _lenet(IMAGENET),
+    **{f"resnet{depth}_cifar": _resnet(depth) for depth in DEPTHS},
+    **{f"resnet{depth}_cifar_narrow": _resnet(depth, 8) for depth in DEPTHS},
+    **{f"mixer{blocks}_cifar": _mixer(blocks) for blocks in (2, 4, 8)},
 }
 
 default_cfgs = generate_default_cfgs(

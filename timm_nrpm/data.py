@@ -14,6 +14,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import SVHN
 from torchvision.transforms.functional import to_tensor
 
 TEST = 360
@@ -21,7 +22,9 @@ TEST = 360
 
 STREAMS = ("hfids", "tfds", "wds")
 FOLDERS = ("", "folder", "tar", "torch/folder", "torch/image_folder")
-TWO_SPLITS = tuple(f"torch/{name}" for name in ("mnist", "kmnist", "qmnist", "fashion_mnist", "cifar10", "cifar100"))
+TWO_SPLITS = tuple(
+    f"torch/{name}" for name in ("mnist", "kmnist", "qmnist", "fashion_mnist", "cifar10", "cifar100", "svhn")
+)
 READERS = (
     "'digits', which come along; 'folder' or 'tar', class folders of images; 'torch/NAME', like 'torch/cifar10'; "
     "'hfds/NAME', from the Hub"
@@ -84,7 +87,7 @@ def pixel_loader(
 
     Args:
         name: `"digits"`, or a name that `timm.data.create_dataset` reads in any order: `"folder"` or `"tar"` (classes
-            are numbered in the order of the folders' names), `"torch/..."` for torchvision's, `"hfds/..."`.
+            are numbered in the order of the folders' names), `"torch/..."` for torchvision's (`"torch/svhn"` too), `"hfds/..."`.
         root: Where the images are. A folder or a .tar of class folders is read as it is, whatever the split; in a
             folder that holds one for each split (`train/` or `train.tar`), the split is looked up.
         split: `"train"`, `"test"`, `"validation"`, or what else the dataset has.
@@ -256,6 +259,9 @@ def _read(name: str, root: str | Path | None, split: str, transform: _Transform,
     options: dict[str, Any] = {"input_img_mode": transform.mode, "transform": transform, "target_transform": int}
     place = None if root is None else str(root)
     try:
+        if name.lower() == "torch/svhn":  # which timm does not know
+            part = "train" if split in SAME_SPLIT[0] else "test"
+            return SVHN(str(place), part, transform, int, download)
         if place is not None and not kind and place.endswith(".tar") and Path(place).is_file():
             return ImageDataset(place, reader=_Tar(place), **options)
         return create_dataset(name, place, split, search_split=False, download=download, **options)
