@@ -290,7 +290,7 @@ def test_svhn_as_torchvision_keeps_it(tmp_path, drawn, monkeypatch):
 
     pixels, labels = np.random.default_rng(1).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8), np.arange(20) % 10
     content = {"X": pixels.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)[:, None]}  # a 0 is a 10 there
-    with pytest.raises(ValueError, match="finds nothing to read.*Give as root= the folder in which torchvision keeps"):
+    with pytest.raises(ValueError, match=r"finds nothing to read.*Give as root= the folder in which torchvision keeps"):
         pixel_loader("torch/svhn", tmp_path, split="test", input_size=(3, 32, 32))
     savemat(tmp_path / "test_32x32.mat", content)
     monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *_: True)

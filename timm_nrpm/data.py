@@ -87,7 +87,7 @@ def pixel_loader(
 
     Args:
         name: `"digits"`, or a name that `timm.data.create_dataset` reads in any order: `"folder"` or `"tar"` (classes
-            are numbered in the order of the folders' names), `"torch/..."` for torchvision's (`"torch/svhn"` too), `"hfds/..."`.
+            are numbered in the order of the folders' names), `"torch/..."` for torchvision's, SVHN too, `"hfds/..."`.
         root: Where the images are. A folder or a .tar of class folders is read as it is, whatever the split; in a
             folder that holds one for each split (`train/` or `train.tar`), the split is looked up.
         split: `"train"`, `"test"`, `"validation"`, or what else the dataset has.

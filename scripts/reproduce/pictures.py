@@ -1,0 +1,58 @@
+"""Pictures of results: bars over lambda or models, the deeper the larger the budget, as the paper draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_nrpm import canvas
+
+SHADES = ("#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b", "#041b3d")
+KINDS = {"ours": "the paper's attack", "worst case": "worst case"}
+
+
+def bars(result: Mapping[str, Any], path: Path, rows: Sequence[str] | None = None) -> None:
+    """A group of bars for each row, a bar for each column; the worst case beside, where it was measured."""
+    found = {name: row for name, row in result["rows"].items() if "ours" in row and (rows is None or name in rows)}
+    kinds = [kind for kind in KINDS if any(row.get(kind) for row in found.values())]
+    figure = canvas.figure(max(5.0, 0.75 * len(found)) * len(kinds), 4.2)
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    columns = [str(column) for column in result["columns"]]
+    for panel, kind in zip(panels, kinds, strict=True):
+        for i, column in enumerate(columns):
+            heights = [row[kind][i] if row.get(kind) else 0 for row in found.values()]
+            places = [place + (i - (len(columns) - 1) / 2) * 0.8 / len(columns) for place in range(len(found))]
+            panel.bar(places, heights, 0.8 / len(columns), color=SHADES[i % len(SHADES)], label=column)
+        panel.set_xticks(range(len(found)), list(found), rotation=35, ha="right", fontsize=8)
+        panel.set_title(KINDS[kind], fontsize=10)
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("accuracy, %" if result["unit"] == "%" else result["unit"])
+    panels[-1].legend(fontsize=7, title="budget")
+    figure.savefig(path, dpi=120)
+
+
+def lines(result: Mapping[str, Any], path: Path, groups: Mapping[str, Mapping[str, str]]) -> None:
+    """A panel for each group, with a line for each of its rows over the columns: the paper's attack solid, the worst
+    case dashed.
+
+    Args:
+        groups: By heading, the names of lines and their rows.
+    """
+    figure = canvas.figure(3.6 * len(groups) + 0.4, 3.9)
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    columns = [str(column) for column in result["columns"]]
+    colours = [colour for colour, _, _ in canvas.STYLES] + ["#000000", "#E69F00"]
+    for panel, (heading, names) in zip(panels, groups.items(), strict=True):
+        for colour, (label, name) in zip(colours, names.items(), strict=False):
+            row = result["rows"].get(name, {})
+            for kind, look in (("ours", "-"), ("worst case", "--")):
+                if row.get(kind):
+                    said = label if kind == "ours" else f"{label}, worst case"
+                    panel.plot(columns, row[kind], look, color=colour, marker="o", markersize=3, label=said)
+        panel.set_title(heading, fontsize=10)
+        panel.grid(alpha=0.3)
+        panel.tick_params(axis="x", labelsize=7)
+    panels[0].set(ylabel="accuracy, %", ylim=(0, 101))
+    panels[-1].legend(fontsize=6)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,83 @@
+"""Table 1: three paradigms on the MLP 784-256-64-10, MNIST, FGSM.
+
+python scripts/reproduce/table1.py --data DATA --checkpoints CHECKPOINTS
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiment import Claim, Experiment, Row, main
+from lab import FAMILIES, Lab
+
+NAME = "mlp3_mnist"
+COLUMNS = ("natural", *(f"{eps:g}" for eps in FAMILIES["mlp"].budgets))
+START, BUDGET = 0.5, 0.3  # the paper's first lambda, and the budget at which it tunes for this table
+PAPER: dict[float, tuple[float, ...]] = {
+    1.0: (90.8, 31.8, 2.6, 0.0, 0.0, 0.0, 0.0), 0.9: (90.8, 56.6, 17.9, 8.5, 4.6, 3.0, 2.3),
+    0.8: (90.4, 67.1, 30.8, 17.4, 10.6, 6.5, 4.5), 0.7: (89.7, 73.7, 43.5, 25.5, 16.9, 11.7, 9.2),
+    0.6: (88.1, 75.3, 49.0, 31.0, 22.0, 15.5, 12.4), 0.5: (84.1, 74.4, 50.0, 31.9, 22.8, 18.1, 14.3),
+    0.4: (78.8, 70.4, 48.3, 33.9, 24.1, 18.4, 14.6), 0.3: (69.5, 62.6, 45.2, 31.5, 23.1, 19.0, 15.5),
+    0.2: (58.5, 53.2, 38.2, 27.6, 22.2, 16.4, 12.9), 0.1: (40.7, 38.3, 29.7, 22.8, 16.8, 12.9, 11.1),
+    0.0: (18.8, 17.6, 16.4, 14.6, 12.4, 10.7, 9.4),
+}  # fmt: skip
+CONTROL = (76.4, 66.0, 57.6, 46.9, 35.0, 23.0, 9.1)
+PARADIGM_2 = (81.5, 75.3, 61.2, 44.7, 33.7, 26.0, 20.1)
+PARADIGM_3 = (86.1, 81.7, 75.8, 66.7, 58.7, 50.1, 39.8)
+
+# One setting for every budget. Lambda moves slowly, since the cross-entropy of images that are lost in any case falls
+# with the logits, and so with lambda, without end.
+TUNE_2: dict[str, Any] = {"paradigm": "lambda", "objective": "fgsm", "lam_lr": 0.001}
+TUNE_3: dict[str, Any] = {"paradigm": "all", "objective": "fgsm", "optimizer": "adamw", "lr": 0.001, "lam_lr": 0.0005}
+TUNE_CONTROL: dict[str, Any] = {**TUNE_3, "trainable": ("*.weight", "*.bias")}
+OTHER = (
+    "the published weights are not those behind the paper's table: even for the plain model, in which nothing of ours "
+    "takes part, they give other numbers"
+)
+
+
+def tuned(lab: Lab, lam: float, settings: dict[str, Any], budget: float, name: str = NAME) -> dict[str, Any]:
+    """A row of a model tuned under FGSM of one budget."""
+    model = lab.tuned("mlp", lab.reprogrammed("mlp", name, lam), {**settings, "eps": budget})
+    return lab.measured("mlp", model)
+
+
+def experiment(lab: Lab) -> Experiment:
+    def fixed(lam: float) -> dict[str, Any]:
+        return lab.measured("mlp", lab.reprogrammed("mlp", NAME, lam))
+
+    steep = (
+        "lambda fell towards 0 under so large a budget, where the images are lost in any case; the paper's settings "
+    )
+    steep += "for this are not published"
+    rows = [
+        Row("normal training", lambda: lab.measured("mlp", lab.plain("mlp", NAME)), PAPER[1.0], why=OTHER),
+        Row("adversarial training", lambda: tuned(lab, 1.0, TUNE_CONTROL, BUDGET), CONTROL,
+            why="the plain model tuned as paradigm 3 is, for as many epochs, and not trained from nothing"),
+        *(Row(f"paradigm 1, lambda {lam:g}", lambda lam=lam: fixed(lam), numbers, why=OTHER)  # type: ignore[misc]
+          for lam, numbers in PAPER.items()),
+        Row("paradigm 2", lambda: tuned(lab, START, TUNE_2, BUDGET), PARADIGM_2, why=steep),
+        Row("paradigm 3", lambda: tuned(lab, START, TUNE_3, BUDGET), PARADIGM_3,
+            why="other settings of the optimizer, from other weights"),
+    ]  # fmt: skip
+    ones = [f"paradigm 1, lambda {lam:g}" for lam in PAPER if lam < 1]
+    claims = (
+        Claim("paradigm 1 beats normal training at every budget, at its best lambda",
+              lambda r: all(max(r[one][i] for one in ones) > r["normal training"][i] for i in range(1, len(COLUMNS)))),
+        Claim("paradigm 2 beats the best lambda of paradigm 1 at every budget from 0.1",
+              lambda r: all(r["paradigm 2"][i] > max(r[one][i] for one in ones) for i in range(2, len(COLUMNS)))),
+        Claim("paradigm 3 beats paradigm 2 at every budget",
+              lambda r: all(r["paradigm 3"][i] > r["paradigm 2"][i] for i in range(1, len(COLUMNS)))),
+        Claim("paradigm 3 beats adversarial training at every budget",
+              lambda r: all(r["paradigm 3"][i] > r["adversarial training"][i] for i in range(1, len(COLUMNS)))),
+    )  # fmt: skip
+    return Experiment(
+        "table-1", "three paradigms on the MLP 784-256-64-10, MNIST, FGSM", ("mlp",), COLUMNS, rows, claims,
+        settings={"tuned at": BUDGET, "paradigm 2": TUNE_2, "paradigm 3": TUNE_3, "control": TUNE_CONTROL},
+        about=f"{lab.described('mlp')} The published weights; K = 1, eps = 5e-5. The adversarially trained model is "
+        "the control of paradigm 3: the plain weights, tuned in the same way.",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(experiment)

@@ -1,0 +1,189 @@
+"""What became of the paper's numbers: a verdict for every cell, and the page that shows them all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+POINTS = 2.0
+"""How far a number may be from the paper's and still count as reproduced: two standard deviations of an accuracy of
+90 %, and little more than one of 50 %, on a thousand images."""
+
+STEPS = (0.5, 1.0, 1.5, 2.0)
+
+Result = Mapping[str, Any]
+
+
+def verdict(ours: float | None, paper: float | None, unit: str = "%") -> str:
+    """`"reproduced"`, `"not reproduced"`, `"not run"`, or empty where the paper has no number.
+
+    Accuracies may be POINTS apart, other numbers a tenth of the paper's.
+    """
+    if paper is None:
+        return ""
+    if ours is None:
+        return "not run"
+    allowed = POINTS if unit == "%" else abs(paper) / 10
+    return "reproduced" if abs(ours - paper) <= allowed + 1e-9 else "not reproduced"
+
+
+def verdicts(result: Result) -> dict[str, int]:
+    """How many cells there are of each verdict."""
+    counts = dict.fromkeys(("reproduced", "not reproduced", "not run"), 0)
+    for row in result["rows"].values():
+        paper = row["paper"] or []
+        for ours, theirs in zip(row.get("ours") or [None] * len(paper), paper, strict=bool(paper) and "ours" in row):
+            if found := verdict(ours, theirs, result["unit"]):
+                counts[found] += 1
+    return counts
+
+
+def within(result: Result) -> float | None:
+    """The smallest of STEPS within which every reproduced accuracy is."""
+    gaps = [abs(o - p) for o, p in _pairs(result) if verdict(o, p, result["unit"]) == "reproduced"]
+    return next((step for step in STEPS if gaps and max(gaps) <= step + 1e-9), None) if result["unit"] == "%" else None
+
+
+def _pairs(result: Result) -> Iterable[tuple[float, float]]:
+    for row in result["rows"].values():
+        for ours, theirs in zip(row.get("ours", ()), row["paper"] or (), strict=False):
+            if theirs is not None:
+                yield ours, theirs
+
+
+def summary(result: Result) -> str:
+    """All cells in a line."""
+    counts, close = verdicts(result), within(result)
+    said = []
+    if counts["reproduced"]:
+        how = f"within {close:g} points" if close else "within a tenth"
+        said.append(f"{counts['reproduced']} reproduced {how}")
+    if counts["not reproduced"]:
+        said.append(f"**{counts['not reproduced']} not reproduced**")
+    if counts["not run"]:
+        said.append(f"{counts['not run']} not run")
+    return ", ".join(said) or "no numbers in the paper's text"
+
+
+def section(result: Result) -> str:
+    """An experiment in Markdown."""
+    lines = [f"## {heading(result)}", ""]
+    if result["about"]:
+        lines += [result["about"], ""]
+    lines += [f"Mode {result['mode']}. {summary(result)}."]
+    columns = [str(column) for column in result["columns"]]
+    lines += ["", "| | | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
+    reasons: dict[str, list[str]] = {}
+    for name, row in result["rows"].items():
+        paper = row["paper"] or [None] * len(columns)
+        if "not run" in row:
+            reasons.setdefault(f"Not run: {row['not run']}", []).append(name)
+            if row["paper"]:
+                lines.append(_line(name, "the paper's", [_number(p) for p in paper]))
+            lines.append(_line("" if row["paper"] else name, "not run", [""] * len(columns)))
+            continue
+        found = [verdict(o, p, result["unit"]) for o, p in zip(row["ours"], paper, strict=True)]
+        marks = {"reproduced": " ✓", "not reproduced": " ✗", "": ""}
+        cells = [f"{_number(o)}{marks[f]}" for o, f in zip(row["ours"], found, strict=True)]
+        if row["paper"]:
+            lines.append(_line(name, "the paper's", [_number(p) for p in paper]))
+        lines.append(_line("" if row["paper"] else name, "ours", cells))
+        if row.get("worst case"):
+            lines.append(_line("", "worst case", [f"**{_number(w)}**" for w in row["worst case"]]))
+        if "not reproduced" in found:
+            reasons.setdefault(f"Not reproduced: {row['why'] or unexplained(result)}", []).append(name)
+    lams = {name: row["lambda"] for name, row in result["rows"].items() if len(set(row.get("lambda") or [])) > 1}
+    if lams:
+        lines += ["", "Lambda, layer by layer:", ""]
+        lines += [f"- {name}: {', '.join(f'{lam:.3f}' for lam in values)}" for name, values in lams.items()]
+    if reasons:
+        lines += ["", "Why:", ""] + [f"- {reason} ({_listed(names)})" for reason, names in reasons.items()]
+    if result["claims"]:
+        lines += ["", "| what the paper says | under its attack | in the worst case |", "|---|---|---|"]
+        lines += [f"| {c['text']} | {_said(c['ours'])} | {_said(c['worst case'])} |" for c in result["claims"]]
+    if "picture" in result:
+        lines += ["", f"![{result['title']}]({result['picture']})"]
+    return "\n".join(lines)
+
+
+def heading(result: Result) -> str:
+    kind, _, number = result["experiment"].partition("-")
+    return f"{kind.capitalize()} {number}".strip() + f": {result['title']}"
+
+
+def unexplained(result: Result) -> str:
+    """Why a number may differ when nothing more is known."""
+    return {
+        "quick": "measured and trained on a part of what the paper used (quick mode)",
+        "full": "no reason is known",
+    }[result["mode"]]
+
+
+def page(results: Sequence[Result], missing: Sequence[str]) -> str:
+    """results/README.md: a table of the tables, and each of them."""
+    lines = [
+        "# The paper's tables and figures, and what became of them",
+        "",
+        "Robustness Reprogramming for Representation Learning (arXiv 2410.04577), measured by `scripts/reproduce/`; "
+        "this page is written by `python scripts/reproduce/all.py --render` from the JSON files beside it.",
+        "",
+        f"A cell is reproduced (✓) if it is at most {POINTS:g} points from the paper's, or, where it is no accuracy, "
+        "at most a tenth of the paper's number. *Ours* is the paper's protocol: its attack on the model's own gradient. "
+        "*Worst case* is, image by image, over every attack of the adaptive suite, on the number of images that the "
+        "section names: what the model is worth. A claim is judged under both.",
+        "",
+        "| | what | cells | claims, under the paper's attack | claims, in the worst case | mode |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        kind = heading(result).split(":")[0]
+        anchor = _anchor(heading(result))
+        own, worst = (_tally([claim[kind] for claim in result["claims"]]) for kind in ("ours", "worst case"))
+        cells = (f"[{kind}](#{anchor})", result["title"], summary(result), own, worst, result["mode"])
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"| {name} | | not run: no result is here | | | |" for name in missing]
+    if results:
+        versions = ", ".join(f"{k} {v}" for k, v in results[0]["versions"].items())
+        h = results[0]["hardware"]
+        lines += ["", f"Most were measured on {h['gpu'] or str(h['cores']) + ' CPU cores'} with {versions}; "
+                      "each JSON file names its own."]  # fmt: skip
+    return "\n\n".join(["\n".join(lines), *(section(result) for result in results)]) + "\n"
+
+
+def read(folder: Path, keys: Sequence[str]) -> tuple[list[Result], list[str]]:
+    """Results that are there, in order, and the names of those that are not."""
+    there = [key for key in keys if (folder / f"{key}.json").exists()]
+    return [json.loads((folder / f"{key}.json").read_text()) for key in there], [k for k in keys if k not in there]
+
+
+def _anchor(text: str) -> str:
+    """As GitHub makes one of a heading."""
+    return "".join(c for c in text.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+
+
+def _line(*cells: Any) -> str:
+    *first, numbers = cells
+    return "| " + " | ".join([*first, *numbers]) + " |"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    if 0 < abs(value) < 0.005:
+        return f"{value:.0e}"
+    return f"{value:.1f}" if abs(value) >= 10 or value == round(value, 1) else f"{value:.2f}"
+
+
+def _said(holds: bool | None) -> str:
+    return {True: "yes", False: "**no**", None: ""}[holds]
+
+
+def _tally(found: Sequence[bool | None]) -> str:
+    judged = [holds for holds in found if holds is not None]
+    return f"{sum(judged)} of {len(judged)} hold" if judged else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
