@@ -65,7 +65,8 @@ def experiment(lab: Lab) -> Experiment:
         (above(0, "clean"), above(-1, f"at {EPS:g}")), draw=draw,
         settings={"tuning": TUNE, "lambda": LAM, "epochs": epochs, "samples": samples},
         about=f"{lab.described('lenet')} The naturally trained LeNet of Figure 3 under FGSM at {EPS:g}, "
-        f"{samples or 60000} images an epoch; NRPM starts at lambda {LAM:g} and learns it. The paper gives no numbers with this figure.",
+        f"{samples or 60000} images an epoch; NRPM starts at lambda {LAM:g} and learns it. "
+        "The paper gives no numbers with this figure.",
     )  # fmt: skip
 
 

@@ -48,8 +48,8 @@ def experiment(lab: Lab) -> Experiment:
         "figure-6", "certified accuracy, narrow ResNet-18, CIFAR-10", ("resnet",), [f"radius {r:g}" for r in RADII],
         rows, claims, draw=draw, settings={"effort": effort, "sigmas": SIGMAS, "paradigm 3": TUNE_3},
         about=f"{effort['images']} images, {effort['n']} samples each (the method's authors take 100,000), L2 radius "
-        "in pixel units. LPM as published, NRPM by paradigm 3 of Table 4; neither was trained under noise. A certificate "
-        "follows no gradient, so it is its own worst case. The paper gives no numbers with this figure.",
+        "in pixel units. LPM as published, NRPM by paradigm 3 of Table 4; neither was trained under noise. A "
+        "certificate follows no gradient, so it is its own worst case. The paper gives no numbers with this figure.",
     )  # fmt: skip
 
 

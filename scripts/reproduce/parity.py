@@ -165,7 +165,8 @@ def experiment(lab: Lab) -> Experiment:
         about="Largest differences of the output and of the gradients of x and of the weight from theirs in float64, "
         "relative to the largest entry; "
         f"median time of {ROUNDS} forwards with backward in float32; memory by which such a step raises that of a "
-        "process (ours counts as 1 MiB at least). Their convolution leaves its bias out of the forward, so none is compared.",
+        "process (ours counts as 1 MiB at least). Their convolution leaves its bias out of the forward, so none is "
+        "compared.",
     )  # fmt: skip
 
 

@@ -130,9 +130,9 @@ def page(results: Sequence[Result], missing: Sequence[str]) -> str:
         "this page is written by `python scripts/reproduce/all.py --render` from the JSON files beside it.",
         "",
         f"A cell is reproduced (✓) if it is at most {POINTS:g} points from the paper's, or, where it is no accuracy, "
-        "at most a tenth of the paper's number. *Ours* is the paper's protocol: its attack on the model's own gradient. "
-        "*Worst case* is, image by image, over every attack of the adaptive suite, on the number of images that the "
-        "section names: what the model is worth. A claim is judged under both.",
+        "at most a tenth of the paper's number. *Ours* is the paper's protocol: its attack on the model's own "
+        "gradient. *Worst case* is, image by image, over every attack of the adaptive suite, on the images "
+        "that the section names: what the model is worth. A claim is judged under both.",
         "",
         "| | what | cells | claims, under the paper's attack | claims, in the worst case | mode |",
         "|---|---|---|---|---|---|",
