@@ -89,7 +89,8 @@ class LeNet(nn.Module):
         hidden: Outputs of the first linear layer.
         num_classes: Outputs of the second; 0 for none.
         in_chans, img_size: What images have, `[B, in_chans, *img_size]`; 16 pixels a side at least.
-        drop_rate: Of the maps after the second convolution, whole, and of the features before the last layer.
+        drop_rate: Of the maps after the second convolution, whole, and of the features before the last layer; the
+            authors train with 0.5.
 
     Raises:
         ValueError: Images too small for two convolutions.
@@ -102,7 +103,7 @@ class LeNet(nn.Module):
         num_classes: int = 10,
         in_chans: int = 1,
         img_size: int | tuple[int, int] = 28,
-        drop_rate: float = 0.5,
+        drop_rate: float = 0.0,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -15,7 +15,7 @@ LAM = 0.5
 EPSILONS = (5e-2, 5e-3, 5e-4, 5e-5, 5e-6)
 PENALTIES = {"huber": {"delta": 1e-3}, "mcp": {"gamma": 1e-2}, "huber-mcp": {"delta": 1e-3, "gamma": 1e-2}}
 """Widths in units of one product, most of which are below a hundredth here."""
-WIDTHS = (16, 64, 256)
+WIDTHS = (16, 64)
 
 
 def experiment(lab: Lab) -> Experiment:

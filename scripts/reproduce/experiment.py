@@ -78,6 +78,7 @@ class Experiment:
         settings: All that decides them, beside the mode.
         about: How it was measured, in words.
         draw: Makes a picture of the finished result, if there is one.
+        draws: The table whose numbers these are, if that is all it does.
     """
 
     key: str
@@ -90,6 +91,7 @@ class Experiment:
     settings: Mapping[str, Any] = field(default_factory=dict)
     about: str = ""
     draw: Callable[[dict[str, Any], Path], None] | None = None
+    draws: str = ""
 
     def run(self, lab: Lab, out: Path, *, resume: bool = False) -> dict[str, Any]:
         """Measure whatever is missing, and write it down row by row.
@@ -114,7 +116,8 @@ class Experiment:
                 )
             kept = {name: row for name, row in before["rows"].items() if "not run" not in row}
         result: dict[str, Any] = {
-            "experiment": self.key, "title": self.title, "about": self.about, "mode": lab.mode, "unit": self.unit,
+            "experiment": self.key, "title": self.title, "about": self.about,
+            "draws": self.draws, "mode": lab.mode, "unit": self.unit,
             "settings": settings, "seed": lab.seed, "versions": {name: version(name) for name in PACKAGES},
             "hardware": hardware(lab), "columns": list(self.columns), "rows": {}, "claims": [],
         }  # fmt: skip

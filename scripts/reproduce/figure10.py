@@ -23,7 +23,7 @@ def experiment(lab: Lab) -> Experiment:
         }
         lines(result, path, panels)
 
-    return replace(table8.experiment(lab), key="figure-10", draw=draw)
+    return replace(table8.experiment(lab), key="figure-10", draws="table-8", draw=draw)
 
 
 if __name__ == "__main__":

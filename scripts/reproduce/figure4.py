@@ -18,7 +18,7 @@ from timm_nrpm import canvas
 LAM, EPS = 0.3, 0.3
 TUNE: dict[str, Any] = {"paradigm": "all", "objective": "fgsm", "eps": EPS, "optimizer": "momentum", "lr": 0.01,
                         "lam_lr": 0.001, "schedule": "constant", "epochs": 1}  # fmt: skip
-QUICK = (4, 20_000)
+QUICK = (3, 10_000)
 """Epochs and images of each."""
 
 

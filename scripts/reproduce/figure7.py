@@ -14,7 +14,7 @@ from pictures import bars
 
 
 def experiment(lab: Lab) -> Experiment:
-    return replace(table12.experiment(lab), key="figure-7", draw=bars)
+    return replace(table12.experiment(lab), key="figure-7", draws="table-12", draw=bars)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pictures import bars
 
 
 def experiment(lab: Lab) -> Experiment:
-    return replace(table6.experiment(lab), key="figure-8", draw=bars)
+    return replace(table6.experiment(lab), key="figure-8", draws="table-6", draw=bars)
 
 
 if __name__ == "__main__":

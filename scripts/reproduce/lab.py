@@ -67,8 +67,8 @@ FAMILIES = {
         published={"mlp3_mnist": "mlp3_mnist_model.pth"}, wrong_stays=True,
     ),
     "lenet": Family(
-        "mnist", (0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "fgsm", {"iterations": 1, "eps": 1e-3, "layers": ("conv*",)}, ADAM,
-        wrong_stays=True,
+        "mnist", (0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "fgsm", {"iterations": 1, "eps": 1e-3, "layers": ("conv*",)},
+        {**ADAM, "lr": 0.002}, wrong_stays=True,
     ),
     "svhn": Family(
         "svhn", tuple(i / 255 for i in (1, 2, 4, 8, 16, 32, 64)), "pgd",
@@ -123,10 +123,10 @@ class Effort:
 EFFORTS: dict[str, dict[str, Effort]] = {
     "quick": {
         "mlp": Effort(1000, 100, epochs=5),
-        "lenet": Effort(1000, 100, epochs=5),
+        "lenet": Effort(1000, 50, epochs=4),
         "svhn": Effort(1000, 50, samples=10_000, epochs=5),
         "imagenet10": Effort(200, 20, samples=2000, epochs=5),
-        "mixer": Effort(100, 25, samples=20_000, epochs=10),
+        "mixer": Effort(50, 10, samples=10_000, epochs=8),
         "resnet": Effort(1000, 25, samples=5000),
     },
     "full": {

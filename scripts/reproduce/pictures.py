@@ -28,7 +28,7 @@ def bars(result: Mapping[str, Any], path: Path, rows: Sequence[str] | None = Non
         panel.set_title(KINDS[kind], fontsize=10)
         panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("accuracy, %" if result["unit"] == "%" else result["unit"])
-    panels[-1].legend(fontsize=7, title="budget")
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", fontsize=7, title="budget")
     figure.savefig(path, dpi=120)
 
 
@@ -54,5 +54,5 @@ def lines(result: Mapping[str, Any], path: Path, groups: Mapping[str, Mapping[st
         panel.grid(alpha=0.3)
         panel.tick_params(axis="x", labelsize=7)
     panels[0].set(ylabel="accuracy, %", ylim=(0, 101))
-    panels[-1].legend(fontsize=6)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)

@@ -21,7 +21,7 @@ PAPER = {
 }  # fmt: skip
 LAM = 0.5
 TUNE: dict[str, Any] = {"paradigm": "all", "objective": "clean", "optimizer": "adamw", "lr": 0.0005, "lam_lr": 0.0005}
-TUNED_ON = 5000
+TUNED_ON = 2500
 
 
 def experiment(lab: Lab) -> Experiment:

@@ -73,6 +73,11 @@ def section(result: Result) -> str:
     if result["about"]:
         lines += [result["about"], ""]
     lines += [f"Mode {result['mode']}. {summary(result)}."]
+    if result.get("draws"):
+        picture = (
+            f"![{result['title']}]({result['picture']})" if "picture" in result else "No picture: nothing was run."
+        )
+        return "\n".join([*lines, "", f"The numbers are those of {result['draws'].replace('-', ' ')}.", "", picture])
     columns = [str(column) for column in result["columns"]]
     lines += ["", "| | | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
     reasons: dict[str, list[str]] = {}
