@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_nrpm import NRPMConfig, TuneConfig, reprogram_
 from timm_nrpm.attacks import PixelModel
-from timm_nrpm.objectives import KINDS, Objective, adversarial, clean, mart, sat, trades
+from timm_nrpm.objectives import KINDS, Objective, adversarial, both, clean, mart, sat, trades
 
 CLASSES = 4
 
@@ -54,7 +54,7 @@ def logits_of(net, *images):
 
 
 def test_every_objective_has_its_test():
-    assert set(KINDS) == {"clean", "fgsm", "pgd", "trades", "mart", "sat", "awp"}
+    assert set(KINDS) == {"clean", "fgsm", "clean+fgsm", "pgd", "trades", "mart", "sat", "awp"}
 
 
 def test_clean_and_adversarial(batch):
@@ -63,6 +63,17 @@ def test_clean_and_adversarial(batch):
     assert value(clean(net, *batch[1:])) == pytest.approx(cross_entropy(z, labels.numpy()).mean(), rel=1e-12)
     want = cross_entropy(moved, labels.numpy()).mean()
     assert value(adversarial(net, *batch[1:])) == pytest.approx(want, rel=1e-12)
+    want += cross_entropy(z, labels.numpy()).mean()
+    assert value(both(net, *batch[1:])) == pytest.approx(want, rel=1e-12)
+
+
+def test_the_sum_attacks_once_and_looks_at_both():
+    module, other, (pixels, labels, rows) = objective("clean+fgsm"), objective("fgsm"), images()
+    attacked = module.attack(pixels, labels, rows)
+    assert torch.equal(attacked, other.attack(pixels, labels, rows))
+    assert (attacked - pixels).abs().max() <= 0.1 + 1e-6
+    _, clean_right, attacked_right = module(pixels, labels, rows).tolist()
+    assert min(clean_right, attacked_right) >= 0
 
 
 @pytest.mark.parametrize("beta", [0.2, 2.0, 6.0])
@@ -165,13 +176,14 @@ def test_forward_gives_the_loss_of_its_own_attack_and_counts_what_was_right(name
     apart = divergence(softmax(z), softmax(moved))
     want = {
         "clean": cross_entropy(z, y).mean(),
+        "clean+fgsm": cross_entropy(z, y).mean() + cross_entropy(moved, y).mean(),
         "trades": (soft + 6 * apart).mean(),
         "sat": (soft + 6 * apart).mean(),
         "mart": mart_of(z, moved, y, 6.0),
     }.get(name, cross_entropy(moved, y).mean())
     assert float(result[0].detach()) == pytest.approx(want, rel=1e-5)
     hits = [int((logits.argmax(1) == y).sum()) for logits in (z, moved)]
-    clean_hits = hits[0] if name in ("clean", "trades", "mart", "sat") else -1
+    clean_hits = hits[0] if name in ("clean", "clean+fgsm", "trades", "mart", "sat") else -1
     attacked_hits = -1 if name == "clean" else hits[1]
     assert result[1:].tolist() == [clean_hits, attacked_hits]
     assert all(p.grad is not None for p in module.parameters())

@@ -22,7 +22,7 @@ LayerSelection: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bo
 """``None`` (every supported layer), a glob, several globs, ``"first:N"``, or ``f(name, module) -> bool``."""
 
 
-OBJECTIVES = ("clean", "fgsm", "pgd", "trades", "mart", "sat", "awp")
+OBJECTIVES = ("clean", "fgsm", "clean+fgsm", "pgd", "trades", "mart", "sat", "awp")
 GRADIENTS = ("own", "bpda", "plain", "mixture")
 PARADIGMS = ("lambda", "all")
 PRECISIONS = ("no", "bf16")
@@ -143,8 +143,8 @@ class TuneConfig:
         paradigm: What trains: `"lambda"`, one number a layer, every weight frozen (paradigm 2), or `"all"` (3).
         trainable: In place of the paradigm, globs of parameter names: `("*.lam", "layer4.*", "fc.*")`. What is frozen
             stays as it is, BatchNorm statistics and dropout included.
-        objective: The loss, see :mod:`timm_nrpm.objectives`: `"clean"`, `"fgsm"`, `"pgd"`, `"trades"`, `"mart"`,
-            `"sat"` or `"awp"`.
+        objective: The loss, see :mod:`timm_nrpm.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
+            sum of the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"` or `"awp"`.
         eps: Largest change of a pixel in the inner attack, Linf, in pixel units of [0, 1]; 0 attacks nothing.
         steps: Of the inner attack; FGSM always takes one.
         step_size: Of the inner attack, in pixel units. The default is `eps / 4`, the paper's 2/255 at 8/255; for one
@@ -276,7 +276,7 @@ class TuneConfig:
     @property
     def attack_steps(self) -> int:
         """Steps of the inner attack that are taken."""
-        return 1 if self.objective == "fgsm" else self.steps
+        return 1 if self.objective in ("fgsm", "clean+fgsm") else self.steps
 
     @property
     def attack_step_size(self) -> float:

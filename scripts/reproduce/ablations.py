@@ -37,7 +37,7 @@ def experiment(lab: Lab) -> Experiment:
     ]  # fmt: skip
     small, large = f"eps {EPSILONS[-1]:g}", f"eps {EPSILONS[0]:g}"
     claims = (
-        Claim("(ours) a smaller eps looks more robust at every budget",
+        Claim(f"(ours) {small} looks more robust than {large} at every budget",
               lambda r: all(r[small][i] > r[large][i] for i in range(1, len(COLUMNS)))),
         *(Claim(f"(ours) width {w}: lambda {LAM:g} beats the plain model at every budget",
                 lambda r, w=w: all(r[f"width {w}, lambda {LAM:g}"][i] > r[f"width {w}, lambda 1"][i]  # type: ignore[misc]

@@ -19,6 +19,8 @@ from lab import DATA, Lab, Missing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from timm_nrpm import Diverged
+
 RESULTS = Path(__file__).parents[2] / "results"
 PACKAGES = ("timm_nrpm", "torch", "timm", "torchattacks", "accelerate")
 
@@ -61,7 +63,7 @@ class Claim:
         """Under one kind of numbers, "ours" or "worst case"; None where they are missing."""
         try:
             return self.holds({name: row[kind] for name, row in rows.items() if row.get(kind) is not None})
-        except KeyError:
+        except (KeyError, ValueError):  # a row that is not there, or the largest of none
             return None
 
 
@@ -106,35 +108,38 @@ class Experiment:
         file = out / f"{self.key}.json"
         out.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps({**lab.settings(self.families), **self.settings}))
+        same = {"settings": settings, "mode": lab.mode, "versions": {name: version(name) for name in PACKAGES}}
         kept: dict[str, Measured] = {}
         if resume and file.exists():
             before = json.loads(file.read_text())
-            if before["settings"] != settings or before["mode"] != lab.mode:
+            if any(before[key] != value for key, value in same.items()):
                 raise ValueError(
-                    f"{file} is of a run with other settings: leave out --resume to measure anew, or give another "
-                    "--out."
+                    f"{file} is of a run with other settings or versions: leave out --resume to measure anew, or give "
+                    "another --out."
                 )
             kept = {name: row for name, row in before["rows"].items() if "not run" not in row}
         result: dict[str, Any] = {
-            "experiment": self.key, "title": self.title, "about": self.about,
-            "draws": self.draws, "mode": lab.mode, "unit": self.unit,
-            "settings": settings, "seed": lab.seed, "versions": {name: version(name) for name in PACKAGES},
-            "hardware": hardware(lab), "columns": list(self.columns), "rows": {}, "claims": [],
+            "experiment": self.key, "title": self.title, "about": self.about, "draws": self.draws, "unit": self.unit,
+            **same, "seed": lab.seed, "hardware": hardware(lab), "columns": list(self.columns), "rows": kept,
+            "claims": [],
         }  # fmt: skip
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(self.key, total=len(self.rows))
+            task, done = bar.add_task(self.key, total=len(self.rows)), dict[str, Measured]()
             for row in self.rows:
                 bar.update(task, description=f"{self.key}: {row.name}")
                 found = kept.get(row.name) or self._measured(row, lab)
                 stated = {"paper": list(row.paper) or None, "why": row.why}
-                result["rows"][row.name] = {**stated, **{k: v for k, v in found.items() if k not in stated}}
+                done[row.name] = {**stated, **{k: v for k, v in found.items() if k not in stated}}
+                result["rows"] = {**done, **{name: row for name, row in kept.items() if name not in done}}
                 _write(file, result)
                 bar.advance(task)
+        result["rows"] = done
         result["claims"] = [
             {"text": claim.text, **{kind: claim.judged(result["rows"], kind) for kind in ("ours", "worst case")}}
             for claim in self.claims
         ]
+        _write(file, result)
         if self.draw is not None and any("ours" in row for row in result["rows"].values()):
             picture = out / f"{self.key}.png"
             picture.unlink(missing_ok=True)
@@ -152,6 +157,8 @@ class Experiment:
             found = row.measure()
         except Missing as error:
             return {"not run": str(error)}
+        except Diverged as error:
+            return {"not run": f"tuning diverged: {error}"}
         short = len(found["ours"]) != len(self.columns) or len(row.paper) not in (0, len(self.columns))
         if short:
             raise ValueError(f"{self.key}, {row.name}: {len(self.columns)} columns, and not as many numbers.")

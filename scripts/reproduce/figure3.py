@@ -21,10 +21,10 @@ def experiment(lab: Lab) -> Experiment:
     rows = [Row(f"lambda {lam:g}", lambda lam=lam: row(lam)) for lam in LAMBDAS]  # type: ignore[misc]
     ours = [f"lambda {lam:g}" for lam in LAMBDAS[1:]]
     claims = (
-        Claim("the LeNet trained naturally is above 98 % when clean", lambda r: r["lambda 1"][0] > 98),
+        Claim("(ours) the LeNet trained naturally is above 98 % when clean", lambda r: r["lambda 1"][0] > 98),
         Claim("some lambda below 1 is more robust at every budget",
               lambda r: all(max(r[name][i] for name in ours) > r["lambda 1"][i] for i in range(1, len(COLUMNS)))),
-        Claim("one and the same lambda is more robust at every budget from 0.1, and loses 3 points at most when clean",
+        Claim("(ours) one and the same lambda is more robust at every budget from 0.1, and loses 3 points at most",
               lambda r: any(r["lambda 1"][0] - r[name][0] <= 3
                             and all(r[name][i] > r["lambda 1"][i] for i in range(2, len(COLUMNS))) for name in ours)),
     )  # fmt: skip

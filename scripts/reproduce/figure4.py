@@ -16,7 +16,7 @@ from torch import nn
 from timm_nrpm import canvas
 
 LAM, EPS = 0.3, 0.3
-TUNE: dict[str, Any] = {"paradigm": "all", "objective": "fgsm", "eps": EPS, "optimizer": "momentum", "lr": 0.01,
+TUNE: dict[str, Any] = {"paradigm": "all", "objective": "clean+fgsm", "eps": EPS, "optimizer": "momentum", "lr": 0.01,
                         "lam_lr": 0.001, "schedule": "constant", "epochs": 1}  # fmt: skip
 QUICK = (3, 10_000)
 """Epochs and images of each."""
@@ -44,7 +44,7 @@ def experiment(lab: Lab) -> Experiment:
                 found = [result["rows"][f"{kind}, epoch {e}"] for e in range(epochs + 1)]
                 for measure, line in (("ours", "-"), ("worst case", "--")):
                     label = kind if measure == "ours" else f"{kind}, worst case"
-                    heights = [row[measure][column] for row in found]
+                    heights = [row[measure][column] if measure in row else float("nan") for row in found]
                     panel.plot(range(epochs + 1), heights, line, color=colour, marker=marker, markersize=4, label=label)
             panel.set(title=f"budget {result['columns'][column]}", xlabel="epoch", ylim=(-2, 102))
             panel.grid(alpha=0.3)

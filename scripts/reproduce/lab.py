@@ -28,8 +28,8 @@ from timm_nrpm.version import __version__
 
 DATA = "MNIST/ and cifar10/ as torchvision or class folders in tars keep them, svhn/, imagenet10/ with train/ and val/"
 BATCH = 250
-USEFUL = 30.0
-"""Clean accuracy in % below which quick mode does not ask for the worst case."""
+USEFUL = {"resnet": 30.0}
+"""Clean accuracy in % below which quick mode does not ask for the worst case, where that takes minutes."""
 
 
 class Missing(Exception):
@@ -182,12 +182,16 @@ class Lab:
         """How much is measured, in words."""
         effort, own = self.efforts[family], FAMILIES[family]
         which = f"the first {effort.images} test images" if effort.images else "all test images"
-        which += " (a tenth of each class)" if own.dataset == "cifar10" and effort.images else ""
-        return (
-            f"Accuracy in % on {which}; the worst case on {effort.worst} of them, "
-            f"over the adaptive suite with {effort.steps} steps and {effort.queries} queries"
-            + (f", where at least {USEFUL:g} % are right when clean." if self.mode == "quick" else ".")
-        )
+        if own.dataset == "cifar10" and effort.images:
+            which = f"{effort.images} test images, the first {effort.images // 10} of each class"
+        if own.dataset == "cifar10" and (self.data / READERS["cifar10"][0][1]).exists():
+            which += ", which are here as JPEG files and so not CIFAR-10's very pixels"
+        least = USEFUL.get(family)
+        worst = f"the worst case on {effort.worst} of them, over the adaptive suite with {effort.steps} steps and "
+        worst += f"{effort.queries} queries"
+        if least and self.mode == "quick":
+            worst += f", where at least {least:g} % are right when clean"
+        return f"Accuracy in % on {which}; {worst}."
 
     # Images
 
@@ -413,7 +417,7 @@ class Lab:
             "images": len(self.some(family, count)[1]),
             "lambda": [round(lam, 4) for lam in lambdas(model).values()],
         }
-        if ours[0] >= USEFUL or self.mode == "full":
+        if ours[0] >= USEFUL.get(family, 0) or self.mode == "full":
             row["worst case"] = self.worst(family, model, [Threat("Linf", eps) for eps in budgets])
         return row
 

@@ -21,7 +21,7 @@ def bars(result: Mapping[str, Any], path: Path, rows: Sequence[str] | None = Non
     columns = [str(column) for column in result["columns"]]
     for panel, kind in zip(panels, kinds, strict=True):
         for i, column in enumerate(columns):
-            heights = [row[kind][i] if row.get(kind) else 0 for row in found.values()]
+            heights = [row[kind][i] if row.get(kind) else float("nan") for row in found.values()]
             places = [place + (i - (len(columns) - 1) / 2) * 0.8 / len(columns) for place in range(len(found))]
             panel.bar(places, heights, 0.8 / len(columns), color=SHADES[i % len(SHADES)], label=column)
         panel.set_xticks(range(len(found)), list(found), rotation=35, ha="right", fontsize=8)

@@ -25,10 +25,11 @@ CONTROL = (76.4, 66.0, 57.6, 46.9, 35.0, 23.0, 9.1)
 PARADIGM_2 = (81.5, 75.3, 61.2, 44.7, 33.7, 26.0, 20.1)
 PARADIGM_3 = (86.1, 81.7, 75.8, 66.7, 58.7, 50.1, 39.8)
 
-# One setting for every budget. Lambda moves slowly, since the cross-entropy of images that are lost in any case falls
-# with the logits, and so with lambda, without end.
-TUNE_2: dict[str, Any] = {"paradigm": "lambda", "objective": "fgsm", "lam_lr": 0.001}
-TUNE_3: dict[str, Any] = {"paradigm": "all", "objective": "fgsm", "optimizer": "adamw", "lr": 0.001, "lam_lr": 0.0005}
+# The authors' code sums the gradients of the clean and of the attacked images; its optimizer is another.
+TUNE_2: dict[str, Any] = {"paradigm": "lambda", "objective": "clean+fgsm", "lam_lr": 0.001}
+TUNE_3: dict[str, Any] = {
+    "paradigm": "all", "objective": "clean+fgsm", "optimizer": "adamw", "lr": 0.001, "lam_lr": 0.0005
+}  # fmt: skip
 TUNE_CONTROL: dict[str, Any] = {**TUNE_3, "trainable": ("*.weight", "*.bias")}
 OTHER = (
     "the published weights are not those behind the paper's table: even for the plain model, in which nothing of ours "
@@ -46,19 +47,17 @@ def experiment(lab: Lab) -> Experiment:
     def fixed(lam: float) -> dict[str, Any]:
         return lab.measured("mlp", lab.reprogrammed("mlp", NAME, lam))
 
-    steep = (
-        "lambda fell towards 0 under so large a budget, where the images are lost in any case; the paper's settings "
-    )
-    steep += "for this are not published"
+    epochs = lab.efforts["mlp"].tuning
+    how = f"tuned by another optimizer than the authors' (SGD for ten epochs), for {epochs}, from the published weights"
     rows = [
         Row("normal training", lambda: lab.measured("mlp", lab.plain("mlp", NAME)), PAPER[1.0], why=OTHER),
         Row("adversarial training", lambda: tuned(lab, 1.0, TUNE_CONTROL, BUDGET), CONTROL,
-            why="the plain model tuned as paradigm 3 is, for as many epochs, and not trained from nothing"),
+            why=f"{how}, not from nothing"),
         *(Row(f"paradigm 1, lambda {lam:g}", lambda lam=lam: fixed(lam), numbers, why=OTHER)  # type: ignore[misc]
           for lam, numbers in PAPER.items()),
-        Row("paradigm 2", lambda: tuned(lab, START, TUNE_2, BUDGET), PARADIGM_2, why=steep),
+        Row("paradigm 2", lambda: tuned(lab, START, TUNE_2, BUDGET), PARADIGM_2, why=how),
         Row("paradigm 3", lambda: tuned(lab, START, TUNE_3, BUDGET), PARADIGM_3,
-            why="other settings of the optimizer, from other weights"),
+            why=how),
     ]  # fmt: skip
     ones = [f"paradigm 1, lambda {lam:g}" for lam in PAPER if lam < 1]
     claims = (
@@ -66,7 +65,8 @@ def experiment(lab: Lab) -> Experiment:
               lambda r: all(max(r[one][i] for one in ones if one in r) > r["normal training"][i]
                             for i in range(1, len(COLUMNS)))),
         Claim("paradigm 2 beats the best lambda of paradigm 1 at every budget from 0.1",
-              lambda r: all(r["paradigm 2"][i] > max(r[one][i] for one in ones) for i in range(2, len(COLUMNS)))),
+              lambda r: all(r["paradigm 2"][i] > max(r[one][i] for one in ones if one in r)
+                            for i in range(2, len(COLUMNS)))),
         Claim("paradigm 3 beats paradigm 2 at every budget",
               lambda r: all(r["paradigm 3"][i] > r["paradigm 2"][i] for i in range(1, len(COLUMNS)))),
         Claim("paradigm 3 beats adversarial training at every budget",

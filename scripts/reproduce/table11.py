@@ -41,7 +41,7 @@ def experiment(lab: Lab) -> Experiment:
     count = TUNED_COUNT if lab.mode == "quick" else None
     rows = [
         Row(title, lambda t=title: lab.measured("resnet", model_of(lab, t), count), paper,  # type: ignore[misc]
-            full="" if "18" in title else NEEDED, why="tuned for a part of the paper's epochs and images, see Table 4")
+            full="" if "18" in title else NEEDED, why="see paradigm 3 in Table 4")
         for title, paper in PAPER.items()
     ]  # fmt: skip
     return Experiment(

@@ -28,17 +28,18 @@ def experiment(lab: Lab) -> Experiment:
     def row(budget: float) -> Measured:
         found = tuned(lab, START, TUNE_2, budget)
         learned = 100 * mean(found["lambda"])
-        return {**found, "ours": [*found["ours"], round(learned, 1)], "worst case": [*found["worst case"], learned]}
+        kinds = [kind for kind in ("ours", "worst case") if kind in found]
+        return {**found, **{kind: [*found[kind], round(learned, 1)] for kind in kinds}}
 
     rows = [
         Row(f"tuned at {eps:g}", lambda eps=eps: row(eps), (*numbers, round(100 * mean(lams), 1)),  # type: ignore[misc]
-            why=f"{OTHER}; from 0.2 on lambda falls further here")
+            why=f"{OTHER}; and the optimizer is another than the authors'")
         for eps, (numbers, lams) in PAPER.items()
     ]  # fmt: skip
     names = [row.name for row in rows]
     claims = (
         Claim("the mean learned lambda falls as the budget rises",
-              lambda r: all(r[a][-1] >= r[b][-1] for a, b in pairwise(names))),
+              lambda r: all(r[a][-1] > r[b][-1] for a, b in pairwise(names))),
     )  # fmt: skip
     return Experiment(
         "table-2", "lambda learned under each budget, MLP, MNIST, FGSM", ("mlp",), (*COLUMNS, LAMS), rows, claims,

@@ -3,54 +3,62 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-POINTS = 2.0
-"""How far a number may be from the paper's and still count as reproduced: two standard deviations of an accuracy of
-90 %, and little more than one of 50 %, on a thousand images."""
+POINTS, ENOUGH = 2.0, 500
+"""How far an accuracy may be from the paper's and still count as reproduced, and on how many images at least."""
 
 STEPS = (0.5, 1.0, 1.5, 2.0)
+KINDS = ("reproduced", "not reproduced", "undecided", "not run")
 
 Result = Mapping[str, Any]
 
 
-def verdict(ours: float | None, paper: float | None, unit: str = "%") -> str:
-    """`"reproduced"`, `"not reproduced"`, `"not run"`, or empty where the paper has no number.
+def verdict(ours: float | None, paper: float | None, unit: str = "%", images: int | None = None) -> str:
+    """One of KINDS, or empty where the paper has no number.
 
-    Accuracies may be POINTS apart, other numbers a tenth of the paper's.
+    Accuracies may be POINTS apart, other numbers a tenth of the paper's. On fewer than ENOUGH images an accuracy can
+    only fail, by more than two standard deviations; otherwise it is undecided.
     """
     if paper is None:
         return ""
     if ours is None:
         return "not run"
-    allowed = POINTS if unit == "%" else abs(paper) / 10
-    return "reproduced" if abs(ours - paper) <= allowed + 1e-9 else "not reproduced"
+    gap = abs(ours - paper) - 1e-9
+    if unit != "%":
+        return "reproduced" if gap <= abs(paper) / 10 else "not reproduced"
+    if images is None or images >= ENOUGH:
+        return "reproduced" if gap <= POINTS else "not reproduced"
+    share = min(max(paper / 100, 1 / images), 1 - 1 / images)
+    spread = 100 * (share * (1 - share) / images) ** 0.5
+    return "not reproduced" if gap > max(POINTS, 2 * spread) else "undecided"
+
+
+def verdicts_of(result: Result, row: Mapping[str, Any]) -> list[str]:
+    """Of every cell of a row."""
+    paper = row["paper"] or [None] * len(result["columns"])
+    ours = row.get("ours") or [None] * len(paper)
+    return [verdict(o, p, result["unit"], row.get("images")) for o, p in zip(ours, paper, strict=True)]
 
 
 def verdicts(result: Result) -> dict[str, int]:
     """How many cells there are of each verdict."""
-    counts = dict.fromkeys(("reproduced", "not reproduced", "not run"), 0)
-    for row in result["rows"].values():
-        paper = row["paper"] or []
-        for ours, theirs in zip(row.get("ours") or [None] * len(paper), paper, strict=bool(paper) and "ours" in row):
-            if found := verdict(ours, theirs, result["unit"]):
-                counts[found] += 1
-    return counts
+    found = [cell for row in result["rows"].values() for cell in verdicts_of(result, row)]
+    return {kind: found.count(kind) for kind in KINDS}
 
 
 def within(result: Result) -> float | None:
     """The smallest of STEPS within which every reproduced accuracy is."""
-    gaps = [abs(o - p) for o, p in _pairs(result) if verdict(o, p, result["unit"]) == "reproduced"]
+    gaps = [
+        abs(ours - paper)
+        for row in result["rows"].values()
+        if row["paper"] and "ours" in row
+        for ours, paper, found in zip(row["ours"], row["paper"], verdicts_of(result, row), strict=True)
+        if found == "reproduced"
+    ]
     return next((step for step in STEPS if gaps and max(gaps) <= step + 1e-9), None) if result["unit"] == "%" else None
-
-
-def _pairs(result: Result) -> Iterable[tuple[float, float]]:
-    for row in result["rows"].values():
-        for ours, theirs in zip(row.get("ours", ()), row["paper"] or (), strict=False):
-            if theirs is not None:
-                yield ours, theirs
 
 
 def summary(result: Result) -> str:
@@ -62,6 +70,8 @@ def summary(result: Result) -> str:
         said.append(f"{counts['reproduced']} reproduced {how}")
     if counts["not reproduced"]:
         said.append(f"**{counts['not reproduced']} not reproduced**")
+    if counts["undecided"]:
+        said.append(f"{counts['undecided']} undecided on so few images")
     if counts["not run"]:
         said.append(f"{counts['not run']} not run")
     return ", ".join(said) or "no numbers in the paper's text"
@@ -89,8 +99,8 @@ def section(result: Result) -> str:
                 lines.append(_line(name, "the paper's", [_number(p) for p in paper]))
             lines.append(_line("" if row["paper"] else name, "not run", [""] * len(columns)))
             continue
-        found = [verdict(o, p, result["unit"]) for o, p in zip(row["ours"], paper, strict=True)]
-        marks = {"reproduced": " ✓", "not reproduced": " ✗", "": ""}
+        found = verdicts_of(result, row)
+        marks = {"reproduced": " ✓", "not reproduced": " ✗", "undecided": " ?", "": ""}
         cells = [f"{_number(o)}{marks[f]}" for o, f in zip(row["ours"], found, strict=True)]
         if row["paper"]:
             lines.append(_line(name, "the paper's", [_number(p) for p in paper]))
@@ -135,9 +145,12 @@ def page(results: Sequence[Result], missing: Sequence[str]) -> str:
         "this page is written by `python scripts/reproduce/all.py --render` from the JSON files beside it.",
         "",
         f"A cell is reproduced (✓) if it is at most {POINTS:g} points from the paper's, or, where it is no accuracy, "
-        "at most a tenth of the paper's number. *Ours* is the paper's protocol: its attack on the model's own "
-        "gradient. *Worst case* is, image by image, over every attack of the adaptive suite, on the images "
-        "that the section names: what the model is worth. A claim is judged under both.",
+        f"at most a tenth of the paper's number; on fewer than {ENOUGH} images it can only fail (✗), by more than two "
+        "standard deviations, or stay undecided (?). *Ours* is the paper's protocol: its attack on the model's own "
+        "gradient. *Worst case* is, image by image, over every attack of the adaptive suite; on fewer images than the "
+        "line above it, as each section says, so that it may even be larger. A claim is judged under both, and in the "
+        "worst case a few images may decide it; the paper's two models have that of 500 and 1000 images in "
+        "[worst-case.md](worst-case.md).",
         "",
         "| | what | cells | claims, under the paper's attack | claims, in the worst case | mode |",
         "|---|---|---|---|---|---|",
