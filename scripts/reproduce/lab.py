@@ -13,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from timm.data import ImageDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -23,6 +22,7 @@ from timm_nrpm.attacks import PixelModel, Run, fgsm, pgd
 from timm_nrpm.backbones import load_published_
 from timm_nrpm.base import checksum_of
 from timm_nrpm.data import pixel_loader
+from timm_nrpm.journal import digest_of
 from timm_nrpm.reprogramming import attackable, model_sha256
 from timm_nrpm.version import __version__
 
@@ -274,7 +274,7 @@ class Lab:
         """Tuned on the training images, or what an earlier run has tuned from the same start in the same way."""
         effort = self.efforts[family]
         settings = {"epochs": effort.tuning, **settings}
-        return self._kept(family, model, settings, samples or effort.samples)
+        return self._tuned(family, model, settings, samples or effort.samples)
 
     def trained(self, family: str, name: str, settings: Mapping[str, Any], **build: Any) -> nn.Module:
         """A plain model trained from nothing, as its family is but for `settings`."""
@@ -282,29 +282,18 @@ class Lab:
         model = reprogram_(timm.create_model(name, **build), NRPMConfig(lam=1.0))
         settings = {"epochs": self.efforts[family].epochs, "objective": "clean", **FAMILIES[family].train, **settings}
         settings |= {"paradigm": "all", "trainable": ("*.weight", "*.bias")}
-        return restore_(self._kept(family, model, settings, self.efforts[family].samples))
+        return restore_(self._tuned(family, model, settings, self.efforts[family].samples))
 
-    def _kept(self, family: str, model: nn.Module, settings: Mapping[str, Any], samples: int | None) -> nn.Module:
-        dataset, config = FAMILIES[family].dataset, TuneConfig(**settings)
-        identity = {
-            "start": model_sha256(model),
-            "config": config.to_json(),
-            "dataset": dataset,
-            "samples": samples,
-            "batch": 128,
-        }
-        file = self.kept / f"{family}-{checksum_of(identity)[:16]}.safetensors"
-        model = model.to(self.device)
-        if file.exists():
-            model.load_state_dict(load_file(file))
-            return model.eval()
+    def _tuned(self, family: str, model: nn.Module, settings: Mapping[str, Any], samples: int | None) -> nn.Module:
+        """By a run that is kept: one that was stopped goes on, one that is done gives its model back."""
+        dataset = FAMILIES[family].dataset
         augment: dict[str, Any] = {"augment": True, "hflip": 0.5} if dataset in ("cifar10", "imagenet10") else {}
         loader = self.loader(dataset, "train", training=True, batch_size=128, samples=samples, **augment)
-        tune(model, loader, config, progress=True)
-        self.kept.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".draft")
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
-        draft.replace(file)
+        seen = digest_of(*self.images(dataset, "train", 100))
+        what = {"start": model_sha256(model), "settings": dict(settings), "images": [seen, samples]}
+        run = self.kept / f"{family}-{self._key(what)}"
+        config = TuneConfig(**settings, output=str(run), checkpoint_every=1000, keep=1)
+        tune(model.to(self.device), loader, config, resume=True, progress=True)
         return model.eval()
 
     # Numbers
@@ -369,8 +358,8 @@ class Lab:
         """
         effort = self.efforts[family]
         options: dict[str, Any] = {"steps": steps or effort.steps, "queries": queries or effort.queries}
-        what = {"model": model_sha256(model), "family": asdict(FAMILIES[family]), "images": [effort.images, count],
-                "threats": [[t.norm, t.eps] for t in threats], "suite": suite, **options}  # fmt: skip
+        what = {"model": model_sha256(model), "family": asdict(FAMILIES[family]), "suite": suite, **options}
+        what |= {"images": digest_of(*self.some(family, count)), "threats": [[t.norm, t.eps] for t in threats]}
         return self._once(what, lambda: self._surviving(family, model, threats, suite, count, options))
 
     def _surviving(
@@ -405,7 +394,8 @@ class Lab:
         Args:
             count: Of images under the paper's attack; by default those of the effort.
         """
-        what = {"measured": self.settings([family]), "images": count, "model": model_sha256(model)}
+        what = {"measured": self.settings([family]), "images": digest_of(*self.some(family, count))}
+        what |= {"model": model_sha256(model)}
         return self._once(what, lambda: self._row(family, model, count))
 
     def _row(self, family: str, model: nn.Module, count: int | None) -> dict[str, Any]:
@@ -423,8 +413,7 @@ class Lab:
 
     def _once(self, what: Mapping[str, Any], work: Callable[[], Any]) -> Any:
         """What `work` gives, which JSON can hold, or what it gave when it was asked the same before."""
-        versions = {"timm_nrpm": __version__, "torch": torch.__version__}
-        key = checksum_of({**json.loads(json.dumps(what)), **versions})[:16]
+        key = self._key(what)
         file = self.kept / f"{key}.json"
         if key not in self._found:
             if self.resume and file.exists():
@@ -436,3 +425,7 @@ class Lab:
                 draft.write_text(json.dumps(self._found[key]))
                 draft.replace(file)
         return copy.deepcopy(self._found[key])
+
+    def _key(self, what: Mapping[str, Any]) -> str:
+        versions = {"timm_nrpm": __version__, "torch": torch.__version__}
+        return checksum_of({**json.loads(json.dumps(what)), **versions})[:16]
