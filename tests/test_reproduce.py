@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -244,6 +245,44 @@ def test_whole_experiments_on_generated_images(scripts, tiny, data, tmp_path, na
     monkeypatch.setattr(scripts("lab").Lab, "_row", None)
     once = tiny(resume=True)
     assert module.experiment(once).run(once, tmp_path / "out", resume=True) == found
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Files with the names of the authors' published weights, and other weights in them."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name, file in (
+        ("mlp3_mnist", "mlp3_mnist_model.pth"),
+        ("resnet18_cifar_narrow", "tinyresnet18_cifar10_model.t7"),
+    ):
+        torch.save(timm.create_model(name).state_dict(), folder / file)
+
+
+@pytest.mark.parametrize("name", ["table2", "table4", "table5", "table12", "figure6", "figure9"])
+def test_whole_experiments_on_published_weights(scripts, tiny, data, checkpoints, tmp_path, name, monkeypatch):
+    """Every row that quick mode has, from files in the place of the published ones."""
+    effort = scripts("table5").Effort
+    for module, key, value in (
+        ("table2", "PAPER", {0.3: scripts("table2").PAPER[0.3]}),
+        ("table4", "PAPER", {lam: scripts("table4").PAPER[lam] for lam in (1.0, 0.8)}),
+        ("table4", "LAMBDA_ON", 8),
+        ("table4", "TUNED_COUNT", 4),
+        ("table5", "QUICK", (4, effort(2, 10, auto=2))),
+        ("table12", "QUICK", (4, 2, 10)),
+        ("figure6", "SIGMAS", (0.12,)),
+        ("figure6", "EFFORT", {"quick": {"images": 2, "n0": 4, "n": 8}}),
+    ):
+        monkeypatch.setattr(scripts(module), key, value)
+    lab = tiny()
+    found = scripts(name).experiment(lab).run(lab, tmp_path / "out")
+    reasons = {row["not run"] for row in found["rows"].values() if "not run" in row}
+    assert all("GPU" in reason for reason in reasons)
+    assert bool(reasons) == (name in ("table5", "table12"))
+    judged = [claim for claim in found["claims"] if claim["ours"] is not None]
+    assert judged or name == "table2"  # of one row, no two means
+    for row in found["rows"].values():
+        assert "not run" in row or all(0 <= value <= 100 for value in row["ours"])
 
 
 def test_images_in_the_order_of_classes_are_taken_from_each(tiny, data):
