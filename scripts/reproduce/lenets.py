@@ -32,5 +32,5 @@ def plain_and_tuned(
     return Experiment(
         key, f"LeNet on {title}, PGD-20", (family,), columns, rows, (claim,), settings={"lambda": LAM, "tuning": TUNE},
         about=f"{lab.described(family)} Trained naturally; NRPM has its convolutions at lambda {LAM:g} to begin with, "
-        "K = 1, eps = 1e-3, and is fine-tuned on clean images (paradigm 3).",
+        "K = 1, eps = 1e-3, and is fine-tuned on clean images (paradigm 3). The attack takes steps of 2/255.",
     )  # fmt: skip

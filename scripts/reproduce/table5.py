@@ -78,7 +78,8 @@ def experiment(lab: Lab) -> Experiment:
         rows, claims, settings={"images": count, "steps": effort.steps, "AA steps": effort.auto,
                                 "queries": effort.queries},
         about=f"{count} images; AutoAttack with {effort.auto} steps and {effort.queries} queries, its parts taken "
-        "together image by image; C&W is its loss under Linf. The narrow ResNet-18 of Table 4 is not in the paper's "
+        "together image by image; C&W is its loss under Linf, "
+        "FGSM has no random start. The narrow ResNet-18 of Table 4 is not in the paper's "
         f"table. The worst case is over the adaptive suite, {lab.efforts['resnet'].worst} images, in a column of "
         "its own.",
     )  # fmt: skip

@@ -49,7 +49,8 @@ def experiment(lab: Lab) -> Experiment:
         "table-6", "MLP-Mixers, plain and reprogrammed, CIFAR-10, PGD-20", ("mixer",), COLUMNS, rows, claims,
         settings={"lambda": LAM, "tuning": TUNE, "tuned on": TUNED_ON},
         about=f"{lab.described('mixer')} Patches of 4, 128 channels, trained naturally; NRPM at lambda {LAM:g}, K = 1, "
-        "eps = 1e-3, calibrated, then paradigm 3 on clean images. Figure 8 draws these numbers.",
+        "eps = 1e-3, calibrated, then paradigm 3 on clean images. The attack takes "
+        "steps of 2/255. Figure 8 draws these numbers.",
     )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def unexplained(result: Result) -> str:
     """Why a number may differ when nothing more is known."""
     return {
         "quick": "measured and trained on a part of what the paper used (quick mode)",
-        "full": "no reason is known",
+        "full": "other optimizers, schedules and augmentation than the authors'",
     }[result["mode"]]
 
 
