@@ -122,7 +122,7 @@ class Effort:
 
 EFFORTS: dict[str, dict[str, Effort]] = {
     "quick": {
-        "mlp": Effort(1000, 100, epochs=5),
+        "mlp": Effort(1000, 50, epochs=5),
         "lenet": Effort(1000, 50, epochs=4),
         "svhn": Effort(1000, 50, samples=10_000, epochs=5),
         "imagenet10": Effort(200, 20, samples=2000, epochs=5),
