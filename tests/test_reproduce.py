@@ -27,7 +27,7 @@ SCRIPTS, RESULTS, SHARED = ROOT / "scripts" / "reproduce", ROOT / "results", ROO
 published = pytest.mark.skipif(
     not (SHARED / "checkpoints").exists(), reason="needs the published models in shared/ beside the repository"
 )
-NAMES = [f"table{n}" for n in range(1, 13)] + [f"figure{n}" for n in range(3, 12)]
+NAMES = [f"table{n}" for n in range(1, 13)] + [f"figure{n}" for n in range(3, 13)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Table 11: narrow ResNets of three depths, plain and tuned, CIFAR-10, PGD-20 (Figure 12 draws it in the paper).
+"""Table 11: narrow ResNets of three depths, plain and tuned, CIFAR-10, PGD-20 (Figure 12 draws it).
 
 python scripts/reproduce/table11.py --data DATA --checkpoints CHECKPOINTS
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from experiment import Claim, Experiment, Row, main
 from lab import Lab
-from pictures import bars
 from table4 import COLUMNS, START, TUNE_3, TUNED_COUNT
 from torch import nn
 
@@ -46,7 +45,7 @@ def experiment(lab: Lab) -> Experiment:
     ]  # fmt: skip
     return Experiment(
         "table-11", "narrow ResNets of three depths, CIFAR-10, PGD-20", ("resnet",), COLUMNS, rows,
-        claims_of(len(COLUMNS)), settings={"paradigm 3": TUNE_3, "first lambda": START}, draw=bars,
+        claims_of(len(COLUMNS)), settings={"paradigm 3": TUNE_3, "first lambda": START},
         about=f"{lab.described('resnet')} ResNet-18 is that of Table 4; in quick mode on {TUNED_COUNT} images.",
     )  # fmt: skip
 

@@ -162,6 +162,7 @@ def page(results: Sequence[Result], missing: Sequence[str]) -> str:
         cells = (f"[{kind}](#{anchor})", result["title"], summary(result), own, worst, result["mode"])
         lines.append("| " + " | ".join(cells) + " |")
     lines += [f"| {name} | | not run: no result is here | | | |" for name in missing]
+    lines += ["| Figures 1 and 2 | drawings of the method | nothing to measure | | | |"]
     if results:
         versions = ", ".join(f"{k} {v}" for k, v in results[0]["versions"].items())
         h = results[0]["hardware"]
