@@ -63,7 +63,7 @@ class Claim:
         """Under one kind of numbers, "ours" or "worst case"; None where they are missing."""
         try:
             return self.holds({name: row[kind] for name, row in rows.items() if row.get(kind) is not None})
-        except (KeyError, ValueError):  # a row that is not there, or the largest of none
+        except (KeyError, ValueError, TypeError):  # a row that is not there, the largest of none, an empty cell
             return None
 
 
