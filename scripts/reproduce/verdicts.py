@@ -106,7 +106,9 @@ def section(result: Result) -> str:
             lines.append(_line(name, "the paper's", [_number(p) for p in paper]))
         lines.append(_line("" if row["paper"] else name, "ours", cells))
         if row.get("worst case"):
-            lines.append(_line("", "worst case", [f"**{_number(w)}**" for w in row["worst case"]]))
+            lines.append(
+                _line("", "worst case", [f"**{_number(w)}**" if w is not None else "" for w in row["worst case"]])
+            )
         if "not reproduced" in found:
             reasons.setdefault(f"Not reproduced: {row['why'] or unexplained(result)}", []).append(name)
     lams = {name: row["lambda"] for name, row in result["rows"].items() if len(set(row.get("lambda") or [])) > 1}
