@@ -46,7 +46,8 @@ def experiment(lab: Lab) -> Experiment:
                     label = kind if measure == "ours" else f"{kind}, worst case"
                     heights = [row[measure][column] if measure in row else float("nan") for row in found]
                     panel.plot(range(epochs + 1), heights, line, color=colour, marker=marker, markersize=4, label=label)
-            panel.set(title=f"budget {result['columns'][column]}", xlabel="epoch", ylim=(-2, 102))
+            panel.set(title=f"budget {result['columns'][column]}", xlabel="epoch", ylabel="accuracy, %", ylim=(-2, 102))
+            panel.set_xticks(range(epochs + 1))
             panel.grid(alpha=0.3)
             panel.legend(fontsize=7)
         figure.savefig(path, dpi=120)
@@ -64,7 +65,8 @@ def experiment(lab: Lab) -> Experiment:
         "figure-4", "adversarial fine-tuning of LeNet, MNIST, FGSM", ("lenet",), COLUMNS, rows,
         (above(0, "clean"), above(-1, f"at {EPS:g}")), draw=draw,
         settings={"tuning": TUNE, "lambda": LAM, "epochs": epochs, "samples": samples},
-        about=f"{lab.described('lenet')} The naturally trained LeNet of Figure 3 under FGSM at {EPS:g}, "
+        about=f"{lab.described('lenet')} The naturally trained LeNet of Figure 3, tuned on "
+        f"clean images and, summed, under FGSM at {EPS:g}, "
         f"{samples or 60000} images an epoch; NRPM starts at lambda {LAM:g} and learns it. "
         "The paper gives no numbers with this figure.",
     )  # fmt: skip
