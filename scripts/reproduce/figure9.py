@@ -32,7 +32,8 @@ def experiment(lab: Lab) -> Experiment:
         return {"ours": ours, "worst case": lab.worst("mlp", model, threats)}
 
     def draw(result: dict[str, Any], path: Path) -> None:
-        lines(result, path, {norm: {kind: f"{kind}, {norm}" for kind in ("LPM", "NRPM")} for norm in BUDGETS})
+        below = {norm: ["natural", *(f"{eps:g}" for eps in budgets)] for norm, budgets in BUDGETS.items()}
+        lines(result, path, {norm: {kind: f"{kind}, {norm}" for kind in ("LPM", "NRPM")} for norm in BUDGETS}, below)
 
     columns = ("natural", *(" / ".join(f"{norm} {eps[i]:g}" for norm, eps in BUDGETS.items()) for i in range(4)))
     rows = [Row(f"{kind}, {norm}", lambda k=kind, n=norm: row(k, n)) for norm in BUDGETS for kind in ("LPM", "NRPM")]  # type: ignore[misc]

@@ -32,24 +32,30 @@ def bars(result: Mapping[str, Any], path: Path, rows: Sequence[str] | None = Non
     figure.savefig(path, dpi=120)
 
 
-def lines(result: Mapping[str, Any], path: Path, groups: Mapping[str, Mapping[str, str]]) -> None:
+def lines(
+    result: Mapping[str, Any],
+    path: Path,
+    groups: Mapping[str, Mapping[str, str]],
+    columns: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """A panel for each group, with a line for each of its rows over the columns: the paper's attack solid, the worst
     case dashed.
 
     Args:
         groups: By heading, the names of lines and their rows.
+        columns: By heading, what stands below, in place of the columns of the table.
     """
     figure = canvas.figure(3.6 * len(groups) + 0.4, 3.9)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    columns = [str(column) for column in result["columns"]]
     colours = [colour for colour, _, _ in canvas.STYLES] + ["#000000", "#E69F00"]
     for panel, (heading, names) in zip(panels, groups.items(), strict=True):
+        below = columns[heading] if columns else [str(column) for column in result["columns"]]
         for colour, (label, name) in zip(colours, names.items(), strict=False):
             row = result["rows"].get(name, {})
             for kind, look in (("ours", "-"), ("worst case", "--")):
                 if row.get(kind):
                     said = label if kind == "ours" else f"{label}, worst case"
-                    panel.plot(columns, row[kind], look, color=colour, marker="o", markersize=3, label=said)
+                    panel.plot(below, row[kind], look, color=colour, marker="o", markersize=3, label=said)
         panel.set_title(heading, fontsize=10)
         panel.grid(alpha=0.3)
         panel.tick_params(axis="x", labelsize=7)
