@@ -44,7 +44,8 @@ def experiment(lab: Lab) -> Experiment:
     return Experiment(
         "table-2", "lambda learned under each budget, MLP, MNIST, FGSM", ("mlp",), (*COLUMNS, LAMS), rows, claims,
         settings={"paradigm 2": TUNE_2, "first lambda": START},
-        about=f"{lab.described('mlp')} The published weights; K = 1, eps = 5e-5; lambda starts at {START:g}.",
+        about=f"{lab.described('mlp')} The published weights; K = 1, eps = 5e-5; lambda starts at {START:g}, "
+        "and the losses of clean and attacked images are summed, as the authors' code has it.",
     )  # fmt: skip
 
 
