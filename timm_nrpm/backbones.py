@@ -211,7 +211,7 @@ def _resnet(depth: int, narrower: int = 1) -> Backbone:
 
 
 def _mixer(blocks: int) -> Backbone:
-    # The paper names the blocks alone; the rest is what trains in an hour.
+    # The paper names the blocks alone; patches and width are ours.
     settings = {"img_size": 32, "patch_size": 4, "num_blocks": blocks, "embed_dim": 128}
     return Backbone(MlpMixer, CIFAR, "head", "stem.proj", settings, fixed_input_size=True)
 

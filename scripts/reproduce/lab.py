@@ -233,17 +233,17 @@ class Lab:
     # Models
 
     def plain(self, family: str, name: str, **build: Any) -> nn.Module:
-        """A plain model: the published weights where the authors published some, else trained as the paper says."""
+        """A plain model: the published weights where the authors published some, else trained from nothing."""
         known = f"{name} {build}"
         if known not in self._plain:
-            own, file = FAMILIES[family], FAMILIES[family].published.get(name)
+            file = FAMILIES[family].published.get(name)
             model = timm.create_model(name, **build)
             if file is None:
                 model = self.trained(family, name, {}, **build)
             elif (self.checkpoints / file).is_file():
                 load_published_(model, self.checkpoints / file)
             else:
-                raise Missing(f"{file} is not in the folder of --checkpoints: the authors published it, {own.dataset}.")
+                raise Missing(f"{file} is not in the folder of --checkpoints: it is in the authors' repository")
             self._plain[known] = model.eval().to(self.device)
         return copy.deepcopy(self._plain[known])
 

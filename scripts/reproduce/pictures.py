@@ -12,9 +12,9 @@ SHADES = ("#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08
 KINDS = {"ours": "the paper's attack", "worst case": "worst case"}
 
 
-def bars(result: Mapping[str, Any], path: Path, rows: Sequence[str] | None = None) -> None:
+def bars(result: Mapping[str, Any], path: Path) -> None:
     """A group of bars for each row, a bar for each column; the worst case beside, where it was measured."""
-    found = {name: row for name, row in result["rows"].items() if "ours" in row and (rows is None or name in rows)}
+    found = {name: row for name, row in result["rows"].items() if "ours" in row}
     kinds = [kind for kind in KINDS if any(row.get(kind) for row in found.values())]
     figure = canvas.figure(max(5.0, 0.75 * len(found)) * len(kinds), 4.2)
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]

@@ -1,6 +1,6 @@
 """Table 5: ResNet-18 under five attacks, beside other defences, CIFAR-10.
 
-python scripts/reproduce/table5.py --full --data DATA    # days on a GPU; --quick has the narrow ResNet-18 alone
+python scripts/reproduce/table5.py --full --data DATA    # on a GPU; --quick has the narrow ResNet-18 alone
 """
 
 from __future__ import annotations

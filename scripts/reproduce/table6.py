@@ -35,7 +35,7 @@ def experiment(lab: Lab) -> Experiment:
     effort = lab.efforts["mixer"]
     rows = [
         Row(title, lambda title=title: row(title), paper,  # type: ignore[misc]
-            full="" if title.endswith("2") else "quick mode has the two blocks alone: more take an hour on two cores",
+            full="" if title.endswith("2") else "quick mode takes the two blocks alone",
             why=f"trained for {effort.epochs} epochs on {effort.samples or 50000} images, and the paper names neither "
             "the widths of its Mixers nor how NRPM was fine-tuned")
         for title, paper in PAPER.items()
