@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 import timm_nrpm
 from timm_nrpm import Threat, evaluate
-from timm_nrpm.attacks import ORIGINALS, PixelModel
+from timm_nrpm.attacks import ORIGINALS
 from timm_nrpm.data import digits
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.registry import DIGITS
 from timm_nrpm.reprogramming import attackable
 

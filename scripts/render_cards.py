@@ -38,7 +38,7 @@ def make(config: TuneConfig | None) -> nn.Module:
     torch.manual_seed(0)
     pixels, labels = digits("train")
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=LAM).eval()
-    timm_nrpm.calibrate_(model, [(pixels[:CALIBRATION] - 0.5) / 0.5])
+    timm_nrpm.calibrate_(model, [pixels[:CALIBRATION]])
     if config is not None:
         loader = DataLoader(TensorDataset(pixels, labels), batch_size=64, shuffle=True, drop_last=True)
         timm_nrpm.tune(model, loader, config, progress=True)

@@ -16,8 +16,8 @@ from rich.progress import track
 from safetensors.torch import save_file
 
 import timm_nrpm
-from timm_nrpm.attacks import PixelModel
 from timm_nrpm.data import digits
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.registry import ASSETS, DIGITS
 
 

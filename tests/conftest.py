@@ -55,4 +55,4 @@ def net() -> SmallNet:
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.randn(6, 3, 8, 8)
+    return torch.rand(6, 3, 8, 8)

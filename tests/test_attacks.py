@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_nrpm import NRPMConfig, Threat, plain_copy, reprogram_
-from timm_nrpm.attacks import PixelModel, fgsm, gradient_source, perturb, pgd
+from timm_nrpm.attacks import fgsm, gradient_source, perturb, pgd
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.reprogramming import reprogrammed_layers
 
 EPS = 0.1

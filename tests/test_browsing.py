@@ -26,7 +26,7 @@ def work(tmp_path_factory):
     torch.manual_seed(0)
     pixels, labels = digits("test")
     model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.5).eval()
-    timm_nrpm.calibrate_(model, [(pixels[:100] - 0.5) / 0.5])
+    timm_nrpm.calibrate_(model, [pixels[:100]])
     timm_nrpm.save_pretrained(model, folder / "v")
     found = timm_nrpm.evaluate(
         model, [(pixels[:30], labels[:30])], timm_nrpm.Threat("Linf", 0.2), "quick", data="digits", control=False

@@ -27,7 +27,7 @@ FIXED = {"95", "2410.04577", "0", "1"}
 def variant(tmp_path, name="v", **more):
     torch.manual_seed(0)
     model = timm_nrpm.create_model("resnet8_digits", pretrained=True, **{"lam": 0.7, "layers": "layer*", **more}).eval()
-    timm_nrpm.calibrate_(model, [torch.randn(32, 1, 8, 8)])
+    timm_nrpm.calibrate_(model, [torch.rand(32, 1, 8, 8)])
     return model, timm_nrpm.save_pretrained(model, tmp_path / name)
 
 

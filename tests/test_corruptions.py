@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import timm_nrpm
 from timm_nrpm import corruptions
-from timm_nrpm.attacks import PixelModel
 from timm_nrpm.corruption_report import CorruptionReport
 from timm_nrpm.corruptions import (
     CORRUPTIONS,
@@ -27,6 +26,7 @@ from timm_nrpm.corruptions import (
     evaluate_corruptions,
 )
 from timm_nrpm.data import digits
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.registry import DIGITS
 
 try:

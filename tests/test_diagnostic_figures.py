@@ -18,7 +18,7 @@ from timm_nrpm.registry import DIGITS
 def shown():
     """The bundled model, plain and reprogrammed, two images and what they look like attacked."""
     ours = create_model(DIGITS, pretrained=True, lam=0.5)
-    calibrate_(ours, [(digits("train")[0][:100] - 0.5) / 0.5])
+    calibrate_(ours, [digits("train")[0][:100]])
     pixels, labels = (t[:2] for t in digits("test"))
     generator = torch.Generator().manual_seed(0)
     noise = 0.15 * torch.randn(pixels.shape, generator=generator).sign()

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timm_nrpm import NRPMConfig, create_model, reprogram_
-from timm_nrpm.attacks import PixelModel
 from timm_nrpm.data import digits
 from timm_nrpm.diagnostic_figures import draw_embeddings
 from timm_nrpm.diagnostics import (
@@ -20,6 +19,7 @@ from timm_nrpm.diagnostics import (
     embeddings,
 )
 from timm_nrpm.landscape import loss_landscape
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.registry import DIGITS
 
 
@@ -255,7 +255,7 @@ IMAGE = torch.full((1, 3, 8, 8), 0.5)
         (lambda net: embedding_differences(net, IMAGE[0], IMAGE), r"pixels is \[3, 8, 8\] of torch.float32"),
         (lambda net: embedding_differences(net, IMAGE, IMAGE + 1), "attacked has values from 1.5 to 1.5"),
         (lambda net: embedding_differences(net, IMAGE * math.nan, IMAGE), "pixels has values from nan"),
-        (lambda net: embedding_differences(net, IMAGE.byte(), IMAGE), "of torch.uint8: give images"),
+        (lambda net: embedding_differences(net, IMAGE.byte(), IMAGE), "of torch.uint8: give floating-point pixels"),
         (lambda net: embedding_differences(net, IMAGE, IMAGE, "sten"), "'sten' matches none.*Near names: stem"),
         (lambda net: embedding_differences(net, IMAGE, IMAGE, []), r"layers=\[\] is not understood"),
         (lambda net: embedding_differences(net, IMAGE, IMAGE, ["stem", "unused"]), "never calls unused"),

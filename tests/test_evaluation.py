@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 import timm_nrpm
 from timm_nrpm import NRPMConfig, RobustnessReport, Threat, evaluate, reprogram_
-from timm_nrpm.attacks import PixelModel
 from timm_nrpm.data import digits
 from timm_nrpm.flags import MASKED, NON_FINITE, RANDOM, ZERO
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.registry import DIGITS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +167,7 @@ def test_a_plain_model_has_no_transfer_and_equals_lambda_one(data):
 def test_gradient_masking_is_flagged(data):
     """The bundled model at lambda 0.4: the transfer attack leaves far fewer images right than its own gradient."""
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.4)
-    timm_nrpm.calibrate_(model, [(digits("train")[0][:300] - 0.5) / 0.5])
+    timm_nrpm.calibrate_(model, [digits("train")[0][:300]])
     report = evaluate(model, data, Threat("Linf", 0.15), "quick", steps=5)
     assert report.accuracy("pgd_plain") < report.accuracy("pgd") - 0.1
     assert report.flags == (MASKED,)

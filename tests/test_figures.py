@@ -215,7 +215,7 @@ def test_what_a_report_says_is_no_formula(tmp_path):
 def test_real_reports(drawn, tmp_path):
     pixels, labels = (t[:40] for t in digits("test"))
     model = reprogram_(create_model(DIGITS, pretrained=True).eval(), NRPMConfig(lam=0.6))
-    calibrate_(model, [(digits("train")[0][:200] - 0.5) / 0.5])
+    calibrate_(model, [digits("train")[0][:200]])
     bounds = [Threat("Linf", eps) for eps in (0.1, 0.2)]
     reports = [evaluate(model, [(pixels, labels)], threat, "quick", steps=3) for threat in bounds]
     draw_curves(reports, tmp_path / "curves.png")

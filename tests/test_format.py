@@ -173,14 +173,14 @@ def state_of(model):
 def digits(**kwargs):
     settings = {"lam": 0.6, "iterations": 2, "eps": 0.01, "penalty": "l1", "layers": "layer*"}
     model = timm_nrpm.create_model("resnet8_digits", pretrained=True, **settings, **kwargs)
-    calibrate_(model, [torch.randn(32, 1, 8, 8, **kwargs)])
+    calibrate_(model, [torch.rand(32, 1, 8, 8, **kwargs)])
     return model, timm.create_model("resnet8_digits", pretrained=True, **kwargs)
 
 
 def vit():
     kwargs = {"img_size": 32, "patch_size": 8, "depth": 1, "num_classes": 3}
     model = timm_nrpm.create_model("vit_tiny_patch16_224", lam=0.7, eps=0.01, iterations=1, penalty="mcp", **kwargs)
-    return calibrate_(model, [torch.randn(8, 3, 32, 32)]), timm_nrpm.plain_copy(model)
+    return calibrate_(model, [torch.rand(8, 3, 32, 32)]), timm_nrpm.plain_copy(model)
 
 
 def network():
@@ -192,7 +192,7 @@ def reprogrammed_network():
     model = network()
     model.load_state_dict(base.state_dict())
     reprogram_(model, NRPMConfig(lam={"0": 0.0, "1": 0.5, "3": 1.0}, eps=0.01))
-    return calibrate_(model, [torch.randn(32, 3, 8, 8)]), base
+    return calibrate_(model, [torch.rand(32, 3, 8, 8)]), base
 
 
 def written(folder, lam=0.3, drop=(), add=None, **settings):

@@ -127,7 +127,7 @@ class Scene:
         self.victim = subprocess.Popen(command, env={**os.environ, **env}, cwd=self.inside, **pipes)
         torch.manual_seed(0)
         model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.7, layers="layer*").eval()
-        timm_nrpm.calibrate_(model, [torch.randn(32, 1, 8, 8)])
+        timm_nrpm.calibrate_(model, [torch.rand(32, 1, 8, 8)])
         saved = [timm_nrpm.save_pretrained(model, folder / str(full), full=full) for full in (False, True)]
         self.light, self.full = ({f.name: f.read_bytes() for f in each.iterdir()} for each in saved)
         for name, files, calls in (("light", self.light, EVERY), ("full", self.full, ("load", "inspect"))):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from timm_nrpm import NRPMConfig, TuneConfig, reprogram_
-from timm_nrpm.attacks import PixelModel
 from timm_nrpm.objectives import KINDS, Objective, adversarial, both, clean, mart, sat, trades
+from timm_nrpm.pixel_model import PixelModel
 
 CLASSES = 4
 

@@ -16,7 +16,7 @@ from timm_nrpm import (
     save_pretrained,
 )
 from timm_nrpm.layers import Reprogrammed
-from timm_nrpm.reprogramming import reprogrammed_layers
+from timm_nrpm.reprogramming import is_as_reprogrammed, reprogrammed_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::timm_nrpm.ReprogrammingWarning")
 
@@ -49,7 +49,7 @@ def test_lambda_one_is_the_plain_timm_model_bit_for_bit(name):
     assert len(lambdas(model)) > 10
     assert torch.equal(model(x), want)
     assert all(dict(model.named_parameters())[n] is p for n, p in parameters.items())
-    assert [k for k in model.state_dict() if not k.endswith(".lam")] == list(state)
+    assert [k for k in model.state_dict() if not k.endswith(".lam") and ".plain_" not in k] == list(state)
     restore_(model)
     assert torch.equal(model(x), want)
     assert list(model.state_dict()) == list(state)
@@ -268,18 +268,56 @@ def test_parts_with_their_own_settings_are_not_taken_for_a_whole(net, images, tm
     assert not any(isinstance(m, Reprogrammed) for m in restore_(net).modules())
 
 
-@pytest.mark.parametrize("lam", [1.0, 0.3])
-def test_statistics_that_training_moved_on_are_moved_back(net, images, lam):
-    """By the map of calibration backwards: at lambda = 1 not at all, and a step halfway there stays halfway."""
-    before = net.norm.running_mean.clone(), net.norm.running_var.clone()
-    reprogram_(net, NRPMConfig(lam=lam), example=images)
+def test_the_plain_model_is_the_one_that_was_reprogrammed_whatever_moves_statistics(net, images):
+    want, state = net(images), copy.deepcopy(net.state_dict())
+    reprogram_(net, NRPMConfig(lam=0.3), example=images)
+    moves = {
+        "calibrate_": lambda m: calibrate_(m, [images]),
+        "a forward in training mode": lambda m: m.train()(images),
+        "update_bn": lambda m: torch.optim.swa_utils.update_bn([images], m),
+        "a calibrated state": lambda m: m.load_state_dict(calibrate_(copy.deepcopy(m), [images]).state_dict()),
+        "a plain state": lambda m: calibrate_(m, [images]).load_state_dict(state),
+        "an average": lambda m: torch.optim.swa_utils.AveragedModel(m, use_buffers=True).update_parameters(m.train()),
+        "a cast and back": lambda m: calibrate_(m, [images]).double().float(),
+    }
+    for name, move in moves.items():
+        model = copy.deepcopy(net)
+        move(model)
+        model.eval()
+        for plain in (plain_copy(model), restore_(model)):
+            assert torch.equal(plain(images), want), name
+            assert list(plain.state_dict()) == list(state), name
+
+
+def test_a_calibrated_state_carries_what_is_needed(net, images):
+    reprogram_(net, NRPMConfig(lam=0.3), example=images)
+    fresh = copy.deepcopy(net)
     calibrate_(net, [images])
-    after = net.norm.running_mean.clone(), net.norm.running_var.clone()
-    net.norm.running_mean += 0.5 * after[1].sqrt()  # half a standard deviation up, and twice as wide
-    net.norm.running_var *= 4
-    want = before[0] + 0.5 * before[1].sqrt(), 4 * before[1]
-    for model in (plain_copy(net), restore_(net)):
-        torch.testing.assert_close((model.norm.running_mean, model.norm.running_var), want)
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(fresh(images), net(images))
+    mixed = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    reprogram_(mixed, NRPMConfig(lam=0.3))
+    fresh = copy.deepcopy(mixed)
+    bare = copy.deepcopy(fresh.state_dict())
+    calibrate_(mixed, [images])
+    fresh.load_state_dict(mixed.state_dict())
+    assert torch.equal(fresh(images), mixed(images))
+    fresh.load_state_dict(bare)
+    assert fresh[1].correction is None
+
+
+def test_trained_weights_and_statistics_of_other_weights_are_told(net, images):
+    reprogram_(net, NRPMConfig(lam=0.3), example=images)
+    assert is_as_reprogrammed(net)
+    assert is_as_reprogrammed(copy.deepcopy(net).half())
+    with torch.no_grad():
+        net.stem.weight.add_(0.1)
+    assert not is_as_reprogrammed(net)
+    net.train()(images)
+    mean = net.norm.running_mean.clone()
+    with pytest.warns(ReprogrammingWarning, match="weights changed since"):
+        restore_(net)
+    assert torch.equal(net.norm.running_mean, mean)
 
 
 def test_an_image_size_of_its_own_is_seen():

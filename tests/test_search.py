@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import math
 import sys
@@ -96,7 +95,7 @@ def test_every_trial_is_what_reprogram_calibrate_and_evaluate_give(found, data, 
         reprogram_(model, dataclasses.replace(model.nrpm.config, lam=candidate.lams))
         stale[candidate.kind] = clean_loss(model, data)
         if candidate.kind != "plain":
-            calibrate_(model, [(x - 0.5) / 0.5 for x in training])
+            calibrate_(model, training)
         report = evaluate(model, data, Threat("Linf", 0.1), "quick", steps=2)
         assert candidate.worst_case == report.worst_case
         assert candidate.clean_accuracy == report.accuracy("clean")
@@ -118,7 +117,7 @@ def test_without_calibration_nothing_is_calibrated(data):
     """A calibrated model, too, is searched as it was before."""
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.8).eval()
     stale = clean_loss(model, data)
-    calibrate_(model, [digits("train")[0][:60] * 2 - 1])
+    calibrate_(model, [digits("train")[0][:60]])
     assert clean_loss(model, data) < stale / 2
     front = search_lambda(model, data, Threat("Linf", 0.1), budget=3, steps=1, layerwise=False)
     lam = front.trials[1].lams["conv1"]
@@ -226,8 +225,7 @@ def test_the_model_is_left_as_it_was(data, training, error, where):
     reprogram_(model, NRPMConfig(lam=0.7, learnable=True))
     model.fc.weight.requires_grad_(False)
     model.bn1.eval()
-    calibrate_(model, [digits("train")[0][:20] * 2 - 1])
-    record = copy.deepcopy(model.nrpm.statistics)
+    calibrate_(model, [digits("train")[0][:20]])
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     before = {name: (t.clone(), t.requires_grad, t.data_ptr()) for name, t in tensors.items()}
     modes = {name: m.training for name, m in model.named_modules()}
@@ -245,15 +243,11 @@ def test_the_model_is_left_as_it_was(data, training, error, where):
         assert (after[name].requires_grad, after[name].data_ptr()) == (learns, place)
         assert after[name].grad is None
     assert {name: m.training for name, m in model.named_modules()} == modes
-    for name, kept in record.items():
-        for key, statistic in kept.items():
-            assert torch.equal(model.nrpm.statistics[name][key].before, statistic.before)
-            assert torch.equal(model.nrpm.statistics[name][key].after, statistic.after)
 
 
 def test_corrections_of_a_model_without_batchnorm_are_left():
     model = toy()
-    calibrate_(model, [x - 0.5 for x, _ in toy_images()])
+    calibrate_(model, toy_images())
     gain = model[1].correction.gain
     want = gain.clone()
     pixels = [x for x, _ in toy_images()]

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from timm_nrpm import NRPMConfig, Threat, reprogram_
-from timm_nrpm.attacks import PixelModel
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.sources import sources_of
 from timm_nrpm.suites import EFFORTS, SUITES, Effort, attacks_of
 

@@ -5,105 +5,20 @@ The only importer of torchattacks, and only where it is called: it takes SciPy a
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_nrpm.base import checksum_of
+from timm_nrpm.pixel_model import PixelModel, alike
 from timm_nrpm.reprogramming import attackable, plain_copy, reprogrammed_layers
 from timm_nrpm.threats import Threat
-
-
-class PixelModel(nn.Module):
-    """A model that takes pixels in [0, 1] and normalises inside, so that an attack's eps is in pixel units.
-
-    Args:
-        model: Takes normalised images `[B, C, H, W]`.
-        mean, std: One number a channel; by default what timm says of the model, and (0, 1) if it says nothing.
-
-    Attributes:
-        non_finite: Whether a gradient of the pixels was ever not a number, or infinite. An attack that takes its sign
-            then stands still there, and says nothing of it.
-        forwards, backwards: How many images went through, and how many gradients came back.
-
-    Raises:
-        ValueError: A normalisation that is none of pixels in [0, 1], images with another number of channels, or a model
-            that gives no logits of two classes at least.
-
-    Example:
-        >>> logits = PixelModel(model)(pixels)
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self, model: nn.Module, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
-    ) -> None:
-        super().__init__()
-        data = resolve_model_data_config(model) if hasattr(model, "pretrained_cfg") else {"mean": (0.0,), "std": (1.0,)}
-        like = next(chain(model.parameters(), model.buffers(), [torch.zeros(())]))
-        self.model, self.dtype = model, like.dtype
-        self.non_finite = False
-        self.forwards = self.backwards = 0
-        for name, given in (("mean", mean), ("std", std)):
-            values = [float(value) for value in (data[name] if given is None else given)]
-            # A mean outside [0, 1], or a deviation above 1, is one of pixels up to 255.
-            low = 0.0 if name == "mean" else math.ulp(0.0)
-            if not values or not all(low <= value <= 1 for value in values):
-                raise ValueError(
-                    f"{name}={tuple(values)} normalises no pixels in [0, 1]: give one number a channel, "
-                    f"{'from 0 to 1' if name == 'mean' else 'above 0 and up to 1'}, such as 123.7 / 255 for 123.7."
-                )
-            self.register_buffer(name, torch.tensor(values, device=like.device).view(-1, 1, 1))
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Pixels as the model takes them."""
-        return ((pixels - self.mean) / self.std).to(self.dtype)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        if len(self.mean) not in (1, pixels.shape[1]):
-            raise ValueError(
-                f"The images have {pixels.shape[1]} channels, and the model's normalisation has {len(self.mean)}: "
-                "give the right one as mean= and std=."
-            )
-        self.forwards += len(pixels)
-        if pixels.requires_grad:
-            pixels.register_hook(self._look)
-        logits = self.model(self.normalise(pixels))
-        fit = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(pixels) and logits.shape[1] > 1
-        if not fit:
-            said = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(
-                f"The model gives {said} for {len(pixels)} images: give a classifier, whose logits are [B, N], of two "
-                "classes at least, since one alone is never wrong."
-            )
-        if pixels.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
-            logits = logits + 0 * pixels.flatten(1).sum(1, keepdim=True)  # cut off from the pixels: a gradient of zero
-        return logits.to(pixels.dtype)
-
-    def identity(self) -> dict[str, Any]:
-        """What weights do not tell of the model: the kinds of its modules, its estimates, the normalisation."""
-        kinds = {name: type(module).__qualname__ for name, module in self.model.named_modules()}
-        layers = reprogrammed_layers(self.model)
-        estimates = {name: {**asdict(layer.config), "lam": None, "layers": None} for name, layer in layers.items()}
-        normalisation = {key: getattr(self, key).flatten().tolist() for key in ("mean", "std")}
-        return {"modules": checksum_of({"kinds": kinds, "estimates": estimates}), **normalisation}
-
-    def _look(self, gradient: Tensor) -> None:
-        self.backwards += len(gradient)
-        self.non_finite = self.non_finite or not bool(gradient.isfinite().all())
-
 
 Run = Callable[[PixelModel, Tensor, Tensor, list[int]], Tensor]
 """The model to follow, pixels `[B, C, H, W]`, labels `[B]` and a seed for each image, to attacked pixels."""
@@ -231,9 +146,7 @@ def gradient_source(net: PixelModel, gradient: str) -> Iterator[PixelModel]:
     """The model whose gradient an attack follows: `net` with its "own" or, as "bpda", that of its linear maps; or the
     "plain" model, lambda = 1 with its statistics from before calibration."""
     if gradient == "plain":
-        source = PixelModel(plain_copy(net.model))
-        source.mean, source.std = net.mean, net.std
-        yield source.eval()
+        yield alike(plain_copy(net.model, kept=True), net)
         return
     layers = reprogrammed_layers(net).values() if gradient == "bpda" else ()
     for layer in layers:

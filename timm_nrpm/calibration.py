@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,15 +16,20 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from timm_nrpm.images import count_of, pixels_of
 from timm_nrpm.layers import Reprogrammed
+from timm_nrpm.pixel_model import PixelModel, alike
+from timm_nrpm.plain_statistics import KEPT, norms_of
 from timm_nrpm.reprogramming import (
-    Statistic,
     evaluating,
-    forget_calibration_,
+    is_settled,
     plain_copy,
     record_of,
     reprogrammed_layers,
+    settle_,
+    uncalibrate_,
 )
+from timm_nrpm.wrappers import subject_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,38 +61,38 @@ class Moments:
 
 
 class _Site(ABC):
-    """A module whose input calibration corrects, and the moments of that input in both models.
+    """A module of a model that moves, whose input is corrected, and the moments of that input in it and in a reference.
 
-    The plain model sees a batch first and leaves one entry a call; the reprogrammed model takes them up in the same
-    order, so that both moments always cover the same calls.
+    The reference sees a batch first and leaves one entry a call; the moving model takes them up in the same order, so
+    that both moments always cover the same calls.
     """
 
     channel: int
 
     def __init__(self) -> None:
         self.waiting: deque[Moments] = deque()
-        self.plain: Moments | None = None
-        self.ours: Moments | None = None
+        self.reference: Moments | None = None
+        self.moving: Moments | None = None
 
-    def see_plain(self, values: Tensor) -> None:
+    def see_reference(self, values: Tensor) -> None:
         self.waiting.append(Moments.of(values, self.channel))
 
-    def see_ours(self, values: Tensor) -> None:
-        ours = Moments.of(values, self.channel)
-        plain = self.waiting.popleft() if self.waiting else ours  # "scratch" compares with nothing
-        self.plain = self.plain + plain if self.plain else plain
-        self.ours = self.ours + ours if self.ours else ours
-        before, after = self.plain.var, self.ours.var
+    def see_moving(self, values: Tensor) -> None:
+        moving = Moments.of(values, self.channel)
+        reference = self.waiting.popleft() if self.waiting else moving  # "scratch" compares with nothing
+        self.reference = self.reference + reference if self.reference else reference
+        self.moving = self.moving + moving if self.moving else moving
+        before, after = self.reference.var, self.moving.var
         growth = torch.where((before > 0) & (after > 0), after / before, 1.0)
-        self.correct(self.plain, self.ours, growth.sqrt())
+        self.correct(self.reference, self.moving, growth.sqrt())
 
     @abstractmethod
-    def correct(self, plain: Moments, ours: Moments, growth: Tensor) -> None:
+    def correct(self, reference: Moments, moving: Moments, growth: Tensor) -> None:
         """Write the correction for what was seen so far; `growth` is that of the standard deviation, `[C]`."""
 
     @abstractmethod
-    def watch(self, name: str, model: nn.Module, plain: nn.Module) -> list[Any]:
-        """Hooks on both models, to be removed."""
+    def watch(self, name: str, model: nn.Module, reference: nn.Module) -> list[Any]:
+        """Hooks on the moving model and on the reference, to be removed."""
 
 
 class _NormSite(_Site):
@@ -100,24 +105,21 @@ class _NormSite(_Site):
         assert norm.running_mean is not None
         assert norm.running_var is not None
         self.mean, self.var, self.mode = norm.running_mean, norm.running_var, mode
-        self.stored = {"running_mean": self.mean.clone(), "running_var": self.var.clone()}
+        self.stored = self.mean.clone(), self.var.clone()
 
-    def kept(self) -> dict[str, Statistic]:
-        now = {"running_mean": self.mean, "running_var": self.var}
-        return {key: Statistic(before, now[key].clone()) for key, before in self.stored.items()}
-
-    def correct(self, plain: Moments, ours: Moments, growth: Tensor) -> None:
+    def correct(self, reference: Moments, moving: Moments, growth: Tensor) -> None:
         if self.mode == "scratch":
-            self.mean.copy_(ours.mean)
-            self.var.copy_(ours.var)
+            self.mean.copy_(moving.mean)
+            self.var.copy_(moving.var)
         else:
-            self.mean.copy_((self.stored["running_mean"] - plain.mean) * growth + ours.mean)
-            self.var.copy_(self.stored["running_var"] * growth.square())
+            mean, var = self.stored
+            self.mean.copy_((mean - reference.mean) * growth + moving.mean)
+            self.var.copy_(var * growth.square())
 
-    def watch(self, name: str, model: nn.Module, plain: nn.Module) -> list[Any]:
+    def watch(self, name: str, model: nn.Module, reference: nn.Module) -> list[Any]:
         return [
-            plain.get_submodule(name).register_forward_pre_hook(lambda _, inputs: self.see_plain(inputs[0])),
-            model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: self.see_ours(inputs[0])),
+            reference.get_submodule(name).register_forward_pre_hook(lambda _, inputs: self.see_reference(inputs[0])),
+            model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: self.see_moving(inputs[0])),
         ]
 
 
@@ -129,27 +131,30 @@ class _SumSite(_Site):
         self.channel = layer.channel
         self.correction = layer.add_correction()
 
-    def correct(self, plain: Moments, ours: Moments, growth: Tensor) -> None:
+    def correct(self, reference: Moments, moving: Moments, growth: Tensor) -> None:
         self.correction.gain.copy_(1 / growth)
-        self.correction.offset.copy_(plain.mean - ours.mean / growth)
+        self.correction.offset.copy_(reference.mean - moving.mean / growth)
 
-    def watch(self, name: str, model: nn.Module, plain: nn.Module) -> list[Any]:
+    def watch(self, name: str, model: nn.Module, reference: nn.Module) -> list[Any]:
         def see(layer: Any, _: Any, output: Tensor) -> None:
             bias = 0.0 if layer.bias is None else layer.bias.view(-1, *[1] * (-self.channel - 1))
-            self.see_plain(output - bias)
+            self.see_reference(output - bias)
 
         return [
-            plain.get_submodule(name).register_forward_hook(see),
-            self.correction.register_forward_pre_hook(lambda _, inputs: self.see_ours(inputs[0])),
+            reference.get_submodule(name).register_forward_hook(see),
+            self.correction.register_forward_pre_hook(lambda _, inputs: self.see_moving(inputs[0])),
         ]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def calibrate_(
     model: Model,
     loader: Iterable[Any],
     mode: Literal["relative", "scratch"] = "relative",
     *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     progress: bool = False,
 ) -> Model:
     """Re-estimate, in place, the statistics that reprogramming made stale. Not in the paper.
@@ -167,62 +172,110 @@ def calibrate_(
 
     The moments are exact over the whole loader, whatever its batch size. Layers are corrected while the images pass,
     so that later ones see corrected inputs; the larger the batches, the better the correction the first of them see.
-    Calling it again starts over, and :func:`restore_` brings the old statistics back. Training modes are kept. A
-    calibrated model is carried by `save_pretrained`, old statistics included; a state dict holds the new ones alone.
+    Calling it again starts over from the plain model's statistics, which stay in the model, and :func:`restore_` brings
+    them back. Training modes are kept. A calibrated model is carried by `save_pretrained` and by its state dict, the
+    plain model's statistics included.
 
     Args:
         model: A reprogrammed model.
-        loader: Batches of images `[B, C, H, W]` as the model takes them (normalised), or tuples that start with one.
-            A thousand images are enough.
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1], or tuples that start with one. A thousand images are enough.
+        mode: `"relative"` or `"scratch"`.
+        mean, std: The model's normalisation, one number a channel; by default timm's for this model, and none for a
+            model that is not timm's.
         progress: Whether to show a progress bar.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: The model is not reprogrammed, the loader is empty, or "scratch" finds no BatchNorm. After any
-            error, also one from the loader, the model is as it was before calibration.
+        ValueError: The model is not reprogrammed, the loader is empty or gives no pixels in [0, 1], or "scratch" finds
+            no BatchNorm. After any error, also one from the loader, the model is as it was before calibration.
 
     Example:
         >>> calibrate_(reprogram_(model, NRPMConfig(lam=0.5)), loader)
     """
     if mode not in ("relative", "scratch"):
         raise ValueError(f'mode={mode!r} is not known: choose "relative" or "scratch".')
-    layers = reprogrammed_layers(model)
-    record = record_of(model)
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    record_of(model)
+    subject = subject_of(model, mean, std)
+    ours, net = subject.model, subject.on_pixels()
+    layers, norms = reprogrammed_layers(ours), norms_of(ours)
     if mode == "scratch" and not norms:
         raise ValueError('mode="scratch" re-estimates BatchNorm statistics, and this model has none: use "relative".')
-    forget_calibration_(model, record)
-    plain = plain_copy(model)
-    sites: dict[str, _NormSite] = {name: _NormSite(norm, mode) for name, norm in norms.items()}
+    images = track(pixels_of(loader), "Calibrating", total=count_of(loader), disable=not progress)
+    if norms and not is_settled(ours):  # the loader may be one that gives its images once
+        images = _Kept(images)
+        settle_(ours, plain_of(net, images).model)
+    uncalibrate_(ours)
+    plain = alike(plain_copy(ours), net)
+    sites: dict[str, _Site] = {name: _NormSite(norm, mode) for name, norm in norms.items()}
     active = {} if norms else {name: layer for name, layer in layers.items() if not layer.is_plain()}
-    sums: dict[str, _SumSite] = {name: _SumSite(layer) for name, layer in active.items()}
-    hooks = [hook for name, site in {**sites, **sums}.items() for hook in site.watch(name, model, plain)]
-    seen, device = 0, next(model.parameters()).device
+    sites |= {name: _SumSite(layer) for name, layer in active.items()}
     try:
-        with evaluating(model), evaluating(plain):
-            total = len(loader) if isinstance(loader, Sized) else None
-            for batch in track(loader, "Calibrating", total=total, disable=not progress):
-                images = batch[0] if isinstance(batch, (tuple, list)) else batch
-                if not isinstance(images, Tensor):
-                    raise ValueError(
-                        f"The loader gives {type(images).__name__}: give batches of images [B, C, H, W], or tuples "
-                        "that start with one."
-                    )
-                images = images.to(device)
-                if mode == "relative":
-                    plain(images)
-                model(images)
-                seen += len(images)
-        if not seen:
-            raise ValueError("The loader gave no images: calibration needs at least one batch.")
+        _pass(net, plain if mode == "relative" else None, sites, plain.model, images)
     except BaseException:
-        record.statistics = {name: site.kept() for name, site in sites.items()}
-        forget_calibration_(model, record)
+        uncalibrate_(ours)
         raise
+    return model
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def plain_of(net: PixelModel, loader: Iterable[Any]) -> PixelModel:
+    """The plain model of a reprogrammed one, with statistics that fit its weights.
+
+    They are those that the plain model had. Where weights were trained since, they are the reprogrammed model's own,
+    moved by the change that lambda = 1 makes, as `calibrate_` moves them the other way.
+
+    Args:
+        net: The reprogrammed model on pixels.
+        loader: As for :func:`calibrate_`; looked at only where weights were trained.
+    """
+    plain = alike(plain_copy(net.model), net)
+    if is_settled(net.model):
+        return plain
+    theirs = norms_of(net.model)
+    for name, norm in norms_of(plain.model).items():
+        for key in KEPT[:2]:
+            norm._buffers[key].copy_(theirs[name]._buffers[key])  # type: ignore[union-attr, arg-type]
+    sites: dict[str, _Site] = {name: _NormSite(norm, "relative") for name, norm in norms_of(plain.model).items()}
+    if sites:
+        _pass(plain, net, sites, net.model, pixels_of(loader))
+    return plain
+
+
+def _pass(
+    moving: PixelModel,
+    reference: PixelModel | None,
+    sites: Mapping[str, _Site],
+    beside: nn.Module,
+    images: Iterable[Tensor],
+) -> None:
+    """Let images pass through both models, while the sites of the first follow the change from the second."""
+    hooks = [hook for name, site in sites.items() for hook in site.watch(name, moving.model, beside)]
+    seen = 0
+    try:
+        with evaluating(moving.model), evaluating(beside):
+            for pixels in images:
+                pixels = pixels.to(moving.mean.device)
+                if reference is not None:
+                    reference.model(reference.normalise(pixels))
+                moving.model(moving.normalise(pixels))
+                seen += len(pixels)
     finally:
         for hook in hooks:
             hook.remove()
-    record.statistics = {name: site.kept() for name, site in sites.items()}
-    return model
+    if not seen:
+        raise ValueError("The loader gave no images: calibration needs at least one batch.")
+
+
+class _Kept:
+    """Batches that are given once, and again from memory."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self.batches, self.kept = batches, list[Tensor]()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if not self.kept:
+            self.kept += self.batches
+        return iter(self.kept)

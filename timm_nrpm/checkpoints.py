@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from timm_nrpm.base import checksum_of
-from timm_nrpm.reprogramming import Statistic, forget_calibration_, record_of, reprogrammed_layers
+from timm_nrpm.reprogramming import reprogrammed_layers, uncalibrate_
 from timm_nrpm.saving import DRAFT
 from timm_nrpm.transfers import sha256_of
 
@@ -150,25 +150,15 @@ def collect(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer) -> dict[
     """
     trained = get_model_state_dict(wrapped, options=_options(trained=True))
     moments = get_optimizer_state_dict(wrapped, optimizer, options=_options(flat=True))
-    state = {f"model.{k}": v for k, v in trained.items()} | {f"optimizer.{k}": v for k, v in moments.items()}
-    for name, kept in record_of(model).statistics.items():
-        for key, statistic in kept.items():
-            state |= {f"before.{name}.{key}": statistic.before, f"after.{name}.{key}": statistic.after}
-    return state
+    return {f"model.{k}": v for k, v in trained.items()} | {f"optimizer.{k}": v for k, v in moments.items()}
 
 
 def install_(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Undo, in place, all that happened since `collect`."""
-    trained, moments, before, after = (
-        {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-        for start in ("model.", "optimizer.", "before.", "after.")
+    trained, moments = (
+        {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)} for start in ("model.", "optimizer.")
     )
-    record, device = record_of(model), next(model.parameters()).device
-    forget_calibration_(model, record)
-    for name in before:
-        module, _, key = name.rpartition(".")
-        kept = record.statistics.setdefault(module, {})
-        kept[key] = Statistic(before[name].to(device), after[name].to(device))
+    uncalibrate_(model)
     for name, layer in reprogrammed_layers(model).items():
         if any(key.endswith(f".{name}.correction.gain") for key in trained):
             layer.add_correction()

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_nrpm.attacks import PixelModel
 from timm_nrpm.history import finite
 from timm_nrpm.images import check_pair
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.reprogramming import evaluating, reprogrammed_layers
+from timm_nrpm.wrappers import subject_of
 
 NORMS = ("L1", "L2", "L2^2", "Linf")
 
@@ -157,8 +158,8 @@ def embedding_differences(
     Example:
         >>> print(embedding_differences(model, pixels, attacked, "layer1.*"))
     """
-    check_pair(pixels, attacked)
-    net = PixelModel(model, mean, std)
+    pixels, attacked = check_pair(pixels, attacked)
+    net = subject_of(model, mean, std).on_pixels()
     columns: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     for images in zip(pixels.split(AT_ONCE), attacked.split(AT_ONCE), strict=True):
         # One after the other and not as one batch, so that equal images differ by exactly nothing.

@@ -16,15 +16,15 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from timm_nrpm.attacks import PixelModel
 from timm_nrpm.base import weights_sha256
 from timm_nrpm.flags import evidence_of, flags_of
 from timm_nrpm.images import check_batch, check_labels
 from timm_nrpm.journal import Journal, digest_of
 from timm_nrpm.judging import Judge
+from timm_nrpm.pixel_model import PixelModel, alike
 from timm_nrpm.report import AttackResult, RobustnessReport
-from timm_nrpm.reprogramming import attackable, model_sha256, plain_copy, reprogrammed_layers
-from timm_nrpm.sources import Source, alike, sources_of
+from timm_nrpm.reprogramming import attackable, identity_of, model_sha256, plain_copy, reprogrammed_layers
+from timm_nrpm.sources import Source, sources_of
 from timm_nrpm.suites import EFFORTS, Effort, attacks_of
 from timm_nrpm.threats import Threat
 from timm_nrpm.version import __version__
@@ -138,7 +138,7 @@ def evaluate(
 
 def _told(model: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> dict[str, Any]:
     """What tells a model from others."""
-    return {"sha256": weights_sha256(model.state_dict()), **PixelModel(model, mean, std).identity()}
+    return {"sha256": weights_sha256(model.state_dict()), **identity_of(PixelModel(model, mean, std))}
 
 
 def _shard(resume: str | Path | None, rank: int, processes: int) -> Path | None:

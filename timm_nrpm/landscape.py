@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_nrpm.attacks import PixelModel, gradient_source
+from timm_nrpm.attacks import gradient_source
 from timm_nrpm.history import finite
 from timm_nrpm.images import check_images, check_labels
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.reprogramming import attackable
+from timm_nrpm.wrappers import subject_of
 
 DIRECTIONS = ("own", "bpda", "plain", "random")
 
@@ -112,10 +114,10 @@ def loss_landscape(
         >>> landscape = loss_landscape(model, pixels[:1], labels[:1], eps=8 / 255)
     """
     _check_landscape(eps, resolution, directions)
-    check_images(pixels)
-    check_labels(labels, count=len(pixels), what="labels are")
-    net = PixelModel(model, mean, std)
-    pixels, labels = pixels.detach().to(net.mean.device), labels.to(net.mean.device).long()
+    pixels = check_images(pixels)
+    labels = check_labels(labels, count=len(pixels), what="labels are")
+    net = subject_of(model, mean, std).on_pixels()
+    pixels, labels = pixels.detach().to(net.mean.device), labels.to(net.mean.device)
     steps = eps * torch.arange(-(resolution // 2), resolution // 2 + 1).to(pixels) / (resolution // 2)  # 0 is exact
     losses, right = torch.zeros(2, resolution, resolution, dtype=torch.float64)
     generator, cosines = torch.Generator().manual_seed(seed), []

@@ -162,6 +162,12 @@ class Reprogrammed(nn.Module):
         if lam is not None and not bool((lam >= 0) & (lam <= 1)):
             rest[-1].append(f"{prefix}lam is {lam.tolist()}, and lambda must be in [0, 1].")
             return
+        # The state of a calibrated model brings corrections along, that of one without them has none.
+        corrected = prefix + "correction.gain" in state_dict
+        if corrected and self.correction is None:
+            self.add_correction()
+        elif lam is not None and not corrected:
+            self.drop_correction()
         _load_keeping(super()._load_from_state_dict, ("lam",), state_dict, prefix, metadata, strict, missing, *rest)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

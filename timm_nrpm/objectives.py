@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from accelerate.utils import gather
 from torch import Tensor, nn
 
-from timm_nrpm.attacks import PixelModel, perturb
+from timm_nrpm.attacks import perturb
 from timm_nrpm.config import TuneConfig
 from timm_nrpm.ordering import seed_of
+from timm_nrpm.pixel_model import PixelModel
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.models._input import get_model_input_config
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from timm_nrpm.base import Base, checksum_of, weights_sha256
 from timm_nrpm.config import NRPMConfig
 from timm_nrpm.layers import LINEAR_MAPS, REPROGRAMMED, Reprogrammed, reprogram_layer_, restore_layer_
+from timm_nrpm.pixel_model import PixelModel
+from timm_nrpm.plain_statistics import (
+    KEPT,
+    Fingerprint,
+    bring_back_,
+    complete,
+    forget_,
+    norms_of,
+    own_state,
+    remember_,
+    take_,
+)
+from timm_nrpm.wrappers import copied, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,14 +43,6 @@ class ReprogrammingWarning(UserWarning):
     """Layers stay plain that one might think reprogrammed."""
 
 
-@dataclass(frozen=True)
-class Statistic:
-    """A BatchNorm statistic before calibration, and what calibration made of it."""
-
-    before: Tensor
-    after: Tensor
-
-
 @dataclass
 class Record:
     """What is known of a reprogrammed model, kept as its attribute `nrpm`.
@@ -45,21 +50,24 @@ class Record:
     Attributes:
         config: As given to :func:`reprogram_`.
         skipped: Name of each layer that holds a linear map and was left plain though nobody asked for it, and why.
-        statistics: What calibration did to BatchNorm statistics, by module name and buffer; empty until calibrated.
+        weights: The weights when the model was reprogrammed.
+        settled: The weights that the plain model's statistics were taken with.
         base: Where the plain model came from, and the hash of its weights when it was reprogrammed.
     """
 
     config: NRPMConfig
     skipped: dict[str, str]
-    statistics: dict[str, dict[str, Statistic]] = field(default_factory=dict)
+    weights: Fingerprint
+    settled: Fingerprint
     base: Base | None = None
 
 
 def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tensor | None = None) -> Model:
     """Replace the chosen layers of `model` by their reprogrammed class, in place (NRPM, arXiv 2410.04577, section 4).
 
-    Parameters stay the same objects under the same names; every layer gains one, `lam`. A model that was reprogrammed
-    before is restored first, so it always follows one config. Layers whose type is not known exactly, and layers that
+    Parameters stay the same objects under the same names; every layer gains one, `lam`, and every BatchNorm a copy of its
+    statistics, which are the plain model's from now on. A model that was reprogrammed before is restored first, so it
+    always follows one config. Layers whose type is not known exactly, and layers that
     the model does not call, are left alone: a :class:`ReprogrammingWarning` says so, and `model.nrpm.skipped` says why.
 
     Args:
@@ -73,7 +81,8 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
         `model`.
 
     Raises:
-        ValueError: A pattern that matches no layer, a lambda missing or of the wrong count. The model is untouched.
+        ValueError: A pattern that matches no layer, a lambda missing or of the wrong count, or a model within
+            DistributedDataParallel, which has counted its parameters already. The model is untouched.
 
     Example:
         >>> model = reprogram_(timm.create_model("resnet18"), NRPMConfig(lam=0.9, layers="layer1.*"))
@@ -83,6 +92,15 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
     config = NRPMConfig() if config is None else config
     if not isinstance(config, NRPMConfig):
         raise ValueError(f"config={config!r} is no NRPMConfig: write reprogram_(model, NRPMConfig(lam=0.8)).")
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("DistributedDataParallel has counted this model's parameters: reprogram it before wrapping it.")
+    wrapper, model = model, cast(Model, unwrapped(model))
+    with torch.inference_mode(False):
+        _reprogram_(model, config, example)
+    return wrapper
+
+
+def _reprogram_(model: nn.Module, config: NRPMConfig, example: Tensor | None) -> None:
     plain = plain_copy(model) if reprogrammed_layers(model) else model  # what to look at while anything may fail
     supported = {name: m for name, m in plain.named_modules() if type(m) in REPROGRAMMED}
     skipped = {
@@ -98,34 +116,58 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
     chosen = _select(supported, config, skipped)
     values = _assign(chosen, config)
     # Everything is checked: from here on nothing fails.
-    base = getattr(model.__dict__.get("nrpm"), "base", None)
+    before = vars(model).get("nrpm")
+    base = before.base if isinstance(before, Record) else None
     if base is None and not any(p.is_meta for p in model.parameters()):
         base = Base.guess(plain)  # now, so that saving can tell whether the weights changed since
-    restore_(model)
+    _restore_(model)
     for name in chosen:
         reprogram_layer_(model.get_submodule(name), config, values[name])
     _refuse_fusion(model)
-    vars(model)["nrpm"] = Record(config, skipped, base=base)
+    remember_(model)
+    model.register_load_state_dict_post_hook(_settled_by_loading)
+    weights = Fingerprint.of(model)
+    known = (before.weights, before.settled) if isinstance(before, Record) else (weights, weights)
+    vars(model)["nrpm"] = Record(config, skipped, *known, base)
     if skipped and config.layers is None:
         listed = [f"  {name}: {why}" for name, why in list(skipped.items())[:5]]
         more = f"\n  ... and {len(skipped) - 5} more, see model.nrpm.skipped" if len(skipped) > 5 else ""
         warnings.warn(
-            f"Layers that stay plain, {len(skipped)}:\n" + "\n".join(listed) + more, ReprogrammingWarning, stacklevel=2
+            f"Layers that stay plain, {len(skipped)}:\n" + "\n".join(listed) + more, ReprogrammingWarning, stacklevel=3
         )
-    return model
 
 
 def restore_(model: Model) -> Model:
     """Undo :func:`reprogram_` and any calibration, in place: the original model, bit for bit.
 
-    Weights keep the values they have now. BatchNorm statistics that training moved on since calibration are moved back
-    by what calibration did to them. A model that is not reprogrammed is returned as it is.
+    BatchNorm statistics are again those from when the model was reprogrammed, or from the end of `tune`, which takes them
+    anew. Weights keep the values they have now; where something else trained them since the statistics were taken, these
+    stay those of the reprogrammed model, and a :class:`ReprogrammingWarning` says so. A model that is not reprogrammed is returned as it is.
 
     Raises:
         ValueError: `model` is a part of a larger model that was reprogrammed as a whole.
     """
+    inner = unwrapped(model)
+    stale = is_reprogrammed(inner) and not is_settled(inner) and bool(norms_of(inner))
+    _restore_(inner)
+    if stale:
+        warnings.warn(
+            "The weights changed since the plain model's BatchNorm statistics were taken, so these stay those of the "
+            "reprogrammed model: re-estimate them, for example by torch.optim.swa_utils.update_bn.",
+            ReprogrammingWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _restore_(model: Model, kept: bool = False) -> Model:
+    """`restore_` without a word on whether statistics fit the weights."""
     for root in [m for m in model.modules() if isinstance(m.__dict__.get("nrpm"), Record)]:
-        forget_calibration_(root, vars(root)["nrpm"])
+        bring_back_(root, KEPT if kept or is_settled(root) else KEPT[2:])
+        forget_(root)
+        hooks = root._load_state_dict_post_hooks
+        for number in [n for n, hook in hooks.items() if hook is _settled_by_loading]:
+            del hooks[number]
         for module in list(root.modules()):
             if isinstance(module, Reprogrammed):
                 restore_layer_(module)
@@ -138,27 +180,11 @@ def restore_(model: Model) -> Model:
     return model
 
 
-def forget_calibration_(model: nn.Module, record: Record) -> None:
-    """Undo `calibrate_`: the BatchNorm statistics from before, and no corrections."""
-    for name, kept in record.statistics.items():
-        module = model.get_submodule(name)
-        for key, statistic in kept.items():
-            buffer = getattr(module, key)
-            moved = not torch.equal(buffer, statistic.after.to(buffer))
-            buffer.copy_(_moved_back(key, kept, buffer) if moved else statistic.before)
-    record.statistics = {}
+def uncalibrate_(model: nn.Module) -> None:
+    """Undo `calibrate_`: the plain model's BatchNorm statistics, and no corrections."""
+    bring_back_(model)
     for layer in reprogrammed_layers(model).values():
         layer.drop_correction()
-
-
-def _moved_back(key: str, kept: Mapping[str, Statistic], now: Tensor) -> Tensor:
-    """What calibration did, undone on a statistic that training moved on since: the same affine map backwards."""
-    mean, var = kept["running_mean"], kept["running_var"]
-    square = torch.where(var.before > 0, var.after / var.before, 1.0).to(now)
-    if key == "running_var":
-        return now / square
-    growth = square.sqrt()
-    return (now - (mean.after.to(now) - growth * mean.before.to(now))) / growth
 
 
 @contextmanager
@@ -175,9 +201,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attackable(model: nn.Module) -> Iterator[None]:
-    """`evaluating`, and no Parameter takes a gradient: an attack needs that of the pixels alone."""
+    """`evaluating`, and no Parameter takes a gradient: an attack needs that of the pixels alone.
+
+    Raises:
+        ValueError: Weights made under `torch.inference_mode`, through which no gradient goes.
+    """
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            f"The weights of this {type(model).__name__} were made under torch.inference_mode, and no gradient goes "
+            "through them: make or load the model outside of it."
+        )
     learning = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model), torch.enable_grad():
+    with torch.inference_mode(False), evaluating(model), torch.enable_grad():
         for parameter in learning:
             parameter.requires_grad_(False)
         try:
@@ -187,13 +222,48 @@ def attackable(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
-def plain_copy(model: Model) -> Model:
+def plain_copy(model: Model, *, kept: bool = False) -> Model:
     """The un-reprogrammed model as a second module that shares the Parameters of `model`.
 
-    Its BatchNorm statistics are those from before calibration. Changing its weights changes those of `model`.
+    Its BatchNorm statistics are the plain model's; where the weights were trained since these were taken, they are those
+    that `model` computes with. Changing its weights changes those of `model`.
+
+    Args:
+        model: A reprogrammed model, or any other.
+        kept: Whether to take the plain model's statistics also where the weights were trained since, as within an epoch
+            of `tune`, which takes them anew after each.
+
+    Raises:
+        ValueError: A module whose `forward` was replaced on the instance, which a copy would share.
     """
-    memo = {id(p): p for p in model.parameters()}
-    return restore_(copy.deepcopy(model, memo))
+    inner = cast(Model, unwrapped(model))
+    return _restore_(copied(inner, {id(p): p for p in inner.parameters()}), kept)
+
+
+def is_settled(model: nn.Module) -> bool:
+    """Whether the plain model's statistics are there, and were taken with the weights that the model has now."""
+    record: Record = vars(model)["nrpm"]
+    return complete(model) and record.settled.fits(model)
+
+
+def settle_(model: nn.Module, plain: nn.Module) -> None:
+    """Take the statistics of `plain`, which has the weights of `model`, as the plain model's."""
+    take_(model, plain)
+    record_of(model).settled = Fingerprint.of(model)
+
+
+def _settled_by_loading(model: nn.Module, keys: Any) -> None:
+    """A whole state dict brings weights and the plain model's statistics together."""
+    if not keys.missing_keys and is_reprogrammed(model):
+        record_of(model).settled = Fingerprint.of(model)
+
+
+def is_as_reprogrammed(model: nn.Module) -> bool:
+    """Whether `plain_copy` gives the very model that was reprogrammed: its weights are the same, whatever became of the
+    statistics, and they were not tuned before."""
+    record = record_of(model)
+    tuned = record.base is not None and record.base.tuned
+    return complete(model) and not tuned and record.weights.fits(model) and record.settled.fits(model)
 
 
 def model_sha256(model: nn.Module) -> str:
@@ -201,7 +271,7 @@ def model_sha256(model: nn.Module) -> str:
 
     Of two models of one architecture that have the same, both have the same logits on the same machine.
     """
-    state, estimates = dict(model.state_dict()), {}
+    state, estimates = own_state(model), {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if not isinstance(layer, Reprogrammed):
             continue
@@ -212,6 +282,7 @@ def model_sha256(model: nn.Module) -> str:
 
 def record_of(model: nn.Module) -> Record:
     """`model.nrpm`; a ValueError for a model that is not reprogrammed."""
+    model = unwrapped(model)
     record, *parts = [m.__dict__.get("nrpm") for m in model.modules() if m is model or "nrpm" in m.__dict__]
     if any(isinstance(part, Record) for part in parts):
         raise ValueError(
@@ -222,6 +293,19 @@ def record_of(model: nn.Module) -> Record:
             f"This {type(model).__name__} is not reprogrammed: call timm_nrpm.reprogram_(model, config) first."
         )
     return record
+
+
+def identity_of(net: PixelModel) -> dict[str, Any]:
+    """What weights do not tell of a model on pixels: the kinds of its modules, its estimates, the normalisation."""
+    kinds = {name: type(module).__qualname__ for name, module in net.model.named_modules()}
+    layers = reprogrammed_layers(net.model)
+    estimates = {name: {**asdict(layer.config), "lam": None, "layers": None} for name, layer in layers.items()}
+    return {"modules": checksum_of({"kinds": kinds, "estimates": estimates}), **net.normalisation()}
+
+
+def is_reprogrammed(model: nn.Module) -> bool:
+    """Whether `reprogram_` made this very module what it is."""
+    return isinstance(vars(model).get("nrpm"), Record)
 
 
 def reprogrammed_layers(model: nn.Module) -> dict[str, Reprogrammed]:
@@ -236,7 +320,7 @@ def lambdas(model: nn.Module) -> dict[str, float]:
         >>> lambdas(create_model("resnet18", lam=0.8))["layer1.0.conv1"]
         0.8
     """
-    return {name: _decimal(layer.lam) for name, layer in reprogrammed_layers(model).items()}
+    return {name: _decimal(layer.lam) for name, layer in reprogrammed_layers(unwrapped(model)).items()}
 
 
 def _decimal(lam: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,13 +15,14 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from timm_nrpm.attacks import PixelModel
-from timm_nrpm.calibration import calibrate_
+from timm_nrpm.calibration import calibrate_, plain_of
 from timm_nrpm.evaluation import evaluate
-from timm_nrpm.images import check_labels, check_pixels
+from timm_nrpm.images import check_batch, check_labels, pixels_of
 from timm_nrpm.pareto import Candidate, ParetoFront, best_of
-from timm_nrpm.reprogramming import evaluating, forget_calibration_, plain_copy, record_of, reprogrammed_layers
+from timm_nrpm.pixel_model import PixelModel
+from timm_nrpm.reprogramming import evaluating, record_of, reprogrammed_layers, uncalibrate_
 from timm_nrpm.threats import Threat
+from timm_nrpm.wrappers import Subject, copied, subject_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,7 +60,7 @@ def search_lambda(
     The model itself is not changed. To apply the result, and then calibrate anew:
 
         reprogram_(model, dataclasses.replace(model.nrpm.config, lam=front.best.lams))
-        calibrate_(model, normalised_loader)
+        calibrate_(model, calibration)
 
     The best of many settings is in part the luckiest, on these images and with this random start of PGD. What it is
     worth, `evaluate` tells on other images, with another seed, beside the plain model.
@@ -73,8 +73,8 @@ def search_lambda(
             `calibration`, one `calibrate_`. Fewer are tried if there are no more, as of one lambda there are 101.
         layerwise: Whether to search a lambda for each layer too, which needs Optuna.
         bound: By how much the clean loss, the mean cross-entropy, may exceed the plain model's, in nats.
-        calibration: Batches of pixels in [0, 1], or tuples that start with one, such as those of the training loader;
-            pixels here, unlike for `calibrate_`, and normalised inside as those of `loader` are. Every setting is
+        calibration: Batches of pixels in [0, 1], or tuples that start with one, such as those of the training loader,
+            as for `calibrate_`. Every setting is
             calibrated on them before it is evaluated, since other lambdas make statistics stale. Without them none is.
         steps: Of PGD.
         seed: Of PGD's random start, and of the search: the same seed gives the same trials.
@@ -96,13 +96,15 @@ def search_lambda(
     threat = threat or Threat()
     _check(threat, budget, bound, steps, seed)
     record_of(model)
-    work = _working_copy(model)
+    subject = subject_of(model, mean, std)
+    work = _working_copy(subject.model)
     layers = reprogrammed_layers(work)
     layerwise = layerwise and len(layers) > 1
     optuna = _optuna() if layerwise else None
-    net = PixelModel(work, mean, std).eval()
+    net = Subject(work, subject.mean, subject.std).on_pixels().eval()
     images = _Images(loader)
-    statistics = None if calibration is None else _Calibration(calibration, net)
+    statistics = None if calibration is None else _Calibration(calibration)
+    plain = plain_of(net, images if statistics is None else statistics).eval()
     share = min(MOST_GLOBAL, max(1, (budget - 1) // 3)) if layerwise else budget - 1
     trials: list[Candidate] = []
     samples = 0
@@ -113,15 +115,13 @@ def search_lambda(
             with torch.no_grad():
                 for name, layer in layers.items():
                     layer.lam.fill_(lams[name])
-            subject = plain_copy(work) if kind == "plain" else work
             if statistics is not None and kind != "plain":  # which calibration would leave as it is
-                calibrate_(work, statistics)
-            loss = _clean_loss(PixelModel(subject, mean, std).eval(), images)
+                calibrate_(work, statistics, **net.normalisation())
+            judged = plain if kind == "plain" else net
+            loss = _clean_loss(judged, images)
             if not trials and not math.isfinite(loss):
                 raise ValueError(f"The plain model's clean loss is {loss}, which no bound can be counted from.")
-            report = evaluate(
-                subject, images, threat, "quick", steps=steps, seed=seed, control=False, mean=mean, std=std
-            )
+            report = evaluate(judged, images, threat, "quick", steps=steps, seed=seed, control=False)
             samples = report.samples
             loss = loss if math.isfinite(loss) else math.inf
             trials.append(Candidate(kind, lams, loss, report.accuracy("clean"), report.worst_case, report.flags))
@@ -166,8 +166,8 @@ def _working_copy(model: Model) -> Model:
         )
         for p in model.parameters()
     }
-    work = copy.deepcopy(model, memo).eval()
-    forget_calibration_(work, record_of(work))
+    work = copied(model, memo).eval()
+    uncalibrate_(work)
     return work
 
 
@@ -182,24 +182,15 @@ class _Images:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         seen = 0
         for batch in self.loader:
-            if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not all(torch.is_tensor(t) for t in batch[:2]):
-                raise ValueError(f"The loader gives {type(batch).__name__}: give batches of pixels and labels.")
-            pixels, labels = batch[0], batch[1]
-            if labels.shape != pixels.shape[:1] or labels.is_floating_point():
-                raise ValueError(
-                    f"The loader gives pixels {list(pixels.shape)} with labels {list(labels.shape)} of {labels.dtype}: "
-                    "give one whole number for each image."
-                )
-            if not len(pixels):
-                continue
-            check_pixels(pixels)
+            pixels, labels = check_batch(batch)
+            labels = check_labels(labels, count=len(pixels))
             looks = (float(pixels.double().sum()), labels.tolist())
             if not self.complete:
                 self.first.append(looks)
             elif seen >= len(self.first) or self.first[seen] != looks:
                 raise ValueError(self.changed())
             seen += 1
-            yield pixels, labels.long()
+            yield pixels, labels
         if seen < len(self.first):
             raise ValueError(self.changed())
         self.complete = True
@@ -212,24 +203,15 @@ class _Images:
 
 
 class _Calibration:
-    """The batches of a loader of pixels, normalised as `net` does it."""
+    """The batches of a loader of pixels, which can be had again."""
 
-    def __init__(self, loader: Iterable[Any], net: PixelModel) -> None:
-        self.loader, self.net = _lasting(loader, "calibration"), net
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = _lasting(loader, "calibration")
         if next(iter(self), None) is None:  # now, not after the plain model was attacked
             raise ValueError("calibration gave no images: give batches of pixels, or None to calibrate nothing.")
 
     def __iter__(self) -> Iterator[Tensor]:
-        for batch in self.loader:
-            pixels = batch[0] if isinstance(batch, (tuple, list)) else batch
-            if not isinstance(pixels, Tensor):
-                raise ValueError(
-                    f"calibration gives {type(pixels).__name__}: give batches of pixels, or tuples that start with one."
-                )
-            if not len(pixels):
-                continue
-            check_pixels(pixels)
-            yield self.net.normalise(pixels.to(self.net.mean.device))
+        return pixels_of(self.loader)
 
 
 def _lasting(loader: Iterable[Any], name: str) -> Iterable[Any]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from timm_nrpm.attacked_figure import draw_attacked
-from timm_nrpm.attacks import PixelModel
 from timm_nrpm.figures import draw_attacks, draw_curves
 from timm_nrpm.ordering import seed_of
 from timm_nrpm.page import write_page
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.report import RobustnessReport
 from timm_nrpm.reprogramming import attackable
 from timm_nrpm.sources import sources_of

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from timm_nrpm.attacks import PixelModel, gradient_source
+from timm_nrpm.attacks import gradient_source
 from timm_nrpm.calibration import calibrate_
+from timm_nrpm.pixel_model import PixelModel, alike
 from timm_nrpm.reprogramming import lambdas, plain_copy, record_of, reprogram_, reprogrammed_layers
+from timm_nrpm.wrappers import subject_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def sources_of(
         calibration: Batches of pixels `[B, C, H, W]` in [0, 1].
         base: Another model that takes the same normalised images, in any mode.
     """
-    own = PixelModel(model, mean, std).eval()
+    own = subject_of(model, mean, std).on_pixels().eval()
+    model = own.model
     found = {"own": Source(own, predicts=True)}
     if base is not None:
         found["base"] = Source(alike(base, own))
@@ -71,13 +74,6 @@ def sources_of(
     settings["halfway"] = replace(here, lam={name: (1 + lam) / 2 for name, lam in lams.items()})
     for name, setting in settings.items():
         net = alike(reprogram_(plain_copy(model), setting), own)
-        calibrate_(net.model, (net.normalise(pixels.to(own.mean.device)) for pixels in calibration))
+        calibrate_(net.model, calibration, **own.normalisation())
         found[name] = Source(net)
     return found
-
-
-def alike(model: nn.Module, net: PixelModel) -> PixelModel:
-    """`model` on pixels, normalised as `net` does it, in evaluation mode."""
-    other = PixelModel(model, (0.0,), (1.0,))
-    other.mean, other.std = net.mean, net.std
-    return other.eval()

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from timm_nrpm.attacks import PixelModel
 from timm_nrpm.base import weights_sha256
-from timm_nrpm.calibration import calibrate_
+from timm_nrpm.calibration import calibrate_, plain_of
 from timm_nrpm.checkpoints import collect, install_
 from timm_nrpm.config import TuneConfig
 from timm_nrpm.evaluation import evaluate
@@ -33,15 +32,29 @@ from timm_nrpm.images import check_batch, check_labels
 from timm_nrpm.interruption import SIGNALS, Interruption
 from timm_nrpm.objectives import Objective
 from timm_nrpm.ordering import ordered, seed_of
+from timm_nrpm.pixel_model import PixelModel
+from timm_nrpm.plain_statistics import norms_of
 from timm_nrpm.processes import average_statistics_, check_processes
 from timm_nrpm.progress import Bar
-from timm_nrpm.reprogramming import evaluating, lambdas, record_of, reprogrammed_layers
+from timm_nrpm.reprogramming import (
+    evaluating,
+    lambdas,
+    plain_copy,
+    record_of,
+    reprogrammed_layers,
+    settle_,
+)
 from timm_nrpm.run_folder import RunFolder
 from timm_nrpm.threats import Threat
 from timm_nrpm.trainable import given_back, select_, set_modes_
+from timm_nrpm.wrappers import Subject, subject_of
 
 MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience", "push_to", "license")
 """Settings that a run may be taken up with other values of: they do not change what it computes."""
+
+
+PLAIN = 1000
+"""Training images from which the plain model's statistics are taken anew where weights train."""
 
 
 class Diverged(RuntimeError):
@@ -99,9 +112,10 @@ def tune(
     if resume and config.output is None:
         raise ValueError("resume=True needs config.output, the folder of the run.")
     ours, accumulation = not AcceleratorState._shared_state, dict(GradientState._shared_state)
-    with given_back(model):
+    subject = subject_of(model, mean, std)
+    with torch.inference_mode(False), given_back(subject.model):
         try:
-            return _Run(model, loader, config, validation, {"mean": mean, "std": std}, resume, progress).all()
+            return _Run(subject, loader, config, validation, resume, progress).all()
         finally:
             if ours:  # the next call may have another precision
                 AcceleratorState._reset_state()
@@ -114,15 +128,15 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
+        subject: Subject,
         loader: DataLoader[Any],
         config: TuneConfig,
         validation: DataLoader[Any] | None,
-        normalisation: dict[str, Any],
         resume: bool,
         progress: bool,
     ) -> None:
-        self.model, self.config, self.normalisation = model, config, normalisation
+        model, net = subject.model, subject.on_pixels()
+        self.model, self.config = model, config
         self.lams, self.weights = select_(model, config)
         self.source, self.order, self.numbered = ordered(loader, config.seed)
         self.history = History(config, tuple(reprogrammed_layers(model)))
@@ -143,7 +157,6 @@ class _Run:
             self.folder = RunFolder(config.output, config.keep, resume, self.accelerator)
             if config.push_to is not None:
                 self.folder.publish(model, config.push_to, config.license)
-        net = PixelModel(model, **normalisation)
         self.classes = _classes(net, self.source)
         self.objective = Objective(net, config, len(self.numbered), self.classes)
         groups = [
@@ -196,7 +209,9 @@ class _Run:
                 self.objective.epoch = self.epoch
                 for batch, rows in self.images():
                     self.train(batch, rows)
-                if not self.weights:
+                if self.weights:
+                    self.settle()
+                else:
                     self.calibrate()
                 self.evaluate()
                 self.epoch, self.batch = self.epoch + 1, 0
@@ -299,15 +314,25 @@ class _Run:
         self.order.epoch = self.order.skip = 0
         self.numbered.epoch.zero_()
         net = self.objective.net
-        calibrate_(self.model, (net.normalise(pixels.to(net.mean.device)) for pixels in self._first_images()))
+        calibrate_(self.model, self._first_images(self.config.calibrate), **net.normalisation())
 
-    def _first_images(self) -> Iterator[Tensor]:
-        """The first `config.calibrate` images of an epoch, in batches of all processes together.
+    def settle(self) -> None:
+        """Let the plain model's statistics follow the weights, which moved those that the model computes with."""
+        if any(norm.training for norm in norms_of(self.model).values()):
+            self.bar.doing("Taking the plain model's statistics")
+            self.order.epoch = self.order.skip = 0
+            self.numbered.epoch.zero_()
+            settle_(self.model, plain_of(self.objective.net, self._first_images(PLAIN)).model)
+        else:
+            settle_(self.model, plain_copy(self.model, kept=True))
+
+    def _first_images(self, count: int) -> Iterator[Tensor]:
+        """The first `count` images of an epoch, in batches of all processes together.
 
         BatchNorm goes by the batch meanwhile, so that smaller ones would give other statistics than one process has.
         """
         size = self.loader.total_batch_size
-        rows = list(islice(self.order, min(self.config.calibrate, len(self.order.sampler))))  # type: ignore[arg-type]
+        rows = list(islice(self.order, min(count, len(self.order.sampler))))  # type: ignore[arg-type]
         for start in range(0, len(rows), size):
             batch, _ = self.source.collate_fn([self.numbered[i] for i in rows[start : start + size]])
             yield check_batch(batch, self.classes)[0]
@@ -318,7 +343,7 @@ class _Run:
             return
         self.bar.doing("Evaluating")
         c = self.config
-        options = {"suite": "quick", "steps": c.evaluate_steps, "seed": c.seed, "control": False, **self.normalisation}
+        options = {"suite": "quick", "steps": c.evaluate_steps, "seed": c.seed, "control": False, **self.objective.net.normalisation()}
         threat = Threat("Linf", c.validation_eps)
         report = evaluate(self.model, self.validation, threat, accelerator=self.accelerator, **options)
         row = Evaluation(self.step, report.accuracy("clean"), report.accuracy("pgd"), report.worst_case, report.flags)

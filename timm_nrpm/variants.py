@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.base import LARGEST_CONFIG, TIMM_FILES, Base, WrongBase, check_image_size, checksum_of, from_timm_files
 from timm_nrpm.config import NRPMConfig
-from timm_nrpm.reprogramming import Statistic, model_sha256, record_of, reprogram_, reprogrammed_layers, restore_
+from timm_nrpm.reprogramming import model_sha256, record_of, reprogram_, reprogrammed_layers, restore_
 from timm_nrpm.transfers import HubError, sha256_of
 
 FORMAT = 1
@@ -242,7 +242,7 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, float]) -> None:
 
 def _install(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     """Put corrections and statistics into a freshly reprogrammed model."""
-    record, layers = record_of(model), reprogrammed_layers(model)
+    layers = reprogrammed_layers(model)
     modules = dict(model.named_modules())
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
@@ -255,7 +255,5 @@ def _install(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
             raise BrokenVariant(
                 f"{TENSORS} of {where} holds {name} {list(tensor.shape)}, which its base has no place for."
             )
-        if not owner.endswith(".correction"):
-            record.statistics.setdefault(owner, {})[key] = Statistic(target.clone(), tensor.to(target))
         with torch.no_grad():
             target.copy_(tensor)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from timm_nrpm import NRPMConfig, Threat, TuneConfig, calibrate_, evaluate, lambdas, reprogram_, restore_, tune
-from timm_nrpm.attacks import PixelModel, Run, fgsm, pgd
+from timm_nrpm.attacks import Run, fgsm, pgd
 from timm_nrpm.backbones import load_published_
 from timm_nrpm.base import checksum_of
 from timm_nrpm.data import pixel_loader
 from timm_nrpm.journal import digest_of
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.reprogramming import attackable, model_sha256
 from timm_nrpm.version import __version__
 
@@ -265,8 +266,7 @@ class Lab:
     def calibrated(self, family: str, model: nn.Module) -> nn.Module:
         """On a thousand training images."""
         pixels, _ = self.images(FAMILIES[family].dataset, "train", 1000)
-        net = PixelModel(model)
-        return calibrate_(model, [net.normalise(part) for part in pixels.split(BATCH)])
+        return calibrate_(model, pixels.split(BATCH))
 
     def tuned(
         self, family: str, model: nn.Module, settings: Mapping[str, Any], samples: int | None = None

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from experiment import Claim, Experiment, Measured, Row, main
 from lab import BATCH, Lab
 
-from timm_nrpm.attacks import PixelModel, fgsm
+from timm_nrpm.attacks import fgsm
 from timm_nrpm.diagnostics import embedding_differences
+from timm_nrpm.pixel_model import PixelModel
 
 NAME, LAM, EPS = "lenet_mnist", 0.3, 0.3  # lambda is the default of the authors' code; the paper does not say which
 NORMS = ("L1", "L2^2", "Linf")

@@ -102,10 +102,7 @@ def model_of(case: Case, shared: Path) -> nn.Module:
     model = load_published_(timm.create_model(backbone), shared / "checkpoints" / file).eval()
     reprogram_(model, NRPMConfig(lam=case.lam, **settings["estimate"]))
     if case.calibrated:
-        data = timm.data.resolve_model_data_config(model)
-        mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        pixels, _ = images(case.name, shared, "train", CALIBRATION)
-        calibrate_(model, [((x - mean) / std) for x in pixels.split(250)])
+        calibrate_(model, images(case.name, shared, "train", CALIBRATION)[0].split(250))
     return model
 
 
