@@ -120,9 +120,9 @@ def test_the_loader_of_the_digits_gives_them_as_they_are(split, size):
     ],
 )
 def test_images_get_what_the_model_takes(places, arguments, shape):
-    with torch.device("meta"):
-        model = timm.create_model(arguments[0], **arguments[1])
-    for name, root in (("digits", None), ("folder", places / "plain")):
+    for name, root, classes in (("digits", None, 10), ("folder", places / "plain", 4)):
+        with torch.device("meta"):
+            model = timm.create_model(arguments[0], **arguments[1], num_classes=classes)
         for augment in (False, True):
             pixels, _ = next(iter(pixel_loader(name, root, model=model, batch_size=8, augment=augment)))
             assert pixels.shape == (8, *shape)
@@ -130,7 +130,7 @@ def test_images_get_what_the_model_takes(places, arguments, shape):
 
 
 def test_an_image_of_another_size_is_preprocessed_as_timm_does(places):
-    model = timm.create_model("resnet18")
+    model = timm.create_model("resnet18", num_classes=4)
     config = timm.data.resolve_model_data_config(model) | {"mean": (0.0,) * 3, "std": (1.0,) * 3}
     image = Image.open(sorted((places / "plain" / "ant").iterdir())[0])
     expected = timm.data.create_transform(**config)(image)
@@ -142,7 +142,7 @@ def test_an_image_of_the_models_size_is_never_cropped(tmp_path):
     (tmp_path / "a").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a" / "0.png")
-    pixels, _ = read(pixel_loader("folder", tmp_path, model=timm.create_model("resnet18")))
+    pixels, _ = read(pixel_loader("folder", tmp_path, model=timm.create_model("resnet18", num_classes=1)))
     assert torch.equal(pixels[0], torch.from_numpy(noise).permute(2, 0, 1).float() / 255)
 
 
@@ -167,6 +167,13 @@ def test_samples_are_the_same_for_a_seed_and_nested():
     assert not torch.equal(some(20, seed=1), many[:20])
     assert len(torch.unique(many.flatten(1), dim=0)) > 290  # drawn without replacement; a digit or two may be alike
     assert torch.equal(some(300, training=True).flatten(1).sum(1).sort()[0], many.flatten(1).sum(1).sort()[0])
+
+
+def test_the_first_images_are_those_of_the_split_in_their_order():
+    pixels, labels = read(pixel_loader(split="test", first=30, batch_size=7))
+    expected = digits("test")
+    assert torch.equal(pixels, expected[0][:30])
+    assert torch.equal(labels, expected[1][:30])
 
 
 def test_augmented_images_are_crops_and_mirrored_only_if_asked(tmp_path):
@@ -211,6 +218,9 @@ def test_drop_last():
         ("digits", None, {"split": "val"}, ValueError, "split='val': the digits have 'train' and 'test'"),
         ("digits", None, {"samples": 1438}, ValueError, "samples=1438, and split='train' of 'digits' holds 1437"),
         ("digits", None, {"samples": 0}, ValueError, "samples=0: give a number of images of at least 1"),
+        ("digits", None, {"first": 1438}, ValueError, "first=1438, and split='train' of 'digits' holds 1437"),
+        ("digits", None, {"first": 0}, ValueError, "first=0: give a number of images of at least 1"),
+        ("digits", None, {"first": 5, "samples": 6}, ValueError, "samples=6 and first=5: give one of them"),
         ("digits", None, {"hflip": 0.5}, ValueError, "hflip=0.5 without augment=True"),
         ("digits", None, {"input_size": (4, 8, 8)}, ValueError, r"input_size=\(4, 8, 8\): images are"),
         ("digits", None, {"drop_last": True, "batch_size": 2000}, ValueError, "batch_size=2000 with drop_last=True"),

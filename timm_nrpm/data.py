@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageDataset, create_dataset, create_transform, resolve_model_data_config
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import SVHN
 from torchvision.transforms.functional import to_tensor
+
+from timm_nrpm.classes import Classes
+from timm_nrpm.decoding import decoded
+from timm_nrpm.readers import NO_CLASS_MAP, kind_of, read_dataset
+from timm_nrpm.wrappers import unwrapped
 
 TEST = 360
 """Images at the end of the digits that the bundled model was not trained on; other people wrote them."""
-
-STREAMS = ("hfids", "tfds", "wds")
-FOLDERS = ("", "folder", "tar", "torch/folder", "torch/image_folder")
-TWO_SPLITS = tuple(
-    f"torch/{name}" for name in ("mnist", "kmnist", "qmnist", "fashion_mnist", "cifar10", "cifar100", "svhn")
-)
-READERS = (
-    "'digits', which come along; 'folder' or 'tar', class folders of images; 'torch/NAME', like 'torch/cifar10'; "
-    "'hfds/NAME', from the Hub"
-)
-ADVICE = {
-    "": "Give as root= a folder or an uncompressed .tar of class folders of images, or a folder that holds one for "
-    "each split, like train/ and test/, or train.tar and test.tar.",
-    "torch": "Give as root= the folder in which torchvision keeps the dataset, like the one that holds MNIST/raw, or "
-    "download=True.",
-    "hfds": "It needs `pip install datasets`, the name of a dataset and of its split, and the network the first time.",
-}
-SAME_SPLIT = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test",))
-"""Names of one split, as timm takes them."""
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
@@ -75,6 +58,8 @@ def pixel_loader(
     hflip: float = 0.0,
     workers: int = 0,
     samples: int | None = None,
+    first: int | None = None,
+    class_map: Mapping[str, int] | str | Path | None = None,
     seed: int = 0,
     download: bool = False,
     drop_last: bool = False,
@@ -83,28 +68,42 @@ def pixel_loader(
 
     Images that have the size already come through bit for bit; others are resized and cropped as the model's own
     preprocessing does, or, without a model, scaled until they cover `input_size` and cropped to its middle. An image
-    that cannot be decoded is, as everywhere in timm, replaced by the next, which its log says.
+    that cannot be decoded is, as everywhere in timm, replaced by the next, which a log says. Greyscale of 16 bits keeps
+    its precision, transparent images lie on white, and the EXIF orientation is applied, see
+    :func:`timm_nrpm.decoding.decoded`.
+
+    Class folders, in a folder or a tar, are numbered over all splits of the root together, so that a class without
+    images in one of them changes no label, in the order in which timm sorts their names. With a `model`, labels are its
+    classes: folders named as the model's config names its classes, or by the ids of ImageNet, get the label of that
+    name; as many folders as the model has classes keep their numbers; and folders named by class indices of the model,
+    like `0340`, are those classes. Anything else is refused, or decided by `class_map`. Images in a folder without any
+    class folders have the label -1, which `calibrate_` does not look at and `evaluate` refuses.
 
     Args:
-        name: `"digits"`, or a name that `timm.data.create_dataset` reads in any order: `"folder"` or `"tar"` (classes
-            are numbered in the order of the folders' names), `"torch/..."` for torchvision's, SVHN too, `"hfds/..."`.
+        name: `"digits"`, or a name that `timm.data.create_dataset` reads in any order: `"folder"` or `"tar"`,
+            `"torch/..."` for torchvision's, SVHN too, or `"hfds/..."`.
         root: Where the images are. A folder or a .tar of class folders is read as it is, whatever the split; in a
             folder that holds one for each split (`train/` or `train.tar`), the split is looked up.
         split: `"train"`, `"test"`, `"validation"`, or what else the dataset has.
-        model: A timm model, whose number of channels, size, crop and interpolation the images get.
+        model: A timm model, whose number of channels, size, crop and interpolation the images get, and whose classes
+            the labels are.
         input_size: C, H, W in pixels, in place of the model's; C is 1 for grey or 3. The digits have (1, 8, 8).
         training: Whether to shuffle anew each epoch.
         augment: Whether to crop at random, 0.8 to 1 of the area at nearly the same aspect, with no change of colours.
         hflip: Share of the images that `augment` mirrors: 0.5 suits photographs, 0 digits and letters.
         workers: Processes that read; 0 reads in this one.
-        samples: So many images, drawn at random (a tar is often ordered by class) and always the same for a seed;
+        samples: Number of images, drawn at random (a tar is often ordered by class) and always the same for a seed;
             of fewer, the same come first. None takes all, in their order.
+        first: Number of images from the beginning, in their order, in place of `samples`.
+        class_map: The label of each class by name, for `"folder"`, `"tar"` and `"hfds/..."`: a mapping, a .txt with one
+            name a line in the order of the labels, or a .json object.
         seed: Of the samples and of the order.
         download: Whether `torch/` may download what is not there.
         drop_last: Whether to leave out a last batch that is not full.
 
     Raises:
-        ValueError: A dataset, split or size that there is not, one without images, or a stream.
+        ValueError: A dataset, split or size that there is not, one without images, a stream, or classes that are not
+            those of the model.
         FileNotFoundError: A root that does not exist.
         ImportError: What reads it is not installed.
 
@@ -116,26 +115,36 @@ def pixel_loader(
     """
     if hflip and not augment:
         raise ValueError(f"hflip={hflip} without augment=True mirrors nothing: give both or neither.")
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples={samples}: give a number of images of at least 1, or None for all.")
+    if samples is not None and first is not None:
+        raise ValueError(f"samples={samples} and first={first}: give one of them, images at random or the first ones.")
+    for key, number in (("samples", samples), ("first", first)):
+        if number is not None and number < 1:
+            raise ValueError(f"{key}={number}: give a number of images of at least 1.")
     if name != "digits":
-        _kind(name)
+        kind_of(name)
     elif model is None and input_size is None:
         input_size = (1, 8, 8)
     transform = _transform(model, input_size, augment, hflip)
+    classes = Classes.of(model)
     dataset: Dataset[Any]
     if name == "digits":
+        if class_map is not None:
+            raise ValueError(NO_CLASS_MAP.format(name))
+        classes.check(10, "'digits'")
         dataset = _Digits(*digits(split), transform)
     else:
-        dataset = _read(name, root, split, transform, download)
+        dataset = read_dataset(name, root, split, transform, classes, class_map, download)
     count = len(dataset)  # type: ignore[arg-type]
     if not count:
         raise ValueError(f"split={split!r} of {name!r} in root={str(root)!r} holds no images.")
+    for key, number in (("samples", samples), ("first", first)):
+        if number is not None and number > count:
+            raise ValueError(f"{key}={number}, and split={split!r} of {name!r} holds {count} images: give fewer.")
     if samples is not None:
-        if samples > count:
-            raise ValueError(f"samples={samples}, and split={split!r} of {name!r} holds {count}: give fewer, or None.")
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         dataset, count = Subset(dataset, order[:samples].tolist()), samples
+    if first is not None:
+        dataset, count = Subset(dataset, range(first)), first
     if drop_last and batch_size > count:
         raise ValueError(f"batch_size={batch_size} with drop_last=True leaves nothing of {count} images: give less.")
     return DataLoader(
@@ -162,18 +171,14 @@ class _Transform:
     resize: Callable[[Any], Tensor]
     always: bool
 
-    @property
-    def mode(self) -> str:
-        """PIL's name for as many channels."""
-        return "L" if self.size[0] == 1 else "RGB"
-
     def __call__(self, image: Any) -> Tensor:
         channels, height, width = self.size
+        if not isinstance(image, Tensor):
+            image = decoded(image, "L" if channels == 1 else "RGB")
         if isinstance(image, Tensor):
             image = image.expand(channels, -1, -1)
             same = tuple(image.shape[1:]) == (height, width)
         else:
-            image = image.convert(self.mode)
             same = image.size == (width, height)
         if same and not self.always:
             return image if isinstance(image, Tensor) else to_tensor(image)
@@ -185,6 +190,7 @@ def _transform(
 ) -> _Transform:
     """What brings images to the size of the model, or to the one given."""
     data: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
+    model = None if model is None else unwrapped(model)
     if model is not None and hasattr(model, "pretrained_cfg"):
         known = resolve_model_data_config(model)
         data = {key: known[key] for key in data}
@@ -215,75 +221,3 @@ class _Digits(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(self.pixels[index]), self.labels[index]
-
-
-class _Tar(ReaderImageInTar):
-    """timm's reader of a .tar, without its open file: workers who share one would read at each other's place."""
-
-    def __init__(self, root: str) -> None:
-        super().__init__(root, cache_tarinfo=False)  # its cache is a file that runs code when read
-
-    def __getitem__(self, index: int) -> tuple[BytesIO, int]:
-        member, _, inside = self.samples[index]
-        with open(self.root, "rb") as tar:
-            tar.seek(member.offset_data + (inside.offset_data if inside is not None else 0))  # a tar in the tar
-            return BytesIO(tar.read(member.size)), self.targets[index]
-
-
-def _kind(name: str) -> str:
-    """What reads a dataset: `""` for folders and tars, `"torch"` or `"hfds"`; a ValueError for another."""
-    kind, slash, _ = name.lower().partition("/")
-    kind = kind if slash else ""
-    if kind in STREAMS:
-        raise ValueError(
-            f"{name!r} is a stream: its images can be neither shuffled as a whole nor taken up again after a stop. "
-            f"Take a reader with numbered images: {READERS}."
-        )
-    if kind not in ADVICE or (not kind and name.lower() not in FOLDERS):
-        raise ValueError(f"Unknown dataset {name!r}. There are: {READERS}.")
-    return kind
-
-
-def _read(name: str, root: str | Path | None, split: str, transform: _Transform, download: bool) -> Dataset[Any]:
-    """timm's dataset of that name."""
-    kind = _kind(name)
-    if root is None and kind != "hfds":
-        raise ValueError(f"{name!r} needs root=. {ADVICE[kind]}")
-    if root is not None and not Path(root).exists() and not download and kind != "hfds":
-        raise FileNotFoundError(f"root={str(root)!r} does not exist. {ADVICE[kind]}")
-    if name.lower() in TWO_SPLITS and not any(split in names for names in SAME_SPLIT):
-        # timm takes every name that is not a training split's for the test images.
-        raise ValueError(f"split={split!r}: {name!r} has 'train' and 'test'.")
-    if root is not None and name.lower() in FOLDERS:
-        root = _split_folder(Path(root), split)
-    options: dict[str, Any] = {"input_img_mode": transform.mode, "transform": transform, "target_transform": int}
-    place = None if root is None else str(root)
-    try:
-        if name.lower() == "torch/svhn":  # which timm does not know
-            part = "train" if split in SAME_SPLIT[0] else "test"
-            return SVHN(str(place), part, transform, int, download)
-        if place is not None and not kind and place.endswith(".tar") and Path(place).is_file():
-            return ImageDataset(place, reader=_Tar(place), **options)
-        return create_dataset(name, place, split, search_split=False, download=download, **options)
-    except Exception as error:  # assertions and lookups among them
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        kind_of = ImportError if isinstance(error, ImportError) else ValueError
-        raise kind_of(
-            f"{name!r} finds nothing to read with root={place!r} and split={split!r} "
-            f"({reason.rstrip('.')}). {ADVICE[kind]}"
-        ) from error
-
-
-def _split_folder(root: Path, split: str) -> Path:
-    """The folder or tar of a split; `root` itself if it is not divided."""
-    if root.is_file():
-        return root
-    same = next((names for names in SAME_SPLIT if split in names), (split,))
-    for name in (split, *same):
-        for path in (root / name, root / f"{name}.tar"):
-            if path.exists():
-                return path
-    others = [p.name for n in sum(SAME_SPLIT, ()) for p in (root / n, root / f"{n}.tar") if p.exists()]
-    if others:  # timm would read them all as one, training and test images together
-        raise ValueError(f"split={split!r} is not in {root}, which holds {', '.join(sorted(others))}.")
-    return root
