@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from fractions import Fraction
 from statistics import NormalDist
 
 import numpy as np
@@ -76,37 +77,62 @@ def inverted(votes, n, alpha):
     return low
 
 
-@pytest.mark.parametrize("alpha", [0.001, 0.05, 0.5])
+@pytest.mark.parametrize("confidence", [0.999, 0.95, 0.5])
 @pytest.mark.parametrize(("votes", "n"), [(1, 1), (1, 10), (7, 10), (10, 10), (51, 100), (990, 1000), (999, 1000)])
-def test_the_bound_is_exact(votes, n, alpha):
-    found = lower_bound(votes, n, alpha)
-    assert found == pytest.approx(inverted(votes, n, alpha), rel=1e-9)
-    interval = stats.binomtest(votes, n, alternative="greater").proportion_ci(1 - alpha, method="exact")
+def test_the_bound_is_exact(votes, n, confidence):
+    found = lower_bound(votes, n, confidence)
+    assert found == pytest.approx(inverted(votes, n, 1 - confidence), rel=1e-9)
+    interval = stats.binomtest(votes, n, alternative="greater").proportion_ci(confidence, method="exact")
     assert found == pytest.approx(interval.low, rel=1e-9)
 
 
+@pytest.mark.parametrize("confidence", [0.999, 1 - 1e-6, 1 - 1e-12, 1 - 2**-53])
+@pytest.mark.parametrize(("votes", "n"), [(9, 10), (10, 10), (900, 1000)])
+def test_the_bound_keeps_its_precision_near_certainty(votes, n, confidence):
+    """At the bound, as many votes or more have the probability alpha, summed in exact fractions."""
+    alpha, p = 1 - Fraction(confidence), Fraction(lower_bound(votes, n, confidence))
+    tail = sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(votes, n + 1))
+    assert float(tail / alpha) == pytest.approx(1.0, rel=1e-10)
+    assert lower_bound(n, n, confidence) == pytest.approx(math.exp(math.log(alpha) / n), rel=1e-12)
+
+
 def test_the_ends_of_the_bound():
-    assert lower_bound(0, 10, 0.001) == 0.0
+    assert lower_bound(0, 10, 0.999) == 0.0
     for n in (1, 10, 1000, 100_000):
-        assert lower_bound(n, n, 0.001) == pytest.approx(0.001 ** (1 / n), rel=1e-12)
-    assert lower_bound(1000, 1000, 1 - 1e-16) < 1.0  # where 1 would be the nearest number
-    assert math.isfinite(certified_radius(lower_bound(1000, 1000, 1 - 1e-16), 1.0))
+        assert lower_bound(n, n, 0.999) == pytest.approx(0.001 ** (1 / n), rel=1e-12)
+    assert lower_bound(10**17, 10**17, 0.5) < 1.0  # where 1 would be the nearest number
+    assert math.isfinite(certified_radius(lower_bound(10**17, 10**17, 0.5), 1.0))
 
 
-@given(n=st.integers(1, 60), alpha=st.floats(1e-6, 0.9), p=st.floats(1e-4, 1 - 1e-4))
-def test_the_bound_is_too_high_at_most_that_often(n, alpha, p):
+@given(n=st.integers(1, 60), confidence=st.floats(0.5, 1 - 1e-6), p=st.floats(1e-4, 1 - 1e-4))
+def test_the_bound_is_too_high_at_most_that_often(n, confidence, p):
     """Coverage, summed over all outcomes."""
     k = np.arange(n + 1)
-    too_high = np.array([lower_bound(int(votes), n, alpha) > p * (1 + 1e-12) for votes in k])
-    assert stats.binom.pmf(k, n, p)[too_high].sum() <= alpha * (1 + 1e-6)
+    too_high = np.array([lower_bound(int(votes), n, confidence) > p * (1 + 1e-12) for votes in k])
+    assert stats.binom.pmf(k, n, p)[too_high].sum() <= (1 - confidence) * (1 + 1e-6)
 
 
-@given(n=st.integers(2, 200), alpha=st.floats(1e-6, 0.9))
-def test_more_votes_bound_more(n, alpha):
-    bounds = [lower_bound(votes, n, alpha) for votes in range(n + 1)]
+@given(n=st.integers(2, 200), confidence=st.floats(0.5, 1 - 1e-6))
+def test_more_votes_bound_more(n, confidence):
+    bounds = [lower_bound(votes, n, confidence) for votes in range(n + 1)]
     assert bounds == sorted(bounds)
-    assert all(bound <= votes / n for votes, bound in enumerate(bounds)) or alpha > 0.5
-    assert lower_bound(n, n, alpha / 2) < bounds[-1]
+    assert all(bound <= votes / n for votes, bound in enumerate(bounds))
+    assert lower_bound(n, n, (1 + confidence) / 2) < bounds[-1]
+
+
+def test_confidence_is_the_probability_of_being_right():
+    """900 of 1000 votes: the interval that SciPy gives at 95 % ends at 0.883, the certificate at Phi^-1 of it."""
+    interval = stats.binomtest(900, 1000, alternative="greater").proportion_ci(0.95, method="exact")
+    bound = lower_bound(900, 1000, confidence=0.95)
+    assert bound == pytest.approx(interval.low, rel=1e-12)
+    assert certified_radius(bound, 1.0) == pytest.approx(NormalDist().inv_cdf(interval.low), rel=1e-9)
+    assert certified_radius(bound, 1.0) < NormalDist().inv_cdf(0.9)  # no estimate is beyond the votes themselves
+    pixels = torch.full((1, 1, 1, 1), 0.5)
+    data = [(pixels, torch.ones(1, dtype=torch.long))]
+    radii = [certify(Line([1.0], bias=-0.3), data, confidence=c).images[0].radius for c in (0.5, 0.95, 0.999)]
+    assert radii == sorted(radii, reverse=True)
+    assert radii[2] == certify(Line([1.0], bias=-0.3), data).images[0].radius  # the paper's alpha is 0.001
+    assert certify(Line(), loader(1)).confidence == 0.999
 
 
 def test_the_radius_by_hand():
@@ -142,15 +168,15 @@ def test_a_plane_is_certified_up_to_its_distance():
 
 
 def test_certificates_are_wrong_as_often_as_allowed_and_no_oftener():
-    """300 images at one distance: the exact bound is too high in a share of them just below `confidence`."""
-    model, n, confidence, sigma = Line([1.0], bias=-0.3), 60, 0.2, 0.25
+    """300 images at one distance: the exact bound is too high in a share of them just below 1 - `confidence`."""
+    model, n, confidence, sigma = Line([1.0], bias=-0.3), 60, 0.8, 0.25
     data = [(torch.full((300, 1, 1, 1), 0.5), torch.ones(300, dtype=torch.long))]
     wrong = sum(row.radius > 0.2 for row in certify(model, data, sigma, n=n, confidence=confidence).images)
     share = NormalDist().cdf(0.2 / sigma)
     k = np.arange(n + 1)
     high = np.array([certified_radius(lower_bound(int(v), n, confidence), sigma) > 0.2 for v in k])
     expected = stats.binom.pmf(k, n, share)[high].sum()
-    assert 0.05 < expected <= confidence
+    assert 0.05 < expected <= 1 - confidence
     assert wrong == pytest.approx(300 * expected, abs=4 * math.sqrt(300 * expected * (1 - expected)))
 
 
@@ -164,11 +190,36 @@ def test_it_abstains_where_both_classes_are_as_likely():
     assert smoothed_predict(model, pixels, 0.25) == (None,) * 5
 
 
-def test_so_many_samples_it_takes_at_least():
-    """All agree: certify needs 0.001 ** (1 / n) > 1/2, predict 2 * 2 ** -n <= 0.001."""
-    data = loader(1)
-    assert [certify(Line(bias=50.0), data, n0=1, n=n).images[0].predicted for n in (9, 10)] == [None, 1]
-    assert [smoothed_predict(Line(bias=50.0), data[0][0], n=n) for n in (10, 11)] == [(None,), (1,)]
+@pytest.mark.parametrize(("confidence", "certifies", "predicts"), [(0.5, 2, 2), (0.95, 5, 6), (0.999, 10, 11)])
+def test_so_many_samples_it_takes_at_least(tmp_path, confidence, certifies, predicts):
+    """All agree: certify needs alpha ** (1 / n) > 1/2, predict 2 * 2 ** -n <= alpha. Fewer are refused before work."""
+    model, data, alpha = Line(bias=50.0), loader(1), 1 - confidence
+    assert alpha ** (1 / certifies) > 0.5 >= alpha ** (1 / (certifies - 1))
+    assert 2 * 2**-predicts <= alpha < 2 * 2 ** -(predicts - 1)
+    assert certify(model, data, n0=1, n=certifies, confidence=confidence).images[0].predicted == 1
+    assert smoothed_predict(model, data[0][0], n=predicts, confidence=confidence) == (1,)
+    model.seen.clear()
+    refused = rf"n={certifies - 1} is not allowed: .* confidence {confidence} .* give n={certifies} or more"
+    with pytest.raises(ValueError, match=refused):
+        certify(model, data, n0=1, n=certifies - 1, confidence=confidence, resume=tmp_path / "certified.jsonl")
+    with pytest.raises(ValueError, match=rf"n={predicts - 1} is not allowed: .* give n={predicts} or more"):
+        smoothed_predict(model, data[0][0], n=predicts - 1, confidence=confidence)
+    assert not model.seen
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_report_says_why_all_abstained():
+    pixels = torch.full((3, 1, 1, 1), 0.5)
+    data = [(pixels, torch.ones(3, dtype=torch.long))]
+    report = certify(Line([1.0], bias=-0.5), data, 0.25, n=400)
+    most = max(row.votes for row in report.images)
+    needed = next(k for k in range(401) if stats.binom.sf(k - 1, 400, 0.5) < 0.001)
+    assert report.votes_needed == needed == 232
+    assert f"a certificate takes 232 of 400 votes for one class, and no image had more than {most}" in str(report)
+    assert "more samples n" in str(report)
+    assert "takes" not in str(certify(Line([1.0], bias=-0.3), data, 0.25, n=400))
+    nothing = certify(Constant(float("nan"), 0.0), data, n=400)
+    assert "1500 of 1500 noisy samples gave logits that are no numbers" in str(nothing)
 
 
 # --- noise ---------------------------------------------------------------------------------------------------------
@@ -230,8 +281,8 @@ def test_model_and_generators_are_left_as_they_were():
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
-    certify(model, DataLoader(TensorDataset(pixels, labels), batch_size=1), n0=2, n=3)
-    smoothed_predict(model, pixels, n=3)
+    certify(model, DataLoader(TensorDataset(pixels, labels), batch_size=1), n0=2, n=10)
+    smoothed_predict(model, pixels, n=11)
     assert torch.equal(torch.rand(3), want)
     assert model.training
     assert not model.bn1.training
@@ -308,7 +359,7 @@ def reordered(data):
     [
         ({"sigma": 0.25}, r"was another: sigma: 0.5 then, 0.25 now. Give what it had, or another file"),
         ({"n": 41, "seed": 4}, "n: 40 then, 41 now; seed: 3 then, 4 now"),
-        ({"confidence": 0.01}, "confidence: 0.001 then, 0.01 now"),
+        ({"confidence": 0.99}, "confidence: 0.999 then, 0.99 now"),
         ({"mean": (0.5,)}, r"mean: \[0.0\] then, \[0.5\] now"),
         ({"model": Line(bias=0.1)}, "weights: '[0-9a-f]{64}' then"),
         ({"loader": loader(6, seed=2)}, "Row 0 of .* is of other images or labels.*shuffle=False"),
@@ -329,10 +380,10 @@ def test_another_runs_file_is_refused(tmp_path, change, message):
 def test_another_estimate_of_the_same_weights_is_refused(tmp_path):
     model, path = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9), tmp_path / "certified.jsonl"
     pixels, labels = (t[:1] for t in digits("test"))
-    certify(model, [(pixels, labels)], n0=1, n=1, resume=path)
+    certify(model, [(pixels, labels)], n0=1, n=10, resume=path)
     reprogram_(model, NRPMConfig(lam=0.9, iterations=2))
     with pytest.raises(ValueError, match="was another: modules: "):
-        certify(model, [(pixels, labels)], n0=1, n=1, resume=path)
+        certify(model, [(pixels, labels)], n0=1, n=10, resume=path)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +421,7 @@ def test_two_runs_do_not_share_a_file(tmp_path):
 def report_of(*images, **more):
     """From (label, predicted, radius)."""
     made = tuple(Certificate(label, predicted, radius, 0, 9, 90) for label, predicted, radius in images)
-    common = {"name": "net", "sigma": 0.25, "n0": 10, "n": 100, "confidence": 0.001, "seed": 0}
+    common = {"name": "net", "sigma": 0.25, "n0": 10, "n": 100, "confidence": 0.999, "seed": 0}
     return CertificationReport(**{**common, "weights": "ab", "versions": {"torch": "2"}, **more}, images=made)
 
 
@@ -431,17 +482,17 @@ def test_the_bundled_model_and_its_name():
     assert a.certified_accuracy(0.1) > 0.5
     assert (a.name, b.name) == ("resnet8_digits", "resnet8_digits, lambda 1")
     mixed = timm_nrpm.create_model(DIGITS, pretrained=True, lam={"*": 0.5, "fc": 1.0})
-    assert certify(mixed, [(pixels[:1], labels[:1])], n0=1, n=1).name == "resnet8_digits, lambda 0.5 to 1"
-    assert certify(plain, [(pixels[:1], labels[:1])], n0=1, n=1, name="mine").name == "mine"
+    assert certify(mixed, [(pixels[:1], labels[:1])], n0=1, n=10).name == "resnet8_digits, lambda 0.5 to 1"
+    assert certify(plain, [(pixels[:1], labels[:1])], n0=1, n=10, name="mine").name == "mine"
     assert smoothed_predict(plain, pixels, 0.12, n=50) == tuple(labels.tolist())
 
 
 def test_the_bar_counts_images(capsys):
-    certify(Line(), loader(), n0=1, n=1)
+    certify(Line(), loader(), n0=1, n=10)
     assert capsys.readouterr().out == ""
-    certify(Line(), loader(5), n0=1, n=1, progress=True)
+    certify(Line(), loader(5), n0=1, n=10, progress=True)
     assert "5/5" in capsys.readouterr().out
-    certify(Line(), iter(loader(5)), n0=1, n=1, progress=True)  # of no known length
+    certify(Line(), iter(loader(5)), n0=1, n=10, progress=True)  # of no known length
     assert "5/" in capsys.readouterr().out
 
 
@@ -450,7 +501,7 @@ def test_a_picture(tmp_path, monkeypatch):
     others = [replace(one, sigma=0.5), replace(one, name="other"), report_of(*[(0, None, 0.0)] * 3, name="nothing")]
     assert plot_certified([one, *others], tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     drawn = plot_certified([one, *others], str(tmp_path / "a.svg")).read_text()
-    for text in ("net, sigma 0.25", "net, sigma 0.5", "other, sigma 0.25", "3 images, n = 100, confidence 0.001 each"):
+    for text in ("net, sigma 0.25", "net, sigma 0.5", "other, sigma 0.25", "3 images, n = 100, confidence 0.999 each"):
         assert text in drawn
     for reports, path, message in (
         ([], "a.png", "0 reports .* give at least one"),
@@ -484,7 +535,7 @@ def test_one_image_and_one_sample():
     with pytest.raises(ValueError, match="two classes at least"):
         certify(Constant(0.0), one, n=100)
     assert smoothed_predict(Constant(1.0, 0.0), one[0][0], n=100) == (0,)
-    assert certify(Constant(1.0, 0.0), one, n0=1, n=1, batch_size=1).images[0].predicted is None
+    assert certify(Constant(1.0, 0.0), one, n0=1, n=10, batch_size=1).images[0].predicted == 0
     assert certify(Constant(1.0, 1.0), one).images[0].predicted == 0  # of equals the first, as argmax says
 
 
@@ -520,14 +571,23 @@ def test_other_types_see_the_same_noise(dtype):
         (lambda: certify(Line(), loader(), seed=-1), "seed=-1 is not allowed: give an integer >= 0"),
         (
             lambda: certify(Line(), loader(), confidence=0),
-            "confidence=0 is not allowed: .* between 0 and 1, like 0.001",
+            "confidence=0 is not allowed: give a number >= 0.5 and < 1, the probability that a certificate is right",
         ),
+        (
+            lambda: certify(Line(), loader(), confidence=0.001),
+            "confidence=0.001 is not allowed: .* an alpha.* of 0.001 is confidence=0.999",
+        ),
+        (lambda: smoothed_predict(Line(), torch.rand(1, 3, 2, 2), confidence=0.05), "of 0.05 is confidence=0.95"),
+        (lambda: report_of((0, 0, 0.1), confidence=0.001), "an alpha.* of 0.001 is confidence=0.999"),
+        (lambda: lower_bound(9, 10, 1e-3), "an alpha.* of 0.001 is confidence=0.999"),
         (lambda: certify(Line(), loader(), confidence=1), "confidence=1 is"),
+        (lambda: certify(Line(), loader(), confidence="0.999"), "confidence='0.999' is"),
+        (lambda: certify(Line(), loader(), confidence=float("nan")), "confidence=nan is"),
         (lambda: certify(Line(), []), "gave no images"),
         (lambda: certify(Line(), [torch.rand(1, 3, 2, 2)]), "gives Tensor: give pairs"),
         (lambda: certify(Line(), [(torch.full((1, 3, 2, 2), 255.0), torch.tensor([0]))]), r"pixels in \[0, 1\]"),
         (lambda: certify(Line(), [(torch.rand(1, 3, 2, 2), torch.tensor([2]))]), "2 classes: give .* from 0 to 1"),
-        (lambda: certify(Line(), [(torch.rand(2, 3, 2, 2), torch.tensor([1]))]), "2 images and 1 labels"),
+        (lambda: certify(Line(), [(torch.rand(2, 3, 2, 2), torch.tensor([1]))]), "give 2 integers, one for each image"),
         (lambda: certify(nn.Conv2d(3, 3, 1), loader()), r"gives \[1, 3, 2, 2\] for 1 images: give a classifier"),
         (lambda: certify(Line(), loader(), mean=(0.5, 0.5)), "have 3 channels, and the model's normalisation has 2"),
         (lambda: smoothed_predict(Line(), torch.rand(1, 3, 2, 2), -1), "sigma=-1"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_nrpm import canvas
+from timm_nrpm.checks import check_number
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """One for each sigma, Okabe and Ito's, which colour-blind people tell apart."""
@@ -20,7 +21,7 @@ DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (9
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is certain of one image, except with probability `confidence` of the report.
+    """What is certain of one image, with the probability that is the `confidence` of the report.
 
     Attributes:
         label: The right class.
@@ -50,7 +51,8 @@ class CertificationReport:
         name: Of the model, for people and pictures.
         sigma: Standard deviation of the noise, in pixel units of [0, 1].
         n0, n: Samples that choose the class, and samples that bound its probability.
-        confidence: Probability, for every image, that its certificate is wrong; Cohen et al. call it alpha.
+        confidence: Probability, for every image, that its certificate is right, from 0.5 to below 1; what Cohen et al.
+            call alpha is `1 - confidence`.
         seed: Of the noise.
         weights: :func:`timm_nrpm.base.weights_sha256` of the model.
         versions: Of the libraries.
@@ -72,10 +74,24 @@ class CertificationReport:
     versions: dict[str, str]
     images: tuple[Certificate, ...] = field(repr=False)
 
+    def __post_init__(self) -> None:
+        check_confidence(self.confidence)
+
     def __str__(self) -> str:
         shares = f"certified {100 * self.certified_accuracy(0.0):.1f} %, abstained {100 * self.abstained:.1f} %"
         radius = f"average certified radius {self.average_certified_radius:.3f}"
-        return f"{self.name}, {len(self.images)} images, sigma {self.sigma:g}: {shares}, {radius}"
+        found = f"{self.name}, {len(self.images)} images, sigma {self.sigma:g}: {shares}, {radius}"
+        return f"{found}. {self.why_abstained()}" if self.abstained == 1 else found
+
+    def why_abstained(self) -> str:
+        """Why there is no certificate for an image that has none: the votes that it takes, and the most there were."""
+        most = max((image.votes for image in self.images if image.predicted is None), default=0)
+        reason = (
+            f"At confidence {self.confidence} a certificate takes {self.votes_needed} of {self.n} votes for one class, "
+            f"and no image had more than {most}: give more samples n, less noise sigma, or a model trained under noise."
+        )
+        lost, drawn = sum(image.not_a_number for image in self.images), len(self.images) * (self.n0 + self.n)
+        return f"{reason} {lost} of {drawn} noisy samples gave logits that are no numbers." if lost else reason
 
     @property
     def right(self) -> list[float]:
@@ -85,7 +101,7 @@ class CertificationReport:
     def certified_accuracy(self, radius: float) -> float:
         """Share of the images that are right and stay so under every change shorter than `radius`, L2 in pixel units.
 
-        On average, a share `confidence` of the certificates may be wrong (Cohen et al., section 4).
+        On average, a share `1 - confidence` of the certificates may be wrong (Cohen et al., section 4).
         """
         if not radius >= 0:
             raise ValueError(f"radius={radius!r} is not allowed: give an L2 distance >= 0, in pixel units.")
@@ -114,6 +130,11 @@ class CertificationReport:
         return sum(image.predicted is None for image in self.images) / len(self.images)
 
     @property
+    def votes_needed(self) -> int:
+        """The fewest of the n votes for one class that certify an image."""
+        return bisect_left(range(self.n + 1), True, key=lambda votes: lower_bound(votes, self.n, self.confidence) > 0.5)
+
+    @property
     def largest_radius(self) -> float:
         """The radius where all n samples agree: beyond it, more samples or more noise help, no other model does."""
         return certified_radius(lower_bound(self.n, self.n, self.confidence), self.sigma)
@@ -134,20 +155,40 @@ class CertificationReport:
         return cls(**{**data, "images": tuple(Certificate(**row) for row in data["images"])})
 
 
+MEANT = ", the probability that a certificate is right, such as 0.999"
+
+
+def check_confidence(value: Any) -> float:
+    """The confidence as a float, or a ValueError for one outside its range, such as an alpha."""
+    confidence = check_number("confidence", value, why=MEANT)
+    alpha = f"; an alpha, the probability that it is wrong, of {confidence} is confidence={1 - confidence}"
+    why = MEANT + alpha if 0 < confidence < 0.5 else MEANT
+    return check_number("confidence", value, least=0.5, below=1, why=why)
+
+
+def alpha_of(confidence: float) -> float:
+    """The probability `1 - confidence` that a certificate is wrong, which Cohen et al. call alpha.
+
+    From one half to 1 the difference of two floats is exact, so that nothing is lost however near 1 confidence is.
+    """
+    return 1.0 - check_confidence(confidence)
+
+
 def lower_bound(votes: int, n: int, confidence: float) -> float:
-    """The exact lower bound of a probability, too high with probability `confidence` at most.
+    """The exact lower bound of a probability, which holds with probability `confidence` at least.
 
     Clopper and Pearson's, one-sided (LOWERCONFBOUND in Cohen et al., section 3.2.2): the probability at which as many
-    votes of `n`, or more, come up with probability `confidence`.
+    votes of `n`, or more, come up with probability `1 - confidence`.
 
     Example:
-        >>> lower_bound(1000, 1000, confidence=0.001)
+        >>> lower_bound(1000, 1000, confidence=0.999)
         0.9931160484209338
     """
     from scipy.stats import beta
 
     # Never 1, of which nobody can be certain, and whose radius is infinite.
-    return min(float(beta.ppf(confidence, votes, n - votes + 1)), math.nextafter(1.0, 0.0)) if votes else 0.0
+    low = float(beta.ppf(alpha_of(confidence), votes, n - votes + 1)) if votes else 0.0
+    return min(low, math.nextafter(1.0, 0.0))
 
 
 def certified_radius(probability: float, sigma: float) -> float:
@@ -198,7 +239,7 @@ def plot_certified(reports: Sequence[CertificationReport], path: str | Path) -> 
     panel.set_xlim(left=0)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
-    one = {f"{len(r.images)} images, n = {r.n}, confidence {r.confidence:g}" for r in reports}
+    one = {f"{len(r.images)} images, n = {r.n}, confidence {r.confidence}" for r in reports}
     panel.set_title("Randomized smoothing" + (f", {one.pop()} each" if len(one) == 1 else ""))
     figure.savefig(path, dpi=120)
     return path

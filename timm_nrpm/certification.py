@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
-from numbers import Integral, Real
-from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,24 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from timm_nrpm.attacks import PixelModel
 from timm_nrpm.base import weights_sha256
-from timm_nrpm.certificates import Certificate, CertificationReport, certified_radius, lower_bound
-from timm_nrpm.images import check_batch, check_labels, check_pixels
+from timm_nrpm.certificates import (
+    Certificate,
+    CertificationReport,
+    alpha_of,
+    certified_radius,
+    check_confidence,
+    lower_bound,
+)
+from timm_nrpm.checks import check_integer, check_number
+from timm_nrpm.images import check_batch, check_labels, check_pixels, count_of
 from timm_nrpm.journal import Journal, digest_of
 from timm_nrpm.ordering import seed_of
-from timm_nrpm.reprogramming import evaluating, lambdas
+from timm_nrpm.reprogramming import evaluating, identity_of, lambdas
 from timm_nrpm.version import __version__
+from timm_nrpm.wrappers import subject_of
 
-FORMAT = 1
+FORMAT = 2
 
 
 def certify(
@@ -39,7 +45,7 @@ def certify(
     *,
     n0: int = 100,
     n: int = 1000,
-    confidence: float = 0.001,
+    confidence: float = 0.999,
     seed: int = 0,
     batch_size: int = 100,
     mean: tuple[float, ...] | None = None,
@@ -61,7 +67,8 @@ def certify(
         sigma: Standard deviation of the noise, in pixel units: more certifies larger radii of fewer images.
         n0, n: Samples that choose the class, and samples that bound its probability. No radius is beyond
             :attr:`CertificationReport.largest_radius`, which grows with `n`; the paper has n = 100,000.
-        confidence: The paper's alpha, in (0, 1): probability that the certificate of an image is wrong.
+        confidence: Probability that the certificate of an image is right, from 0.5 to below 1. The default is the
+            paper's alpha of 0.001, the probability that it is wrong.
         seed: Of the noise.
         batch_size: Samples that pass the model at once. Another one may round logits, and so votes, differently.
         mean, std: The model's normalisation, as in :func:`timm_nrpm.evaluate`.
@@ -71,8 +78,8 @@ def certify(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: A setting outside its range, pixels outside [0, 1], labels that are no classes, an empty loader, or
-            a `resume` that belongs to another run.
+        ValueError: A setting outside its range, an `n` so small that nothing could be certified, pixels outside [0, 1],
+            labels that are no classes, an empty loader, or a `resume` that belongs to another run.
 
     Example:
         >>> report = certify(model, loader, sigma=0.25, n=500, resume="certified.jsonl", progress=True)
@@ -80,12 +87,14 @@ def certify(
         resnet8_digits, 180 images, sigma 0.25: certified 86.1 %, abstained 13.9 %, average certified radius 0.256
     """
     smoothed = _Smoothed(model, mean, std, sigma, confidence, seed, batch_size)
-    n0, n = _count("n0", n0), _count("n", n)
+    n0, n = check_integer("n0", n0, least=1), check_integer("n", n, least=1)
+    # Where all n agree, the bound is alpha ** (1 / n), which must exceed one half.
+    _check_enough(n, smoothed.confidence, math.floor(-math.log2(alpha_of(smoothed.confidence))) + 1)
     settings: dict[str, Any] = {"sigma": smoothed.sigma, "n0": n0, "n": n}
     settings |= {"confidence": smoothed.confidence, "seed": smoothed.seed}
     settings["versions"] = {"timm_nrpm": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
     settings["weights"] = weights_sha256(model.state_dict())
-    journal = Journal(resume, {"format": FORMAT, **settings, **smoothed.net.identity()})
+    journal = Journal(resume, {"format": FORMAT, **settings, **identity_of(smoothed.net)})
     before = len(journal.rows)
     if list(journal.rows) != list(range(before)):
         raise ValueError(f"{resume} does not hold each image once: give another file.")
@@ -94,7 +103,7 @@ def certify(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # A DataLoader draws a seed from the global generator, which is put back.
     with evaluating(model), torch.random.fork_rng(devices=[]), Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task(f"Certifying, sigma {sigma:g}", total=None)
+        task = bar.add_task(f"Certifying, sigma {smoothed.sigma:g}", total=None)
         for number, (pixels, label, total) in enumerate(smoothed.images(loader)):
             seen = number + 1
             digest = digest_of(pixels, torch.tensor(label))
@@ -140,7 +149,7 @@ def smoothed_predict(
     sigma: float = 0.25,
     *,
     n: int = 1000,
-    confidence: float = 0.001,
+    confidence: float = 0.999,
     seed: int = 0,
     batch_size: int = 100,
     mean: tuple[float, ...] | None = None,
@@ -148,13 +157,14 @@ def smoothed_predict(
 ) -> tuple[int | None, ...]:
     """The smoothed model's class of every image, or None where it abstains (Cohen et al., section 3.2.1, PREDICT).
 
-    It abstains unless the two classes with the most votes differ at level `confidence`, by the two-sided binomial test.
+    It abstains unless the two classes with the most votes differ at level `1 - confidence`, by the two-sided binomial
+    test.
 
     Args:
         pixels: `[B, C, H, W]` in [0, 1]. The other arguments are those of :func:`certify`.
 
     Raises:
-        ValueError: A setting outside its range, or pixels outside [0, 1].
+        ValueError: A setting outside its range, an `n` so small that it could only abstain, or pixels outside [0, 1].
 
     Example:
         >>> smoothed_predict(model, pixels[18:21], sigma=0.25)
@@ -163,14 +173,16 @@ def smoothed_predict(
     from scipy.stats import binomtest
 
     smoothed = _Smoothed(model, mean, std, sigma, confidence, seed, batch_size)
-    n = _count("n", n)
-    check_pixels(pixels)
+    n, alpha = check_integer("n", n, least=1), alpha_of(smoothed.confidence)
+    # Where all n agree, the test gives 2 * 2 ** -n, which must not exceed alpha.
+    _check_enough(n, smoothed.confidence, math.ceil(1 - math.log2(alpha)))
+    pixels = check_pixels(pixels)
     predicted: list[int | None] = []
     with evaluating(model):
         for number, image in enumerate(smoothed.place(pixels)):
             votes = smoothed.votes(image, smoothed.noise(image, number), n)
             (first, second), (winner, _) = (t.tolist() for t in votes.topk(2))
-            sure = binomtest(first, first + second, 0.5).pvalue <= smoothed.confidence
+            sure = binomtest(first, first + second, 0.5).pvalue <= alpha
             predicted.append(winner if sure and winner < len(votes) - 1 else None)
     return tuple(predicted)
 
@@ -188,13 +200,11 @@ class _Smoothed:
         seed: int,
         batch_size: int,
     ) -> None:
-        for name, value, high in (("sigma", sigma, math.inf), ("confidence", confidence, 1.0)):
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < high:
-                limit = "> 0, in pixel units of [0, 1]" if high == math.inf else "between 0 and 1, like 0.001"
-                raise ValueError(f"{name}={value!r} is not allowed: give a number {limit}.")
-        self.sigma, self.confidence = float(sigma), float(confidence)
-        self.seed, self.batch_size = _count("seed", seed, 0), _count("batch_size", batch_size)
-        self.net = PixelModel(model, mean, std)
+        self.sigma = check_number("sigma", sigma, above=0, why=", in pixel units of [0, 1]")
+        self.confidence = check_confidence(confidence)
+        self.seed = check_integer("seed", seed, least=0)
+        self.batch_size = check_integer("batch_size", batch_size, least=1)
+        self.net = subject_of(model, mean, std).on_pixels()
 
     def place(self, pixels: Tensor) -> Tensor:
         """Pixels where and as the noise is added, whatever the type of the model."""
@@ -202,14 +212,12 @@ class _Smoothed:
 
     def images(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, int, int | None]]:
         """Every image `[C, H, W]`, its label, and how many images there seem to be, where a length tells."""
-        batches, before, classes = length_hint(loader), 0, 0
+        batches, before, classes = count_of(loader), 0, 0
         for i, batch in enumerate(loader):
             pixels, labels = check_batch(batch)
             placed = self.place(pixels)
             classes = classes or self.logits(placed[:1]).shape[1]
-            check_labels(labels, classes)
-            if len(pixels) != len(labels):
-                raise ValueError(f"The loader gives {len(pixels)} images and {len(labels)} labels: give one for each.")
+            labels = check_labels(labels, classes, count=len(pixels))
             total = before + len(pixels) * (batches - i) if batches else None
             for image, label in zip(placed, labels.tolist(), strict=True):
                 yield image, label, total
@@ -242,10 +250,13 @@ class _Smoothed:
         return counted
 
 
-def _count(name: str, value: Any, low: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-        raise ValueError(f"{name}={value!r} is not allowed: give an integer >= {low}.")
-    return int(value)
+def _check_enough(n: int, confidence: float, least: int) -> None:
+    """Raise a ValueError for fewer samples than it takes where all of them agree."""
+    if n < least:
+        raise ValueError(
+            f"n={n} is not allowed: at confidence {confidence} it would abstain on every image, even if all samples "
+            f"agreed; give n={least} or more, such as 1000."
+        )
 
 
 def _name(model: nn.Module) -> str:

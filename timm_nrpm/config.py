@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from timm_nrpm.checks import check_choice, check_integer, check_number, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,11 +36,7 @@ OPTIMIZERS = (
 
 def check_lam(value: Any, where: str = "lam") -> float:
     """Return `value` as a float in [0, 1], or raise a ValueError that says what `where` may be."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
-        raise ValueError(
-            f"{where}={value!r} is not allowed: lambda is a number from 0 (the robust estimate) to 1 (the plain layer)."
-        )
-    return float(value)
+    return check_number(where, value, least=0, most=1, why=", where 0 is the robust estimate and 1 the plain layer")
 
 
 @dataclass(frozen=True)
@@ -97,10 +94,12 @@ class NRPMConfig:
             isinstance(name, str) for name in names
         ):
             raise ValueError(
-                f'layers={self.layers!r} is not understood: give a pattern like "layer1.*", several in a list, '
+                f'layers={shown(self.layers)} is not understood: give a pattern like "layer1.*", several in a list, '
                 '"first:4", or a function of name and module.'
             )
-        check_estimator(self.iterations, self.eps, self.penalty, self.delta, self.gamma)
+        settings = check_estimator(self.iterations, self.eps, self.penalty, self.delta, self.gamma)
+        for name, value in settings._asdict().items():
+            object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         if callable(self.layers):
@@ -118,21 +117,30 @@ class NRPMConfig:
         return cls(**json.loads(text))
 
 
-def check_estimator(iterations: int, eps: float, penalty: str, delta: float = 3.0, gamma: float = 4.0) -> None:
-    """Raise a ValueError unless these are settings the estimator can run with."""
-    if isinstance(iterations, bool) or not isinstance(iterations, Integral) or iterations < 0:
-        raise ValueError(f"iterations={iterations!r} is not allowed: give an integer K >= 0 (0 is the plain layer).")
-    for name, value in (("eps", eps), ("delta", delta), ("gamma", gamma)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value!r} is not allowed: give a finite number > 0.")
-    if eps < SMALLEST_EPS:
+class Estimator(NamedTuple):
+    """The settings of the robust estimate; :class:`NRPMConfig` explains each."""
+
+    iterations: int
+    eps: float
+    penalty: str
+    delta: float
+    gamma: float
+
+
+def check_estimator(iterations: int, eps: float, penalty: str, delta: float = 3.0, gamma: float = 4.0) -> Estimator:
+    """Return the settings as plain numbers, or raise a ValueError where the estimator cannot run with them."""
+    settings = Estimator(
+        check_integer("iterations", iterations, least=0, why=", the paper's K (0 is the plain layer)"),
+        check_number("eps", eps, least=SMALLEST_EPS, why=", since (1 / eps)^2 must fit float32"),
+        check_choice("penalty", penalty, PENALTIES),
+        check_number("delta", delta, above=0),
+        check_number("gamma", gamma, above=0),
+    )
+    if settings.penalty == "huber-mcp" and settings.gamma <= settings.delta:
         raise ValueError(
-            f"eps={eps!r} is not allowed: give {SMALLEST_EPS:g} or more, since (1 / eps)^2 must fit float32."
+            f"gamma={settings.gamma} must be larger than delta={settings.delta} for the huber-mcp penalty."
         )
-    if penalty not in PENALTIES:
-        raise ValueError(f"penalty={penalty!r} is not known: choose one of {', '.join(PENALTIES)}.")
-    if penalty == "huber-mcp" and gamma <= delta:
-        raise ValueError(f"gamma={gamma!r} must be larger than delta={delta!r} for the huber-mcp penalty.")
+    return settings
 
 
 @dataclass(frozen=True)
@@ -236,42 +244,31 @@ class TuneConfig:
         choices = {"paradigm": PARADIGMS, "objective": OBJECTIVES, "gradient": GRADIENTS, "precision": PRECISIONS}
         choices |= {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose one of {', '.join(allowed)}.")
+            check_choice(name, getattr(self, name), allowed)
         if self.output is not None:
             object.__setattr__(self, "output", str(self.output))
-        counts = (
-            "steps",
-            "epochs",
-            "patience",
-            "accumulate",
-            "keep",
-            "checkpoint_every",
-            "evaluate_steps",
-            "log_every",
-        )
-        least = dict.fromkeys(counts, 1)
-        least |= dict.fromkeys(("warmup_epochs", "seed", "target_start", "calibrate"), 0)
-        for name, low in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-                raise ValueError(f"{name}={value!r} is not allowed: give an integer >= {low}.")
-        at_most = {"eps": 1.0, "step_size": 1.0, "evaluate_eps": 1.0, "target_momentum": 1.0}
-        at_most |= dict.fromkeys(("beta", "weight_perturbation", "lr", "lam_lr", "weight_decay"), math.inf)
-        for name, high in at_most.items():
-            value = getattr(self, name)
-            if value is None and name in ("step_size", "evaluate_eps"):
-                continue
-            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not 0 <= value <= high:
-                limit = f"from 0 to {high:g}" if high < math.inf else ">= 0"
-                raise ValueError(f"{name}={value!r} is not allowed: give a number {limit}.")
-        if self.clip is not None and not (isinstance(self.clip, Real) and self.clip > 0):
-            raise ValueError(f"clip={self.clip!r} is not allowed: give a number > 0, or None to let any gradient pass.")
+        self._check_numbers()
         if self.push_to is not None and self.output is None:
             raise ValueError(f"push_to={self.push_to!r} needs output, the folder where variants wait to be sent.")
         if self.evaluate_eps == 0:
             raise ValueError("evaluate_eps=0 attacks nothing: give the change of a pixel, like 8 / 255.")
+
+    def _check_numbers(self) -> None:
+        """Make every number a plain one, or raise a ValueError that names its range."""
+        counts = ("steps", "epochs", "patience", "accumulate", "keep")
+        least = dict.fromkeys((*counts, "checkpoint_every", "evaluate_steps", "log_every"), 1)
+        least |= dict.fromkeys(("warmup_epochs", "seed", "target_start", "calibrate"), 0)
+        for name, low in least.items():
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), least=low))
+        at_most = {"eps": 1.0, "step_size": 1.0, "evaluate_eps": 1.0, "target_momentum": 1.0}
+        at_most |= dict.fromkeys(("beta", "weight_perturbation", "lr", "lam_lr", "weight_decay"), math.inf)
+        for name, high in at_most.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("step_size", "evaluate_eps"):
+                object.__setattr__(self, name, check_number(name, value, least=0, most=high))
+        if self.clip is not None:
+            why = ", or None to let any gradient pass"
+            object.__setattr__(self, "clip", check_number("clip", self.clip, above=0, why=why))
 
     @property
     def attack_steps(self) -> int:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import difflib
 import zlib
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
-from numbers import Integral
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,11 +21,14 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from timm_nrpm.attacks import PixelModel
+from timm_nrpm.calibration import plain_of
+from timm_nrpm.checks import check_integer
 from timm_nrpm.corruption_report import Answers, CorruptionReport
-from timm_nrpm.images import check_batch, check_labels, check_pixels
-from timm_nrpm.reprogramming import evaluating, plain_copy, reprogrammed_layers
+from timm_nrpm.images import check_batch, check_labels, check_pixels, count_of
+from timm_nrpm.pixel_model import PixelModel
+from timm_nrpm.reprogramming import evaluating, reprogrammed_layers
 from timm_nrpm.version import __version__
+from timm_nrpm.wrappers import subject_of
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
@@ -97,13 +99,12 @@ def corrupt(pixels: Tensor, kind: str, severity: int, *, seed: int = 0, first: i
         >>> corrupt(pixels, "missing_pixels", 3).shape == pixels.shape
         True
     """
-    _check_request((kind,), (severity,), seed)
-    _check_count("first", first)
+    (severity,), seed = _check_request((kind,), (severity,), seed)
+    first = check_integer("first", first, least=0)
     if not isinstance(pixels, Tensor):
         raise ValueError(f"pixels are a {type(pixels).__name__}: give a tensor [B, C, H, W].")
     _check_images(pixels, (kind,))
-    check_pixels(pixels.detach(), "pixels have")
-    images = pixels.detach().cpu().double().numpy()
+    images = check_pixels(pixels.detach(), "pixels have").cpu().double().numpy()
     places = range(first, first + len(images))
     corrupted = [_corrupt_one(image, kind, severity, seed, place) for image, place in zip(images, places, strict=True)]
     return torch.from_numpy(np.stack(corrupted)).to(pixels)
@@ -150,20 +151,21 @@ def evaluate_corruptions(
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     severities = tuple(severities) if isinstance(severities, Iterable) else (severities,)
-    _check_request(kinds, severities, seed)
-    if baseline is None and reprogrammed_layers(model):
-        baseline = plain_copy(model)
-    models = [model] if baseline is None else [model, baseline]
-    clean: list[list[bool]] = [[] for _ in models]
-    corrupted = [{kind: {int(s): list[bool]() for s in severities} for kind in kinds} for _ in models]
-    with evaluating(model), evaluating(models[-1]), Progress(disable=not progress) as bar:
-        nets = [PixelModel(m, mean, std) for m in models]
-        batches = len(loader) if isinstance(loader, Sized) else None
+    severities, seed = _check_request(kinds, severities, seed)
+    nets = [subject_of(model, mean, std).on_pixels()]
+    if baseline is not None:
+        nets.append(subject_of(baseline, mean, std).on_pixels())
+    elif reprogrammed_layers(nets[0].model):
+        nets.append(plain_of(nets[0], loader))
+    clean: list[list[bool]] = [[] for _ in nets]
+    corrupted = [{kind: {s: list[bool]() for s in severities} for kind in kinds} for _ in nets]
+    with evaluating(nets[0]), evaluating(nets[-1]), Progress(disable=not progress) as bar:
+        batches = count_of(loader)
         task = bar.add_task("Corrupting", total=batches and batches * len(kinds) * len(severities))
         for batch in loader:
             pixels, labels = check_batch(batch)
             _check_images(pixels, kinds)
-            check_labels(labels, count=len(pixels))
+            labels = check_labels(labels, count=len(pixels))
             first = len(clean[0])
             for net, right in zip(nets, clean, strict=True):
                 right += _right(net, pixels, labels)
@@ -179,7 +181,7 @@ def evaluate_corruptions(
         Answers(tuple(right), {k: {s: tuple(images) for s, images in by.items()} for k, by in by_kind.items()})
         for right, by_kind in zip(clean, corrupted, strict=True)
     ]
-    return CorruptionReport(answers[0], answers[1] if baseline is not None else None, int(seed), _versions(kinds))
+    return CorruptionReport(answers[0], answers[1] if len(nets) > 1 else None, seed, _versions(kinds))
 
 
 def _right(net: PixelModel, pixels: Tensor, labels: Tensor) -> list[bool]:
@@ -266,8 +268,8 @@ def _versions(kinds: Sequence[str]) -> dict[str, str]:
     return found | {name: str(import_module(name).__version__) for name in modules}
 
 
-def _check_request(kinds: Sequence[str], severities: Sequence[int], seed: int) -> None:
-    """Before anything is computed: names, numbers, and whether the library is there."""
+def _check_request(kinds: Sequence[str], severities: Sequence[int], seed: int) -> tuple[tuple[int, ...], int]:
+    """The severities and the seed as plain integers, after a check of all that was asked for and of the library."""
     for name, given, allowed in (("kinds", kinds, CORRUPTIONS), ("severities", severities, SEVERITIES)):
         if not given or len(set(given)) < len(given):
             raise ValueError(
@@ -278,17 +280,11 @@ def _check_request(kinds: Sequence[str], severities: Sequence[int], seed: int) -
             near = difflib.get_close_matches(str(kind), CORRUPTIONS, n=3, cutoff=0.5)
             advice = f"Near names: {', '.join(near)}." if near else f"There are: {', '.join(CORRUPTIONS)}."
             raise ValueError(f"kind={kind!r} is not known. {advice}")
-    for severity in severities:
-        if isinstance(severity, bool) or not isinstance(severity, Integral) or severity not in SEVERITIES:
-            raise ValueError(f"severity={severity!r} is not allowed: give an integer from 1 to 5.")
-    _check_count("seed", seed)
+    whole = tuple(check_integer("severity", s, least=SEVERITIES[0], most=SEVERITIES[-1]) for s in severities)
+    seed = check_integer("seed", seed, least=0)
     if not set(kinds) <= set(NATIVE):
         _library()
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-        raise ValueError(f"{name}={value!r} is not allowed: give an integer >= 0.")
+    return whole, seed
 
 
 def _check_images(pixels: Tensor, kinds: Sequence[str]) -> None:

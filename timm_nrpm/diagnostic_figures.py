@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from timm_nrpm.attacks import PixelModel
 from timm_nrpm.canvas import SIGNED, STYLES, figure, target
+from timm_nrpm.checks import check_integer
 from timm_nrpm.diagnostics import EmbeddingDifferences, embeddings
 from timm_nrpm.images import check_pair
 from timm_nrpm.landscape import LossLandscape
+from timm_nrpm.pixel_model import PixelModel
+from timm_nrpm.wrappers import subject_of
 
 HEADINGS = {
     "own": "sign of the own gradient",
@@ -127,8 +129,7 @@ def draw_embeddings(
     """
     if not models:
         raise ValueError('models is empty: give {"plain": plain, "lambda 0.5": model}.')
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ValueError(f"channels={channels!r} is not allowed: give an integer >= 1.")
+    channels = check_integer("channels", channels, least=1)
     by_model = attacked if isinstance(attacked, Mapping) else dict.fromkeys(models, attacked)
     if by_model.keys() != models.keys():
         raise ValueError(f"attacked has {', '.join(by_model)}, and models {', '.join(models)}: give the same names.")
@@ -140,7 +141,7 @@ def draw_embeddings(
     clean: dict[str, tuple[dict[str, Tensor], str]] = {}
     moved: dict[str, tuple[dict[str, Tensor], str]] = {}
     for name, model in models.items():
-        net = PixelModel(model, mean, std)
+        net = subject_of(model, mean, std).on_pixels()
         clean[name], moved[name] = _look_inside(net, pixels, layers), _look_inside(net, by_model[name], layers)
     rows = _shared({name: maps for name, (maps, _) in clean.items()}, layers is None)
     drawing = figure(4.1 * len(models) + 2.2, 1.4 * len(rows) + 1.0)

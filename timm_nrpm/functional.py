@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_nrpm.config import check_estimator, check_lam
+from timm_nrpm.config import Estimator, check_estimator, check_lam
 from timm_nrpm.estimator import Penalty
 from timm_nrpm.kernels import robust_sum
 from timm_nrpm.kernels.convolution import Convolution, Pair
@@ -48,17 +48,19 @@ def _at_hand(lam: Tensor) -> bool:
     return lam.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check(lam: float | Tensor, *estimator: Any) -> float | Tensor:
-    """Lambda, after a check of all settings; but not in a graph, where numbers may be symbols and values unknown."""
-    if not torch.compiler.is_compiling():
-        check_estimator(*estimator)
+def _check(
+    lam: float | Tensor, iterations: int, eps: float, penalty: str, delta: float, gamma: float
+) -> tuple[float | Tensor, Estimator]:
+    """Lambda and the settings as plain numbers; unchecked in a graph, where numbers may be symbols."""
+    graph = torch.compiler.is_compiling()
+    settings = (Estimator if graph else check_estimator)(iterations, eps, penalty, delta, gamma)
     if not isinstance(lam, Tensor):
-        return lam if torch.compiler.is_compiling() else check_lam(lam)
+        return lam if graph else check_lam(lam), settings
     if lam.numel() != 1:
         raise ValueError(f"lam has shape {list(lam.shape)}, and one lambda serves the whole layer: give one number.")
     if _at_hand(lam):
         check_lam(lam.item())
-    return lam.reshape(())
+    return lam.reshape(()), settings
 
 
 def _precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -134,7 +136,7 @@ def nrpm_linear(
         >>> nrpm_linear(x, weight, lam=0.8).shape
         torch.Size([2, 5, 10])
     """
-    lam = _check(lam, iterations, eps, penalty, delta, gamma)
+    lam, (iterations, eps, penalty, delta, gamma) = _check(lam, iterations, eps, penalty, delta, gamma)
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"nrpm_linear got x {list(x.shape)} and weight {list(weight.shape)}: x must be [..., D] and weight [O, D]."
@@ -197,7 +199,7 @@ def nrpm_conv2d(
         >>> nrpm_conv2d(x, weight, padding="same", lam=0.8).shape
         torch.Size([2, 8, 32, 32])
     """
-    lam = _check(lam, iterations, eps, penalty, delta, gamma)
+    lam, (iterations, eps, penalty, delta, gamma) = _check(lam, iterations, eps, penalty, delta, gamma)
     if weight.ndim != 4 or x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
         raise ValueError(
             f"nrpm_conv2d got x {list(x.shape)}, weight {list(weight.shape)} and groups={groups}: "

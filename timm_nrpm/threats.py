@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from timm_nrpm.checks import check_choice, check_integer, check_number
+
 NORMS = ("Linf", "L2", "L1", "L0")
 
 SLACK = 1e-5
@@ -35,13 +37,12 @@ class Threat:
     eps: float = 8 / 255
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise ValueError(f"norm={self.norm!r} is not known: choose one of {', '.join(NORMS)}.")
-        number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool) and math.isfinite(self.eps)
-        if not number or self.eps <= 0 or (self.norm == "Linf" and self.eps > 1):
-            raise ValueError(f"eps={self.eps!r} is not allowed: under {self.norm} it is {LIMITS[self.norm]}.")
-        if self.norm == "L0" and self.eps != int(self.eps):
-            raise ValueError(f"eps={self.eps!r} is not allowed: under L0 it is {LIMITS['L0']}.")
+        check_choice("norm", self.norm, NORMS)
+        why, most = f"; under {self.norm} it is {BOUNDS[self.norm]}", 1 if self.norm == "Linf" else math.inf
+        eps = check_number("eps", self.eps, above=0, most=most, why=why)
+        if self.norm == "L0":
+            eps = check_integer("eps", int(eps) if eps.is_integer() else eps, least=1, why=why)
+        object.__setattr__(self, "eps", eps)
 
     def __str__(self) -> str:
         return f"{self.norm} {self.eps:.4g}"
@@ -93,12 +94,13 @@ class Threat:
         return self.project(pixels, pixels + change)
 
 
-LIMITS = {
-    "Linf": "a change of a pixel in (0, 1], like 8 / 255",
-    "L2": "a length > 0 in pixel units, like 0.5",
-    "L1": "a sum > 0 in pixel units, like 12",
-    "L0": "a whole number of pixels >= 1",
+BOUNDS = {
+    "Linf": "the largest change of a pixel in [0, 1], like 8 / 255",
+    "L2": "the length of the change in pixel units, like 0.5",
+    "L1": "the sum of the changes in pixel units, like 12",
+    "L0": "a whole number of pixels",
 }
+"""What the bound of each norm is, for messages."""
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+"""Checks of what a caller gives, one for each kind: a number, an integer, one of several words.
+
+Each returns the plain Python value, so that settings are equal, hashable and JSON whichever library a number came from,
+or raises a ValueError that says what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    why: str = "",
+) -> float:
+    """A finite number within its bounds, as a float.
+
+    Args:
+        name: The argument, for the message.
+        value: Any real number, also NumPy's and torch's, such as a tensor without dimensions; no boolean.
+        least, most: The smallest and the largest value that is allowed.
+        above, below: Bounds that are not allowed themselves.
+        why: What the message adds to the range, such as a unit or an example.
+
+    Raises:
+        ValueError: It is no such number.
+
+    Example:
+        >>> check_number("eps", np.float32(0.5), above=0)
+        0.5
+        >>> check_number("eps", 0, above=0, why=", in pixel units of [0, 1]")
+        ValueError: eps=0 is not allowed: give a number > 0, in pixel units of [0, 1].
+    """
+    number = _plain(value, Real)
+    try:
+        found = math.nan if number is None else float(number)
+    except OverflowError:  # an integer beyond all floats
+        found = math.inf
+    if math.isfinite(found) and least <= found <= most and above < found < below:
+        return found
+    raise _refused(name, value, "number", least, most, above, below, why)
+
+
+def check_integer(name: str, value: Any, *, least: float = -math.inf, most: float = math.inf, why: str = "") -> int:
+    """An integer within its bounds, as an int; the arguments are those of :func:`check_number`.
+
+    Example:
+        >>> check_integer("steps", np.int64(20), least=1)
+        20
+        >>> check_integer("steps", 1.5, least=1)
+        ValueError: steps=1.5 is not allowed: give an integer >= 1.
+    """
+    number = _plain(value, Integral)
+    if number is not None and least <= number <= most:
+        return int(number)
+    raise _refused(name, value, "integer", least, most, -math.inf, math.inf, why)
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
+    """One of several words.
+
+    Example:
+        >>> check_choice("norm", "L7", ("Linf", "L2"))
+        ValueError: norm='L7' is not known: choose one of Linf, L2.
+    """
+    allowed = tuple(allowed)
+    if isinstance(value, str) and value in allowed:
+        return value
+    raise ValueError(f"{name}={shown(value)} is not known: choose one of {', '.join(allowed)}.")
+
+
+def shown(value: Any) -> str:
+    """A value as a message repeats it: on one line, and not all of a long one."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _plain(value: Any, kind: type) -> Any:
+    """Python's number for a value of this kind or for an array without dimensions that holds one; None for others."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+def _refused(
+    name: str, value: Any, kind: str, least: float, most: float, above: float, below: float, why: str
+) -> ValueError:
+    """The error for a number outside its range, which it names."""
+    article = "an" if kind == "integer" else "a"
+    if least > -math.inf and most < math.inf:
+        allowed = f" from {least:g} to {most:g}"
+    else:
+        bounds = ((">=", least), (">", above), ("<=", most), ("<", below))
+        allowed = " and".join(f" {sign} {bound:g}" for sign, bound in bounds if math.isfinite(bound))
+    return ValueError(f"{name}={shown(value)} is not allowed: give {article} {kind}{allowed}{why}.")
