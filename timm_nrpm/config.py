@@ -148,9 +148,13 @@ class TuneConfig:
     """How lambda, or everything, is tuned: adversarial training (NRPM, arXiv 2410.04577, section 4, paradigms 2 and 3).
 
     Args:
-        paradigm: What trains: `"lambda"`, one number a layer, every weight frozen (paradigm 2), or `"all"` (3).
-        trainable: In place of the paradigm, globs of parameter names: `("*.lam", "layer4.*", "fc.*")`. What is frozen
-            stays as it is, BatchNorm statistics and dropout included.
+        paradigm: What trains: `"lambda"`, one number a layer, every weight frozen (paradigm 2), or `"all"`, these and
+            every weight that is not frozen (paradigm 3). What you froze by `requires_grad_(False)` stays frozen, also
+            a lambda of a model that was reprogrammed with `learnable=True`; without it all lambdas are frozen, and
+            train all the same.
+        trainable: In place of the paradigm, globs of parameter names: `("*.lam", "layer4.*", "fc.*")`. What they match
+            trains even if it was frozen. In either case what does not train stays as it is, the statistics of a
+            BatchNorm whose weight and bias are frozen and the dropout of a frozen block included.
         objective: The loss, see :mod:`timm_nrpm.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
             sum of the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"` or `"awp"`.
         eps: Largest change of a pixel in the inner attack, Linf, in pixel units of [0, 1]; 0 attacks nothing.
