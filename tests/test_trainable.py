@@ -163,6 +163,29 @@ def test_tuning_everything_moves_nothing_that_is_frozen():
     )
 
 
+# --- torch.inference_mode ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("paradigm", ["lambda", "all"])
+def test_a_caller_without_gradients_tunes_all_the_same(mode, paradigm):
+    config = TuneConfig(paradigm=paradigm, objective="fgsm", eps=0.1, epochs=1)
+    want, got = (timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9) for _ in range(2))
+    tune(want, images(), config)
+    with mode():
+        tune(got, images(), config)
+        assert not torch.is_grad_enabled()
+    assert all(torch.equal(a, b) for a, b in zip(want.state_dict().values(), got.state_dict().values(), strict=True))
+
+
+def test_weights_of_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9)
+    for paradigm in ("lambda", "all"):
+        with pytest.raises(ValueError, match=r"made under torch\.inference_mode"):
+            tune(model, images(), TuneConfig(paradigm=paradigm, epochs=1))
+
+
 def test_everything_is_given_back(model):
     model.train()
     model.body.eval()

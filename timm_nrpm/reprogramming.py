@@ -199,6 +199,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def check_gradients(model: nn.Module) -> None:
+    """Raise a ValueError for a model through whose weights no gradient goes."""
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            f"The weights of this {type(model).__name__} were made under torch.inference_mode, and no gradient goes "
+            "through them: make or load the model outside of it."
+        )
+
+
 @contextmanager
 def attackable(model: nn.Module) -> Iterator[None]:
     """`evaluating`, and no Parameter takes a gradient: an attack needs that of the pixels alone.
@@ -206,11 +215,7 @@ def attackable(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: Weights made under `torch.inference_mode`, through which no gradient goes.
     """
-    if any(p.is_inference() for p in model.parameters()):
-        raise ValueError(
-            f"The weights of this {type(model).__name__} were made under torch.inference_mode, and no gradient goes "
-            "through them: make or load the model outside of it."
-        )
+    check_gradients(model)
     learning = [p for p in model.parameters() if p.requires_grad]
     with torch.inference_mode(False), evaluating(model), torch.enable_grad():
         for parameter in learning:

@@ -14,7 +14,7 @@ from torch import nn
 
 from timm_nrpm.config import TuneConfig
 from timm_nrpm.layers import Reprogrammed
-from timm_nrpm.reprogramming import reprogrammed_layers
+from timm_nrpm.reprogramming import check_gradients, reprogrammed_layers
 
 
 def select_(model: nn.Module, config: TuneConfig) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -28,12 +28,13 @@ def select_(model: nn.Module, config: TuneConfig) -> tuple[list[nn.Parameter], l
         The lambdas that train, and the other parameters that do.
 
     Raises:
-        ValueError: A model that is not reprogrammed or whose layers are all plain, a glob that matches nothing, or
-            nothing left to train. The model is untouched.
+        ValueError: A model that is not reprogrammed, whose layers are all plain, or whose weights were made under
+            `torch.inference_mode`; a glob that matches nothing; or nothing left to train. The model is untouched.
     """
     layers = reprogrammed_layers(model)
     if not layers:
         raise ValueError("This model is not reprogrammed: call timm_nrpm.reprogram_(model, config) first.")
+    check_gradients(model)
     settings = next(iter(layers.values())).config
     if settings.iterations == 0 or settings.penalty == "l2":
         raise ValueError(
@@ -111,7 +112,8 @@ def given_back(model: nn.Module) -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])
             for parameter, flag in learning.items():
-                parameter.requires_grad_(flag)
+                if parameter.requires_grad != flag:  # not even the flag it has may be set for some weights
+                    parameter.requires_grad_(flag)
                 parameter.grad = None
             for module, mode in modes.items():
                 module.training = mode
