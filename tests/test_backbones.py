@@ -5,10 +5,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.mlp_mixer import MixerBlock
+from timm.models.resnet import BasicBlock
 from torch import nn
 
 import timm_nrpm
 from timm_nrpm.backbones import BACKBONES, LinearMLP, load_published_
+from timm_nrpm.registry import DIGITS
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "shared" / "checkpoints"
 PUBLISHED = {"mlp3_mnist": "mlp3_mnist_model.pth", "resnet18_cifar_narrow": "tinyresnet18_cifar10_model.t7"}
@@ -66,6 +69,45 @@ def test_each_is_a_timm_model(name):
     assert torch.equal(normalised(pixels), logits)  # pixels as they are
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize("name", [DIGITS, f"nrpm_{DIGITS}", "resnet10_cifar_narrow", "nrpm_mixer2_cifar"])
+def test_checkpointing_gives_the_same_gradients(name):
+    pretrained = DIGITS in name
+    plain, checkpointed = (timm.create_model(name, pretrained=pretrained) for _ in range(2))
+    checkpointed.load_state_dict(plain.state_dict())
+    checkpointed.set_grad_checkpointing()
+    pixels = torch.rand(3, *plain.pretrained_cfg["input_size"])
+    blocks, counted = [m for m in checkpointed.modules() if isinstance(m, (BasicBlock, MixerBlock))], []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: counted.append(1))
+    for model in (plain, checkpointed):
+        model.train()(pixels).square().sum().backward()
+    assert len(counted) == 2 * len(blocks)  # each again on the way back
+    for (key, want), got in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert want.grad is None if got.grad is None else torch.equal(want.grad, got.grad), key
+
+
+@pytest.mark.parametrize("name", ["mlp1_mnist", "mlp3_mnist", "lenet_mnist", "lenet_svhn"])
+def test_a_few_layers_have_nothing_to_checkpoint(name):
+    model = timm.create_model(name)
+    model.set_grad_checkpointing(False)
+    with pytest.raises(ValueError, match=r"nothing to gain in a \w+ of a few layers: leave it off"):
+        model.set_grad_checkpointing()
+
+
+@pytest.mark.parametrize("name", [DIGITS, "resnet10_cifar_narrow"])
+def test_intermediate_features_are_as_large_as_they_say(name):
+    model = timm.create_model(name).eval()
+    size = model.pretrained_cfg["input_size"]
+    pixels = torch.rand(2, *size)
+    features = timm.create_model(name, features_only=True).eval()
+    features.load_state_dict(model.state_dict(), strict=False)
+    final, maps = model.forward_intermediates(pixels)
+    assert torch.equal(final, model.forward_features(pixels))
+    assert all(map(torch.equal, maps, features(pixels)))
+    info = zip(features.feature_info.channels(), features.feature_info.reduction(), strict=True)
+    assert [list(m.shape[1:]) for m in maps] == [[c, size[1] // r, size[2] // r] for c, r in info]
 
 
 @pytest.mark.parametrize("name", BACKBONES)

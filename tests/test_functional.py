@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -232,3 +233,22 @@ def test_second_derivatives_are_refused():
 def test_bad_calls(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor])
+def test_numbers_of_other_libraries(number):
+    x, weight = torch.randn(2, 4, 6, 6, requires_grad=True), torch.randn(3, 4, 3, 3, requires_grad=True)
+    numbers = {"lam": 0.5, "eps": 0.125, "delta": 0.25, "gamma": 1.0}
+    integers = {"stride": 2, "padding": 1, "dilation": 2, "groups": 1}
+    want = nrpm_conv2d(x, weight, **numbers, **integers, iterations=2, penalty="huber-mcp")
+    theirs = {key: number(value) for key, value in numbers.items()}
+    got = nrpm_conv2d(
+        x, weight, **theirs, **{key: np.int64(value) for key, value in integers.items()}, iterations=np.int32(2),
+        penalty="huber-mcp",
+    )  # fmt: skip
+    assert torch.equal(got, want)
+    assert torch.equal(torch.autograd.grad(got.sum(), x)[0], torch.autograd.grad(want.sum(), x)[0])
+    rows, matrix = torch.randn(3, 8), torch.randn(5, 8)
+    assert torch.equal(
+        nrpm_linear(rows, matrix, **theirs, iterations=np.uint8(3)), nrpm_linear(rows, matrix, **numbers)
+    )

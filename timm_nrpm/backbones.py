@@ -53,6 +53,10 @@ class LinearMLP(nn.Module):
             self.add_module(f"fc{i}", nn.Linear(inputs, outputs, device=device, dtype=dtype))
         self._add_classifier(num_classes, device=device, dtype=dtype)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Refuse to trade time for memory, of which these few layers keep hardly any."""
+        _refuse_checkpointing(self, enable)
+
     def get_classifier(self) -> nn.Module:
         """The last layer."""
         return self.get_submodule(f"fc{self.depth}")
@@ -79,6 +83,13 @@ class LinearMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _refuse_checkpointing(model: nn.Module, enable: bool) -> None:
+    if enable:
+        raise ValueError(
+            f"Gradient checkpointing has nothing to gain in a {type(model).__name__} of a few layers: leave it off."
+        )
 
 
 class LeNet(nn.Module):
@@ -118,6 +129,10 @@ class LeNet(nn.Module):
         self.conv2 = nn.Conv2d(channels[0], channels[1], 5, **placement)
         self.fc1 = nn.Linear(channels[1] * math.prod(sides), hidden, **placement)
         self._add_classifier(num_classes, **placement)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Refuse to trade time for memory, of which these few layers keep hardly any."""
+        _refuse_checkpointing(self, enable)
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""

@@ -237,4 +237,4 @@ def nrpm_conv2d(
 
 
 def _pair(value: int | Sequence[int]) -> Pair:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+    return (int(value[0]), int(value[-1])) if isinstance(value, Sequence) else (value, value)

@@ -53,7 +53,10 @@ class _SmallResNet(CifarResNet):
 
     def __init__(self, in_chans: int = 1, **kwargs: Any) -> None:
         super().__init__(in_chans, (8, 16, 32, 32), block=BasicBlock, layers=(1, 1, 1, 1), **kwargs)
-        self.layer4 = nn.Identity()  # would see one pixel and eight of padding
+        # A fourth stage would see one pixel and eight of padding. It is empty and no Identity, since timm walks through
+        # the blocks of every stage for checkpointing and for intermediate features.
+        self.layer4 = nn.Sequential()
+        self.feature_info[4]["reduction"] = self.feature_info[3]["reduction"]
 
 
 @register_model

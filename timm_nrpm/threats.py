@@ -83,9 +83,9 @@ class Threat:
     def around(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Images drawn within the bound, each by its own generator on the CPU, `[B, C, H, W]`."""
         if self.norm == "Linf":
-            draws = [2 * torch.rand(pixels.shape[1:], generator=g) - 1 for g in generators]
+            draws = [2 * torch.rand(pixels.shape[1:], generator=g, dtype=torch.float32) - 1 for g in generators]
             return self.project(pixels, pixels + self.eps * torch.stack(draws).to(pixels))
-        draws = [torch.randn(pixels.shape[1:], generator=g) for g in generators]
+        draws = [torch.randn(pixels.shape[1:], generator=g, dtype=torch.float32) for g in generators]
         change = torch.stack(draws).to(pixels)
         if self.norm != "L0":  # of the full length
             flat = change.flatten(1)
