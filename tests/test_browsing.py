@@ -143,7 +143,7 @@ def test_branches_and_pull_requests(hub, work, tmp_path):
         (["push", "nowhere", "me/digits"], "nowhere holds no nrpm_config.json"),
         (["push", "v", "me/digits", "--report", "v/nrpm_config.json"], "is no report that `timm-nrpm evaluate` wrote"),
         (["push", "v", "me/digits", "--license", "of my own"], "The Hub does not take the card"),
-        (["push", "v", "me/digits", "--branch", "b", "--pull-request"], "leave out revision='b'"),
+        (["push", "v", "me/digits", "--branch", "b", "--pull-request"], "leave out --branch b"),
         (["pull", "no owner"], "repo_id='no owner' is not allowed"),
     ],
 )

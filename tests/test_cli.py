@@ -296,6 +296,15 @@ def test_an_option_without_effect_is_refused(tmp_path, monkeypatch, capsys, call
     assert reason in error
 
 
+def test_arguments_that_are_left_out_have_their_defaults():
+    parser, commands = cli._parsers()
+    assert parser.parse_args(["pull", "me/x"]).folder is None
+    for call, expected in ((["tune"], "resnet8_digits"), (["evaluate", "lenet"], "lenet")):
+        args = completed(parser.parse_args(call), commands[call[0]])
+        assert args.model == expected
+        assert args.data == "digits"
+
+
 def test_what_is_default_was_not_given(tmp_path, capsys):
     """The defaults of the options above are no reason to refuse."""
     model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.7)

@@ -32,8 +32,9 @@ def flag_of(parser: argparse.ArgumentParser, option: str) -> str:
 
 
 def keep_defaults_apart(parser: argparse.ArgumentParser) -> None:
-    """Let the parser give what was given alone, and remember its defaults for :func:`completed`."""
-    actions = [action for action in parser._actions if action.default is not argparse.SUPPRESS]
+    """Let the parser give the options that were given alone, and remember the defaults for :func:`completed`."""
+    # argparse would parse the mark of an absent positional argument as if somebody had typed it.
+    actions = [a for a in parser._actions if a.option_strings and a.default is not argparse.SUPPRESS]
     parser.set_defaults(defaults={action.dest: action.default for action in actions})
     for action in actions:
         action.default = argparse.SUPPRESS
