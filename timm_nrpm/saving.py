@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.base import TIMM_FILES, Base, checksum_of, weights_sha256
 from timm_nrpm.config import NRPMConfig
+from timm_nrpm.plain_statistics import moved
 from timm_nrpm.reprogramming import model_sha256, plain_copy, record_of, reprogrammed_layers
 from timm_nrpm.transfers import sha256_of
 from timm_nrpm.variants import CONFIG, FORMAT, SETTINGS, TENSORS
@@ -63,8 +64,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     if sha256 != base.sha256:
         if not full:
             raise ValueError(
-                "The weights of this model changed since it was reprogrammed (BatchNorm statistics count, which a "
-                "forward in training mode moves), and a lambda-only folder would lose them: save with full=True."
+                "The weights of this model changed since it was reprogrammed, and a lambda-only folder would lose "
+                "them: save with full=True."
             )
         base = replace(base, sha256=sha256, tuned=True)
     tensors = serialize_tensors(_tensors(model))
@@ -153,6 +154,5 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         if layer.correction is not None:
             tensors[f"{name}.correction.gain"] = layer.correction.gain
             tensors[f"{name}.correction.offset"] = layer.correction.offset
-    for name, kept in record_of(model).statistics.items():
-        tensors |= {f"{name}.{key}": getattr(model.get_submodule(name), key) for key in kept}
+    tensors |= moved(model)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
