@@ -209,6 +209,12 @@ def test_the_help_explains_every_setting(capsys):
         assert len(help[1].split()) > 4
 
 
+def test_an_output_that_is_no_folder_is_told_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["evaluate", "nosuch", "--output", str(tmp_path / "file")]) == 1
+    assert f"--output {tmp_path / 'file'} cannot be written to" in capsys.readouterr().err
+
+
 def test_evaluate_takes_the_first_images_of_a_split(tmp_path):
     assert main([*QUICK[:1], "--first", "7", "--steps", "1", "--suite", "quick", "--output", str(tmp_path)]) == 0
     report = timm_nrpm.RobustnessReport.from_json((tmp_path / "quick-Linf-0.0313725.json").read_text())

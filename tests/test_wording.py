@@ -34,7 +34,8 @@ def said(command, text):
         ("evaluate", "give eps=8 / 255.", "give --eps 8/255."),
         ("evaluate", "or a model with num_classes=11)", "or a model with --num-classes 11)"),
         ("evaluate", "give resume= another file", "give --output another folder as --output"),
-        ("evaluate", "checkpoint_path=FILE with pretrained=False, or", "--weights FILE, or"),
+        ("evaluate", "a copy: checkpoint_path=FILE with pretrained=False, or pretrained_cfg_overlay=dict(file=FILE).",
+         "a copy: --weights FILE."),
         ("evaluate", "timm_nrpm.list_models() lists all.", "timm-nrpm models lists all."),
         ("push", "leave out revision='x'", "leave out --branch x"),
         ("pull", "give local_files_only=True", "give --offline"),
@@ -65,5 +66,6 @@ def test_an_error_without_a_message_is_named():
 def test_a_number_may_be_a_fraction():
     assert options.number("8/255") == 8 / 255
     assert options.number_or_none("None") is None
-    with pytest.raises(ValueError, match="1/0"):
-        options.number("1/0")
+    for text in ("1/0", "nan", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is no number, such as 0.03 or 8/255"):
+            options.number(text)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tarfile
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 from torch import nn
 
+from timm_nrpm.checks import check_integer
 from timm_nrpm.wrappers import unwrapped
 
 SAME_SPLIT = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test",))
@@ -144,11 +146,7 @@ def class_names(root: Path, place: Path, *, top: bool = False) -> list[str]:
 def _names_in(place: Path, top: bool) -> set[str]:
     """Names of the folders with images in a folder or tar, and of empty ones; `""` for images without a folder."""
     if place.is_file():
-        try:
-            with tarfile.open(place) as tar:
-                return _names_in_tar(tar)
-        except tarfile.TarError as error:
-            raise tarfile.ReadError(f"{place.name}: {error}") from error
+        return set(_names_in_file(place, place.stat().st_mtime_ns))
     if top:
         return {folder.name for folder in _folders(place)}
     found = set()
@@ -160,8 +158,18 @@ def _names_in(place: Path, top: bool) -> set[str]:
     return found
 
 
+@lru_cache(maxsize=64)
+def _names_in_file(place: Path, changed: int) -> frozenset[str]:
+    """The same of a tar, remembered until it is changed: every split of a root asks for those of all."""
+    try:
+        with tarfile.open(place) as tar:
+            return frozenset(_names_in_tar(tar))
+    except tarfile.TarError as error:
+        raise tarfile.ReadError(f"{place.name}: {error}") from error
+
+
 def _names_in_tar(tar: tarfile.TarFile, outer: str = "") -> set[str]:
-    """The same of a tar; a tar in it is a folder of that name, as timm has it."""
+    """The same of an open tar; a tar in it is a folder of that name, as timm has it."""
     found = set()
     for member in tar:
         folder, file = os.path.split(member.name)
@@ -237,12 +245,11 @@ def _mapped(names: Sequence[str], classes: Classes, given: Mapping[str, int], wh
     if missing:
         raise ValueError(f"class_map has no label for {some(missing)} of {what}: add what is missing.")
     labels = {name: given[name] for name in names}
-    for name, label in labels.items():
-        number = isinstance(label, Integral) and not isinstance(label, bool)
-        if not number or label < 0 or label >= (classes.count or label + 1):
-            allowed = f"from 0 to {classes.count - 1}, which the model has" if classes.count else "of 0 and more"
-            raise ValueError(f"class_map gives {name!r} the label {label!r}: give integers {allowed}.")
-    return {name: int(label) for name, label in labels.items()}
+    most, why = (classes.count - 1, ", a class of the model") if classes.count else (math.inf, "")
+    return {
+        name: check_integer(f"class_map's label of {name!r}", label, least=0, most=most, why=why)
+        for name, label in labels.items()
+    }
 
 
 def read_class_map(class_map: Mapping[str, int] | str | Path) -> dict[str, int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.functional import to_tensor
 
+from timm_nrpm.checks import check_integer, check_number
 from timm_nrpm.classes import Classes
 from timm_nrpm.decoding import decoded
 from timm_nrpm.readers import NO_CLASS_MAP, kind_of, read_dataset
@@ -117,6 +118,9 @@ def pixel_loader(
         raise ValueError(f"hflip={hflip} without augment=True mirrors nothing: give both or neither.")
     if samples is not None and first is not None:
         raise ValueError(f"samples={samples} and first={first}: give one of them, images at random or the first ones.")
+    check_integer("batch_size", batch_size, least=1)
+    check_integer("workers", workers, least=0)
+    check_number("hflip", hflip, least=0, most=1)
     for key, number in (("samples", samples), ("first", first)):
         if number is not None and number < 1:
             raise ValueError(f"{key}={number}: give a number of images of at least 1.")

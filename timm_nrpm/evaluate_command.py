@@ -106,6 +106,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from timm_nrpm.showing import show
 
     threats = [Threat(args.norm, eps) for eps in args.eps]
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output {args.output} cannot be written to ({error}): give another folder.") from error
     with _processes() as (accelerator, device):
         main = accelerator is None or accelerator.is_main_process
         model = options.model_of(args).to(device)
@@ -184,7 +188,6 @@ def _claim(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: It holds results of another model, or on other images.
     """
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / SETTINGS
     now = {
         name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name in SHOWN

@@ -32,8 +32,8 @@ def number(text: str) -> float:
     """A number, also as a fraction, 8/255."""
     try:
         return float(Fraction(text))
-    except ZeroDivisionError as error:
-        raise ValueError(text) from error
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, such as 0.03 or 8/255") from error
 
 
 def number_or_none(text: str) -> float | None:

@@ -219,7 +219,7 @@ def _explained(
         yield
     except errors as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
-        shown = None if place is None else str(place)
+        where = f"split={split!r}" if place is None else f"root={str(place)!r} and split={split!r}"
         raise (ImportError if isinstance(error, ImportError) else ValueError)(
-            f"{name!r} finds nothing to read with root={shown!r} and split={split!r} ({reason}). {ADVICE[kind]}"
+            f"{name!r} finds nothing to read with {where} ({reason}). {ADVICE[kind]}"
         ) from error

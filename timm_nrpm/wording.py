@@ -19,7 +19,11 @@ ARGUMENT = re.compile(rf"(?<![\w./-])(\w+)=({WORD}|{TEXT}|{NUMBER}|{SEVERAL})?(?
 BARE = re.compile(r"(?<![\w./='\"-])([a-z]+(?:_[a-z]+)+)(?![\w=/(]|\.\w)")
 """A name of several words in the middle of a sentence."""
 
-COMMON = {"timm_nrpm.list_models()": "timm-nrpm models"}
+COMMON = {
+    "timm_nrpm.list_models()": "timm-nrpm models",
+    ", or pretrained_cfg_overlay=dict(file=FILE)": "",
+    "8 / 255": "8/255",
+}
 """Phrases that are said otherwise in every command."""
 
 
