@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import timm_nrpm
 from timm_nrpm.estimator import Penalty, robust_sum
 from timm_nrpm.functional import nrpm_conv2d, nrpm_linear
-from timm_nrpm.kernels import native
+from timm_nrpm.kernels import compiling, native
 
 ROOT = Path(__file__).parents[1]
 K = 3
@@ -134,9 +134,9 @@ def machine(device: str) -> Row:
     wanted = ("sse4_2", "avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_fp16", "amx_tile")
     compiler = ""
     if native.library() is not None:
-        compiler = subprocess.run([*native.compiler(), "--version"], capture_output=True, text=True).stdout.split("\n")[
-            0
-        ]
+        compiler = subprocess.run([*compiling.compiler(), "--version"], capture_output=True, text=True).stdout.split(
+            "\n"
+        )[0]
     return {
         "torch": torch.__version__,
         "timm": timm.__version__,

@@ -1,5 +1,7 @@
 """How the CPU kernels come to be: compiled, kept, done without; each in processes of their own."""
 
+import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from timm_nrpm.functional import nrpm_conv2d
-from timm_nrpm.kernels import native
+from timm_nrpm.kernels import compiling, native
 
 COMPILER = any(map(shutil.which, ["g++", "c++", "clang++"]))
 
@@ -85,13 +87,27 @@ def test_every_instruction_set(tmp_path, expected, capability):
     expected("out")
 
 
-def fake_compiler(tmp_path, before):
-    """A compiler that notes that it was called."""
-    script = tmp_path / "cxx"
-    real = next(filter(None, map(shutil.which, ["g++", "c++", "clang++"])))
-    script.write_text(f'#!/bin/sh\necho called >> {tmp_path}/calls\n{before}\nexec {real} "$@"\n')
+REAL = next(filter(None, map(shutil.which, ["g++", "c++", "clang++"])), None)
+
+
+def fake_compiler(tmp_path, before, name="cxx"):
+    """A compiler that notes that it was called to compile; what it is told about the target passes through."""
+    script = tmp_path / name
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *" -dM "*) exec {REAL} "$@";; esac\n'
+        f'echo called >> {tmp_path}/calls\n{before}\nexec {REAL} "$@"\n'
+    )
     script.chmod(0o755)
     return str(script)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A cache folder with the library, and a compiler that gives a copy of it at once."""
+    folder = tmp_path_factory.mktemp("compiled")
+    path = compiling.build(folder / "cache", compiling.compiler())
+    script = fake_compiler(folder, f'for out; do :; done; cp {path} "$out"; exit 0')
+    return path, script
 
 
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
@@ -105,6 +121,8 @@ def test_compiled_once_and_by_many_at_a_time(tmp_path, expected):
     assert finish(start(tmp_path, "out", CXX=compiler)) == ["FAST True"]
     assert (tmp_path / "calls").read_text() == calls  # from the cache
     assert len(list(tmp_path.glob("cache/*"))) == 1  # nothing half done is left
+    (library,) = tmp_path.glob("cache/*.so")
+    assert library.stem.split("-")[2] == hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
@@ -130,6 +148,7 @@ def test_what_others_could_have_written_is_not_executed(tmp_path, expected):
     assert library.read_bytes() == b"not a library"
     library.chmod(0o644)  # ours, and broken
     assert finish(start(tmp_path, "out")) == ["FAST True"]
+    assert library.read_bytes() != b"not a library"
 
 
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
@@ -137,11 +156,11 @@ def test_without_a_home(tmp_path, monkeypatch):
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(native.Path, "home", nowhere)
-    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(compiling.Path, "home", nowhere)
+    monkeypatch.setattr(compiling.tempfile, "tempdir", str(tmp_path))
     for name in ("TIMM_NRPM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("CXX", f"{native.compiler()[0]} -g0")  # a command with an argument
+    monkeypatch.setenv("CXX", f"{compiling.compiler()[0]} -g0")  # a command with an argument
     assert native._loaded.__wrapped__() is not None
     assert list(tmp_path.glob("timm_nrpm-*/estimate-*.so"))
 
@@ -153,3 +172,121 @@ def test_a_cache_that_cannot_be_written(tmp_path, expected):
     assert finish(start(tmp_path, "out", TMPDIR=str(tmp_path / "tmp"))) == ["FAST True"]
     expected("out")
     assert not list((tmp_path / "tmp").glob("timm_nrpm*"))  # which is gone with the process
+
+
+EACH_FOLDER = """
+    import os, sys, torch
+    from timm_nrpm.functional import nrpm_linear
+    from timm_nrpm.kernels import native
+    x, weight = torch.randn(3, 40), torch.randn(20, 40)
+    for folder in sys.argv[1:]:
+        if not (child := os.fork()):  # which loads the library for the first time
+            os.environ["TIMM_NRPM_CACHE"] = folder
+            fast = nrpm_linear(x, weight, lam=0.2, eps=0.05)
+            wide = nrpm_linear(x.double(), weight.double(), lam=0.2, eps=0.05)
+            right = torch.allclose(fast.double(), wide, atol=1e-4)
+            os._exit(42 if right and native.library() is not None else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), folder)
+"""
+
+
+def each(folders, **environment):
+    """Exit codes of processes of their own that compute with these cache folders; negative ones are signals."""
+    command = [sys.executable, "-c", textwrap.dedent(EACH_FOLDER), *map(str, folders)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [int(line.split()[0]) for line in done.stdout.splitlines()]
+
+
+def broken(content):
+    """The library as a full disk, a crash of the machine or a bad block leaves it."""
+    for length in (0, 1, 64, 4096, 4097, len(content) // 2, len(content) - 4096, len(content) - 1):
+        yield content[:length]
+        yield content[:length] + bytes(len(content) - length)  # the length was written, the content was not
+    for place in (0, 17, len(content) // 3, len(content) // 2, len(content) - 100):
+        yield content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :]
+    yield content + b"\0"
+
+
+@pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
+def test_a_broken_library_is_never_loaded(tmp_path, compiled):
+    whole, compiler = compiled
+    content, folders = whole.read_bytes(), []
+    for number, part in enumerate(broken(content)):
+        folders.append(tmp_path / str(number))
+        folders[-1].mkdir()
+        (folders[-1] / compiling.build(tmp_path / "named", [compiler]).name).write_bytes(part)
+    assert len(folders) == 22
+    assert each(folders, CXX=compiler) == [42] * len(folders)
+    for folder in folders:
+        assert [path.read_bytes() == content for path in folder.iterdir()] == [True]  # made anew, and nothing beside it
+
+
+@pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
+def test_a_library_for_another_processor_is_not_taken(tmp_path, compiled):
+    """A home that unlike machines share, and a compiler that makes code for the machine it runs on."""
+    script = tmp_path / "cxx"
+    script.write_text(f'#!/bin/sh\ncase "$*" in *" -dM "*) exec {REAL} $TARGET "$@";; esac\nexec {compiled[1]} "$@"\n')
+    script.chmod(0o755)
+    x86 = compiling.platform.machine() in ("x86_64", "AMD64")
+    targets = ("-march=native", "-march=x86-64-v2") if x86 else ("-O3", "-O0")
+    for target, libraries in zip((*targets, targets[0]), (1, 2, 2), strict=True):
+        assert each([tmp_path / "cache"], CXX=str(script), TARGET=target) == [42]
+        assert len(list((tmp_path / "cache").iterdir())) == libraries
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder; what is compiled for one process alone lies beside it."""
+    (tmp_path / "alone").mkdir()
+    monkeypatch.setenv("TIMM_NRPM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiling.tempfile, "tempdir", str(tmp_path / "alone"))
+    return tmp_path / "cache"
+
+
+def refuse(*_, **__):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
+def test_a_full_cache(tmp_path, monkeypatch, cache):
+    no_space = f'case "$*" in *{cache}*) echo No space left on device >&2; exit 1;; esac'
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, no_space))
+    assert native._loaded.__wrapped__() is not None
+    assert (tmp_path / "calls").read_text() == "called\n" * 2
+    assert list(tmp_path.glob("alone/timm_nrpm-*/estimate-*.so"))
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
+@pytest.mark.parametrize("name", ["replace", "fsync", "chmod"])
+def test_a_cache_that_fails_while_it_is_written(tmp_path, monkeypatch, cache, compiled, name):
+    """A quota, a lost network share: the library is compiled for this process alone, and nothing half done is left."""
+    monkeypatch.setenv("CXX", compiled[1])
+    real, failed = getattr(os, name), []
+
+    def fails_once(*given):
+        if failed:
+            return real(*given)
+        failed.append(given)
+        return refuse()
+
+    monkeypatch.setattr(compiling.os, name, fails_once)
+    assert native._loaded.__wrapped__() is not None
+    assert failed
+    assert list(tmp_path.glob("alone/timm_nrpm-*/estimate-*.so"))
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
+def test_a_read_only_cache_serves_what_is_in_it(tmp_path, monkeypatch, cache, compiled):
+    compiling.build(cache, [compiled[1]])
+    (library,) = cache.iterdir()
+    monkeypatch.setenv("CXX", compiled[1])
+    monkeypatch.setattr(compiling.tempfile, "mkstemp", refuse)
+    for name in ("replace", "fsync", "unlink", "chmod", "mkdir"):
+        monkeypatch.setattr(compiling.os, name, refuse)
+    assert native._loaded.__wrapped__() is not None
+    library.write_bytes(b"broken")  # by somebody else; here there is nowhere to compile to
+    with pytest.warns(native.SlowPathWarning, match="Read-only file system"):
+        assert native._loaded.__wrapped__() is None

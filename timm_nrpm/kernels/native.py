@@ -1,26 +1,12 @@
-"""The estimator on the CPU in float32: `estimate.cpp`, compiled once a machine by its own C++ compiler.
-
-Compiling takes a few seconds. The library is kept in a cache folder under a name that says which source, compiler and
-instruction set it is made from, so that a new version, another machine or another torch never meet an old one, and put
-there by renaming, so that processes that start together do not disturb each other.
-"""
+"""The estimator on the CPU in float32: `estimate.cpp`, compiled once a machine by its own C++ compiler."""
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import shlex
-import shutil
 import subprocess
-import sys
-import tempfile
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -28,17 +14,8 @@ import torch
 from torch import Tensor
 
 from timm_nrpm.estimator import Penalty
+from timm_nrpm.kernels.compiling import CompilationError, build, compiler, folders
 from timm_nrpm.kernels.convolution import Convolution, empty_gradients, empty_results, state_as, strided_as
-
-SOURCE = Path(__file__).with_name("estimate.cpp")
-HEADER = Path(__file__).with_name("panel.h")
-SECONDS = 120  # for the compiler; it needs four
-
-# The instruction sets that torch itself tells apart. Not -march=native: the cache may be shared by unlike machines.
-INSTRUCTIONS = {
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
-    "AVX2": ["-mavx2", "-mfma"],
-}
 
 Pointer, Integer = ctypes.c_void_p, ctypes.c_int
 
@@ -49,91 +26,8 @@ class SlowPathWarning(UserWarning):
     """The CPU kernels could not be compiled, so the slow path serves."""
 
 
-class CompilationError(RuntimeError):
-    """There is no compiler, or it failed."""
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: `TIMM_NRPM_CACHE`, or timm_nrpm in the user's cache folder.
-
-    What lies there is executed. So a folder or file that others could have written does not count, and then, as where
-    there is no writable home, the kernels are compiled into a folder for this process alone.
-    """
-    if given := os.environ.get("TIMM_NRPM_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timm_nrpm"
-
-
-def _cache() -> Path:
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _check_owner(folder)
-    return folder
-
-
-def _temporary() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="timm_nrpm-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def _check_owner(path: Path) -> None:
-    status = path.stat()
-    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
-        raise PermissionError(f"{path} can be written by others")
-
-
-def compiler() -> list[str]:
-    """The command that compiles C++: `CXX`, or the first that is there.
-
-    Raises:
-        CompilationError: None is.
-    """
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    for candidate in candidates:
-        words = shlex.split(candidate)
-        if words and (path := shutil.which(words[0])):
-            return [path, *words[1:]]
-    raise CompilationError(f"no C++ compiler was found (looked for {', '.join(candidates)})")
-
-
-def build(folder: Path) -> Path:
-    """The compiled library in `folder`, from before or made now.
-
-    Raises:
-        CompilationError: There is no compiler, or it failed.
-        OSError: The library cannot be written or trusted.
-    """
-    cxx = compiler()
-    flags = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w"]
-    flags += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
-    where = [platform.machine(), sys.platform, str(os.stat(cxx[0]).st_mtime_ns)]
-    made_from = [SOURCE.read_text(), HEADER.read_text(), *cxx, *flags, *where]
-    path = folder / f"estimate-{hashlib.sha256(chr(0).join(made_from).encode()).hexdigest()[:16]}.so"
-    if path.exists():
-        _check_owner(path)
-        return path
-    for abandoned in folder.glob("compiling-*"):
-        if time.time() - abandoned.stat().st_mtime > 2 * SECONDS:
-            abandoned.unlink(missing_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix="compiling-", suffix=".so", dir=folder)
-    os.close(handle)
-    try:
-        command = [*cxx, *flags, str(SOURCE), "-o", temporary]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-        if done.returncode:
-            raise CompilationError(f"{shlex.join(cxx)} failed: {done.stderr.strip()[:500]}")
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, path)
-    except subprocess.TimeoutExpired as error:
-        raise CompilationError(f"{shlex.join(cxx)} was not done after {SECONDS} s") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
-
-
-def _load(folder: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(build(folder)))
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
     loaded.nrpm_forward.argtypes = [Pointer, Pointer, Integer, *[Pointer] * 5, Integer]
     loaded.nrpm_backward.argtypes = [Pointer, Pointer, Integer, *[Pointer] * 8, Integer]
     loaded.nrpm_limit.argtypes = [Pointer, ctypes.c_int64, ctypes.c_int64, Integer]
@@ -144,21 +38,23 @@ def _load(folder: Path) -> ctypes.CDLL:
 
 @functools.cache
 def _loaded() -> ctypes.CDLL | None:
+    reason: Exception | None = None
     try:
-        try:
-            return _load(_cache())
-        except CompilationError:
-            raise
-        except (OSError, RuntimeError, AttributeError):  # no home, a full disk, noexec, a file cut short
-            return _load(_temporary())
-    except (CompilationError, OSError, AttributeError) as error:
-        warnings.warn(
-            f"The fast CPU kernels are not available: {error}. The same numbers come from a path that is ten times "
-            "slower. Install g++ (or name a compiler in CXX) to have them.",
-            SlowPathWarning,
-            stacklevel=3,
-        )
-        return None
+        cxx = compiler()
+        for folder in folders():
+            try:
+                return _load(build(folder, cxx))
+            except (CompilationError, OSError, AttributeError) as error:  # a full disk, noexec, a lost share
+                reason = error
+    except (CompilationError, OSError, subprocess.TimeoutExpired) as error:
+        reason = error
+    warnings.warn(
+        f"The fast CPU kernels are not available: {reason}. The same numbers come from a path that is ten times "
+        "slower. Install g++ (or name a compiler in CXX) to have them.",
+        SlowPathWarning,
+        stacklevel=3,
+    )
+    return None
 
 
 def library() -> ctypes.CDLL | None:
