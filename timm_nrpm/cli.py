@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from timm_nrpm import evaluate_command, hub_commands, tune_command
+from timm_nrpm import evaluate_command, hub_commands, options, tune_command
 from timm_nrpm.given import WrongCall, completed, keep_defaults_apart
 from timm_nrpm.wording import message_of, worded
 
@@ -49,9 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return status
     except KeyboardInterrupt as stop:
         number = stop.args[0] if isinstance(stop, _Terminated) else signal.SIGINT
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            again = getattr(args, "stopped", STOPPED).format(**{**args.defaults, **vars(args)})
-            print(f"timm-nrpm: stopped. {again}", file=sys.stderr)
+        again = getattr(args, "stopped", STOPPED).format(**{**args.defaults, **vars(args)})
+        options.note(f"stopped. {again}")
         return 128 + number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -69,7 +70,9 @@ def add_model(parser: argparse.ArgumentParser, lam: float, *, plain: bool) -> No
     )
     model.add_argument("--iterations", type=int, default=3, help="the paper's K (default: 3)")
     model.add_argument("--estimator-eps", type=number, default=1e-3, help="eps of the estimate (default: 1e-3)")
-    model.add_argument("--layers", nargs="+", metavar="GLOB", help="which layers (default: all)")
+    model.add_argument(
+        "--layers", nargs="+", metavar="GLOB", help="which layers; or first:N, the first N (default: all)"
+    )
 
 
 def add_images(parser: argparse.ArgumentParser, batch_size: int) -> Any:
@@ -145,7 +148,8 @@ def model_of(args: argparse.Namespace) -> nn.Module:
     with called(eps="--estimator-eps"):
         config = None
         if args.lam is not None:
-            config = NRPMConfig(args.lam, args.iterations, args.estimator_eps, layers=args.layers)
+            layers = args.layers[0] if args.layers and len(args.layers) == 1 else args.layers  # "first:4" stands alone
+            config = NRPMConfig(args.lam, args.iterations, args.estimator_eps, layers=layers)
         if args.weights is None and config is not None:
             settings: dict[str, Any] = {"lam": config.lam, "iterations": config.iterations, "eps": config.eps}
             return create_model(args.model, pretrained, layers=config.layers, **settings, **options)
@@ -203,5 +207,6 @@ def images_of(
 
 
 def note(text: str) -> None:
-    """Tell the user something on stderr."""
-    print(f"timm-nrpm: {text}", file=sys.stderr)
+    """Tell the user something on stderr; of several processes one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"timm-nrpm: {text}", file=sys.stderr)
