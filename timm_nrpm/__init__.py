@@ -4,6 +4,9 @@
 >>> model = timm_nrpm.create_model("resnet18", pretrained=True, lam=0.8)
 """
 
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from timm_nrpm import functional
@@ -77,8 +80,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Diverged", "tune"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from timm_nrpm import tuning  # imports accelerate, which takes a second
+    """Modules, and what takes a second to import, at their first use: `timm_nrpm.diagnostics`, `timm_nrpm.tune`."""
+    if name in ("Diverged", "tune"):
+        return getattr(import_module(f"{__name__}.tuning"), name)  # which imports accelerate
+    if name.isidentifier() and not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    return getattr(tuning, name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *(module.name for module in iter_modules(__path__))})
