@@ -54,10 +54,11 @@ class Classes:
             return cls()
         model = unwrapped(model)
         config: Any = getattr(model, "pretrained_cfg", None) or {}
-        count = getattr(model.get_classifier(), "out_features", None) if config else None  # type: ignore[operator]
-        count = getattr(model, "num_classes", None) if count is None else count
+        count = getattr(model, "num_classes", None)
         if not isinstance(count, int):
             return cls()
+        if count and config:  # some have no classifier to ask for where they have no classes
+            count = int(getattr(model.get_classifier(), "out_features", count))  # type: ignore[operator]
         names = config.get("label_names") or ()
         return cls(count, tuple(names) if len(names) == count else ())
 
