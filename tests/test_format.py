@@ -167,7 +167,11 @@ SETTINGS = {"iterations": 2, "eps": 0.01, "penalty": "l1", "delta": 0.05, "gamma
 
 
 def state_of(model):
-    return {name: values.numpy().copy() for name, values in model.state_dict().items()}
+    """What decides what a model computes, so of the plain model's statistics only how many batches were counted."""
+    state = {name: values.numpy().copy() for name, values in model.state_dict().items()}
+    beside = {name: state.pop(name) for name in list(state) if name.rpartition(".")[2].startswith("plain_")}
+    counts = {k.replace("plain_", ""): v for k, v in beside.items() if k.endswith("num_batches_tracked")}
+    return {**state, **counts}
 
 
 def digits(**kwargs):

@@ -21,6 +21,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from timm_nrpm.reprogramming import reprogrammed_layers
+from timm_nrpm.tensors import differences
 
 __all__ = ["CifarResNet", "LeNet", "LinearMLP", "load_published_"]  # timm adds the entrypoints it registers
 
@@ -321,13 +322,9 @@ def load_published_(model: Model, file: str | Path) -> Model:
     state = _published(content) if isinstance(content, Mapping) else {}
     found = {key: tuple(value.shape) if isinstance(value, Tensor) else None for key, value in state.items()}
     if found != wanted:  # all of it before any of it is loaded
-        lists = {
-            "missing": sorted(wanted.keys() - found.keys()),
-            "not in the model": sorted(map(str, found.keys() - wanted.keys())),
-            "of another shape": [key for key in wanted if key in found and found[key] != wanted[key]],
-        }
-        said = "; ".join(f"{len(keys)} {what}, like {keys[0]}" for what, keys in lists.items() if keys)
-        raise ValueError(f"{file} holds no weights of this {type(model).__name__} ({said}). {known}")
+        raise ValueError(
+            f"{file} holds no weights of this {type(model).__name__} ({differences(found, wanted)}). {known}"
+        )
     model.load_state_dict(state)
     return model
 

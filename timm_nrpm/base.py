@@ -84,6 +84,11 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def dtype_of(model: nn.Module) -> str:
+    """The type of a model's first parameter, as torch names it."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
 def checksum_of(content: Mapping[str, Any]) -> str:
     """Hash of what a JSON file says, however it is laid out."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -101,7 +106,7 @@ class Base:
         hub_id: The Hub repository of the weights, if any, and its revision, the commit they came from, if known.
         kwargs: The further arguments of `timm.create_model`.
         sha256: :func:`weights_sha256` of the plain model.
-        dtype: Of its parameters, as torch names it.
+        dtype: Of its first parameter, as torch names it.
         tuned: Whether the weights were trained on since they came through the name, which then says where they started.
     """
 
@@ -148,7 +153,7 @@ class Base:
             hub_id=hub_id or None,
             revision=revision or _cached_revision(hub_id, cfg.get("hf_hub_filename"), kwargs.get("cache_dir")),
             kwargs=_public(kwargs),
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            dtype=dtype_of(model),
         )
 
     @classmethod

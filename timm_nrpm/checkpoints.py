@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from timm_nrpm.base import checksum_of
 from timm_nrpm.reprogramming import reprogrammed_layers, uncalibrate_
 from timm_nrpm.saving import DRAFT
+from timm_nrpm.tensors import write_tensors
 from timm_nrpm.transfers import sha256_of
 
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -86,8 +87,7 @@ class Checkpoints:
                 shutil.rmtree(stale, ignore_errors=True)
             draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=self.folder))
             try:
-                # Copies: safetensors refuses tensors that share memory.
-                save_file({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, draft / TENSORS)
+                write_tensors(tensors, draft / TENSORS)
                 state = {**content, "sha256_of_tensors": sha256_of(draft / TENSORS)}
                 (draft / STATE).write_text(json.dumps({**state, "sha256": checksum_of(state)}))
                 for file in (draft / TENSORS, draft / STATE, draft):

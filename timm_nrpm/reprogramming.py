@@ -280,7 +280,7 @@ def model_sha256(model: nn.Module) -> str:
     for name, layer in model.named_modules(remove_duplicate=False):
         if not isinstance(layer, Reprogrammed):
             continue
-        state[f"{name}.lam".removeprefix(".")] = layer.lam.detach().clamp(0, 1)  # what counts
+        state[f"{name}.lam".removeprefix(".")] = layer.lam.detach().float().clamp(0, 1)  # what counts
         estimates[name] = {key: value for key, value in layer.settings().items() if key != "lam"}
     return checksum_of({"state": weights_sha256(state), "estimates": estimates})
 

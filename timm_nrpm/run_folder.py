@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from timm_nrpm.checkpoints import Checkpoint, Checkpoints
 from timm_nrpm.history import History
 from timm_nrpm.publisher import Publisher
-from timm_nrpm.saving import needs_weights, save_pretrained
+from timm_nrpm.saving import DRAFT, needs_weights, save_pretrained
 
 
 class RunFolder:
@@ -42,6 +42,7 @@ class RunFolder:
     def __init__(self, path: str, keep: int, resume: bool, accelerator: Accelerator) -> None:
         self.path, self.accelerator = Path(path), accelerator
         self.publisher: Publisher | None = None
+        self.rehearsed = False
         self.checkpoints = Checkpoints(self.path / "checkpoints", keep)
 
         def claim() -> None:
@@ -82,6 +83,8 @@ class RunFolder:
         values = {k: v for k, v in state.items() if k not in tensors}
 
         def write() -> None:
+            if not self.rehearsed:
+                self._rehearse(model)
             self.checkpoints.save(step, tensors, {**content, "values": values, "history": history.to_dict()})
             history.save(self.path / "history.json")
             if self.publisher is not None:
@@ -120,19 +123,29 @@ class RunFolder:
                 history.plot(self.path / "curves.png")
             except ImportError as error:
                 warnings.warn(f"No picture: {error}", stacklevel=6)
-            full = needs_weights(model)
-            if not full or hasattr(model, "pretrained_cfg"):
-                save_pretrained(model, self.path / "variant", full=full)
-            else:
+            try:
+                save_pretrained(model, self.path / "variant", full=needs_weights(model))
+            except ValueError as error:  # after all epochs, nothing is thrown away
                 warnings.warn(
-                    f"No variant: {type(model).__name__} is no timm model, so its weights are in memory and in the "
-                    "last checkpoint alone. Save model.state_dict() yourself.",
+                    f"No variant was written, and the weights are in memory and in the last checkpoint alone: {error} "
+                    "Save model.state_dict() before you end the process.",
                     stacklevel=6,
                 )
             if self.publisher is not None:
                 self.publisher.finish()
 
         self._on_main(write)
+
+    def _rehearse(self, model: nn.Module) -> None:
+        """Write a variant and throw it away, to say at the first checkpoint whether there can be one."""
+        self.rehearsed = True
+        with tempfile.TemporaryDirectory(prefix=DRAFT, dir=self.path) as folder:
+            try:
+                save_pretrained(model, Path(folder) / "variant", full=needs_weights(model))
+            except ValueError as error:
+                warnings.warn(
+                    f"There will be no variant at the end of this run, but checkpoints: {error}", stacklevel=7
+                )
 
     def _on_main(self, work: Callable[[], str | None]) -> str | None:
         """What the main process gets; every process fails if it does, instead of waiting for it."""

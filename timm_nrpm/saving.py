@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import save as serialize_tensors
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from timm_nrpm.base import TIMM_FILES, Base, checksum_of, weights_sha256
+from timm_nrpm.base import TIMM_FILES, Base, checksum_of, dtype_of, weights_sha256
 from timm_nrpm.config import NRPMConfig
+from timm_nrpm.loadable import check_loads, is_rebuilt
 from timm_nrpm.plain_statistics import moved
 from timm_nrpm.reprogramming import model_sha256, plain_copy, record_of, reprogrammed_layers
+from timm_nrpm.tensors import write_tensors
 from timm_nrpm.transfers import sha256_of
 from timm_nrpm.variants import CONFIG, FORMAT, SETTINGS, TENSORS
 
@@ -68,13 +69,15 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
                 "them: save with full=True."
             )
         base = replace(base, sha256=sha256, tuned=True)
-    tensors = serialize_tensors(_tensors(model))
+    base = replace(base, dtype=dtype_of(plain))  # which may have been cast meanwhile
+    if not full and base.is_public and not is_rebuilt(base, plain):
+        base = replace(base, name=None, hub_id=None, revision=None)
     content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "layers": list(layers)}
     content |= {"settings": {name: getattr(record.config, name) for name in SETTINGS}, "model": model_sha256(model)}
     with filling(folder) as draft:
         if is_timm:
             _save_timm_files(model, plain, draft, full)
-        (draft / TENSORS).write_bytes(tensors)
+        write_tensors(_tensors(model), draft / TENSORS)
         content["files"] = {f.name: sha256_of(f) for f in sorted(draft.iterdir())}
         try:
             text = json.dumps({**content, "sha256": checksum_of(content)}, indent=2)
@@ -84,6 +87,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
                 "Create it with names and numbers alone, and save again."
             ) from error
         (draft / CONFIG).write_text(text + "\n")
+        if full:
+            check_loads(draft, plain)
     return folder
 
 
@@ -129,12 +134,8 @@ def _save_timm_files(model: nn.Module, plain: nn.Module, folder: Path, full: boo
     vars(plain)["_model_args"] = {k: v for k, v in recorded.items() if k not in names}
     architecture = (getattr(plain, "pretrained_cfg", None) or {}).get("architecture")
     if full:
-        try:
-            save_for_hf(plain, str(folder), safe_serialization=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{architecture} has tensors under several names, which a full folder cannot hold: use full=False."
-            ) from error
+        save_config_for_hf(plain, str(folder / TIMM_FILES[0]))
+        write_tensors(plain.state_dict(), folder / TIMM_FILES[1])
     elif timm.is_model(f"nrpm_{architecture}"):
         cfg: Any = plain.pretrained_cfg
         content: dict[str, Any] = {"architecture": f"nrpm_{architecture}", "num_classes": plain.num_classes}
@@ -150,7 +151,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a variant adds to its base: lambdas, corrections, moved statistics."""
     tensors: dict[str, Tensor] = {}
     for name, layer in reprogrammed_layers(model).items():
-        tensors[f"{name}.lam"] = layer.lam.detach().clamp(0, 1)
+        tensors[f"{name}.lam"] = layer.lam.detach().float().clamp(0, 1)
         if layer.correction is not None:
             tensors[f"{name}.correction.gain"] = layer.correction.gain
             tensors[f"{name}.correction.offset"] = layer.correction.offset

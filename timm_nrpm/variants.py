@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from timm_nrpm.base import LARGEST_CONFIG, TIMM_FILES, Base, WrongBase, check_image_size, checksum_of, from_timm_files
@@ -106,7 +107,8 @@ class Variant:
             check_tensors(tensors, lams)
             base = Base.from_dict(content["base"])
             found = cls(base, content["settings"], lams, tensors, content["model"], content["files"])
-            _ = found.config  # which checks the settings
+            if checksum_of(found.settings) != checksum_of({name: getattr(found.config, name) for name in SETTINGS}):
+                raise ValueError(f"its settings {found.settings} hold whole numbers where others belong.")
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise BrokenVariant(f"{where} holds no variant that this version can read: {error}") from error
         return found
@@ -127,6 +129,7 @@ class Variant:
             if self.is_full:
                 config, weights = (find(name) for name in TIMM_FILES)
                 model = from_timm_files(config, weights, {}, self.base.torch_dtype)
+                _take_types_(model, weights)
             else:
                 model = plain()
             self.base.check(model)
@@ -200,6 +203,14 @@ def parse_config(path: Path, where: str) -> dict[str, Any]:
     if not isinstance(settings["learnable"], bool):
         raise BrokenVariant(f"{CONFIG} of {where} has learnable={settings['learnable']!r}, which is true or false.")
     return content
+
+
+def _take_types_(model: nn.Module, weights: Path) -> None:
+    """Give each tensor of a model the type that it has in the file of its weights: some models have several."""
+    tensors = load_file(weights)
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in tensors and tensors[name].dtype != value.dtype and tensors[name].shape == value.shape:
+            value.data = tensors[name]
 
 
 def _refuse(constant: str) -> None:
