@@ -57,7 +57,8 @@ class Classes:
         count = getattr(model, "num_classes", None)
         if not isinstance(count, int):
             return cls()
-        if count and config:  # some have no classifier to ask for where they have no classes
+        # Some models without classes fail when they are asked for their classifier.
+        if count and config and hasattr(model, "get_classifier"):
             count = int(getattr(model.get_classifier(), "out_features", count))  # type: ignore[operator]
         names = config.get("label_names") or ()
         return cls(count, tuple(names) if len(names) == count else ())
