@@ -9,9 +9,13 @@ from PIL import Image
 
 from timm_nrpm import (
     AttackResult,
+    Candidate,
+    History,
     NRPMConfig,
+    ParetoFront,
     RobustnessReport,
     Threat,
+    TuneConfig,
     calibrate_,
     create_model,
     evaluate,
@@ -124,6 +128,8 @@ def test_every_picture_says_what_is_missing(tmp_path, monkeypatch):
         yield lambda: draw_curves([SMALL, LARGE], path)
         yield lambda: draw_lambda({"a": {1.0: SMALL}}, path, "title")
         yield lambda: draw_attacks(SMALL, path)
+        yield lambda: History(TuneConfig(), ("fc",)).plot(path)
+        yield lambda: ParetoFront(Threat(), 1, 0, 5, 0.1, (Candidate("plain", {"fc": 1.0}, 0.1, 0.9, 0.4),)).plot(path)
 
     for draw in everything(tmp_path / "picture.pdf"):
         with pytest.raises(ValueError, match=r"must end in \.png or \.svg"):
@@ -220,7 +226,7 @@ def test_real_reports(drawn, tmp_path):
     reports = [evaluate(model, [(pixels, labels)], threat, "quick", steps=3) for threat in bounds]
     draw_curves(reports, tmp_path / "curves.png")
     found = lines(drawn[0].axes[0])
-    assert list(found["worst case, image by image"].get_ydata())[1:] == pytest.approx(
+    assert list(found["all attacks of quick, image by image"].get_ydata())[1:] == pytest.approx(
         [100 * each.worst_case for each in reports]
     )
     assert {name.split(":")[0] for name in found if ":" in name} == {"fgsm", "pgd", "pgd_plain"}

@@ -147,3 +147,34 @@ def test_the_import_changes_nothing_but_timms_registry():
     from timm_nrpm.registry import DIGITS
 
     assert {name for name in added if not name.startswith("nrpm_")} == {*BACKBONES, DIGITS}
+
+
+PICTURES = """
+    import json, sys, matplotlib
+    matplotlib.use("svg")  # the user's backend, which is not the default
+    settings = {**matplotlib.rcParams}
+    from pathlib import Path
+    from timm_nrpm import Candidate, CertificationReport, History, ParetoFront, Threat, TuneConfig
+    from timm_nrpm.certificates import Certificate, plot_certified
+    from timm_nrpm.history import Evaluation, Step
+
+    folder = Path(sys.argv[1])
+    steps = [Step(1, 0, 0.5, 0.9, 0.4, (0.1, 0.1), False, (0.5, 0.6))]
+    History(TuneConfig(), ("a", "b"), steps, [Evaluation(0, 0.9, 0.5, 0.4, ())]).plot(folder / "history.png")
+    trials = [Candidate(kind, {"a": 0.5}, loss, 0.9, 0.4) for kind, loss in (("plain", 0.1), ("global", 0.2))]
+    ParetoFront(Threat(), 2, 0, 9, 0.1, tuple(trials)).plot(folder / "front.png")
+    one = CertificationReport("a", 0.5, 9, 90, 0.999, 0, "", {}, (Certificate(0, 0, 0.1, 0, 9, 90),))
+    plot_certified([one], folder / "certified.png")
+    changed = {key: str(value) for key, value in matplotlib.rcParams.items() if settings[key] != value}
+    print(json.dumps([matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules, changed]))
+"""
+
+
+def test_a_picture_takes_nobodys_backend(tmp_path):
+    assert fresh(PICTURES, str(tmp_path)) == ["svg", False, {}]
+    assert [path.read_bytes()[:4] for path in sorted(tmp_path.iterdir())] == [b"\x89PNG"] * 3
+
+
+def test_no_code_switches_the_backend():
+    code = [path for folder in ("timm_nrpm", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path.name for path in code if re.search(r"pyplot as|matplotlib\.use\(|import pyplot", path.read_text())]

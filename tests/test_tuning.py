@@ -610,7 +610,7 @@ def test_the_bar_shows_loss_accuracies_and_lambdas(capsys):
 
 def test_a_history_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.warns(UserWarning, match=r"pip install 'timm_nrpm\[tune\]'"):
+    with pytest.warns(UserWarning, match=r"pip install 'timm_nrpm\[demo\]'"):
         tune(small(), loader(), TuneConfig(**FAST, output=str(tmp_path)))
     assert (tmp_path / "history.json").exists()
 

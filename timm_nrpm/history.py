@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from timm_nrpm import canvas
 from timm_nrpm.config import TuneConfig
 
 
@@ -113,21 +114,18 @@ class History:
         """Draw lambda of every layer, the loss, and the accuracies over the steps; PNG or SVG, as `path` ends.
 
         Raises:
+            ValueError: Another ending.
             ImportError: Matplotlib is not installed.
         """
-        try:
-            import matplotlib
-        except ImportError as error:
-            raise ImportError("The plot needs Matplotlib: pip install 'timm_nrpm[tune]'.") from error
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        path, figure = canvas.target(path), canvas.figure(8, 7)
+        from matplotlib import colormaps
 
-        figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True)
         at = [row.step for row in self.steps]
         few = len(self.layers) <= 8
         for i, name in enumerate(self.layers):
             # From the first layer, dark, to the last, light, which tells them apart without colour as well.
-            shade = matplotlib.colormaps["viridis"](0.9 * i / max(len(self.layers) - 1, 1))
+            shade = colormaps["viridis"](0.9 * i / max(len(self.layers) - 1, 1))
             label = name if few or i in (0, len(self.layers) - 1) else None
             upper.plot(at, [row.lams[i] for row in self.steps], color=shade, label=label, linewidth=1.8)
         if not few and at:
@@ -153,5 +151,4 @@ class History:
         c = self.config
         figure.suptitle(f"paradigm {c.paradigm}, {c.objective}, Linf {c.eps:.4g}, gradient: {c.gradient}")
         figure.savefig(path, dpi=120)
-        plt.close(figure)
-        return Path(path)
+        return path

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from timm_nrpm import canvas
 from timm_nrpm.threats import Threat
 
 KINDS = ("plain", "global", "layerwise")
@@ -120,17 +121,8 @@ class ParetoFront:
             ValueError: Another ending.
             ImportError: Matplotlib is not installed.
         """
-        path = Path(path)
-        if path.suffix.lower() not in (".png", ".svg"):
-            raise ValueError(f"path={str(path)!r} must end in .png or .svg.")
-        try:
-            import matplotlib
-        except ImportError as error:
-            raise ImportError("The plot needs Matplotlib: pip install 'timm_nrpm[search]'.") from error
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+        path, figure = canvas.target(path), canvas.figure(12, 4.8)
+        panels = figure.subplots(1, 2)
         for panel, heading in zip(panels, ("all settings", "near the bound"), strict=True):
             self._scatter(panel)
             panel.set(title=heading, xlabel="clean loss, nats", ylabel="right in the worst case, %")
@@ -150,7 +142,6 @@ class ParetoFront:
         images = f"{self.samples} images (sampling error {spread:.1f} points at 95 %)"
         figure.suptitle(f"{len(self.trials)} settings of lambda, {images}, {threat}")
         figure.savefig(path, dpi=120)
-        plt.close(figure)
         return path
 
     def _scatter(self, panel: Any) -> None:

@@ -29,7 +29,7 @@ import torch
 from rich.progress import track
 
 import timm_nrpm
-from timm_nrpm import NRPMConfig, Threat, TuneConfig, evaluate, lambdas, reprogram_, tune
+from timm_nrpm import NRPMConfig, Threat, TuneConfig, canvas, evaluate, lambdas, reprogram_, tune
 from timm_nrpm.backbones import load_published_
 from timm_nrpm.data import pixel_loader
 
@@ -258,14 +258,10 @@ class Study:
 
     def draw(self, path: Path) -> None:
         """Accuracy over the budget, as the paper measures it and in the worst case; learned lambdas over the budget."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         looks = {"paradigm 1": ("#56B4E9", "o"), "paradigm 2": ("#E69F00", "^"), "paradigm 3": ("#D55E00", "s"),
                  MIXED: ("#CC79A7", "D"), "control": ("#000000", "x")}  # fmt: skip
-        figure, panels = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+        figure = canvas.figure(14, 4.4)
+        panels = figure.subplots(1, 3)
         for panel, kind in zip(panels, ("fgsm", "worst case"), strict=False):
             for name, (colour, marker) in looks.items():
                 label = "plain model, tuned" if name == "control" else name
