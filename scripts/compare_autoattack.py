@@ -55,7 +55,7 @@ def by_suite(suite: str, model: nn.Module, pixels: Tensor, labels: Tensor, threa
     if suite == "autoattack" and find_spec("autoattack") is None:
         return None
     report = evaluate(model, [(pixels, labels)], threat, suite, control=False, progress=True)
-    left, after = report.clean, {"clean": report.accuracy()}
+    left, after = report.correct, {"clean": report.accuracy()}
     for attack in report.attacks:
         left = tuple(was and now is not False for was, now in zip(left, attack.survived, strict=True))
         after[attack.name] = sum(left) / len(left)

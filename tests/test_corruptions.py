@@ -422,7 +422,7 @@ def test_normalisation_happens_inside():
     loader = [(torch.tensor([0.3, 0.7]).view(2, 1, 1, 1), torch.tensor([1, 0]))]
     for mean, want in (((0.5,), (True, True)), ((0.0,), (False, True))):
         report = evaluate_corruptions(model, loader, "missing_pixels", 1, mean=mean, std=(1.0,))
-        assert report.model.clean == want
+        assert report.model.correct == want
 
 
 def test_the_models_stay_as_they_were(net):
@@ -490,14 +490,14 @@ class Says(nn.Module):
 )
 def test_an_answer_that_is_no_number_is_wrong(logits, want):
     report = evaluate_corruptions(Says(*logits), [(PIXELS, torch.tensor([0, 1]))], "missing_pixels", 1)
-    assert report.model.clean == report.model.corrupted["missing_pixels"][1] == want
+    assert report.model.correct == report.model.corrupted["missing_pixels"][1] == want
 
 
 def test_pixels_of_half_a_type_make_no_ties():
     """100 and 100.1 are the same number in bfloat16, and 7e4 is infinite in float16."""
     for kind, logits in ((torch.bfloat16, (100.0, 100.1)), (torch.float16, (6e4, 7e4))):
         report = evaluate_corruptions(Says(*logits), [(PIXELS.to(kind), torch.tensor([1, 1]))], "white_noise", 1)
-        assert report.model.clean_accuracy == report.model.accuracy["white_noise"][1] == 1.0
+        assert report.model.clean == report.model.accuracy["white_noise"][1] == 1.0
 
 
 @pytest.mark.parametrize(("logits", "said"), [(((1.0,)), r"\[2, 1\]"), ((), r"\[2, 0\]"), (([[1.0, 2.0]]), "2, 1, 2")])
@@ -521,7 +521,7 @@ def test_images_and_models_on_other_devices(data, of_model, of_baseline, of_imag
     there = [tuple(t.to(of_images) for t in batch) for batch in batches(data, 16)]
     got = evaluate_corruptions(model.to(of_model), there, NATIVE, 2, baseline=plain.to(of_baseline))
     for a, b in ((got.model, want.model), (got.baseline, want.baseline)):
-        assert abs(a.clean_accuracy - b.clean_accuracy) <= 1 / 40  # the last digits of logits are the device's
+        assert abs(a.clean - b.clean) <= 1 / 40  # the last digits of logits are the device's
     worse = corrupt(there[0][0], "white_noise", 2)
     assert worse.device == there[0][0].device
     assert torch.equal(worse.cpu(), corrupt(data[0][:16], "white_noise", 2))

@@ -104,7 +104,7 @@ def test_plain_numbers_agree_with_an_independent_implementation_to_the_image(eps
     model = timm.create_model(DIGITS, pretrained=True).eval()
     loader = batches(180, 180)
     report = evaluate(model, loader, Threat("Linf", eps), "quick", seed=7)
-    first = report.clean.index(True)
+    first = report.correct.index(True)
     for name, steps, seed in (("fgsm", 1, None), ("pgd", 20, seed_of(7, 0, first))):
         want = independent_pgd(model, *loader[0], eps, steps, seed)
         got = next(a for a in report.attacks if a.name == name)
@@ -125,11 +125,11 @@ def test_the_report_is_per_image_and_adds_up(data):
     assert [a.name for a in report.attacks] == ["fgsm", "pgd", "pgd_plain"]
     assert [a.name for a in report.control.attacks] == ["fgsm", "pgd"]
     assert report.samples == report.control.samples == 60
-    images = torch.tensor([report.clean, *([s is True for s in a.survived] for a in report.attacks)])
+    images = torch.tensor([report.correct, *([s is True for s in a.survived] for a in report.attacks)])
     assert report.worst_case == pytest.approx(images.all(0).double().mean().item())
     assert not (images[1:] & ~images[0]).any()  # wrong when clean is wrong under attack
     for attack in report.attacks:
-        assert [s is None for s in attack.survived] == [not c for c in report.clean]
+        assert [s is None for s in attack.survived] == [not c for c in report.correct]
         assert attack.forwards >= attack.tried
         assert attack.backwards == attack.tried * (1 if attack.name == "fgsm" else 3)
     assert evaluate(model, data, Threat("Linf", 0.1), "quick", steps=3) == report
@@ -143,11 +143,11 @@ def test_the_report_is_per_image_and_adds_up(data):
 def test_broken_images_are_attacked_no_more():
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9)
     report = evaluate(model, batches(16, 8), Threat("Linf", 0.2), steps=5, queries=10)
-    left = list(report.clean)
+    left = list(report.correct)
     for attack in report.attacks:
         always = attack.name in ("fgsm", "pgd", "pgd_plain", "pgd_bpda")
         tried = [s is not None for s in attack.survived]
-        assert tried == (list(report.clean) if always else left)
+        assert tried == (list(report.correct) if always else left)
         left = [a and s is not False for a, s in zip(left, attack.survived, strict=True)]
     assert tuple(left) == report.survivors
     assert 0 < sum(left) < 14  # else nothing was tested
@@ -198,7 +198,7 @@ def test_logits_that_are_no_numbers_are_wrong():
 
     pixels = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).view(2, 2, 1, 1)
     report = evaluate(Broken(2, 2), [(pixels, torch.tensor([0, 0]))], Threat("Linf", 0.01), "quick", steps=1)
-    assert not report.clean[1]  # though argmax gives 0 for NaN
+    assert not report.correct[1]  # though argmax gives 0 for NaN
 
 
 @pytest.mark.parametrize("suite", ["quick", "adaptive", "standard", "paper"])

@@ -34,12 +34,12 @@ def made(eps=0.1, **more):
         attack("square", "scores", "111110----"),
     )
     settings = {"threat": Threat("Linf", eps), "suite": "adaptive", "steps": 20, "queries": 300, "seed": 7}
-    control = RobustnessReport(**settings, clean=(True,) * 10, attacks=(attack("pgd", "own", "1111111000"),))
+    control = RobustnessReport(**settings, correct=(True,) * 10, attacks=(attack("pgd", "own", "1111111000"),))
     evidence = {MASKED: 0.123, RANDOM: 2e-5, ZERO: 0.01}
     told = {"flags": (MASKED,), "evidence": evidence, "versions": {"torch": "9.9"}, "sha256": "a1b2c3", "seconds": 12.3}
     told |= {"warnings": ("Mind the gap.",), "control": control}
     clean = (True,) * 9 + (False,)
-    return RobustnessReport(**{**settings, "clean": clean, "attacks": attacks, **told, **more})
+    return RobustnessReport(**{**settings, "correct": clean, "attacks": attacks, **told, **more})
 
 
 class Page(HTMLParser):
@@ -115,6 +115,16 @@ def test_the_table_has_the_numbers_of_the_report(tmp_path):
     assert bars == [(f"--share:{share}%", look) for share, look in looks]
 
 
+def test_the_verdict_is_shown_and_the_worst_case_is_adaptive(tmp_path):
+    for reports in (made(), [made(0.1), made(0.2)]):
+        page = page_of(tmp_path, reports)
+        for report in [reports] if isinstance(reports, RobustnessReport) else reports:
+            assert report.verdict in [e["text"] for e in page.all("p") if e.get("class") == "verdict"]
+    page = page_of(tmp_path, made(suite="quick"))
+    assert "All attacks" in [e["text"] for e in page.all("h2")]
+    assert page.table("3 attacks on 10 images")[-1][0] == "all attacks of quick"
+
+
 def test_flags_come_before_everything_else(tmp_path):
     page = page_of(tmp_path, made())
     order = page.order[page.order.index("A model", page.order.index("A model") + 1) :]  # the second is the heading
@@ -150,7 +160,7 @@ def test_the_headline_is_beside_the_control(tmp_path):
         assert f"95 %: {low:.1f} to {high:.1f}" in card
     page = page_of(tmp_path, report)
     # Images 1 to 5 survive in this model, and 1 to 7 in the plain one.
-    assert "0 survive in this model alone, 2 in the plain model alone" in page.source
+    assert "no difference can be told, 0 images against 2" in page.source
     assert len(page_of(tmp_path, made(control=None)).all("div", **{"class": "card"})) == 1
 
 
@@ -232,7 +242,7 @@ def test_several_reports(tmp_path):
     assert headings.index("Curves") == headings.index("Attacks") + 1
     assert len(page.all("img")) == 1  # of the model with two bounds
     assert page.all("img")[0]["alt"].endswith("worst case 90.0 % at 0, 50.0 % at 0.1, 50.0 % at 0.2.")
-    rows = page.table("Worst case over all attacks")[1:]
+    rows = page.table("Share that no attack broke")[1:]
     assert [row[0] for row in rows] == ["Linf 0.2, adaptive", "2. Linf 0.1, adaptive", "3. Linf 0.1, adaptive"]
     assert [row[-1] for row in rows] == [MASKED, "none", MASKED]
     assert all(row[1].startswith("50.0 (95 %: ") and row[2].startswith("70.0 (95 %: ") for row in rows)

@@ -338,7 +338,7 @@ def test_the_worst_case_is_that_of_evaluate(scripts, tiny, data):
     found = lab.worst("lenet", model, threats)
     assert found[0] == round(100 * report.accuracy(), 1)
     if found[0]:
-        right = torch.tensor(report.clean)
+        right = torch.tensor(report.correct)
         only = timm_nrpm.evaluate(model, [(x[right], y[right])], first, steps=1, queries=2, control=False)
         assert found[1] == round(100 * sum(only.survivors) / 3, 1)
 

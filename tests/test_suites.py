@@ -1,14 +1,17 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from timm_nrpm import NRPMConfig, Threat, reprogram_
 from timm_nrpm.pixel_model import PixelModel
-from timm_nrpm.sources import sources_of
-from timm_nrpm.suites import EFFORTS, SUITES, Effort, attacks_of
+from timm_nrpm.pursuit import Pursuit
+from timm_nrpm.sources import SURROGATES, sources_of
+from timm_nrpm.suites import EFFORTS, ROUNDS, SUITES, Effort, alone, attacks_of
 
 THREATS = {norm: Threat(norm, eps) for norm, eps in (("Linf", 0.1), ("L2", 0.6), ("L1", 4.0), ("L0", 3))}
-EVERY = ("own", "plain", "base", "bpda", "softer", "shorter", "halfway")
+EVERY = ("own", "plain", "base", "bpda", *SURROGATES)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +42,10 @@ def test_whatever_an_attack_gives_is_within_the_bound_and_an_image(model, suite,
         labels = sources["own"].net(pixels).argmax(1)
     moved = 0
     for random in (False, True):
-        for attack in attacks_of(suite, threat, Effort(3, 15), sources, 5, random=random):
-            source = sources["own" if attack.source == "scores" else attack.source]
+        for attack in attacks_of(suite, threat, Effort(3, 15, rounds=9), sources, 5, random=random):
+            source = sources["own" if attack.source in ("scores", "best") else attack.source]
             with source.followed() as net:
-                attacked = attack.run(net, pixels, labels, list(range(5)))
+                attacked = alone(attack, threat)(net, pixels, labels, list(range(5)))
             assert attacked.shape == pixels.shape
             assert not attacked.requires_grad
             assert bool(threat.allows(pixels, attacked).all()), attack.name
@@ -52,17 +55,15 @@ def test_whatever_an_attack_gives_is_within_the_bound_and_an_image(model, suite,
 
 def test_what_the_suites_are():
     adaptive = [a.name for a in attacks_of("adaptive", THREATS["Linf"], EFFORTS["adaptive"], EVERY, 10)]
-    assert len(set(adaptive)) == len(adaptive)
     assert adaptive[:5] == ["fgsm", "pgd", "pgd_plain", "pgd_base", "pgd_bpda"]
-    for source in EVERY:
-        assert f"apgd_ce_{source}" in adaptive
-        assert f"apgd_margin_{source}" in adaptive
+    assert set(adaptive[5:]) == {f"ascent_{s}" for s in EVERY if s != "own"} | {"search", "square"}
     assert adaptive[-1] == "square"
-    for sources, targets in ((EVERY, {"plain": 9, "base": 9, "own": 3, "bpda": 3}), (("own",), {"own": 9})):
-        names = [a.name for a in attacks_of("adaptive", THREATS["Linf"], EFFORTS["adaptive"], sources, 100)]
-        for source in sources:
-            count = sum(name.startswith("apgd_target") and name.endswith(f"_{source}") for name in names)
-            assert count == targets.get(source, 0)
+    assert adaptive.count("search") == ROUNDS["default"]
+    plain = [a.name for a in attacks_of("adaptive", THREATS["Linf"], EFFORTS["adaptive"], ("own",), 10)]
+    assert set(plain) == {"fgsm", "pgd", "ascent_own", "search", "square"}
+    for suite in SUITES[:3]:
+        names = [a.name for a in attacks_of(suite, THREATS["Linf"], EFFORTS[suite], EVERY, 10)]
+        assert len(set(names)) == len(names)
     assert [a.name for a in attacks_of("standard", THREATS["L2"], EFFORTS["standard"], EVERY, 10)] == [
         "aa_apgd_ce", "aa_apgd_t", "aa_fab_t", "aa_square"]  # fmt: skip
     paper = [a.name for a in attacks_of("paper", THREATS["Linf"], EFFORTS["paper"], EVERY, 10)]
@@ -72,6 +73,8 @@ def test_what_the_suites_are():
     sparse = [a.name for a in attacks_of("adaptive", THREATS["L0"], EFFORTS["adaptive"], EVERY, 10)]
     assert sparse[-1] == "random_pixels"
     assert {f"greedy_{source}" for source in EVERY} <= set(sparse)
+    without = [a.name for a in attacks_of("adaptive", THREATS["Linf"], Effort(3, 0, rounds=3), EVERY, 10)]
+    assert not {"search", "square"} & set(without)
 
 
 def test_auto_attack_has_its_authors_numbers(monkeypatch):
@@ -94,7 +97,7 @@ def test_auto_attack_has_its_authors_numbers(monkeypatch):
     for classes in (7, 1000):
         net = PixelModel(nn.Sequential(nn.Flatten(), nn.Linear(36, classes))).eval()
         for attack in attacks_of("standard", THREATS["Linf"], EFFORTS["standard"], ("own",), classes):
-            attack.run(net, torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), [11, 12])
+            alone(attack, THREATS["Linf"])(net, torch.rand(2, 1, 6, 6), torch.tensor([0, 1]), [11, 12])
         assert made["APGDT"][-1]["n_classes"] == made["FAB"][-1]["n_classes"] == min(classes, 10)
     for name, calls in made.items():
         assert len(calls) == 2
@@ -105,19 +108,19 @@ def test_auto_attack_has_its_authors_numbers(monkeypatch):
             assert name != "Square" or (given["n_queries"], given["resc_schedule"]) == (5000, False)
 
 
-def test_own_sources_stop_early_and_others_do_not(model):
-    """A surrogate that is fooled says nothing of the model, so the attack on it goes on."""
-    sources = sources_of(model, [torch.rand(40, 3, 6, 6)])
+def test_passes_are_about_what_an_attack_says(model):
+    """The bar reckons with them. Nothing falls within so small a bound, so all of it is done for every image."""
+    sources, threat = sources_of(model, [torch.rand(40, 3, 6, 6)]), Threat("Linf", 1e-6)
     pixels = torch.rand(4, 3, 6, 6)
     with torch.no_grad():
-        wrong = (sources["own"].net(pixels).argmax(1) + 1) % 5  # so all are fooled from the start
-    for attack in attacks_of("adaptive", THREATS["Linf"], Effort(6, 2), sources, 5):
-        if not attack.name.startswith("apgd_ce"):
-            continue
-        with sources[attack.source].followed() as net:
-            before = net.forwards
-            attack.run(net, pixels, wrong, [0, 1, 2, 3])
-            assert (net.forwards - before < 28) == (attack.source in ("own", "bpda")), attack.name
+        labels = sources["own"].net(pixels).argmax(1)
+    nets = {id(source.net): source.net for source in sources.values()}.values()
+    for attack in attacks_of("adaptive", threat, Effort(6, 10, pgd=8, rounds=9), sources, 5):
+        before = sum(net.forwards + net.backwards for net in nets)
+        with sources["own" if attack.source in ("scores", "best") else attack.source].followed() as net:
+            attack.pursue(Pursuit(sources["own"].net, pixels, labels, threat), torch.arange(4), net, [0, 1, 2, 3])
+        passes = (sum(net.forwards + net.backwards for net in nets) - before) / 4
+        assert 0.4 * attack.passes <= passes <= 2 * attack.passes + 10, attack.name  # ten of them find the targets
 
 
 def test_surrogates_are_what_they_say(model):
@@ -128,14 +131,21 @@ def test_surrogates_are_what_they_say(model):
     assert set(sources) == set(EVERY) - {"base"}
     assert {name for name, s in sources.items() if s.predicts} == {"own", "bpda"}
     assert not reprogrammed_layers(sources["plain"].net)
-    nets = {name: sources[name].net.model for name in ("softer", "shorter", "halfway")}
-    assert record_of(nets["softer"]).config.eps == pytest.approx(1.0)
-    assert record_of(nets["shorter"]).config.iterations == 1
-    assert set(lambdas(nets["halfway"]).values()) == {0.75}
-    assert set(lambdas(nets["softer"]).values()) == {0.5}
+    nets = {name: sources[name].net.model for name in SURROGATES}
+    assert {name: round(record_of(net).config.eps, 6) for name, net in nets.items()} == {
+        "soft": 0.1, "soft_short": 0.1, "softer": 1.0, "near_plain": 1.0, "halfway": 0.1}  # fmt: skip
+    assert {name: record_of(net).config.iterations for name, net in nets.items()} == {
+        "soft": 2, "soft_short": 1, "softer": 1, "near_plain": 2, "halfway": 2}  # fmt: skip
+    assert {name: set(lambdas(net).values()) for name, net in nets.items()} == {
+        "soft": {0.5}, "soft_short": {0.5}, "softer": {0.5}, "near_plain": {0.9}, "halfway": {0.75}}  # fmt: skip
     for net in nets.values():  # each calibrated on its own, the model itself not at all
         assert not torch.equal(net[1].running_mean, model[1].running_mean)
     means = [net[1].running_mean for net in nets.values()]
     assert not torch.equal(means[0], means[1])
     assert set(sources_of(model)) == {"own", "bpda", "plain"}
     assert set(sources_of(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))) == {"own"}
+
+
+def test_a_model_whose_every_lambda_is_one_is_its_own_plain_model(model):
+    plain = reprogram_(copy.deepcopy(model), NRPMConfig(lam=1.0))
+    assert set(sources_of(plain, [torch.rand(40, 3, 6, 6)])) == {"own"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,23 +21,6 @@ from timm_nrpm.threats import Threat
 
 Run = Callable[[PixelModel, Tensor, Tensor, list[int]], Tensor]
 """The model to follow, pixels `[B, C, H, W]`, labels `[B]` and a seed for each image, to attacked pixels."""
-
-
-@dataclass(frozen=True)
-class Attack:
-    """A named attack.
-
-    Attributes:
-        name: What a report calls it.
-        source: Whose gradient it follows, see :func:`timm_nrpm.sources.sources_of`; `"scores"` for none.
-        run: The attack.
-        always: Whether it is there for comparison, so that also images already broken are attacked.
-    """
-
-    name: str
-    source: str
-    run: Run
-    always: bool = False
 
 
 def fgsm(eps: float) -> Run:

@@ -40,12 +40,12 @@ def draw_corruptions(report: CorruptionReport, path: str | Path) -> Path:
         for name, of in ((name, answers.accuracy) for name, answers in shown.items())
     }
     maps = [
-        (f"{name}\nclean {100 * answers.clean_accuracy:.1f} %", shares[name], "accuracy, %")
+        (f"{name}\nclean {100 * answers.clean:.1f} %", shares[name], "accuracy, %")
         for name, answers in shown.items()
     ]
     if report.baseline is not None:
         change = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(*shares.values(), strict=True)]
-        clean = 100 * (report.model.clean_accuracy - report.baseline.clean_accuracy)
+        clean = 100 * (report.model.clean - report.baseline.clean)
         maps.append((f"model - baseline\nclean {clean:+.1f}", change, "percentage points"))
     across = max(1.5, 0.5 * len(severities))
     drawing = figure((across + 0.6) * len(maps) + 3.0, 0.32 * len(kinds) + 1.9)

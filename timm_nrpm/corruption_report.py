@@ -12,17 +12,17 @@ class Answers:
     """Which images a model got right.
 
     Attributes:
-        clean: Image by image, as they were.
+        correct: Image by image, as they were.
         corrupted: By kind and severity, the same images in the same order.
     """
 
-    clean: tuple[bool, ...]
+    correct: tuple[bool, ...]
     corrupted: dict[str, dict[int, tuple[bool, ...]]]
 
     @property
-    def clean_accuracy(self) -> float:
+    def clean(self) -> float:
         """From 0 to 1."""
-        return sum(self.clean) / len(self.clean)
+        return sum(self.correct) / len(self.correct)
 
     @property
     def accuracy(self) -> dict[str, dict[int, float]]:
@@ -31,13 +31,13 @@ class Answers:
 
     def errors(self, kind: str, relative: bool = False) -> int:
         """Wrong answers under a kind, all severities together; `relative` to as many times those on clean images."""
-        usual = self.clean.count(False) if relative else 0
+        usual = self.correct.count(False) if relative else 0
         return sum(images.count(False) - usual for images in self.corrupted[kind].values())
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: answers as strings, one digit an image, 1 if right."""
         packed = {k: {s: _pack(images) for s, images in by.items()} for k, by in self.corrupted.items()}
-        return {"clean": _pack(self.clean), "corrupted": packed}
+        return {"clean": _pack(self.correct), "corrupted": packed}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Answers:
@@ -68,7 +68,7 @@ class CorruptionReport:
 
     @property
     def samples(self) -> int:
-        return len(self.model.clean)
+        return len(self.model.correct)
 
     @property
     def mean_corruption_error(self) -> float | None:
@@ -95,9 +95,9 @@ class CorruptionReport:
 
     def __str__(self) -> str:
         accuracy, baseline = self.model.accuracy, self.baseline
-        head = f"{self.samples} images, clean {_percent(self.model.clean_accuracy)}"
+        head = f"{self.samples} images, clean {_percent(self.model.clean)}"
         if baseline is not None:
-            head += f" (baseline {_percent(baseline.clean_accuracy)}), mCE {_percent(self.mean_corruption_error)}"
+            head += f" (baseline {_percent(baseline.clean)}), mCE {_percent(self.mean_corruption_error)}"
             head += f", relative mCE {_percent(self.relative_mean_corruption_error)}"
         lines = [head, f"{'accuracy, %':18}" + "".join(f"{s:7}" for s in next(iter(accuracy.values()))) + f"{'CE':>11}"]
         for kind, error in self.corruption_errors().items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,17 +17,25 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from timm_nrpm.base import weights_sha256
-from timm_nrpm.flags import evidence_of, flags_of
-from timm_nrpm.images import check_batch, check_labels
+from timm_nrpm.flags import PLAIN_CHANGED, evidence_of, flags_of
+from timm_nrpm.images import check_batch, check_labels, count_of, pixels_of
 from timm_nrpm.journal import Journal, digest_of
 from timm_nrpm.judging import Judge
 from timm_nrpm.pixel_model import PixelModel, alike
-from timm_nrpm.report import AttackResult, RobustnessReport
-from timm_nrpm.reprogramming import attackable, identity_of, model_sha256, plain_copy, reprogrammed_layers
+from timm_nrpm.report import GIVEN, REPROGRAMMED, TRAINED, AttackResult, RobustnessReport
+from timm_nrpm.reprogramming import (
+    attackable,
+    identity_of,
+    is_as_reprogrammed,
+    model_sha256,
+    plain_copy,
+    reprogrammed_layers,
+)
 from timm_nrpm.sources import Source, sources_of
-from timm_nrpm.suites import EFFORTS, Effort, attacks_of
+from timm_nrpm.suites import EFFORTS, ROUNDS, Effort, attacks_of
 from timm_nrpm.threats import Threat
 from timm_nrpm.version import __version__
+from timm_nrpm.wrappers import subject_of, unwrapped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,6 +50,7 @@ def evaluate(
     threat: Threat | None = None,
     suite: str = "adaptive",
     *,
+    effort: str = "default",
     steps: int | None = None,
     queries: int | None = None,
     seed: int = 0,
@@ -57,20 +66,29 @@ def evaluate(
     """Accuracy when clean and under attack, image by image; the headline is the worst case over all attacks.
 
     The gradient of the estimate is steep and erratic, which stops an attacker who follows it and nobody else. So
-    `"adaptive"`, the default, also follows the plain model, the linear maps and smoother surrogates, with two losses
-    and several targets, and searches at random. `"paper"` and `"standard"` are what others report, `"quick"` is FGSM,
-    PGD and PGD from the plain model, see :func:`timm_nrpm.suites.attacks_of`.
+    `"adaptive"`, the default, keeps the worst point found of each image and goes on from there, by turns along the
+    plain model, smoother surrogates and a random search; what it leaves is called the worst case. `"paper"` and
+    `"standard"` are what others report, `"quick"` is FGSM, PGD and PGD from the plain model, see
+    :func:`timm_nrpm.suites.attacks_of`.
+
+    Beside it stands the plain model, the one that was reprogrammed, whatever moved the statistics since. Where weights
+    were trained since, that one is no more to be had: give it as `base`, or the same weights at lambda 1 stand in its
+    place, and the flag `plain_model_changed` is raised.
 
     Args:
-        model: Takes normalised images, and is attacked on the device it is on. Afterwards it is as before, modes,
-            gradients and statistics included.
-        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`; in the same order each time it is run.
-        threat: The default is Linf with eps 8/255.
+        model: A classifier of normalised images, attacked on the device it is on; wrappers are seen through. Afterwards
+            it is as before, modes, gradients and statistics included.
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`; in the same order each time it is run. A
+            stream without a length will do.
+        threat: What an attacker may change; the default is Linf with eps 8/255.
         suite: One of `timm_nrpm.suites.SUITES`.
-        steps, queries: Of each ascent and of each random search, in place of the suite's own numbers.
+        effort: Of the adaptive suite, one of `timm_nrpm.suites.ROUNDS`: `"fast"` takes a third of the default's time and
+            `"exhaustive"` seven times as long.
+        steps, queries: Gradients of each ascent and forwards of each random search, in place of the suite's own numbers.
         seed: Of everything random. Each image's part of it depends on its batch's place alone.
         data: What the images are, in words, such as `"cifar10, test"`; the report and its card say it.
-        base: Another model to make examples on, such as the one this was made from.
+        base: Another model to make examples on, such as the one this was made from; where weights were trained since,
+            the one that this is compared with.
         control: Whether to put the plain model under the same attacks.
         mean, std: The model's normalisation, one number a channel; by default timm's for this model, and none for a
             model that is not timm's.
@@ -96,49 +114,62 @@ def evaluate(
     threat = threat or Threat()
     if not isinstance(threat, Threat):
         raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')
-    effort = _effort(suite, steps, queries)
-    attacks_of(suite, threat, effort, ("own",), 2)  # whether there are any, before anything is computed
+    settings = _effort(suite, effort, steps, queries)
+    attacks_of(suite, threat, settings, ("own",), 2)  # whether there are any, before anything is computed
+    subject = subject_of(model, mean, std)
+    model, net = subject.model, subject.on_pixels()
+    base = None if base is None else unwrapped(base)
     start, ours = time.perf_counter(), bool(reprogrammed_layers(model))
+    plain = _standing_beside(model, base) if ours and control else ""
     sha256 = model_sha256(model)
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     with ExitStack() as stack:
         raised = stack.enter_context(_heard())
         bar = stack.enter_context(_bar(progress and rank == 0))
-        for net in (model, base):
-            if net is not None:
-                stack.enter_context(attackable(net))
+        for one in (model, base):
+            if one is not None:
+                stack.enter_context(attackable(one))
 
         def work() -> dict[str, Any]:
-            options: dict[str, Any] = {"mean": mean, "std": std}
             identity: dict[str, Any] = {}
             if resume is not None:
                 identity = {"threat": [threat.norm, threat.eps], "suite": suite, "seed": seed, "control": control}
-                identity |= {**asdict(effort), "timm_nrpm": __version__, "processes": processes}
+                identity |= {**asdict(settings), "timm_nrpm": __version__, "processes": processes}
                 nets = {"model": model, "plain model": plain_copy(model) if ours else None, "base": base}
-                identity |= {f"the {name}": None if n is None else _told(n, **options) for name, n in nets.items()}
+                identity |= {f"the {name}": None if n is None else _told(alike(n, net)) for name, n in nets.items()}
             journal = Journal(_shard(resume, rank, processes), identity)
-            calibration = _first_images(loader) if ours and suite == "adaptive" else []
-            judges = [Judge(sources_of(model, calibration, base=base, **options), threat, suite, effort, seed)]
-            if control and ours:
-                plain = Source(alike(plain_copy(model), judges[0].net), predicts=True)
-                judges.append(Judge({"own": plain}, threat, suite, effort, seed))
+            calibration = _first_images(loader) if ours and (suite == "adaptive" or plain == TRAINED) else []
+            sources = sources_of(model, calibration, base=base, **net.normalisation())
+            judges = [Judge(sources, threat, suite, settings, seed)]
+            if plain:
+                beside = sources["base" if plain == GIVEN else "plain"].net if len(sources) > 1 else alike(plain_copy(model), net)
+                judges.append(Judge({"own": Source(beside, predicts=True)}, threat, suite, settings, seed))
             return _rows(judges, loader, journal, bar, rank, processes)
 
         parts = together(accelerator, work)
     rows = _joined(parts)
     heard = dict.fromkeys([*raised, *(told for row in rows for told in row["warnings"])])
     told = {"versions": _versions(), "threat": threat, "suite": suite, "seed": seed}
-    told |= {"steps": effort.steps, "queries": effort.queries}
-    reports = [_report([row["judged"][i] for row in rows], told) for i in range(len(rows[0]["judged"]))]
+    told |= {"steps": settings.steps, "queries": settings.queries, "rounds": settings.rounds}
+    reports = [
+        _report([row["judged"][i] for row in rows], told, plain if i == 0 else "") for i in range(len(rows[0]["judged"]))
+    ]
     seconds = time.perf_counter() - start
     beside = reports[1] if len(reports) > 1 else None
-    found = replace(reports[0], control=beside, warnings=tuple(heard), seconds=seconds)
+    found = replace(reports[0], control=beside, plain=plain or REPROGRAMMED, warnings=tuple(heard), seconds=seconds)
     return replace(found, sha256=sha256, data=data)
 
 
-def _told(model: nn.Module, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> dict[str, Any]:
+def _standing_beside(model: nn.Module, base: nn.Module | None) -> str:
+    """Which plain model stands beside a reprogrammed one."""
+    if is_as_reprogrammed(model):
+        return REPROGRAMMED
+    return GIVEN if base is not None and base.state_dict().keys() == plain_copy(model).state_dict().keys() else TRAINED
+
+
+def _told(net: PixelModel) -> dict[str, Any]:
     """What tells a model from others."""
-    return {"sha256": weights_sha256(model.state_dict()), **identity_of(PixelModel(model, mean, std))}
+    return {"sha256": weights_sha256(net.model.state_dict()), **identity_of(net)}
 
 
 def _shard(resume: str | Path | None, rank: int, processes: int) -> Path | None:
@@ -161,11 +192,11 @@ def _rows(
     processes: int,
 ) -> dict[str, Any]:
     """What became of the batches of this process, and which batches all of them were."""
-    task = bar.add_task("Evaluating", total=len(loader) if isinstance(loader, Sized) else None)
+    task = bar.add_task("Evaluating", total=count_of(loader))
     offset, digests = 0, []
     for number, batch in enumerate(loader):
         pixels, labels = check_batch(batch)
-        check_labels(labels, count=len(pixels))
+        labels = check_labels(labels, count=len(pixels))
         pixels = pixels.float()  # half precision could not keep within the bound
         digests.append(digest_of(pixels, labels))
         if number % processes == rank and not journal.has(number, digests[-1]):
@@ -200,9 +231,9 @@ def _joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rows[number] for number in sorted(rows)]
 
 
-def _report(rows: Sequence[dict[str, Any]], told: dict[str, Any]) -> RobustnessReport:
+def _report(rows: Sequence[dict[str, Any]], told: dict[str, Any], plain: str) -> RobustnessReport:
     """All batches together."""
-    clean = tuple(c == "1" for row in rows for c in row["clean"])
+    correct = tuple(c == "1" for row in rows for c in row["clean"])
     names = list(rows[0]["attacks"])
     if any(list(row["attacks"]) != names for row in rows):
         raise ValueError("Not all batches were attacked alike: they are of different versions. Give another file.")
@@ -218,13 +249,15 @@ def _report(rows: Sequence[dict[str, Any]], told: dict[str, Any]) -> RobustnessR
     }
     evidence = evidence_of(
         {a.name: (a.source, a.survived) for a in attacks},
-        clean,
+        correct,
         probes,
         non_finite=any(row["non_finite"] for row in rows),
         classes=rows[0]["classes"],
     )
+    if plain:
+        evidence[PLAIN_CHANGED] = float(plain == TRAINED)
     return RobustnessReport(
-        **told, clean=clean, attacks=tuple(attacks), flags=flags_of(evidence, len(clean)), evidence=evidence
+        **told, correct=correct, attacks=tuple(attacks), flags=flags_of(evidence, len(correct)), evidence=evidence
     )
 
 
@@ -250,27 +283,33 @@ def together(accelerator: Accelerator | None, work: Callable[[], dict[str, Any]]
     return [part for part, _ in everyone]
 
 
-def _effort(suite: str, steps: int | None, queries: int | None) -> Effort:
+def _effort(suite: str, effort: str, steps: int | None, queries: int | None) -> Effort:
     if suite not in EFFORTS:
         raise ValueError(f"suite={suite!r} is not known: choose one of {', '.join(EFFORTS)}.")
-    effort = EFFORTS[suite]
+    if effort not in ROUNDS:
+        raise ValueError(f"effort={effort!r} is not known: choose one of {', '.join(ROUNDS)}.")
+    settings = EFFORTS[suite]
+    if settings.rounds:
+        settings = replace(settings, rounds=ROUNDS[effort])
+    elif effort != "default":
+        raise ValueError(f'effort={effort!r} is for the suite "adaptive": suite={suite!r} has its authors\' numbers.')
     if steps is not None:
-        effort = replace(effort, steps=steps, pgd=steps, auto=steps)
+        settings = replace(settings, steps=steps, pgd=steps, auto=steps)
     if queries is not None:
-        effort = replace(effort, queries=queries)
-    if effort.steps < 1 or effort.queries < 0:
+        settings = replace(settings, queries=queries)
+    if settings.steps < 1 or settings.queries < 0:
         raise ValueError(
             f"steps={steps} and queries={queries} are not allowed: an ascent needs a step at least, and a search no "
             "fewer than 0 queries."
         )
-    return effort
+    return settings
 
 
 def _first_images(loader: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Batches of pixels for surrogates: an attacker has the images, and needs no labels."""
     batches: list[Tensor] = []
-    for batch in loader:
-        pixels = check_batch(batch)[0].float()
+    for images in pixels_of(loader):
+        pixels = images.float()
         batches.append(pixels[: CALIBRATED - sum(map(len, batches))])
         if sum(map(len, batches)) >= CALIBRATED:
             break

@@ -21,9 +21,12 @@ SOURCES = {
     "bpda": ("linear maps' gradient", "#CC79A7"),
     "plain": ("plain model's gradient", "#009E73"),
     "base": ("another model's gradient", "#000000"),
-    "softer": ("surrogate, larger eps", "#56B4E9"),
-    "shorter": ("surrogate, one iteration", "#56B4E9"),
+    "soft": ("surrogate, ten times the eps", "#56B4E9"),
+    "soft_short": ("surrogate, ten times the eps, one iteration", "#56B4E9"),
+    "softer": ("surrogate, a hundred times the eps", "#56B4E9"),
+    "near_plain": ("surrogate, lambda 0.9", "#56B4E9"),
     "halfway": ("surrogate, lambda halfway", "#56B4E9"),
+    "best": ("search from the worst points", "#F0E442"),
     "scores": ("scores alone", "#E69F00"),
 }
 """Whose gradient an attack follows, in words, and its colour."""
@@ -146,7 +149,7 @@ def draw_attacks(report: RobustnessReport, path: str | Path) -> Path:
     known = {} if control is None else {attack.name: control.accuracy(attack.name) for attack in control.attacks}
     rows = [("clean", report.accuracy(), None if control is None else control.accuracy())]
     rows += [(_text(attack.name), report.accuracy(attack.name), known.get(attack.name)) for attack in report.attacks]
-    rows.append(("worst case", report.worst_case, None if control is None else control.worst_case))
+    rows.append((report.name, report.worst_case, None if control is None else control.worst_case))
     colours, alphas, last = (
         [CLEAN, *(_words(a.source)[1] for a in report.attacks), WORST],
         [1.0] * len(rows),
@@ -205,7 +208,7 @@ def _by_eps(reports: Sequence[RobustnessReport]) -> dict[float, RobustnessReport
 
 def tried_all(report: RobustnessReport, attack: AttackResult) -> bool:
     """Whether it tried every image that was right, so that its accuracy is its own and not that of those before it."""
-    return all(tried is not None for tried, right in zip(attack.survived, report.clean, strict=True) if right)
+    return all(tried is not None for tried, right in zip(attack.survived, report.correct, strict=True) if right)
 
 
 def _compared(reports: Sequence[RobustnessReport], least: int) -> dict[str, str]:
@@ -232,13 +235,14 @@ def _lines(panel: Axes, at: Mapping[float, RobustnessReport], names: Mapping[str
     worst = start | {x: report.worst_case for x, report in at.items()}
     spans = [reports[0].interval(share) for share in start.values()] + [report.interval() for report in reports]
     low, high = ([100 * span[i] for span in spans] for i in (0, 1))
-    line(worst, color=WORST, linewidth=3.6, label="worst case, image by image")
+    name = next(iter(at.values())).name
+    line(worst, color=WORST, linewidth=3.6, label=f"{name}, image by image")
     panel.fill_between(list(worst), low, high, color=WORST, alpha=0.18, linewidth=0, label="its 95 % interval")
     controls = {x: report.control for x, report in at.items() if report.control is not None}
     if controls:
         begin = {0.0: next(iter(controls.values())).accuracy()} if zero else {}
         shares = begin | {x: report.worst_case for x, report in controls.items()}
-        line(shares, color=CONTROL, linewidth=2.4, linestyle="--", label="plain model's worst case")
+        line(shares, color=CONTROL, linewidth=2.4, linestyle="--", label=f"plain model's {name}")
     for marker, (name, source) in zip(MARKERS, names.items(), strict=False):
         said, colour = _words(source)
         shares = {x: report.accuracy(name) for x, report in at.items() if any(a.name == name for a in report.attacks)}

@@ -43,6 +43,10 @@ FLAT = "more_eps_no_effect"
 CLIMBING = "attack_not_finished"
 """The loss of the images that are still right was rising when the attack ended."""
 
+PLAIN_CHANGED = "plain_model_changed"
+"""The weights were trained since the model was reprogrammed, so the plain model beside it is not the one it was made
+from."""
+
 MARGIN = 0.02
 """Share of all images that an attack must break beyond another's to beat it."""
 
@@ -59,6 +63,8 @@ MEANINGS = {
     "attack does not work on this model.",
     FLAT: "Double the bound breaks hardly more images than half of it: attacks do not use the room that they have.",
     CLIMBING: "On images that survived, the loss was still rising when the attack ended: more steps would break more.",
+    PLAIN_CHANGED: "The weights were trained since the model was reprogrammed. What stands beside it is the same weights "
+    "at lambda 1, not the model that it was made from, which is no more to be had: give that one as base=.",
 }
 """What each flag means, in a sentence."""
 
@@ -72,6 +78,7 @@ NUMBERS = {
     UNBOUNDED: "images that survive, beyond chance",
     FLAT: "accuracy at double the bound, relative to half",
     CLIMBING: "surviving images whose loss was rising",
+    PLAIN_CHANGED: "1 if they were",
 }
 """What the number of each flag counts."""
 
@@ -85,6 +92,7 @@ THRESHOLDS = {
     UNBOUNDED: 0.1,
     FLAT: 0.95,
     CLIMBING: 0.2,
+    PLAIN_CHANGED: 0.0,
 }
 """Above which each is raised: shares of images; of RANDOM, the largest change of a logit, relative to the largest; of
 FLAT, the accuracy at double the bound relative to that at half."""

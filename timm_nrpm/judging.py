@@ -12,9 +12,13 @@ from torch import Tensor
 from timm_nrpm.flags import PROBED, RANDOM, THRESHOLDS, probe, unlike
 from timm_nrpm.images import check_labels
 from timm_nrpm.ordering import seed_of
+from timm_nrpm.pursuit import Pursuit
 from timm_nrpm.sources import Source
-from timm_nrpm.suites import Effort, attacks_of
+from timm_nrpm.suites import EXPECTATION, Attack, Effort, attacks_of
 from timm_nrpm.threats import Threat
+
+WITHOUT_GRADIENT = ("scores", "best")
+"""Sources of attacks that follow no gradient; what they ask is the attacked model."""
 
 
 class Judge:
@@ -30,9 +34,10 @@ class Judge:
         """What became of a batch, as JSON: `"1"` for an image still right, `"0"` wrong, `"-"` not attacked.
 
         Args:
-            images, labels: `[B, C, H, W]` in [0, 1], and `[B]`.
+            images: Pixels `[B, C, H, W]` in [0, 1].
+            labels: Classes, `[B]`.
             offset: How many images were before.
-            tell: Called with the share that is done, and what is being done.
+            tell: Called with the share of the work that is done, and what is being done.
 
         Raises:
             ValueError: Labels that are no classes.
@@ -47,41 +52,49 @@ class Judge:
     ) -> dict[str, Any]:
         logits, again = self.logits(pixels), self.logits(pixels)
         classes = logits.shape[1]
-        check_labels(labels, classes, count=len(pixels))
-        labels, random = labels.long(), unlike(logits, again) > THRESHOLDS[RANDOM]
-        right = _right(logits, labels)
+        labels = check_labels(labels, classes, count=len(pixels))
+        random = unlike(logits, again) > THRESHOLDS[RANDOM]
         attacks = attacks_of(self.suite, self.threat, self.effort, self.sources, classes, random=random)
-        left, outcomes = right.clone(), {}
+        pursuit = Pursuit(self.net, pixels, labels, self.threat, EXPECTATION if random else 1)
+        right = pursuit.take(torch.arange(len(labels), device=pixels.device), pixels, logits)
+        outcomes: dict[str, list[Any]] = {}
+        done = 0
         for place, attack in enumerate(attacks):
-            tell(place / len(attacks), f"{attack.name}, {int(left.sum())} of {len(left)} left")
-            rows = (right if attack.always else left).nonzero().squeeze(1)
-            source = self.sources["own" if attack.source == "scores" else attack.source]
-            before, start = self.passes(source), time.perf_counter()
-            code = ["-"] * len(labels)
-            if len(rows):
-                # Attacks that are compared start from the same place, the others each from its own.
-                seeds = [seed_of(self.seed, 0 if attack.always else place, offset + row) for row in rows.tolist()]
-                with source.followed() as net:
-                    attacked = attack.run(net, pixels[rows], labels[rows], seeds)
-                attacked = self.fair(pixels[rows], attacked)
-                survived = _right(self.logits(attacked), labels[rows])
-                left[rows] &= survived
-                for row, survives in zip(rows.tolist(), survived.tolist(), strict=True):
-                    code[row] = str(int(survives))
-            passes = [now - then for now, then in zip(self.passes(source), before, strict=True)]
-            seconds = time.perf_counter() - start
-            outcomes[attack.name] = [attack.source, "".join(code), *passes, seconds]
+            rows = right.nonzero().squeeze(1) if attack.always else pursuit.standing
+            ahead = sum(later.passes * len(right if later.always else pursuit.standing) for later in attacks[place:])
+            tell(done / max(done + ahead, 1), f"{attack.name}, {int(pursuit.right.sum())} of {len(labels)} left")
+            done += attack.passes * len(rows)
+            found = self.attack(attack, place, pursuit, rows, offset)
+            before = outcomes.get(attack.name)
+            outcomes[attack.name] = found if before is None else [*found[:2], *map(sum, zip(before[2:], found[2:], strict=True))]
+            if before is not None:  # what it broke in an earlier turn stays broken by it
+                outcomes[attack.name][1] = "".join("0" if b == "0" else n for b, n in zip(before[1], found[1], strict=True))
         probes: dict[str, float] = {}
         probed = right[: max(0, PROBED - offset)].nonzero().squeeze(1)
         if len(probed):
             tell(1.0, "looking for flags")
             seeds = [seed_of(self.seed, -1, offset + row) for row in probed.tolist()]
             source, some = self.sources["own"], (pixels[probed], labels[probed])
-            steps = max(2, self.effort.steps // 5) if self.suite == "adaptive" else 0
+            steps = self.effort.steps if self.suite == "adaptive" else 0
             probes = probe(source, *some, self.threat, seeds, steps=steps)
         clean = "".join(str(int(r)) for r in right.tolist())
         non_finite = any(source.net.non_finite for source in self.sources.values())
         return {"clean": clean, "attacks": outcomes, "probes": probes, "non_finite": non_finite, "classes": classes}
+
+    def attack(self, attack: Attack, place: int, pursuit: Pursuit, rows: Tensor, offset: int) -> list[Any]:
+        """One turn of an attack: its source, what became of every image, passes forwards and backwards, seconds."""
+        source = self.sources["own" if attack.source in WITHOUT_GRADIENT else attack.source]
+        before, start = self.passes(source), time.perf_counter()
+        code = ["-"] * len(pursuit.labels)
+        if len(rows):
+            # Attacks that are compared start from the same place, the others each from its own.
+            seeds = [seed_of(self.seed, 0 if attack.always else place, offset + row) for row in rows.tolist()]
+            with source.followed() as net:
+                survived = attack.pursue(pursuit, rows, net, seeds)
+            for row, survives in zip(rows.tolist(), survived.tolist(), strict=True):
+                code[row] = str(int(survives))
+        passes = [now - then for now, then in zip(self.passes(source), before, strict=True)]
+        return [attack.source, "".join(code), *passes, time.perf_counter() - start]
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
@@ -91,15 +104,3 @@ class Judge:
         """Images that went forwards and backwards so far."""
         nets = {id(net): net for net in (self.net, source.net)}.values()
         return sum(net.forwards for net in nets), sum(net.backwards for net in nets)
-
-    def fair(self, pixels: Tensor, attacked: Tensor) -> Tensor:
-        """What an attack found, brought back within the bound where it cheated."""
-        honest = self.threat.allows(pixels, attacked)
-        if bool(honest.all()):
-            return attacked
-        return torch.where(honest.view(-1, 1, 1, 1), attacked, self.threat.project(pixels, attacked.nan_to_num(0.0)))
-
-
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which predictions are right, `[B]`; where logits are not numbers there is none."""
-    return (logits.argmax(1) == labels) & logits.isfinite().all(1)

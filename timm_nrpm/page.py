@@ -90,7 +90,7 @@ def write_page(
     named = _named(every)
     sections = [
         _flags(named),
-        _section("Worst case", _headline(named)),
+        _section(_called(every), _headline(named)),
         _section("Attacks", ORDER_NOTE + _each(named, _attacks)),
         _curves(every),
         _section("Image by image", STRIP_NOTE + _each(named, _strip)),
@@ -207,9 +207,14 @@ def _value(flag: str, number: float) -> str:
     return f"{number:.2g}" if flag in PLAIN_NUMBERS else f"{_percent(number)} %"
 
 
+def _called(reports: Iterable[RobustnessReport]) -> str:
+    """What the share that survived is called, the worst case only where every suite was the adaptive one."""
+    return "Worst case" if all(report.suite == "adaptive" for report in reports) else "All attacks"
+
+
 def _headline(named: Mapping[str, RobustnessReport]) -> str:
     if len(named) > 1:
-        heads = ("threat", "worst case, %", "plain model's, %", "clean, %", "plain model's, %", "images", "flags")
+        heads = ("threat", f"{_called(named.values()).lower()}, %", "plain model's, %", "clean, %", "plain model's, %", "images", "flags")
         rows = []
         for name, report in named.items():
             both = (report, report.control)
@@ -220,7 +225,8 @@ def _headline(named: Mapping[str, RobustnessReport]) -> str:
             rows.append(
                 _row(escape(name), *worst, *clean, str(report.samples), escape(", ".join(report.flags)) or "none")
             )
-        return _table("Worst case over all attacks, beside the plain model's", heads, rows)
+        told = "".join(f'<p class="verdict">{escape(report.verdict)}</p>' for report in named.values())
+        return told + _table("Share that no attack broke, beside the plain model's", heads, rows)
     (report,) = named.values()
     cards = ""
     for name, each in (("This model", report), ("Plain model, same attacks", report.control)):
@@ -231,16 +237,8 @@ def _headline(named: Mapping[str, RobustnessReport]) -> str:
                 f"<p>{_interval(each)}</p><p>clean {_percent(each.accuracy())} %{flagged}</p></div>"
             )
     under = f"{report.samples} images, {_threat(report)}, suite &ldquo;{escape(report.suite)}&rdquo;."
-    return f'<p>Share of the images that no attack broke. {under}</p><div class="cards">{cards}</div>{_paired(report)}'
-
-
-def _paired(report: RobustnessReport) -> str:
-    """How many images only one of both models keeps: what decides between them."""
-    if report.control is None or report.control.samples != report.samples:
-        return ""
-    pairs = list(zip(report.survivors, report.control.survivors, strict=True))
-    ours, plain = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
-    return f"<p>Image by image: {ours} survive in this model alone, {plain} in the plain model alone.</p>"
+    said = f'<p class="verdict">{escape(report.verdict)}</p>'
+    return f'{said}<p>Share of the images that no attack broke. {under}</p><div class="cards">{cards}</div>'
 
 
 def _attacks(report: RobustnessReport) -> str:
@@ -258,7 +256,7 @@ def _attacks(report: RobustnessReport) -> str:
         cells = (accuracy, beside.get(attack.name, ABSENT), *counts, f"{attack.seconds:.1f}")
         rows.append(_row(escape(attack.name), whose, *cells))
     foot = _row(
-        "worst case", "image by image", _bar(report.worst_case), worst, f'<td colspan="5">{_interval(report)}</td>'
+        escape(report.name), "image by image", _bar(report.worst_case), worst, f'<td colspan="5">{_interval(report)}</td>'
     )
     heads = ["attack", "whose gradient", "accuracy left, %", "plain model's, %", "images tried", "broken"]
     heads += ["forward passes", "backward passes", "seconds"]
@@ -284,13 +282,14 @@ def _curves(reports: Sequence[RobustnessReport]) -> str:
         if len(group) < 2 or len({report.threat.eps for report in group}) < len(group):
             continue
         group.sort(key=lambda report: report.threat.eps)
+        said = _called(group).lower()
         told = ", ".join(f"{_percent(report.worst_case)} % at {report.threat.eps:.3g}" for report in group)
-        alt = f"Curve of accuracy over eps under {norm}; worst case {_percent(group[0].accuracy())} % at 0, {told}."
+        alt = f"Curve of accuracy over eps under {norm}; {said} {_percent(group[0].accuracy())} % at 0, {told}."
         with tempfile.TemporaryDirectory() as folder:
             try:
                 drawn = draw_curves(group, Path(folder) / "curves.svg")
                 shown += _picture(
-                    drawn, alt, f"Accuracy over eps under {norm}: own gradient, other attacks, worst case."
+                    drawn, alt, f"Accuracy over eps under {norm}: own gradient, other attacks, {said}."
                 )
             except ImportError as error:
                 shown += f"<p>{escape(alt)} {escape(str(error))}</p>"
@@ -310,7 +309,7 @@ def _picture(path: str | Path, alt: str, caption: str) -> str:
 def _fates(report: RobustnessReport) -> list[str]:
     """For each image `"wrong"`, `"survived"`, or the attack that broke it first."""
     fates = []
-    for i, right in enumerate(report.clean):
+    for i, right in enumerate(report.correct):
         broken = (attack.name for attack in report.attacks if attack.survived[i] is False)
         fates.append(next(broken, "survived") if right else "wrong")
     return fates

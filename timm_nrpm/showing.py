@@ -16,7 +16,7 @@ from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.report import RobustnessReport
 from timm_nrpm.reprogramming import attackable
 from timm_nrpm.sources import sources_of
-from timm_nrpm.suites import EFFORTS, attacks_of
+from timm_nrpm.suites import EFFORTS, alone, attacks_of
 
 IMAGES = 8
 
@@ -82,12 +82,10 @@ def attack_one_batch(
         sources = sources_of(model, mean=mean, std=std)
         net = sources["own"].net
         x, y = pixels.to(net.mean.device), labels.to(net.mean.device).long()
-        classes = classes_of(net, x)
-        attacks = {a.name: a for a in attacks_of("quick", report.threat, EFFORTS["quick"], sources, classes)}
+        attacks = {a.name: a for a in attacks_of("quick", report.threat, EFFORTS["quick"], sources, classes_of(net, x))}
         attack = attacks.get("pgd_plain", attacks["pgd"])
         with sources[attack.source].followed() as followed:
-            attacked = attack.run(followed, x, y, [seed_of(report.seed, 0, i) for i in range(len(x))])
-        attacked = report.threat.project(x, attacked.nan_to_num(0.0))
+            attacked = alone(attack, report.threat)(followed, x, y, [seed_of(report.seed, 0, i) for i in range(len(x))])
         with torch.no_grad():
             return attacked.cpu(), net(attacked).argmax(1).cpu()
 

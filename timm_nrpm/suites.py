@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from timm_nrpm.ascent import carlini_wagner, climb, greedy_pixels, random_pixels
-from timm_nrpm.attacks import (
-    MOST_TARGETS,
-    Attack,
-    PixelModel,
-    Run,
-    auto_attack,
-    fgsm,
-    original_auto_attack,
-    pgd,
-    square,
-)
+from timm_nrpm.attacks import MOST_TARGETS, Run, auto_attack, fgsm, original_auto_attack, pgd, square
+from timm_nrpm.pixel_model import PixelModel
+from timm_nrpm.pursuit import Pursuit, ascend, likely_targets, search
 from timm_nrpm.threats import Threat
 
 SUITES = ("quick", "paper", "standard", "autoattack", "adaptive")
+
+ROUNDS = {"fast": 12, "default": 36, "exhaustive": 240}
+"""Turns of the adaptive suite on images that stand, by the effort a user asks for."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +26,18 @@ class Effort:
     """How hard the attacks of a suite try.
 
     Attributes:
-        steps: Of one ascent.
-        queries: Of one random search.
+        steps: Gradients of one ascent; of the adaptive suite, twice as many where it starts anew.
+        queries: Forwards of one random search.
         pgd: Steps of PGD, the paper's.
         auto: Steps of AutoAttack, its authors'.
+        rounds: Ascents of the adaptive suite, each with its search.
     """
 
     steps: int
     queries: int
     pgd: int = 20
     auto: int = 100
+    rounds: int = 0
 
 
 EFFORTS = {
@@ -47,18 +45,64 @@ EFFORTS = {
     "paper": Effort(20, 5000),
     "standard": Effort(100, 5000),
     "autoattack": Effort(100, 5000),
-    "adaptive": Effort(50, 300),
+    "adaptive": Effort(10, 20, rounds=ROUNDS["default"]),
 }
 
 EXPECTATION = 8
 """Forwards for a gradient where the forward is random (expectation over transformation, arXiv 1707.07397)."""
 
-ORDER = ("plain", "base", "own", "bpda", "softer", "shorter", "halfway")
-"""Of the sources: those without an estimate first, since they are cheap and leave fewer images to the others."""
+CYCLE = ("soft", "softer", "near_plain", "soft_short", "halfway", "plain", "base")
+"""Sources in the order in which rounds take turns with them; of a model that has no plain one beside it, its own."""
 
-TARGETS = {"plain": MOST_TARGETS, "base": MOST_TARGETS, "own": 3, "bpda": 3}
-"""Other classes, the most likely ones, whose margin is climbed one by one: as many as AutoAttack's where no estimate is
-in the way."""
+SIZES = (0.25, 1.0, 0.5, 2.0)
+"""First steps of ascents that go on from the worst points, in units of eps, by turns."""
+
+SQUARE = 200
+"""Queries of Square, which starts from nowhere: what it breaks alone, gradients have missed."""
+
+Pursue = Callable[[Pursuit, Tensor, PixelModel, list[int]], Tensor]
+"""A pursuit, the numbers of the images to attack, the model to follow and a seed for each image, to whether the attacked
+model was right on all that this attack showed it, `[n]`."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A named attack. Several may have one name: they count as one that takes several turns.
+
+    Attributes:
+        name: What a report calls it.
+        source: Whose gradient it follows, see :func:`timm_nrpm.sources.sources_of`; `"scores"` for none, and `"best"`
+            for none either, but from the worst points that the others found.
+        pursue: The attack.
+        passes: About how many forwards and backwards it takes for an image.
+        always: Whether it is there for comparison, so that also images already broken are attacked.
+    """
+
+    name: str
+    source: str
+    pursue: Pursue
+    passes: int
+    always: bool = False
+
+
+def once(run: Run) -> Pursue:
+    """An attack that shows the attacked model what it ends with, and nothing before."""
+
+    def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
+        return pursuit.look(rows, run(net, pursuit.pixels[rows], pursuit.labels[rows], seeds))
+
+    return pursue
+
+
+def alone(attack: Attack, threat: Threat) -> Run:
+    """An attack by itself, on images that nothing else has attacked, along the model it is given."""
+
+    def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+        pursuit = Pursuit(net, pixels, labels, threat)
+        attack.pursue(pursuit, torch.arange(len(pixels), device=pixels.device), net, seeds)
+        return pursuit.best
+
+    return run
 
 
 def attacks_of(
@@ -68,10 +112,13 @@ def attacks_of(
 
     `"quick"`: FGSM and PGD on the own gradient, and PGD from the plain model. `"paper"`: FGSM, PGD, the margin loss of
     Carlini and Wagner, and AutoAttack (NRPM, Table 5). `"standard"`: AutoAttack by torchattacks; `"autoattack"`: by its
-    authors' code, if that is installed. `"adaptive"`: along the gradient of every model there is, with two losses and
-    several targets, and a random search; the cheap and strong ones first.
+    authors' code, if that is installed. `"adaptive"`: PGD along every gradient that can be compared, then rounds of a
+    pursuit, each an ascent along another source and a random search, from the worst points found so far.
 
     Args:
+        suite: One of `SUITES`.
+        threat: What an attacker may change.
+        effort: How hard they try.
         sources: Whose gradients there are.
         classes: Of the model.
         random: Whether its forward is, so that gradients are averaged.
@@ -88,60 +135,102 @@ def attacks_of(
     found: list[Attack] = []
     if suite not in ("standard", "autoattack"):
         if threat.norm == "Linf":
-            found.append(Attack("fgsm", "own", fgsm(threat.eps), always=True))
-        first = pgd(threat, effort.pgd) if library else _direct(threat, effort)
-        found.append(Attack("pgd", "own", first, always=True))
+            found.append(Attack("fgsm", "own", once(fgsm(threat.eps)), 2, always=True))
+        first, passes = once(pgd(threat, effort.pgd) if library else _direct(threat, effort)), 2 * effort.pgd
+        found.append(Attack("pgd", "own", first, passes, always=True))
         # The same on every image from elsewhere: where it breaks more, the own gradient misleads.
         compared = {"quick": ("plain",), "adaptive": ("plain", "base", "bpda")}.get(suite, ())
-        found += [Attack(f"pgd_{name}", name, first, always=True) for name in compared if name in sources]
+        found += [Attack(f"pgd_{name}", name, first, passes, always=True) for name in compared if name in sources]
     if suite == "paper":
-        found.append(Attack("cw", "own", _carlini_wagner(threat, effort.steps)))
+        found.append(Attack("cw", "own", once(_carlini_wagner(threat, effort.steps)), 2 * effort.steps))
     if suite in ("paper", "standard", "autoattack"):
         made_by = original_auto_attack if suite == "autoattack" else auto_attack
-        runs = made_by(threat, classes, effort.auto, effort.queries)
-        found += [Attack(name, "scores" if name == "aa_square" else "own", run) for name, run in runs.items()]
+        for name, run in made_by(threat, classes, effort.auto, effort.queries).items():
+            scores = name == "aa_square"
+            cost = effort.queries if scores else 2 * effort.auto * (1 if name == "aa_apgd_ce" else MOST_TARGETS)
+            found.append(Attack(name, "scores" if scores else "own", once(run), cost))
     if suite == "adaptive":
-        if threat.norm == "L0":
-            found += _sparse(threat, effort, sources, random)
-        else:
-            found += _ascents(threat, effort, sources, classes, random)
-        if library:
-            found.append(Attack("square", "scores", square(threat, effort.queries, restarts=2)))
-        else:
-            found.append(Attack("random_pixels", "scores", _random_pixels(threat, effort.queries)))
+        average = EXPECTATION if random else 1
+        found += _sparse(threat, effort, sources, average) if threat.norm == "L0" else _pursuit(
+            effort, sources, classes, average
+        )
+        if library and effort.queries:
+            found.append(Attack("square", "scores", once(square(threat, SQUARE)), SQUARE))
     return found
 
 
-def _ascents(threat: Threat, effort: Effort, sources: Collection[str], classes: int, random: bool) -> list[Attack]:
-    found = []
-    average = EXPECTATION if random else 1
-    for source in (name for name in ORDER if name in sources):
-        predicts = source in ("own", "bpda") and not random  # where it is, being fooled once means little
-        for loss in ("cross_entropy", "margin"):
-            run = _ascent(threat, effort.steps, loss, average=average, predicts=predicts)
-            found.append(Attack(f"apgd_{SHORT[loss]}_{source}", source, run))
-        # Without a plain model beside it, the model is one itself.
-        targets = TARGETS.get(source, 0) if "plain" in sources else MOST_TARGETS
-        for rank in range(1, min(targets, classes - 1) + 1):
-            run = _ascent(threat, effort.steps, "margin", rank=rank, average=average, predicts=predicts)
-            found.append(Attack(f"apgd_target{rank}_{source}", source, run))
-    return found
+def _pursuit(effort: Effort, sources: Collection[str], classes: int, average: int) -> Iterator[Attack]:
+    """Rounds of an ascent and a search. Of three ascents two go on from the worst points, with the margin and with the
+    cross-entropy, and one starts anew, up the margin of the strongest class or, by turns, of the next likely target."""
+    beside = [name for name in CYCLE if name in sources] if "plain" in sources else ["own"]
+    # Those without an estimate first: they are cheap, and leave fewer images to the others.
+    starts = [name for name in ("plain", "base", "bpda") if name in sources] if "plain" in sources else ["own"]
+    for name in starts:
+        yield _ascent(effort, name, "margin", average, size=0.5, momentum=0.75, fresh=name in ("plain", "own"))
+    targets = count()
+    for turn in range(effort.rounds):
+        third, kind = divmod(turn, 3)
+        if kind < 2:
+            loss = ("margin", "cross_entropy")[kind]
+            size = SIZES[turn % len(SIZES)]
+            yield _ascent(effort, beside[turn % len(beside)], loss, average, size=size, momentum=0.5)
+        else:
+            rank = next(targets) % min(MOST_TARGETS, classes - 1) if third % 2 and classes > 2 else None
+            loss = ("margin", "cross_entropy")[third // 2 % 2] if rank is None else "margin"
+            name = beside[third % len(beside)]
+            yield _ascent(effort, name, loss, average, size=2.0, momentum=0.75, fresh=True, rank=rank)
+        if effort.queries:
+            yield Attack("search", "best", _search(effort.queries), effort.queries)
 
 
-SHORT = {"cross_entropy": "ce", "margin": "margin"}
+def _ascent(
+    effort: Effort,
+    source: str,
+    loss: str,
+    average: int,
+    *,
+    size: float,
+    momentum: float,
+    fresh: bool = False,
+    rank: int | None = None,
+) -> Attack:
+    steps = effort.steps * (2 if fresh else 1)
+    predicts = source in ("own", "bpda") and average == 1  # where the forward is random, one look means little
+
+    def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
+        target = None if rank is None else likely_targets(pursuit, rows, net)[:, rank]
+        ascend(
+            pursuit,
+            rows,
+            net,
+            seeds,
+            steps=steps,
+            loss=loss,
+            size=size,
+            momentum=momentum,
+            target=target,
+            fresh=fresh,
+            average=average,
+            predicts=predicts,
+        )
+        return pursuit.right[rows]
+
+    return Attack(f"ascent_{source}", source, pursue, steps * (2 * average + (0 if predicts else 1)))
 
 
-def _ascent(threat: Threat, steps: int, loss: str, *, rank: int = 0, average: int = 1, predicts: bool = True) -> Run:
-    """Auto-PGD; with a `rank`, towards the class that has it among the others when nobody attacks."""
+def _search(queries: int) -> Pursue:
+    def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
+        search(pursuit, rows, seeds, queries=queries)
+        return pursuit.right[rows]
+
+    return pursue
+
+
+def _climb(threat: Threat, steps: int, loss: str) -> Run:
+    """Auto-PGD to its end, whatever the model that is followed makes of the images meanwhile."""
 
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
-        target = None
-        if rank:
-            with torch.no_grad():
-                logits = net(pixels).scatter(1, labels.unsqueeze(1), -torch.inf)
-            target = logits.topk(rank, 1).indices[:, -1]
-        how = {"loss": loss, "target": target, "average": average, "fooled": predicts}
-        return climb(net, pixels, labels, threat, seeds, steps=steps, **how)[0]  # type: ignore[arg-type]
+        return climb(net, pixels, labels, threat, seeds, steps=steps, loss=loss, fooled=False)[0]
 
     return run
 
@@ -149,17 +238,20 @@ def _ascent(threat: Threat, steps: int, loss: str, *, rank: int = 0, average: in
 def _direct(threat: Threat, effort: Effort) -> Run:
     """What stands for PGD where torchattacks has none: Auto-PGD under L1, greedy pixels under L0."""
     if threat.norm == "L1":
-        return _ascent(threat, effort.steps, "cross_entropy", predicts=False)
-    return _greedy(threat, effort.steps, predicts=False)
+        return _climb(threat, effort.pgd, "cross_entropy")
+    return _greedy(threat, effort.pgd, predicts=False)
 
 
-def _sparse(threat: Threat, effort: Effort, sources: Collection[str], random: bool) -> list[Attack]:
-    found = []
-    for source in (name for name in ORDER if name in sources):
-        predicts = source in ("own", "bpda") and not random
-        run = _greedy(threat, effort.steps, average=EXPECTATION if random else 1, predicts=predicts)
-        found.append(Attack(f"greedy_{source}", source, run))
-    return found
+def _sparse(threat: Threat, effort: Effort, sources: Collection[str], average: int) -> Iterator[Attack]:
+    """Under L0: greedy pixels on every source, and random pixels."""
+    for source in ("plain", "base", "own", "bpda", *CYCLE[:5]):
+        if source in sources:
+            predicts = source in ("own", "bpda") and average == 1
+            run = _greedy(threat, effort.pgd, average=average, predicts=predicts)
+            yield Attack(f"greedy_{source}", source, once(run), 2 * average * effort.pgd)
+    queries = effort.queries * effort.rounds
+    if queries:
+        yield Attack("random_pixels", "scores", once(_random_pixels(threat, queries)), queries)
 
 
 def _greedy(threat: Threat, steps: int, *, average: int = 1, predicts: bool) -> Run:
@@ -170,13 +262,10 @@ def _greedy(threat: Threat, steps: int, *, average: int = 1, predicts: bool) -> 
 
 
 def _random_pixels(threat: Threat, queries: int) -> Run:
-    """Random pixels in random colours; under L1 as many as may be black and white at most."""
+    """Random pixels in random colours."""
 
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
-        count = int(threat.eps) if threat.norm == "L0" else int(threat.eps / pixels.shape[1])
-        if not count:
-            return pixels
-        return random_pixels(net, pixels, labels, Threat("L0", count), seeds, queries=queries)
+        return random_pixels(net, pixels, labels, threat, seeds, queries=queries)
 
     return run
 
@@ -185,7 +274,11 @@ def _carlini_wagner(threat: Threat, steps: int) -> Run:
     """Under L2 the attack of the paper, with its binary search over c, whose result counts if it is near enough; under
     Linf projected ascent of its loss, since what it finds is near in L2 alone."""
     if threat.norm == "Linf":
-        return _ascent(threat, steps, "margin")
+
+        def climbed(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+            return climb(net, pixels, labels, threat, seeds, steps=steps, loss="margin")[0]
+
+        return climbed
 
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
         attacked = carlini_wagner(net, pixels, labels, steps=10 * steps)

@@ -14,7 +14,7 @@ from pictures import lines
 from table7 import LAM, TUNE
 
 from timm_nrpm import Threat
-from timm_nrpm.suites import EFFORTS, attacks_of
+from timm_nrpm.suites import EFFORTS, alone, attacks_of
 
 NAME = "mlp3_mnist"
 BUDGETS: dict[str, tuple[float, ...]] = {"L0": (5, 10, 20, 40), "L2": (0.5, 1, 2, 3), "Linf": (0.05, 0.1, 0.2, 0.3)}
@@ -27,7 +27,10 @@ def experiment(lab: Lab) -> Experiment:
         model = lab.plain("mlp", NAME) if kind == "LPM" else lab.tuned("mlp", start, TUNE)
         threats = [Threat(norm, eps) for eps in BUDGETS[norm]]
         attacks = [attacks_of("quick", threat, EFFORTS["quick"], ("own",), 10) for threat in threats]
-        direct = [next(attack.run for attack in found if attack.name == "pgd") for found in attacks]
+        direct = [
+            next(alone(attack, threat) for attack in found if attack.name == "pgd")
+            for found, threat in zip(attacks, threats, strict=True)
+        ]
         ours = [lab.under("mlp", model, run) for run in (None, *direct)]
         return {"ours": ours, "worst case": lab.worst("mlp", model, threats)}
 

@@ -17,7 +17,7 @@ from table4 import TUNE_3, paradigm_3
 from torch import nn
 
 from timm_nrpm import Threat
-from timm_nrpm.suites import EFFORTS, Effort, attacks_of
+from timm_nrpm.suites import EFFORTS, Effort, alone, attacks_of
 
 NAME, THREAT = "resnet18_cifar", Threat("Linf", 8 / 255)
 COLUMNS = ("natural", "PGD", "FGSM", "C&W", "AA", "average", "worst case")
@@ -42,7 +42,7 @@ def experiment(lab: Lab) -> Experiment:
     def row(model: nn.Module) -> Measured:
         attacks = attacks_of("paper", THREAT, effort, ("own",), 10)
         clean = lab.right("resnet", model, None, count)
-        found = {attack.name: lab.right("resnet", model, attack.run, count) & clean for attack in attacks}
+        found = {attack.name: lab.right("resnet", model, alone(attack, THREAT), count) & clean for attack in attacks}
         auto = reduce(torch.logical_and, (right for name, right in found.items() if name.startswith("aa_")))
         four = [100 * float(right.float().mean()) for right in (found["pgd"], found["fgsm"], found["cw"], auto)]
         worst = lab.worst("resnet", model, [THREAT])[1]

@@ -1,0 +1,222 @@
+"""A pursuit: for each image the worst point that any attack has found, and two ways to make it worse.
+
+An attack on a reprogrammed model is lost where it starts from nowhere and follows one gradient: the model's own is
+erratic, and those of models like it point elsewhere. So what all attacks visit is shown to the attacked model, the point
+with the largest margin is kept for each image, and the next attack goes on from there: a few steps up the loss of another
+model that is smoother, or a random search by the attacked model's scores. What one of them cannot leave another can.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from timm_nrpm.ascent import DENSE, Forward, direction, generators, losses, slope
+from timm_nrpm.threats import Threat
+
+LARGEST = 3
+"""The squares of a search are at most this part of the shorter side of an image."""
+
+
+class Pursuit:
+    """Images under attack.
+
+    Args:
+        victim: The attacked model on pixels.
+        pixels, labels: Images `[B, C, H, W]` in [0, 1], and their classes `[B]`.
+        threat: What an attacker may change.
+        average: Forwards whose mean logits count, more than one where the forward is random.
+
+    Attributes:
+        best: The worst point found so far of each image, `[B, C, H, W]`; at first the image itself.
+        margin: By how much the strongest other class exceeds the label's there, in logits, `[B]`.
+        right: Whether the model was right on everything it was shown, `[B]`.
+    """
+
+    def __init__(self, victim: Forward, pixels: Tensor, labels: Tensor, threat: Threat, average: int = 1) -> None:
+        self.victim, self.pixels, self.labels, self.threat, self.average = victim, pixels, labels, threat, average
+        self.best = pixels.clone()
+        self.margin = torch.full((len(pixels),), -math.inf, device=pixels.device)
+        self.right = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
+        self.targets: dict[int, Tensor] = {}  # of each model that was followed
+
+    @property
+    def standing(self) -> Tensor:
+        """Numbers of the images that nothing has broken yet."""
+        return self.right.nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def look(self, rows: Tensor, images: Tensor) -> Tensor:
+        """Show the attacked model points of some images, and keep those that are worse than the worst so far.
+
+        Args:
+            rows: Numbers of the images, `[n]`.
+            images: A point of each, `[n, C, H, W]`; one outside the threat is brought back within it first.
+
+        Returns:
+            Whether the model is right on each, `[n]`; where logits are no numbers it is not.
+        """
+        allowed = self.threat.allows(self.pixels[rows], images)
+        if not bool(allowed.all()):
+            inside = self.threat.project(self.pixels[rows], images.nan_to_num(0.0))
+            images = torch.where(_wide(allowed, images), images, inside)
+        logits = self.victim(images)
+        for _ in range(self.average - 1):
+            logits = logits + self.victim(images)
+        return self.take(rows, images, logits / self.average)
+
+    @torch.no_grad()
+    def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """What `look` does with logits `[n, N]` of the attacked model that are known already."""
+        finite = logits.isfinite().all(1)
+        margin = torch.where(finite, losses(logits, self.labels[rows], "margin"), math.inf).to(self.margin)
+        right = finite & (logits.argmax(1) == self.labels[rows])
+        # Equal margins count as worse, so that a search drifts over a plain instead of standing still on it.
+        worse = margin >= self.margin[rows]
+        self.best[rows[worse]], self.margin[rows[worse]] = images[worse].detach(), margin[worse]
+        self.right[rows] &= right
+        return right
+
+
+def ascend(
+    pursuit: Pursuit,
+    rows: Tensor,
+    follow: Forward,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    loss: str,
+    size: float,
+    momentum: float,
+    target: Tensor | None = None,
+    fresh: bool = False,
+    average: int = 1,
+    every: int = 2,
+    predicts: bool = False,
+) -> None:
+    """Projected ascent with momentum (arXiv 1710.06081, Algorithm 1) whose steps shorten to nothing, from the worst
+    points so far, each of which the attacked model is shown on the way.
+
+    Args:
+        pursuit: Where points come from and go to.
+        rows: Numbers of the images to attack, `[n]`.
+        follow: The model whose loss is climbed.
+        seeds: A seed for each of the rows.
+        steps: Number of gradients.
+        loss: One of `timm_nrpm.ascent.LOSSES`.
+        size: The first step, in units of the threat's eps.
+        momentum: Share of the last direction that goes into the next.
+        target: Of the margin, a class for each image of the pursuit, `[B]`.
+        fresh: Whether to start anywhere within the threat instead.
+        average: Forwards for each gradient.
+        every: Steps between two looks of the attacked model.
+        predicts: Whether `follow` has the attacked model's logits, so that each gradient is a look, too.
+    """
+    threat = pursuit.threat
+    seeds = list(seeds)
+    x = threat.around(pursuit.pixels[rows], generators(seeds)) if fresh else pursuit.best[rows]
+    inertia = torch.zeros_like(x)
+    for step in range(steps):
+        labels = pursuit.labels[rows]
+        logits, _, gradient = slope(follow, x, labels, loss, None if target is None else target[rows], average)
+        kept = pursuit.take(rows, x, logits) if predicts else torch.ones_like(rows, dtype=torch.bool)
+        scale = gradient.flatten(1).abs().mean(1).clamp(min=1e-30)
+        inertia = momentum * inertia + gradient / _wide(scale, gradient)
+        left = 1 - step / steps
+        share = torch.full((len(rows),), DENSE * left, device=x.device)
+        moved = x + size * threat.eps * left * direction(inertia, threat, x, share)
+        x = threat.project(pursuit.pixels[rows], moved)
+        if step == steps - 1 or (not predicts and (step + 1) % every == 0):
+            kept &= pursuit.look(rows, x)
+        if not bool(kept.all()):
+            rows, x, inertia = rows[kept], x[kept], inertia[kept]
+            if not len(rows):
+                return
+
+
+@torch.no_grad()
+def search(pursuit: Pursuit, rows: Tensor, seeds: Sequence[int], *, queries: int) -> None:
+    """Random search from the worst points so far: squares of random place and size are pushed to the bound, and stay so
+    where the margin does not fall (after Square, Andriushchenko et al., arXiv 1912.00049, which starts from stripes).
+
+    Args:
+        pursuit: Where points come from and go to.
+        rows: Numbers of the images to attack, `[n]`.
+        seeds: A seed for each of the rows.
+        queries: Forwards of the attacked model for each image.
+    """
+    if not len(rows):
+        return
+    channels, height, width = pursuit.pixels.shape[1:]
+    most = max(2, min(height, width) // LARGEST)
+    # An image's draws are its own, whichever images are beside it.
+    draws = [torch.rand(queries, 3 + channels, generator=g) for g in generators(seeds)]
+    table = torch.stack(draws, 1).to(pursuit.pixels)  # [queries, n, 3 + C]
+    down = torch.arange(height, device=rows.device).view(1, -1, 1)
+    across = torch.arange(width, device=rows.device).view(1, 1, -1)
+    places = torch.arange(len(rows), device=rows.device)
+    for draw in table:
+        still = pursuit.right[rows[places]]
+        places = places[still]
+        if not len(places):
+            return
+        now = rows[places]
+        side = torch.exp(draw[places, 0] * math.log(most + 1)).long().clamp(1, most).view(-1, 1, 1)
+        top, left = (
+            (draw[places, i].view(-1, 1, 1) * (span - side + 1)).long() for i, span in ((1, height), (2, width))
+        )
+        inside = (down >= top) & (down < top + side) & (across >= left) & (across < left + side)  # [n, H, W]
+        sign = (draw[places, 3:] > 0.5).to(pursuit.pixels) * 2 - 1  # [n, C]
+        change = _amplitude(pursuit.threat, channels, side) * sign.view(*sign.shape, 1, 1) * inside.unsqueeze(1)
+        pursuit.look(now, pursuit.threat.project(pursuit.pixels[now], pursuit.best[now] + change))
+
+
+def _amplitude(threat: Threat, channels: int, side: Tensor) -> Tensor:
+    """By how much a square is pushed: under Linf across the whole bound, under L2 by half of it, under L1 to black or
+    white, which the projection then pays for elsewhere; `[n, 1, 1, 1]`."""
+    side = side.unsqueeze(1).to(torch.float32)
+    if threat.norm == "Linf":
+        return torch.full_like(side, 2 * threat.eps)
+    if threat.norm == "L2":
+        return threat.eps / 2 / (side * math.sqrt(channels))
+    return torch.ones_like(side)
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    """`[B]` so that it goes with `[B, C, H, W]`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def likely_targets(pursuit: Pursuit, rows: Tensor, follow: Forward, most: int = 9) -> Tensor:
+    """Other classes, those first whose logit is nearest for the gradient's length (MALT, Melamed et al.,
+    arXiv 2407.02240, eq. 3); worked out once for each model that is followed, for the images that stand by then.
+
+    Args:
+        pursuit: The images.
+        rows: Numbers of the images to attack; those of a later call are among those of the first.
+        follow: The model.
+        most: How many classes, at most.
+
+    Returns:
+        Classes of every image of the pursuit, `[B, min(most, N - 1)]`; of others than `rows` without meaning.
+    """
+    known = pursuit.targets.get(id(follow))
+    if known is None:
+        x = pursuit.pixels[rows].requires_grad_()
+        labels = pursuit.labels[rows].unsqueeze(1)
+        logits = follow(x)
+        own = logits.gather(1, labels).squeeze(1)
+        others = logits.detach().scatter(1, labels, -math.inf)
+        classes = others.topk(min(most, logits.shape[1] - 1), 1).indices
+        far = []
+        for i in range(classes.shape[1]):
+            gap = own - logits.gather(1, classes[:, i : i + 1]).squeeze(1)
+            (gradient,) = torch.autograd.grad(gap.sum(), x, retain_graph=True)
+            far.append(gap.detach() / gradient.flatten(1).abs().sum(1).clamp(min=1e-30))
+        known = classes.new_zeros(len(pursuit.pixels), classes.shape[1])
+        known[rows] = classes.gather(1, torch.stack(far, 1).argsort(dim=1, stable=True))
+        pursuit.targets[id(follow)] = known
+    return known
