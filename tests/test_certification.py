@@ -24,6 +24,7 @@ from timm_nrpm import NRPMConfig, reprogram_
 from timm_nrpm.certificates import Certificate, CertificationReport, certified_radius, lower_bound, plot_certified
 from timm_nrpm.certification import certify, smoothed_predict
 from timm_nrpm.data import digits
+from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.registry import DIGITS
 
 PIXELS = 12
@@ -485,6 +486,19 @@ def test_the_bundled_model_and_its_name():
     assert certify(mixed, [(pixels[:1], labels[:1])], n0=1, n=10).name == "resnet8_digits, lambda 0.5 to 1"
     assert certify(plain, [(pixels[:1], labels[:1])], n0=1, n=10, name="mine").name == "mine"
     assert smoothed_predict(plain, pixels, 0.12, n=50) == tuple(labels.tolist())
+
+
+def test_a_wrapper_changes_nothing(tmp_path):
+    model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9)
+    pixels, labels = (t[:2] for t in digits("test"))
+    settings = {"n0": 2, "n": 20, "resume": tmp_path / "certified.jsonl"}
+    want = certify(model, [(pixels, labels)], **settings)
+    for wrapped in (nn.DataParallel(model), torch.optim.swa_utils.AveragedModel(model), PixelModel(model)):
+        assert certify(wrapped, [(pixels, labels)], **settings) == want
+        assert smoothed_predict(wrapped, pixels, n=20) == smoothed_predict(model, pixels, n=20)
+        assert wrapped.training
+    with pytest.raises(ValueError, match=r"The model is a function: give a torch\.nn\.Module"):
+        certify(lambda x: x, [(pixels, labels)])
 
 
 def test_the_bar_counts_images(capsys):

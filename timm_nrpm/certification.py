@@ -62,7 +62,7 @@ def certify(
     those of `model` by itself, and in exact arithmetic (what rounding can do: arXiv 2207.07209).
 
     Args:
-        model: Takes normalised images. Left as it was.
+        model: A classifier of normalised images, or a wrapper of one. It is left as it was.
         loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`.
         sigma: Standard deviation of the noise, in pixel units: more certifies larger radii of fewer images.
         n0, n: Samples that choose the class, and samples that bound its probability. No radius is beyond
@@ -87,6 +87,7 @@ def certify(
         resnet8_digits, 180 images, sigma 0.25: certified 86.1 %, abstained 13.9 %, average certified radius 0.256
     """
     smoothed = _Smoothed(model, mean, std, sigma, confidence, seed, batch_size)
+    model = smoothed.net.model
     n0, n = check_integer("n0", n0, least=1), check_integer("n", n, least=1)
     # Where all n agree, the bound is alpha ** (1 / n), which must exceed one half.
     _check_enough(n, smoothed.confidence, math.floor(-math.log2(alpha_of(smoothed.confidence))) + 1)
@@ -178,7 +179,7 @@ def smoothed_predict(
     _check_enough(n, smoothed.confidence, math.ceil(1 - math.log2(alpha)))
     pixels = check_pixels(pixels)
     predicted: list[int | None] = []
-    with evaluating(model):
+    with evaluating(smoothed.net.model):
         for number, image in enumerate(smoothed.place(pixels)):
             votes = smoothed.votes(image, smoothed.noise(image, number), n)
             (first, second), (winner, _) = (t.tolist() for t in votes.topk(2))
