@@ -30,7 +30,7 @@ def draw_attacked(
         pixels, attacked: The same images `[B, C, H, W]` in [0, 1], grey or RGB, at most 64.
         labels, predictions: Classes `[B]`, the true ones and those that a model gives the attacked images.
         path: Ends in .png or .svg.
-        names: Of the classes; their numbers by default.
+        names: Names of the classes; their numbers by default.
 
     Returns:
         `path`.

@@ -34,7 +34,7 @@ class LinearMLP(nn.Module):
     Args:
         widths: Outputs of every layer but the last.
         num_classes: Outputs of the last; 0 for none.
-        in_chans, img_size: What images have, `[B, in_chans, *img_size]`.
+        in_chans, img_size: Channels and size of the images `[B, in_chans, *img_size]`.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class LeNet(nn.Module):
     """Two 5x5 convolutions, each with its maximum over 2x2, and two linear layers, as the authors published theirs.
 
     Args:
-        channels: Of the convolutions.
+        channels: Numbers of outputs of the convolutions.
         hidden: Outputs of the first linear layer.
         num_classes: Outputs of the second; 0 for none.
-        in_chans, img_size: What images have, `[B, in_chans, *img_size]`; 16 pixels a side at least.
-        drop_rate: Of the maps after the second convolution, whole, and of the features before the last layer; the
+        in_chans, img_size: Channels and size of the images `[B, in_chans, *img_size]`; 16 pixels a side at least.
+        drop_rate: Dropout of whole maps after the second convolution, and of features before the last layer; the
             authors train with 0.5.
 
     Raises:
@@ -167,7 +167,7 @@ class CifarResNet(ResNet):
     """A ResNet for small images: its stem is one 3x3 convolution that keeps the resolution, and no pooling.
 
     Args:
-        channels: Of the blocks, the first of the stem as well.
+        channels: Numbers of channels of the stages; the first is the stem's as well.
         **kwargs: timm's of a ResNet.
     """
 

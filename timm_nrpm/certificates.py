@@ -28,9 +28,9 @@ class Certificate:
         predicted: The smoothed model's class, or None where it abstained.
         radius: L2, in pixel units of [0, 1]: no shorter change moves `predicted`. 0 where it abstained.
         candidate: The class that most of the first n0 samples had.
-        selected, votes: How many of the first n0 samples, and of the n samples after them, had the candidate.
-        not_a_number: How many of all samples had logits that are no numbers. They vote for no class.
-        seconds: What the image took. Two certificates that differ in this alone are equal.
+        selected, votes: Number of the first n0 samples, and of the n samples after them, that had the candidate.
+        not_a_number: Number of all samples whose logits were no numbers. They vote for no class.
+        seconds: Time that the image took, in seconds. Two certificates that differ in this alone are equal.
     """
 
     label: int
@@ -48,15 +48,15 @@ class CertificationReport:
     """What is certain of a model under Gaussian noise, image by image.
 
     Attributes:
-        name: Of the model, for people and pictures.
+        name: Name of the model, for people and pictures.
         sigma: Standard deviation of the noise, in pixel units of [0, 1].
         n0, n: Samples that choose the class, and samples that bound its probability.
         confidence: Probability, for every image, that its certificate is right, from 0.5 to below 1; what Cohen et al.
             call alpha is `1 - confidence`.
-        seed: Of the noise.
+        seed: Seed of the noise.
         weights: :func:`timm_nrpm.base.weights_sha256` of the model.
-        versions: Of the libraries.
-        images: In the order of the loader.
+        versions: Versions of the libraries, by name.
+        images: Certificates of the images, in the order of the loader.
 
     Example:
         >>> report = certify(model, loader, sigma=0.25, n=500)
@@ -204,7 +204,7 @@ def plot_certified(reports: Sequence[CertificationReport], path: str | Path) -> 
     Where a curve falls to 0 at once, the samples end, and not the model: :attr:`CertificationReport.largest_radius`.
 
     Args:
-        reports: Of several sigmas and models.
+        reports: Reports of several sigmas and models.
         path: Ends in .png or .svg.
 
     Raises:

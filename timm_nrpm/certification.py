@@ -69,13 +69,13 @@ def certify(
             :attr:`CertificationReport.largest_radius`, which grows with `n`; the paper has n = 100,000.
         confidence: Probability that the certificate of an image is right, from 0.5 to below 1. The default is the
             paper's alpha of 0.001, the probability that it is wrong.
-        seed: Of the noise.
+        seed: Seed of the noise, >= 0.
         batch_size: Samples that pass the model at once. Another one may round logits, and so votes, differently.
         mean, std: The model's normalisation, as in :func:`timm_nrpm.evaluate`.
-        name: What the report calls the model; by default its architecture and lambda.
+        name: Name of the model in the report; by default its architecture and lambda.
         resume: A file, made if need be, to which every finished image is added. A run that was stopped, even by
             SIGKILL, goes on from there, to the same report as if it had not been.
-        progress: Whether to show a progress bar.
+        progress: Whether a progress bar is shown.
 
     Raises:
         ValueError: A setting outside its range, an `n` so small that nothing could be certified, pixels outside [0, 1],

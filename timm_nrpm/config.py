@@ -158,44 +158,44 @@ class TuneConfig:
         objective: The loss, see :mod:`timm_nrpm.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
             sum of the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"` or `"awp"`.
         eps: Largest change of a pixel in the inner attack, Linf, in pixel units of [0, 1]; 0 attacks nothing.
-        steps: Of the inner attack; FGSM always takes one.
-        step_size: Of the inner attack, in pixel units. The default is `eps / 4`, the paper's 2/255 at 8/255; for one
-            step `eps`.
-        gradient: What the inner attack follows: the model's `"own"` gradient as in the paper; `"bpda"`, the estimate
+        steps: Number of steps of the inner attack; FGSM always takes one.
+        step_size: Step size of the inner attack, in pixel units. The default is `eps / 4`, the paper's 2/255 at 8/255;
+            for one step `eps`.
+        gradient: Gradient that the inner attack follows: the model's `"own"` as in the paper; `"bpda"`, the estimate
             forward and the linear map backward; `"plain"`, that of the model at lambda = 1; or a `"mixture"`, each for
             every third image. The own gradient of the estimate misleads an attack, and training against a misled attack
             learns to mislead it.
         beta: Weight of the second term of TRADES, MART and SAT; their authors' default is 6.
-        weight_perturbation: Of AWP, the size of the adversarial step in a weight, relative to its norm.
-        target_momentum: Of SAT, how much of a target stays when the model's prediction is mixed in.
-        target_start: Of SAT, the epoch, counted from 0, from which targets move.
+        weight_perturbation: Size of AWP's adversarial step in a weight, relative to its norm.
+        target_momentum: Share of a target of SAT that stays when the model's prediction is mixed in.
+        target_start: Epoch, counted from 0, from which the targets of SAT move.
         epochs: Passes over the loader.
         optimizer: One of timm's whose whole state a checkpoint holds: `"sgd"`, `"momentum"`, `"adam"`, `"adamw"`,
             `"nadamw"`, `"adafactor"`, `"adopt"`, `"lamb"`, `"lars"`, `"lion"`, `"laprop"`, `"mars"` or `"muon"`.
         lr: Learning rate of everything but lambda.
         lam_lr: Learning rate of lambda, which has no weight decay.
-        weight_decay: Of everything with more than one dimension but lambda.
-        calibrate: How many of the training images :func:`timm_nrpm.calibrate_` sees before the first epoch and, while
+        weight_decay: Weight decay of everything with more than one dimension but lambda.
+        calibrate: Number of training images that :func:`timm_nrpm.calibrate_` sees before the first epoch and, while
             no weight trains, after every epoch, since lambdas that moved leave statistics stale; 0 for none.
-        schedule: Of the learning rates: `"cosine"`, `"tanh"` or `"poly"` to zero, or `"constant"`.
-        warmup_epochs: In which the learning rate rises.
+        schedule: Schedule of the learning rates: `"cosine"`, `"tanh"` or `"poly"` to zero, or `"constant"`.
+        warmup_epochs: Number of epochs of linear warm-up of the learning rates.
         clip: Largest norm of the gradient, of lambda and of the rest each; None lets any gradient pass.
         patience: Steps in a row whose gradient may be non-finite before :class:`timm_nrpm.Diverged` is raised. Such a
             step changes nothing.
         accumulate: Batches whose mean gradient makes one step; at the end of an epoch those that are left.
         precision: `"no"` for float32, or `"bf16"`, under which the estimate is still computed in float32.
-        seed: Of the order of the images, their augmentation, the start of the attack, and dropout.
+        seed: Seed of the order of the images, their augmentation, the start of the attack, and dropout.
         output: Folder for checkpoints, history, plots and the tuned variant; None keeps nothing.
         checkpoint_every: Steps between checkpoints.
-        keep: How many of the last checkpoints stay.
+        keep: Number of the last checkpoints that stay.
         evaluate_steps: Steps of PGD when the validation images are attacked, before the first and after every epoch.
         evaluate_eps: Their largest change of a pixel; by default that of training, or 8/255 if that is 0.
         log_every: Steps between two rows of the history.
         trackers: Names that accelerate knows, like `("tensorboard",)`.
         push_to: A repository on the Hub, `owner/name`, that the variant is sent to with every checkpoint, beside the
-            run and by the main process. A Hub that is down does not stop the run, and holds
-            it up at its end alone, for two minutes at most.
-        license: Of what is pushed, an id that the Hub knows; by default the base's.
+            run and by the main process. A Hub that is down does not stop the run, and holds it up at its end alone, for
+            two minutes at most.
+        license: Licence of what is pushed, an id that the Hub knows; by default the base's.
 
     Raises:
         ValueError: A value is outside its range; the message names the range.

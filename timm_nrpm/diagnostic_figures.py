@@ -38,9 +38,9 @@ def draw_differences(
     """Draw how far an attack moves the embeddings of several models: the mean over the images, and the middle half.
 
     Args:
-        differences: By the name of the model; embeddings that not all of them have are left out.
+        differences: Differences by the name of the model; embeddings that not all of them have are left out.
         path: Ends in .png or .svg.
-        norm: As :meth:`timm_nrpm.diagnostics.Difference.values` takes it.
+        norm: Norm of a difference, as :meth:`timm_nrpm.diagnostics.Difference.values` takes it.
         side: Which embeddings of layers: `"output"` as in the paper, `"input"`, or None for both.
         log: Whether the scale is logarithmic, on which a difference of 0 is not seen.
 
@@ -108,13 +108,13 @@ def draw_embeddings(
     over the models: a choice that knows nothing of the attack.
 
     Args:
-        models: By name; they take normalised images and have layers in common.
+        models: Models by name; they take normalised images and have layers in common.
         pixels: One image `[1, C, H, W]` in [0, 1].
         attacked: The same, attacked; or one for each model, by the same names.
         path: Ends in .png or .svg.
-        layers: As :func:`timm_nrpm.diagnostics.embedding_differences` takes them. By default those that all
+        layers: Layers, as :func:`timm_nrpm.diagnostics.embedding_differences` takes them. By default those that all
             models have, or 8 of them, evenly from the first to the last.
-        channels: How many of each layer are shown.
+        channels: Number of channels of each layer that are shown.
         mean, std: The models' normalisation.
 
     Returns:
@@ -246,7 +246,7 @@ def draw_landscape(landscapes: Mapping[str, LossLandscape], path: str | Path) ->
     line where half of them are wrong.
 
     Args:
-        landscapes: By the name to write above.
+        landscapes: Landscapes by the name to write above.
         path: Ends in .png or .svg.
 
     Returns:

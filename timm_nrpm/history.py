@@ -24,9 +24,9 @@ class Step:
 
     Attributes:
         step: Counted from 1.
-        loss: What was minimised.
+        loss: Value of the loss that was minimised; None where it was not finite.
         clean, attacked: Share of images right, clean and attacked; None where the objective never looks.
-        norm: Of the gradient of lambda, and of everything else that trains, before clipping.
+        norm: Norm of the gradient of lambda, and of everything else that trains, before clipping.
         skipped: Whether the gradient was not finite, so that nothing changed.
         lams: Lambda of every layer after the step, in the order of :attr:`History.layers`.
     """
@@ -47,9 +47,10 @@ class Evaluation:
 
     Attributes:
         step: Steps taken before.
-        worst_case: Of FGSM and PGD on the model's own gradient and PGD from the plain model, image by image.
-        own: Under PGD on the model's own gradient, as in the paper.
-        flags: Of :class:`timm_nrpm.RobustnessReport`.
+        worst_case: Accuracy under the worst of FGSM and PGD on the model's own gradient and PGD from the plain model,
+            image by image.
+        own: Accuracy under PGD on the model's own gradient, as in the paper.
+        flags: Flags of :class:`timm_nrpm.RobustnessReport`.
     """
 
     step: int

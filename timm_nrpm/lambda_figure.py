@@ -12,7 +12,7 @@ def draw_lambdas(lams: Mapping[str, float], path: str | Path, title: str = "") -
     """Draw lambda of every layer, in the order the model calls them: how far each is from the plain layer.
 
     Args:
-        lams: As :func:`timm_nrpm.lambdas` gives them.
+        lams: Lambda of every layer, as :func:`timm_nrpm.lambdas` gives it.
         path: Ends in .png or .svg.
 
     Raises:

@@ -45,10 +45,10 @@ class ParetoFront:
     """All settings that were tried, and which of them no other beats.
 
     Attributes:
-        threat, steps, seed: Of the evaluations; the seed is that of the search as well.
-        samples: How many images every setting was evaluated on.
-        bound: How far the clean loss of :attr:`best` may exceed the plain model's, in nats.
-        trials: In the order tried, the plain model first.
+        threat, steps, seed: Settings of the evaluations; the seed is that of the search as well.
+        samples: Number of images that every setting was evaluated on.
+        bound: Amount by which the clean loss of :attr:`best` may exceed the plain model's, in nats.
+        trials: Settings in the order tried, the plain model first.
 
     Raises:
         ValueError: The first trial is not the plain model.
