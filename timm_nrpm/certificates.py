@@ -103,8 +103,7 @@ class CertificationReport:
 
         On average, a share `1 - confidence` of the certificates may be wrong (Cohen et al., section 4).
         """
-        if not radius >= 0:
-            raise ValueError(f"radius={radius!r} is not allowed: give an L2 distance >= 0, in pixel units.")
+        radius = check_number("radius", radius, least=0, why=", an L2 distance in pixel units")
         return sum(one >= radius for one in self.right) / len(self.images)
 
     def curve(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
