@@ -40,8 +40,7 @@ def draw_corruptions(report: CorruptionReport, path: str | Path) -> Path:
         for name, of in ((name, answers.accuracy) for name, answers in shown.items())
     }
     maps = [
-        (f"{name}\nclean {100 * answers.clean:.1f} %", shares[name], "accuracy, %")
-        for name, answers in shown.items()
+        (f"{name}\nclean {100 * answers.clean:.1f} %", shares[name], "accuracy, %") for name, answers in shown.items()
     ]
     if report.baseline is not None:
         change = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(*shares.values(), strict=True)]
