@@ -85,6 +85,23 @@ def test_a_model_made_and_used_in_double_precision():
     assert [image.votes for image in certified.images] == [image.votes for image in want.images]
 
 
+@pytest.mark.parametrize(
+    ("suite", "threat"),
+    [
+        *(("quick", Threat(*threat)) for threat in (("L2", 0.5), ("L1", 3.0), ("L0", 3))),
+        *((suite, Threat("Linf", 0.1)) for suite in ("paper", "standard", "adaptive")),
+    ],
+    ids=str,
+)
+def test_every_suite_finds_the_same(suite, threat):
+    data = [tuple(t[:4] for t in digits("test"))]
+    model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.5).eval()
+    want = timm_nrpm.evaluate(model, data, threat, suite, steps=3, queries=10)
+    with doubles():
+        got = timm_nrpm.evaluate(model, data, threat, suite, steps=3, queries=10)
+    assert [attack.survived for attack in got.attacks] == [attack.survived for attack in want.attacks]
+
+
 def test_a_model_made_before_works_after():
     pixels = digits("test")[0][:4]
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.5).eval()

@@ -205,7 +205,9 @@ def test_evidence_by_hand():
             F.CLIMBING: 0.25,
         }
     )
-    assert set(flags_of(found, 100)) == set(THRESHOLDS)
+    assert set(flags_of(found, 100)) == set(THRESHOLDS) - {F.PLAIN_CHANGED}
+    assert flags_of({F.PLAIN_CHANGED: 1.0}, 100) == (F.PLAIN_CHANGED,)
+    assert flags_of({F.PLAIN_CHANGED: 0.0}, 100) == ()
     assert flags_of({F.MASKED: 0.04}, 50) == ()  # two images of fifty may be chance
     assert flags_of({F.MASKED: 0.06}, 50) == (F.MASKED,)
     few = {**probes, "half": 46.0, "surviving": 9.0}

@@ -118,11 +118,11 @@ def climb(
         highest loss so far of each image after each step, `[steps + 1, B]`, NaN once it is done.
     """
     x = threat.around(pixels, generators(seeds)) if start is None else threat.project(pixels, start)
-    result, trace = x.clone(), torch.full((steps + 1, len(x)), math.nan, device=x.device)
+    result, trace = x.clone(), x.new_full((steps + 1, len(x)), math.nan)
     rows = torch.arange(len(x), device=x.device)  # of the images still attacked
     sparse = threat.norm == "L1"
-    size = torch.full((len(x),), (1.0 if sparse else 2.0) * threat.eps, device=x.device)
-    best = torch.full((len(x),), -math.inf, device=x.device)
+    size = x.new_full((len(x),), (1.0 if sparse else 2.0) * threat.eps)
+    best = x.new_full((len(x),), -math.inf)
     at, gradient_at, before = x.clone(), torch.zeros_like(x), x.clone()
     rises, last_best, halved = torch.zeros_like(size), best.clone(), torch.ones_like(size, dtype=torch.bool)
     previous, looked = best.clone(), 0
@@ -261,7 +261,7 @@ def carlini_wagner(
         Attacked pixels `[B, C, H, W]`, those nearest to the images among those that fool; the images themselves where
         none did. No bound is kept: a threat decides which count.
     """
-    low, c = torch.zeros(len(pixels), device=pixels.device), torch.full((len(pixels),), 1e-2, device=pixels.device)
+    low, c = pixels.new_zeros(len(pixels)), pixels.new_full((len(pixels),), 1e-2)
     high = torch.full_like(low, 1e10)
     result, nearest = pixels.clone(), torch.full_like(low, math.inf)
     inside = torch.atanh((2 * pixels - 1).clamp(-1 + 1e-6, 1 - 1e-6))

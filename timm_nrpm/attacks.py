@@ -118,7 +118,12 @@ def _library(name: str, **options: Any) -> Run:
         # It draws from the global generator, and seeds it.
         with torch.random.fork_rng(devices=[pixels.device] if pixels.is_cuda else []):
             torch.manual_seed(seeds[0])
-            return getattr(torchattacks, name)(net, **given)(pixels, labels).detach()
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(pixels.dtype)
+            try:
+                return getattr(torchattacks, name)(net, **given)(pixels, labels).detach()
+            finally:
+                torch.set_default_dtype(default)
 
     return run
 

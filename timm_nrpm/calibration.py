@@ -21,6 +21,7 @@ from timm_nrpm.layers import Reprogrammed
 from timm_nrpm.pixel_model import PixelModel, alike
 from timm_nrpm.plain_statistics import KEPT, norms_of
 from timm_nrpm.reprogramming import (
+    check_gradients,
     evaluating,
     is_settled,
     plain_copy,
@@ -199,6 +200,7 @@ def calibrate_(
     record_of(model)
     subject = subject_of(model, mean, std)
     ours, net = subject.model, subject.on_pixels()
+    check_gradients(ours)  # nor could its statistics be moved
     layers, norms = reprogrammed_layers(ours), norms_of(ours)
     if mode == "scratch" and not norms:
         raise ValueError('mode="scratch" re-estimates BatchNorm statistics, and this model has none: use "relative".')

@@ -22,8 +22,12 @@ def count_of(loader: Iterable[Any]) -> int | None:
     return length_hint(loader) or None
 
 
-def pixels_of(loader: Iterable[Any]) -> Iterator[Tensor]:
+def pixels_of(loader: Iterable[Any], name: str = "The loader") -> Iterator[Tensor]:
     """The pixels `[B, C, H, W]` of every batch of a loader, whose batches are pixels or tuples that start with them.
+
+    Args:
+        loader: The batches.
+        name: How messages call it.
 
     Raises:
         ValueError: A batch that holds no pixels in [0, 1].
@@ -32,10 +36,10 @@ def pixels_of(loader: Iterable[Any]) -> Iterator[Tensor]:
         pixels = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(pixels, Tensor):
             raise ValueError(
-                f"The loader gives {type(pixels).__name__}: give batches of pixels [B, C, H, W], or tuples that start "
-                "with one."
+                f"{name} gives {type(pixels).__name__}: give batches of pixels [B, C, H, W], or tuples that start with "
+                "one."
             )
-        yield _fit(pixels, "The loader gives")
+        yield _fit(pixels, f"{name} gives")
 
 
 def check_batch(batch: Any, classes: int | None = None) -> tuple[Tensor, Tensor]:
@@ -143,7 +147,7 @@ def _fit(pixels: Tensor, what: str) -> Tensor:
     """Pixels `[B, C, H, W]` of a batch."""
     if pixels.ndim != 4 or not pixels.numel():
         raise ValueError(
-            f"The loader gives a batch without images, or what are none: {_said(pixels)}. Give pixels [B, C, H, W]."
+            f"{what} a batch without images, or what are none: {_said(pixels)}. Give pixels [B, C, H, W]."
         )
     return check_pixels(pixels, what)
 

@@ -133,7 +133,7 @@ class Objective(nn.Module):
         self.epoch = 0
         self._weights: dict[nn.Parameter, Tensor] = {}  # of AWP, as they were
         if config.objective == "sat":
-            self.register_buffer("targets", torch.zeros(samples, classes, device=net.mean.device))
+            self.register_buffer("targets", torch.zeros(samples, classes, device=net.mean.device, dtype=torch.float32))
         if config.objective == "awp" and not self._perturbed():
             raise ValueError(
                 'objective="awp" perturbs the weights that train, and none does: choose another objective for lambda '

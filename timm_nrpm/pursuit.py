@@ -39,7 +39,7 @@ class Pursuit:
     def __init__(self, victim: Forward, pixels: Tensor, labels: Tensor, threat: Threat, average: int = 1) -> None:
         self.victim, self.pixels, self.labels, self.threat, self.average = victim, pixels, labels, threat, average
         self.best = pixels.clone()
-        self.margin = torch.full((len(pixels),), -math.inf, device=pixels.device)
+        self.margin = pixels.new_full((len(pixels),), -math.inf)
         self.right = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
         self.targets: dict[int, Tensor] = {}  # of each model that was followed
 
@@ -126,7 +126,7 @@ def ascend(
         scale = gradient.flatten(1).abs().mean(1).clamp(min=1e-30)
         inertia = momentum * inertia + gradient / _wide(scale, gradient)
         left = 1 - step / steps
-        share = torch.full((len(rows),), DENSE * left, device=x.device)
+        share = x.new_full((len(rows),), DENSE * left)
         moved = x + size * threat.eps * left * direction(inertia, threat, x, share)
         x = threat.project(pursuit.pixels[rows], moved)
         if step == steps - 1 or (not predicts and (step + 1) % every == 0):
@@ -153,7 +153,7 @@ def search(pursuit: Pursuit, rows: Tensor, seeds: Sequence[int], *, queries: int
     channels, height, width = pursuit.pixels.shape[1:]
     most = max(2, min(height, width) // LARGEST)
     # An image's draws are its own, whichever images are beside it.
-    draws = [torch.rand(queries, 3 + channels, generator=g) for g in generators(seeds)]
+    draws = [torch.rand(queries, 3 + channels, generator=g, dtype=torch.float32) for g in generators(seeds)]
     table = torch.stack(draws, 1).to(pursuit.pixels)  # [queries, n, 3 + C]
     down = torch.arange(height, device=rows.device).view(1, -1, 1)
     across = torch.arange(width, device=rows.device).view(1, 1, -1)
@@ -177,7 +177,7 @@ def search(pursuit: Pursuit, rows: Tensor, seeds: Sequence[int], *, queries: int
 def _amplitude(threat: Threat, channels: int, side: Tensor) -> Tensor:
     """By how much a square is pushed: under Linf across the whole bound, under L2 by half of it, under L1 to black or
     white, which the projection then pays for elsewhere; `[n, 1, 1, 1]`."""
-    side = side.unsqueeze(1).to(torch.float32)
+    side = side.unsqueeze(1).float()
     if threat.norm == "Linf":
         return torch.full_like(side, 2 * threat.eps)
     if threat.norm == "L2":

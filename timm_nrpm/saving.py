@@ -25,6 +25,7 @@ from timm_nrpm.reprogramming import model_sha256, plain_copy, record_of, reprogr
 from timm_nrpm.tensors import write_tensors
 from timm_nrpm.transfers import sha256_of
 from timm_nrpm.variants import CONFIG, FORMAT, SETTINGS, TENSORS
+from timm_nrpm.wrappers import unwrapped
 
 DRAFT = ".draft-"
 
@@ -54,6 +55,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
         >>> save_pretrained(model, "my-variant")
         PosixPath('my-variant')
     """
+    model = unwrapped(model)
     record, layers = record_of(model), reprogrammed_layers(model)
     is_timm = hasattr(model, "pretrained_cfg") and hasattr(model, "num_classes")
     if full and not is_timm:

@@ -211,7 +211,7 @@ class _Calibration:
             raise ValueError("calibration gave no images: give batches of pixels, or None to calibrate nothing.")
 
     def __iter__(self) -> Iterator[Tensor]:
-        return pixels_of(self.loader)
+        return pixels_of(self.loader, "calibration")
 
 
 def _lasting(loader: Iterable[Any], name: str) -> Iterable[Any]:

@@ -29,6 +29,9 @@ BY_NAME = {"OptimizedModule": "_orig_mod", "ModelEmaV2": "module", "ModelEmaV3":
 """What `torch.compile` gives and timm's averages of a model, which take a second to import."""
 
 
+QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
 @dataclass(frozen=True)
 class Subject:
     """The model itself, and how it normalises if a wrapper said so.
@@ -51,7 +54,7 @@ def unwrapped(model: Any) -> nn.Module:
     """The model without DataParallel, DDP, `torch.compile`, an average of weights, PixelModel or Sequential around it.
 
     Raises:
-        ValueError: It is no module.
+        ValueError: It is no module, or it is quantised.
 
     Example:
         >>> unwrapped(nn.DataParallel(model)) is model
@@ -61,6 +64,12 @@ def unwrapped(model: Any) -> nn.Module:
         raise ValueError(f"The model is a {type(model).__name__}: give a torch.nn.Module, such as a timm model.")
     while (inner := _inside(model)) is not None:
         model = inner
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(QUANTISED):
+            raise ValueError(
+                f"The model is quantised ({name or 'itself'} is torch's quantised {type(module).__name__}), whose sums "
+                "are of integers, and through which no gradient goes: give the floating-point model."
+            )
     return model
 
 
