@@ -23,8 +23,6 @@ SOURCES = {
     "base": ("another model's gradient", "#000000"),
     "soft": ("surrogate, ten times the eps", "#56B4E9"),
     "soft_short": ("surrogate, ten times the eps, one iteration", "#56B4E9"),
-    "softer": ("surrogate, a hundred times the eps", "#56B4E9"),
-    "near_plain": ("surrogate, lambda 0.9", "#56B4E9"),
     "halfway": ("surrogate, lambda halfway", "#56B4E9"),
     "best": ("search from the worst points", "#F0E442"),
     "scores": ("scores alone", "#E69F00"),
@@ -255,7 +253,7 @@ def _lines(panel: Axes, at: Mapping[float, RobustnessReport], names: Mapping[str
 def _words(source: str, brief: bool = False) -> tuple[str, str]:
     """A source in words, and its colour; if `brief`, those of one colour in the same words."""
     said, colour = SOURCES.get(source, (_text(source), CLEAN))
-    return ("smoother surrogate's gradient" if brief and colour == SOURCES["softer"][1] else said), colour
+    return ("smoother surrogate's gradient" if brief and colour == SOURCES["soft"][1] else said), colour
 
 
 def _text(said: str) -> str:
