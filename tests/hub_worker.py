@@ -37,7 +37,7 @@ from timm_nrpm.reprogramming import model_sha256, reprogrammed_layers
 
 torch.set_num_threads(1)
 transfers.WAITS = publishing.WAITS = (0.05, 0.05)
-images = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def variant(lam=0.5, name="resnet8_digits"):

@@ -53,7 +53,7 @@ def card(folder, reports=(), existing=None, **more):
 
 def recomputed(report):
     """The numbers of a report's JSON, from the outcomes of single images alone."""
-    clean, attacks = report["clean"], report["attacks"]
+    clean, attacks = report["correct"], report["attacks"]
     right = sum(c and all(a["survived"][i] is not False for a in attacks) for i, c in enumerate(clean))
     n = len(clean)
     low = beta.ppf(0.025, right, n - right + 1) if right else 0.0
@@ -77,7 +77,7 @@ def known_numbers(folder):
     for told in json.loads(evaluation.read_text())["reports"] if evaluation.exists() else []:
         found |= {percent(share) for share in recomputed(told).values() if share is not None}
         found |= {f"{told['threat']['eps']:.4g}", *(str(told[key]) for key in ("steps", "queries", "seed"))}
-        found |= {str(len(told["clean"])), *told["versions"].values()}
+        found |= {str(len(told["correct"])), *told["versions"].values()}
         for attack in told["attacks"]:
             survived = attack["survived"]
             found |= {percent(sum(s is True for s in survived) / len(survived)), str(survived.count(False))}
@@ -328,3 +328,16 @@ def test_the_picture_is_looked_at_beside_the_table(tmp_path, monkeypatch):
     assert "lambdas.png" not in text
     assert not (folder / "lambdas.png").exists()
     assert "| `layer1.0.conv1` | 0.7 |" in text
+
+
+def test_the_evaluation_in_a_folder_stays_with_its_model(tmp_path):
+    model, folder = variant(tmp_path)
+    push_to_hub(model, "me/v", reports=report(model), dry_run=True, folder=folder)
+    evaluation = (folder / "evaluation.json").read_text()
+    for again in (model, folder):
+        assert "evaluation.json" in push_to_hub(again, "me/v", dry_run=True, folder=folder).files
+        assert (folder / "evaluation.json").read_text() == evaluation
+        assert percent(report(model).worst_case) in (folder / "README.md").read_text()
+    push_to_hub(variant(tmp_path, "w", lam=0.2)[0], "me/v", dry_run=True, folder=folder)
+    assert not (folder / "evaluation.json").exists()
+    assert "**Not evaluated.**" in (folder / "README.md").read_text()

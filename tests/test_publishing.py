@@ -160,7 +160,7 @@ def test_what_was_written_by_hand_stays(hub, worker, repo):
     start = len(hub.requests)
     worker(f"push(small, {repo!r}, reports=report(small))")
     assert not [r for r in others(hub, repo, start) if r.method == "POST"]
-    worker.push(repo)
+    worker.push(repo, reports=[])
     assert "evaluation.json" not in hub.repo(repo).files()
 
 
@@ -281,3 +281,121 @@ def test_what_the_hub_has(hub, worker, small, repo, tmp_path):
     assert files == {name: content for name, content in hub.repo(repo).files().items() if name != ".gitattributes"}
     assert worker.load(str(tmp_path / "v")) == small
     assert os.listdir(tmp_path) == ["v"]
+
+
+def evaluated(hub, worker, repo, **options):
+    """A repository with a model, its evaluation, datasets and a licence."""
+    about = {"license": "mit", "datasets": ["me/digits"], "private": False, **options}
+    worker(f"push(small, {repo!r}, reports=report(small), **{about!r})")
+    return dict(hub.repo(repo).files())
+
+
+def same_but(before, after, *names):
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set(names)
+
+
+def test_the_numbers_of_the_same_model_stay(hub, worker, repo):
+    before = evaluated(hub, worker, repo)
+    done = worker.push(repo)
+    assert (done["uploaded"], done["deleted"]) == ([], [])
+    assert done["notes"] == ["The evaluation that is there is of this same model, and stays."]
+    assert "evaluation.json" in done["files"]
+    done = worker.push(repo, "'small'", license="bsd-3-clause")  # from a folder, and something changes
+    assert (done["uploaded"], done["deleted"]) == (["README.md"], [])
+    after = hub.repo(repo).files()
+    assert same_but(before, after, "README.md")
+    assert after["README.md"] == before["README.md"].replace(b"license: mit", b"license: bsd-3-clause")
+    assert b"33.3" in after["README.md"]
+
+
+@pytest.mark.parametrize("where", [{"revision": "work"}, {"pull_request": True}], ids=["branch", "pull request"])
+def test_the_numbers_stay_on_a_branch_and_in_a_pull_request(hub, worker, repo, where):
+    before = evaluated(hub, worker, repo)
+    worker.push(repo, license="bsd-3-clause", **where)
+    files = hub.repo(repo).files(where.get("revision", "refs/pr/1"))
+    assert same_but(before, files, "README.md")
+    assert files["README.md"] == before["README.md"].replace(b"license: mit", b"license: bsd-3-clause")
+
+
+def test_numbers_of_another_model_go_and_it_is_said(hub, worker, repo):
+    evaluated(hub, worker, repo)
+    done = worker.push(repo, "variant(0.9)")
+    assert done["deleted"] == ["evaluation.json"]
+    assert len(done["notes"]) == 1
+    assert "is of another model, and went with its numbers" in done["notes"][0]
+    card = hub.repo(repo).files()["README.md"].decode()
+    assert "**Not evaluated.**" in card
+    assert "model-index" not in card
+    assert "33.3" not in card
+    for line in ("license: mit", "- me/digits"):  # which are still true of a model with the same base
+        assert f"\n{line}\n" in card
+
+
+def test_an_empty_list_of_reports_removes_them(hub, worker, repo):
+    evaluated(hub, worker, repo)
+    done = worker.push(repo, reports=[])
+    assert done["deleted"] == ["evaluation.json"]
+    assert "to keep it, leave out reports=" in done["notes"][0]
+
+
+def test_reports_that_are_not_among_those_given_are_named(hub, worker, repo):
+    evaluated(hub, worker, repo)
+    other = "__import__('dataclasses').replace(report(small), threat=nrpm.Threat('L2', 0.5))"
+    done = worker(f"push(small, {repo!r}, reports={other})")
+    assert done["uploaded"] == ["evaluation.json", "README.md"]
+    assert "Linf 0.03137" in done["notes"][0]
+    assert "give it beside the others" in done["notes"][0]
+
+
+def test_an_evaluation_that_cannot_be_read_is_not_lost(hub, worker, repo):
+    evaluated(hub, worker, repo)
+    for content in (b"[", b'{"reports": [{"of": "a later version"}]}'):
+        hub.repo(repo).commit({"evaluation.json": content})
+        start = len(hub.requests)
+        with pytest.raises(Failed, match=r"^ValueError: .*evaluation.json .*cannot be read.*reports=\(\)"):
+            worker.push(repo)
+        assert {r.method for r in others(hub, repo, start)} <= {"GET", "HEAD"}
+    worker.push(repo, reports=[])
+    assert "evaluation.json" not in hub.repo(repo).files()
+
+
+def test_numbers_that_somebody_put_there_are_not_believed(hub, worker, repo):
+    """They lie beside this very model, and are of another."""
+    before = evaluated(hub, worker, repo)
+    forged = before["evaluation.json"].replace(
+        json.loads(before["evaluation.json"])["reports"][0]["sha256"].encode(), b"0" * 64
+    )
+    hub.repo(repo).commit({"evaluation.json": forged})
+    done = worker.push(repo)
+    assert done["deleted"] == ["evaluation.json"]
+    assert "is of another model" in done["notes"][0]
+    assert "33.3" not in hub.repo(repo).files()["README.md"].decode()
+
+
+def test_weights_that_are_there_stay(hub, worker, small, repo):
+    """Weights are not asked for again where the repository holds these very ones."""
+    worker.push(repo, full=True)
+    done = worker.push(repo)
+    assert (done["uploaded"], done["deleted"]) == ([], [])
+    done = worker.push(repo, "variant(0.9)")
+    assert "model.safetensors" not in [*done["uploaded"], *done["deleted"]]
+    assert worker.load(repo) == worker("seen(variant(0.9))")
+    assert worker.push(repo, full=False)["deleted"] == ["model.safetensors"]
+
+
+def test_a_picture_stays_where_there_is_nothing_to_draw_it(hub, worker, small, repo, tmp_path):
+    before = evaluated(hub, worker, repo)
+    bare = Worker(hub, tmp_path / "bare", WITHOUT="matplotlib")
+    done = bare.push(repo)
+    assert (done["uploaded"], done["deleted"]) == ([], [])
+    done = bare.push(repo, license="bsd-3-clause")
+    assert done["uploaded"] == ["README.md"]
+    assert same_but(before, hub.repo(repo).files(), "README.md")
+    done = bare.push(repo, "variant(0.9)")
+    assert done["deleted"] == ["evaluation.json", "lambdas.png"]  # of other lambdas
+    bare.kill()
+
+
+def test_a_dry_run_says_what_it_cannot_know(worker, repo):
+    said = worker(f"str(nrpm.push_to_hub(small, {repo!r}, dry_run=True))")
+    assert "evaluation of this same model that is there would stay" in said

@@ -57,7 +57,8 @@ def render(
         name: `owner/name` on the Hub.
         reports: Of this very model, one for each threat; none makes a card that says so.
         license: An id that the Hub knows; by default the existing card's, unless it is of another base, or the base's.
-        datasets: On the Hub, that the model was trained on.
+        datasets: On the Hub, that the model was trained on; by default the existing card's, unless it is of another
+            base.
         existing: The text of a card whose own words and metadata stay.
 
     Raises:
@@ -78,6 +79,8 @@ def render(
     of_same_base = existing is not None and base_before in (None, data.get("base_model"))
     for key in () if of_same_base and license is None and metadata.get("license") else LICENSE:
         data.pop(key, None)
+    if not of_same_base:
+        data.pop("datasets", None)  # that another base was trained on
     if "license" not in data:
         data |= _license(license, folder)
     data["tags"] = list(dict.fromkeys([*TAGS, *(metadata.get("tags") or [])]))
@@ -130,8 +133,17 @@ def write_card(
     *,
     license: str | None = None,
     datasets: Sequence[str] = (),
+    picture: bytes | None = None,
 ) -> Path:
     """Write the card of the variant in a folder, its picture (where Matplotlib is), and the reports behind it.
+
+    Args:
+        folder: Folder that holds a variant.
+        name, reports, existing, license, datasets: As for :func:`render`.
+        picture: A picture of these very lambdas, for where Matplotlib is not.
+
+    Returns:
+        Path of the card.
 
     Example:
         >>> write_card(save_pretrained(model, "my-variant"), "me/resnet18-nrpm", [report])
@@ -141,7 +153,10 @@ def write_card(
     try:
         draw_lambdas(variant.lams, folder / PICTURE)
     except ImportError:
-        (folder / PICTURE).unlink(missing_ok=True)  # the card has the same as a table
+        if picture is None:
+            (folder / PICTURE).unlink(missing_ok=True)  # the card has the same as a table
+        else:
+            (folder / PICTURE).write_bytes(picture)
     if reports:
         (folder / EVALUATION).write_text(evaluation_json(reports))
     else:

@@ -21,7 +21,13 @@ def add_commands(commands: Any) -> None:
     push = commands.add_parser("push", help="publish a variant with its card")
     push.add_argument("folder", type=Path, help="that holds it, such as tuned/variant")
     push.add_argument("repo", help="owner/name on the Hub; made if it is not there, private")
-    push.add_argument("--report", type=Path, nargs="+", default=[], help="JSON that `timm-nrpm evaluate` wrote of it")
+    push.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="JSON that `timm-nrpm evaluate` wrote of it (default: what is there of this very model)",
+    )
     push.add_argument("--license", help="an id that the Hub knows (default: the base's)")
     push.add_argument("--dataset", nargs="+", default=[], help="on the Hub, that it was trained on")
     push.add_argument("--public", action="store_true", help="let others see a new repository")

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from timm_nrpm.base import TIMM_FILES
 from timm_nrpm.cards import CARD, EVALUATION, PICTURE, read_reports, write_card
+from timm_nrpm.earlier import UNASKED, Earlier
 from timm_nrpm.loading import find_variant
 from timm_nrpm.report import RobustnessReport
 from timm_nrpm.saving import filling, needs_weights, save_pretrained
@@ -56,6 +57,7 @@ class Published:
         uploaded: Names of those that were not there already.
         deleted: Names of those of an earlier variant that this one has not.
         pull_request: Its address, if it was asked for.
+        notes: Sentences on what became of what was there before.
     """
 
     repo_id: str
@@ -65,6 +67,7 @@ class Published:
     uploaded: tuple[str, ...] = ()
     deleted: tuple[str, ...] = ()
     pull_request: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.commit is None:
@@ -75,7 +78,8 @@ class Published:
             lines = [f"{self.repo_id}: {self.pull_request or self.url}"]
         state = {True: "sent", False: "there already"} if self.commit else {True: "", False: ""}
         lines += [f"  {name:22} {size:>10,} bytes  {state[name in self.uploaded]}" for name, size in self.files.items()]
-        return "\n".join([*(line.rstrip() for line in lines), *(f"  {name:22} deleted" for name in self.deleted)])
+        lines += [f"  {name:22} deleted" for name in self.deleted]
+        return "\n".join([*(line.rstrip() for line in lines), *self.notes])
 
 
 def push_to_hub(
@@ -105,8 +109,9 @@ def push_to_hub(
         repo_id: `owner/name`; it is made if it is not there. Other files in it stay, and so do the parts of its card
             that were written by hand.
         reports: What :func:`timm_nrpm.evaluate` found of this very model, one for each threat; by default those that
-            a folder has. Without any the card says that nothing was measured.
-        full: Whether the weights go along; by default if they were tuned.
+            a folder has, and else those that the repository has, if they are of this very model. Without any, as with
+            `reports=()`, the card says that nothing was measured.
+        full: Whether the weights go along; by default if they were tuned, or if the repository holds these very ones.
         license: An id that the Hub knows; by default the base's.
         datasets: On the Hub, that the model was trained on.
         private: Whether others may not see a new repository: the default. True refuses one that is public already.
@@ -125,9 +130,10 @@ def push_to_hub(
         >>> print(push_to_hub(model, "me/resnet18-nrpm", reports=report))
     """
     repo_id = check_repo_id(repo_id)
-    if reports is None:
-        reports = () if isinstance(model, nn.Module) else read_reports(Path(model))
-    reports = (reports,) if isinstance(reports, RobustnessReport) else tuple(reports)
+    if reports is None and not isinstance(model, nn.Module):
+        reports = read_reports(Path(model)) or None
+    if isinstance(reports, RobustnessReport):
+        reports = (reports,)
     if pull_request and revision is not None:
         raise ValueError(f"pull_request=True opens one against main: leave out revision={revision!r}.")
     if not commit_message.strip():
@@ -138,17 +144,23 @@ def push_to_hub(
         folder = Path(folder)
         prepare = partial(write_card, folder, repo_id, license=license, datasets=datasets)
         _fill(model, folder, full)
-        prepare(reports)
+        variant = find_variant(folder, weights=False).variant
+        if reports is None:
+            reports = [report for report in read_reports(folder) if report.sha256 == variant.model] or None
+        prepare(reports or ())
         if dry_run:
-            return Published(repo_id, None, None, _sizes(folder))
+            return Published(repo_id, None, None, _sizes(folder), notes=() if reports else (UNASKED,))
         push = _Push(HfApi(token=token), repo_id, revision, folder, token)
         push.make_repository(private)
         parent = push.head()
-        existing = push.card(parent)
-        if existing is not None:
-            prepare(reports, existing)
-            push.sizes = _sizes(folder)
-        return push.commit(parent, commit_message.strip(), pull_request)
+        earlier = Earlier.read(Repository(repo_id, parent, token=token))
+        if full is None and isinstance(model, nn.Module) and earlier.holds_weights_of(variant):
+            _fill(model, folder, True)
+        shown, notes = earlier.reports(variant, reports)
+        picture = None if (folder / PICTURE).exists() else earlier.picture(variant)
+        prepare(shown, earlier.card, picture=picture)
+        push.sizes = _sizes(folder)
+        return replace(push.commit(parent, commit_message.strip(), pull_request), notes=notes)
 
 
 def check_repo_id(repo_id: str) -> str:
@@ -218,14 +230,6 @@ class _Push:
     def head(self) -> str:
         """The commit that the branch is at."""
         return str(self._info(self.revision).sha)
-
-    def card(self, commit: str) -> str | None:
-        """The card that was there then."""
-        try:
-            path = Repository(self.repo_id, commit, token=self.token).fetch(CARD, 16 << 20)
-        except NotOnHub:
-            return None
-        return path.read_text(encoding="utf-8")
 
     def commit(self, parent: str, message: str, pull_request: bool) -> Published:
         """One commit of what differs; none if nothing does. It is refused if the branch is no more at `parent`, whose
