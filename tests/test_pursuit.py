@@ -72,7 +72,9 @@ def test_what_breaks_on_the_way_counts_and_is_left_alone_then():
         def forward(self, x):
             seen.append(len(x))
             moved = (x - 0.5).abs().amax((1, 2, 3)) > 0.05
-            return torch.stack([torch.where(moved, -1.0, 1.0), torch.zeros(len(x))], 1) + 0 * x.sum((1, 2, 3)).unsqueeze(1)
+            return torch.stack([torch.where(moved, -1.0, 1.0), torch.zeros(len(x))], 1) + 0 * x.sum(
+                (1, 2, 3)
+            ).unsqueeze(1)
 
     pixels = torch.full((4, *SHAPE), 0.5)
     chase = Pursuit(Trap(), pixels, torch.zeros(4, dtype=torch.long), Threat("Linf", 0.1))

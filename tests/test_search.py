@@ -97,7 +97,7 @@ def test_every_trial_is_what_reprogram_calibrate_and_evaluate_give(found, data, 
         if candidate.kind != "plain":
             calibrate_(model, training)
         report = evaluate(model, data, Threat("Linf", 0.1), "quick", steps=2)
-        assert candidate.worst_case == report.worst_case
+        assert candidate.quick == report.worst_case
         assert candidate.clean_accuracy == report.accuracy("clean")
         assert candidate.flags == report.flags
         assert candidate.clean_loss == pytest.approx(clean_loss(model, data), rel=1e-9)
@@ -109,7 +109,7 @@ def test_the_plain_model_is_first_and_is_the_restored_one(found, data):
     report = evaluate(plain, data, Threat("Linf", 0.1), "quick", steps=2)
     assert found.plain is found.trials[0]
     assert set(found.plain.lams.values()) == {1.0}
-    assert (found.plain.worst_case, found.plain.clean_accuracy) == (report.worst_case, report.accuracy("clean"))
+    assert (found.plain.quick, found.plain.clean_accuracy) == (report.worst_case, report.accuracy("clean"))
     assert found.plain.clean_loss == pytest.approx(clean_loss(plain, data), rel=1e-12)
 
 
@@ -144,11 +144,11 @@ def test_a_lambda_for_each_layer_beats_every_global_one():
     globals_ = search_lambda(toy(), toy_images(), Threat("Linf", 0.1), budget=200, layerwise=False, **TOY)
     assert {c.lams["1"] for c in globals_.trials} == {i / 100 for i in range(101)}  # every one there is
     assert all(c.lams["1"] == c.lams["2"] for c in globals_.trials)
-    assert max(c.worst_case for c in globals_.trials) < 1.0
+    assert max(c.quick for c in globals_.trials) < 1.0
     for seed in range(2):
         both = search_lambda(toy(), toy_images(), Threat("Linf", 0.1), budget=40, seed=seed, **TOY)
         assert both.best.kind == "layerwise"
-        assert both.best.worst_case == 1.0
+        assert both.best.quick == 1.0
         assert both.best.lams["1"] < both.best.lams["2"]
         assert len({tuple(c.lams.values()) for c in both.trials}) == len(both.trials) == 40  # none twice
 
@@ -157,7 +157,7 @@ def test_the_best_is_at_least_the_best_global_one_within_the_bound(found):
     within = [c for c in found.trials if c.clean_loss <= found.plain.clean_loss + found.bound]
     assert found.plain in within
     assert found.best in within
-    assert found.best.worst_case == max(c.worst_case for c in within)
+    assert found.best.quick == max(c.quick for c in within)
     for bound in (0.0, 0.05, 1.0, 100.0):
         best = dataclasses.replace(found, bound=bound).best
         assert best.clean_loss <= found.plain.clean_loss + bound
@@ -176,16 +176,16 @@ def test_the_front_is_what_comparing_all_with_all_leaves(points, bound):
     searched = ParetoFront(Threat(), 1, 0, 5, bound, trials)
 
     def beats(a, b):
-        no_worse = a.clean_loss <= b.clean_loss and a.worst_case >= b.worst_case
-        return no_worse and (a.clean_loss < b.clean_loss or a.worst_case > b.worst_case)
+        no_worse = a.clean_loss <= b.clean_loss and a.quick >= b.quick
+        return no_worse and (a.clean_loss < b.clean_loss or a.quick > b.quick)
 
     want = [c for c in trials if math.isfinite(c.clean_loss) and not any(beats(other, c) for other in trials)]
     front = searched.front
     assert sorted(map(id, front)) == sorted(map(id, want))
     assert [c.clean_loss for c in front] == sorted(c.clean_loss for c in front)
-    assert [c.worst_case for c in front] == sorted(c.worst_case for c in front)
+    assert [c.quick for c in front] == sorted(c.quick for c in front)
     assert searched.best.clean_loss <= 1.0 + bound
-    assert searched.best.worst_case >= 0.6
+    assert searched.best.quick >= 0.6
     assert ParetoFront.from_json(searched.to_json()) == searched
 
 

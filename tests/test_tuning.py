@@ -576,7 +576,7 @@ def test_what_is_left_behind_can_be_read(tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     assert events.Scalars("loss")[0].value == pytest.approx(history.steps[0].loss)
     assert events.Scalars("lambda/fc")[1].value == pytest.approx(history.steps[1].lams[-1])
-    assert events.Scalars("validation/worst_case")[0].value == pytest.approx(history.evaluations[0].worst_case)
+    assert events.Scalars("validation/quick")[0].value == pytest.approx(history.evaluations[0].quick)
 
 
 def test_paradigm_3_leaves_a_full_variant(tmp_path):

@@ -156,7 +156,8 @@ def collect(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer) -> dict[
 def install_(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Undo, in place, all that happened since `collect`."""
     trained, moments = (
-        {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)} for start in ("model.", "optimizer.")
+        {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        for start in ("model.", "optimizer.")
     )
     uncalibrate_(model)
     for name, layer in reprogrammed_layers(model).items():

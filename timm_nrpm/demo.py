@@ -90,8 +90,8 @@ def run(folder: Path, console: Console, lams: Sequence[float] = LAMBDAS, images:
     variant = save_pretrained(model, folder / "variant")
     size = sum(file.stat().st_size for file in variant.iterdir())
     with torch.no_grad():
-        images = PixelModel(model).normalise(calibration[0])
-        same = torch.equal(from_pretrained(variant)(images), model(images))
+        inputs = PixelModel(model).normalise(calibration[0])
+        same = torch.equal(from_pretrained(variant)(inputs), model(inputs))
     verdict = "gives the same logits" if same else "[bold red]gives other logits[/]"
     console.print(
         f"Variant (lambda {lams[-1]:g}, calibrated): {variant}, {size / 1024:.1f} KiB; loaded back it {verdict}."

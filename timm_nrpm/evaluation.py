@@ -142,7 +142,11 @@ def evaluate(
             sources = sources_of(model, calibration, base=base, **net.normalisation())
             judges = [Judge(sources, threat, suite, settings, seed)]
             if plain:
-                beside = sources["base" if plain == GIVEN else "plain"].net if len(sources) > 1 else alike(plain_copy(model), net)
+                beside = (
+                    sources["base" if plain == GIVEN else "plain"].net
+                    if len(sources) > 1
+                    else alike(plain_copy(model), net)
+                )
                 judges.append(Judge({"own": Source(beside, predicts=True)}, threat, suite, settings, seed))
             return _rows(judges, loader, journal, bar, rank, processes)
 
@@ -152,7 +156,8 @@ def evaluate(
     told = {"versions": _versions(), "threat": threat, "suite": suite, "seed": seed}
     told |= {"steps": settings.steps, "queries": settings.queries, "rounds": settings.rounds}
     reports = [
-        _report([row["judged"][i] for row in rows], told, plain if i == 0 else "") for i in range(len(rows[0]["judged"]))
+        _report([row["judged"][i] for row in rows], told, plain if i == 0 else "")
+        for i in range(len(rows[0]["judged"]))
     ]
     seconds = time.perf_counter() - start
     beside = reports[1] if len(reports) > 1 else None

@@ -47,7 +47,7 @@ class Evaluation:
 
     Attributes:
         step: Steps taken before.
-        worst_case: Accuracy under the worst of FGSM and PGD on the model's own gradient and PGD from the plain model,
+        quick: Accuracy under the worst of FGSM and PGD on the model's own gradient and PGD from the plain model,
             image by image.
         own: Accuracy under PGD on the model's own gradient, as in the paper.
         flags: Flags of :class:`timm_nrpm.RobustnessReport`.
@@ -56,7 +56,7 @@ class Evaluation:
     step: int
     clean: float
     own: float
-    worst_case: float
+    quick: float
     flags: tuple[str, ...]
 
 
@@ -70,7 +70,7 @@ class History:
 
     Example:
         >>> history = tune(model, loader, TuneConfig(output="run"))
-        >>> history.steps[-1].lams, history.evaluations[-1].worst_case
+        >>> history.steps[-1].lams, history.evaluations[-1].quick
         ((0.41, 0.52), 0.62)
         >>> History.from_json(Path("run/history.json").read_text()) == history
         True
@@ -139,10 +139,10 @@ class History:
         if right:
             lower.plot(*zip(*right, strict=True), color="#999999", linewidth=0.8, label="training, attacked")
         shown = {"clean": ("#0072B2", "o", "validation, clean"), "own": ("#E69F00", "^", "PGD, own gradient")}
-        shown["worst_case"] = ("#D55E00", "s", "worst case")
+        shown["quick"] = ("#D55E00", "s", "quick attacks")
         for key, (colour, marker, label) in shown.items():
             values = [100 * getattr(row, key) for row in self.evaluations]
-            width = 3 if key == "worst_case" else 1.5
+            width = 3 if key == "quick" else 1.5
             steps = [row.step for row in self.evaluations]
             lower.plot(steps, values, color=colour, marker=marker, linewidth=width, label=label)
         lower.set(xlabel="step", ylabel="accuracy, %", ylim=(0, 101))

@@ -146,9 +146,7 @@ def check_pair(pixels: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
 def _fit(pixels: Tensor, what: str) -> Tensor:
     """Pixels `[B, C, H, W]` of a batch."""
     if pixels.ndim != 4 or not pixels.numel():
-        raise ValueError(
-            f"{what} a batch without images, or what are none: {_said(pixels)}. Give pixels [B, C, H, W]."
-        )
+        raise ValueError(f"{what} a batch without images, or what are none: {_said(pixels)}. Give pixels [B, C, H, W].")
     return check_pixels(pixels, what)
 
 

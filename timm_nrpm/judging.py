@@ -66,9 +66,13 @@ class Judge:
             done += attack.passes * len(rows)
             found = self.attack(attack, place, pursuit, rows, offset)
             before = outcomes.get(attack.name)
-            outcomes[attack.name] = found if before is None else [*found[:2], *map(sum, zip(before[2:], found[2:], strict=True))]
+            outcomes[attack.name] = (
+                found if before is None else [*found[:2], *map(sum, zip(before[2:], found[2:], strict=True))]
+            )
             if before is not None:  # what it broke in an earlier turn stays broken by it
-                outcomes[attack.name][1] = "".join("0" if b == "0" else n for b, n in zip(before[1], found[1], strict=True))
+                outcomes[attack.name][1] = "".join(
+                    "0" if b == "0" else n for b, n in zip(before[1], found[1], strict=True)
+                )
         probes: dict[str, float] = {}
         probed = right[: max(0, PROBED - offset)].nonzero().squeeze(1)
         if len(probed):

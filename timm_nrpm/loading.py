@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from timm_nrpm.base import check_image_size
@@ -37,6 +38,7 @@ class Found:
     repository: Repository | None = None
 
 
+@torch.inference_mode(False)  # through weights made within it no gradient would go
 def from_pretrained(
     source: str | Path,
     *,

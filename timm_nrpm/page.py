@@ -214,7 +214,15 @@ def _called(reports: Iterable[RobustnessReport]) -> str:
 
 def _headline(named: Mapping[str, RobustnessReport]) -> str:
     if len(named) > 1:
-        heads = ("threat", f"{_called(named.values()).lower()}, %", "plain model's, %", "clean, %", "plain model's, %", "images", "flags")
+        heads = (
+            "threat",
+            f"{_called(named.values()).lower()}, %",
+            "plain model's, %",
+            "clean, %",
+            "plain model's, %",
+            "images",
+            "flags",
+        )
         rows = []
         for name, report in named.items():
             both = (report, report.control)
@@ -256,7 +264,11 @@ def _attacks(report: RobustnessReport) -> str:
         cells = (accuracy, beside.get(attack.name, ABSENT), *counts, f"{attack.seconds:.1f}")
         rows.append(_row(escape(attack.name), whose, *cells))
     foot = _row(
-        escape(report.name), "image by image", _bar(report.worst_case), worst, f'<td colspan="5">{_interval(report)}</td>'
+        escape(report.name),
+        "image by image",
+        _bar(report.worst_case),
+        worst,
+        f'<td colspan="5">{_interval(report)}</td>',
     )
     heads = ["attack", "whose gradient", "accuracy left, %", "plain model's, %", "images tried", "broken"]
     heads += ["forward passes", "backward passes", "seconds"]
@@ -288,9 +300,7 @@ def _curves(reports: Sequence[RobustnessReport]) -> str:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 drawn = draw_curves(group, Path(folder) / "curves.svg")
-                shown += _picture(
-                    drawn, alt, f"Accuracy over eps under {norm}: own gradient, other attacks, {said}."
-                )
+                shown += _picture(drawn, alt, f"Accuracy over eps under {norm}: own gradient, other attacks, {said}.")
             except ImportError as error:
                 shown += f"<p>{escape(alt)} {escape(str(error))}</p>"
     return _section("Curves", shown) if shown else ""

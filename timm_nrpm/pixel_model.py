@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from itertools import chain
+from typing import TypedDict
 
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+
+
+class Normalisation(TypedDict):
+    """Mean and standard deviation of each channel, as arguments of the library's functions."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class PixelModel(nn.Module):
@@ -86,9 +94,9 @@ class PixelModel(nn.Module):
             logits = logits + 0 * pixels.flatten(1).sum(1, keepdim=True)  # cut off from the pixels: a gradient of zero
         return logits.to(pixels.dtype)
 
-    def normalisation(self) -> dict[str, tuple[float, ...]]:
-        """The numbers of each channel, `"mean"` and `"std"`."""
-        return {key: tuple(getattr(self, key).flatten().tolist()) for key in ("mean", "std")}
+    def normalisation(self) -> Normalisation:
+        """The numbers of each channel."""
+        return {"mean": tuple(self.mean.flatten().tolist()), "std": tuple(self.std.flatten().tolist())}
 
     def _look(self, gradient: Tensor) -> None:
         self.backwards += len(gradient)

@@ -35,7 +35,7 @@ class Bar(Progress):
         """A step."""
         shares = {"clean": row.clean, "attacked": row.attacked}
         if self.evaluation is not None:
-            shares |= {"clean": self.evaluation.clean, "robust": self.evaluation.worst_case}
+            shares |= {"clean": self.evaluation.clean, "quick attacks": self.evaluation.quick}
         mean = sum(row.lams) / len(row.lams)
         loss = "not finite" if row.loss is None else f"{row.loss:.3f}"
         parts = [f"loss {loss}", *(f"{name} {share:.0%}" for name, share in shares.items() if share is not None)]

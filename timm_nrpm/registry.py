@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 import timm
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models._registry import DefaultCfg, get_arch_name
 from timm.models.resnet import BasicBlock, ResNet
@@ -65,6 +66,7 @@ def resnet8_digits(pretrained: bool = False, **kwargs: Any) -> ResNet:
     return build_model_with_cfg(_SmallResNet, DIGITS, pretrained, **{"num_classes": 10, **kwargs})
 
 
+@torch.inference_mode(False)  # through weights made within it no gradient would go
 def create_model(
     name: str,
     pretrained: bool = False,

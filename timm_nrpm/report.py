@@ -175,12 +175,16 @@ class RobustnessReport:
     def verdict(self) -> str:
         """What it all comes to, in one sentence."""
         low, high = (100 * share for share in self.interval())
-        where = "in the worst case" if self.suite == "adaptive" else f"under the suite {self.suite}, which is no worst case"
+        where = (
+            "in the worst case" if self.suite == "adaptive" else f"under the suite {self.suite}, which is no worst case"
+        )
         kept = f"{100 * self.worst_case:.1f} % ({low:.1f} to {high:.1f}) of {self.samples} images {where}"
         if self.apart is None or self.control is None:
             return f"At {self.threat} this model keeps {kept}; nothing stands beside it."
         (ours, theirs), p = self.apart, self.p_value
-        beside = f"At {self.threat} this variant keeps {kept}, {NAMES[self.plain]} {100 * self.control.worst_case:.1f} %"
+        beside = (
+            f"At {self.threat} this variant keeps {kept}, {NAMES[self.plain]} {100 * self.control.worst_case:.1f} %"
+        )
         test = f"McNemar's exact test, p = {p:.2g}"
         if p is not None and p <= SIGNIFICANT:
             more, fewer, word = (ours, theirs, "better") if ours > theirs else (theirs, ours, "worse")
@@ -190,7 +194,10 @@ class RobustnessReport:
     def __str__(self) -> str:
         lines = [f"FLAGS: {', '.join(self.flags)}. See docs/flags.md."] if self.flags else []
         plain = "" if self.control is None else f"; {NAMES[self.plain]} {100 * self.control.clean:.1f} %"
-        lines += [self.verdict, f"{self.samples} images, {self.threat}, {self.suite}: clean {100 * self.clean:.1f} %{plain}"]
+        lines += [
+            self.verdict,
+            f"{self.samples} images, {self.threat}, {self.suite}: clean {100 * self.clean:.1f} %{plain}",
+        ]
         width = max((len(a.name) for a in self.attacks), default=0)
         for a in self.attacks:
             told = f"of {a.tried} images {a.broke} broken"

@@ -93,7 +93,9 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
     if not isinstance(config, NRPMConfig):
         raise ValueError(f"config={config!r} is no NRPMConfig: write reprogram_(model, NRPMConfig(lam=0.8)).")
     if isinstance(model, DistributedDataParallel):
-        raise ValueError("DistributedDataParallel has counted this model's parameters: reprogram it before wrapping it.")
+        raise ValueError(
+            "DistributedDataParallel has counted this model's parameters: reprogram it before wrapping it."
+        )
     wrapper, model = model, cast(Model, unwrapped(model))
     with torch.inference_mode(False):
         _reprogram_(model, config, example)

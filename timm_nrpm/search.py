@@ -1,4 +1,4 @@
-"""Search for lambda, one for all layers and one for each, by what is right in the worst case; no weight is trained."""
+"""Search for lambda, one for all layers and one for each, by what quick attacks leave right; no weight is trained."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def search_lambda(
     std: tuple[float, ...] | None = None,
     progress: bool = False,
 ) -> ParetoFront:
-    """Try lambdas, and tell which leave the most images right in the worst case at a bounded clean loss.
+    """Try lambdas, and tell which leave the most images right under quick attacks at a bounded clean loss.
 
     The plain model comes first, as the control. Then, with a third of the budget or 16 settings, one lambda for all
     layers: half of these on an even grid, half between the best so far and its neighbours. Then a lambda for each
     layer: the best global one on the first half of the layers alone and on the second, and from there on what Optuna's
-    tree-structured Parzen estimator (arXiv 2304.11127) makes of all that was seen, which maximises the worst case and
+    tree-structured Parzen estimator (arXiv 2304.11127) makes of all that was seen, which maximises that share and
     minimises the clean loss under the bound. All lambdas are whole hundredths.
 
     The model itself is not changed. To apply the result, and then calibrate anew:
@@ -89,7 +89,7 @@ def search_lambda(
 
     Example:
         >>> front = search_lambda(model, loader, Threat("Linf", 0.15), calibration=training_loader, budget=30)
-        >>> front.best.worst_case, front.plain.worst_case, len(front.trials)
+        >>> front.best.quick, front.plain.quick, len(front.trials)
         (0.628, 0.606, 30)
         >>> front.plot("front.png")
     """
@@ -126,7 +126,7 @@ def search_lambda(
             loss = loss if math.isfinite(loss) else math.inf
             trials.append(Candidate(kind, lams, loss, report.accuracy("clean"), report.worst_case, report.flags))
             best = best_of(trials, trials[0].clean_loss + bound)
-            told = f"worst case {100 * best.worst_case:.1f} %, plain {100 * trials[0].worst_case:.1f} %"
+            told = f"quick attacks {100 * best.quick:.1f} %, plain {100 * trials[0].quick:.1f} %"
             bar.update(task, advance=1, description=f"Searching lambda: {told}")
             if len(trials) == budget:
                 break
@@ -321,7 +321,7 @@ class _Sampler:
         else:
             trial.set_user_attr("excess", loss - self.limit)
         with _quiet(self.optuna):
-            self.study.tell(trial, (candidate.worst_case, loss))
+            self.study.tell(trial, (candidate.quick, loss))
 
 
 @contextmanager

@@ -154,8 +154,10 @@ def attacks_of(
             found.append(Attack(name, "scores" if scores else "own", once(run), cost))
     if suite == "adaptive":
         average = EXPECTATION if random else 1
-        found += _sparse(threat, effort, sources, average) if threat.norm == "L0" else _pursuit(
-            effort, sources, classes, average
+        found += (
+            _sparse(threat, effort, sources, average)
+            if threat.norm == "L0"
+            else _pursuit(effort, sources, classes, average)
         )
         if library and effort.queries:
             found.append(Attack("square", "scores", once(square(threat, SQUARE)), SQUARE))

@@ -163,10 +163,10 @@ def _report(history: History, before: dict[str, float], after: dict[str, float],
     console.print(table)
     if history.evaluations:
         table = Table(
-            "step", "clean", "PGD own", "worst", "flags", title=f"validation, Linf {c.validation_eps:.4g}, in %"
+            "step", "clean", "PGD own", "quick", "flags", title=f"validation, Linf {c.validation_eps:.4g}, in %"
         )
         for row in history.evaluations:
-            shares = (f"{100 * share:.1f}" for share in (row.clean, row.own, row.worst_case))
+            shares = (f"{100 * share:.1f}" for share in (row.clean, row.own, row.quick))
             table.add_row(str(row.step), *shares, ", ".join(row.flags))
         console.print(table)
     if c.output is not None:

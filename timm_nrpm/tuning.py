@@ -87,8 +87,8 @@ def tune(
         loader: Pixels `[B, C, H, W]` in [0, 1] and labels `[B]`; B is for one process. A DataLoader over a dataset with
             a length, so that processes can share it and a run can be taken up in the middle of an epoch.
         config: The default is `TuneConfig()`.
-        validation: A loader of the same kind, whose clean and worst-case accuracy is taken before the first and after
-            every epoch.
+        validation: A loader of the same kind, whose accuracy when clean and under quick attacks is taken before the
+            first and after every epoch.
         mean, std: The model's normalisation, as for :func:`timm_nrpm.evaluate`.
         resume: Whether to go on from the last good checkpoint in `config.output`; with none there, from the beginning.
         progress: Whether to show a progress bar, with the loss, accuracies and lambdas.
@@ -343,15 +343,22 @@ class _Run:
             return
         self.bar.doing("Evaluating")
         c = self.config
-        options = {"suite": "quick", "steps": c.evaluate_steps, "seed": c.seed, "control": False, **self.objective.net.normalisation()}
-        threat = Threat("Linf", c.validation_eps)
-        report = evaluate(self.model, self.validation, threat, accelerator=self.accelerator, **options)
+        report = evaluate(
+            self.objective.net,
+            self.validation,
+            Threat("Linf", c.validation_eps),
+            "quick",
+            steps=c.evaluate_steps,
+            seed=c.seed,
+            control=False,
+            accelerator=self.accelerator,
+        )
         row = Evaluation(self.step, report.accuracy("clean"), report.accuracy("pgd"), report.worst_case, report.flags)
         self.history.evaluations.append(row)
         self.bar.evaluation = row
         self.bar.doing("Tuning")
         if c.trackers:
-            values = {"clean": row.clean, "own": row.own, "worst_case": row.worst_case}
+            values = {"clean": row.clean, "own": row.own, "quick": row.quick}
             self.accelerator.log({f"validation/{k}": v for k, v in values.items()}, step=self.step)
 
     def save(self) -> None:

@@ -73,9 +73,7 @@ def unwrapped(model: Any) -> nn.Module:
     return model
 
 
-def subject_of(
-    model: Any, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
-) -> Subject:
+def subject_of(model: Any, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> Subject:
     """The model without its wrappers, with the normalisation that was given, or that a wrapper brings along.
 
     Args:
