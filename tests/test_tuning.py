@@ -85,7 +85,7 @@ def test_paradigm_3_moves_everything():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     tune(model, loader(), TuneConfig(**FAST, paradigm="all"))
     same = [k for k, v in model.state_dict().items() if torch.equal(before[k], v)]
-    assert same == []
+    assert all(name.endswith(".plain_num_batches_tracked") for name in same)  # which the plain model never counts
 
 
 def test_what_is_frozen_stays_frozen_with_its_statistics():
@@ -313,7 +313,7 @@ def test_every_optimizer_is_taken_up_as_it_was(tmp_path, optimizer):
     config = replace(config, output=str(tmp_path))
     with pytest.raises(RuntimeError, match="is gone"):
         tune(small(), DataLoader(Faulty(at=60, do=fail, skip=1), batch_size=16), config)
-    with pytest.warns(UserWarning, match="no timm model"):
+    with pytest.warns(UserWarning, match="no timm classifier"):
         history = tune(resumed, DataLoader(Faulty(), batch_size=16), config, resume=True)
     assert len(history.steps) == 8
     assert differ(whole.state_dict(), resumed.state_dict()) == 0.0
@@ -597,7 +597,7 @@ def test_weights_that_were_tuned_before_are_not_lost(tmp_path):
 
 
 def test_a_model_that_is_not_timms_is_told_where_its_weights_are(tmp_path):
-    with pytest.warns(UserWarning, match="Sequential is no timm model"):
+    with pytest.warns(UserWarning, match="Sequential is no timm classifier"):
         tune(small(), loader(), TuneConfig(**FAST, paradigm="all", output=str(tmp_path)))
 
 
