@@ -179,6 +179,13 @@ def test_saving_draws_no_random_number_and_keeps_the_model_as_it_is(tmp_path):
     assert all(p.requires_grad for n, p in model.named_parameters() if not n.endswith(".lam"))
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_wrapper_is_seen_through(tmp_path, full):
+    model = bundled()
+    again = from_pretrained(save_pretrained(nn.DataParallel(model), tmp_path / "v", full=full))
+    assert weights_sha256(again.state_dict()) == weights_sha256(model.state_dict())
+
+
 @pytest.mark.parametrize("change", [freeze_batch_norm_2d, mixed, another_eps], ids=["frozen", "mixed", "another eps"])
 def test_lambdas_of_a_changed_model_ask_for_their_base(tmp_path, change):
     """The name leads to weights, and no more to this model."""

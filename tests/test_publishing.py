@@ -196,7 +196,11 @@ REFUSED = {
     ),
     "no licence": (
         "push(nrpm.reprogram_(torch.nn.Sequential(torch.nn.Linear(64, 3))), 'me/x')",
-        "The base says no licence",
+        "no licence is known: give one as license=",
+    ),
+    "no licence of random weights": (
+        "push(nrpm.create_model('resnet8_digits', lam=0.5), 'me/x')",
+        "no licence is known: give one as license=",
     ),
     "a name without owner": ("push(small, 'x')", "repo_id='x' is not allowed .*: write owner/name"),
     "a name that is none": ("push(small, 'me/x--y')", "repo_id='me/x--y' is not allowed .*: write owner/name"),
@@ -249,9 +253,16 @@ def test_what_one_may_not(hub, worker, expression, message):
 def test_private_unless_asked_otherwise(hub, worker, repo):
     worker.push(repo)
     assert hub.repo(repo).private
-    worker.push(repo, "variant(0.9)", private=False)  # says nothing of one that is there
+    start = len(hub.requests)
+    with pytest.raises(
+        Failed, match=r"^HubError: .* is private, and was to be public: nothing was sent. Make it public"
+    ):
+        worker.push(repo, "variant(0.9)", private=False)
+    assert {r.method for r in others(hub, repo, start)} == {"GET"}
+    worker.push(repo, "variant(0.9)")
     assert hub.repo(repo).private
     hub.repo(repo).private = False
+    worker.push(repo, "variant(0.9)", private=False)
     start = len(hub.requests)
     with pytest.raises(Failed, match=r"^HubError: .* is public, and was to be private: nothing was sent"):
         worker.push(repo, private=True)

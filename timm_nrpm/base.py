@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ class Base:
         sha256: :func:`weights_sha256` of the plain model.
         dtype: Of its first parameter, as torch names it.
         tuned: Whether the weights were trained on since they came through the name, which then says where they started.
+        guessed: Whether nobody said that the weights came through the name; :meth:`proven` finds out. Not written.
     """
 
     architecture: str
@@ -119,6 +120,7 @@ class Base:
     kwargs: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     tuned: bool = False
+    guessed: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else None
@@ -158,10 +160,40 @@ class Base:
 
     @classmethod
     def guess(cls, model: nn.Module) -> Base:
-        """The base of a plain model that somebody else made: pretrained, if its weights are on this machine."""
+        """The base of a plain model that somebody else made: pretrained, if such weights are on this machine."""
         cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         found = cfg.get("file") or _cached_revision(str(cfg.get("hf_hub_id") or ""), cfg.get("hf_hub_filename"), None)
-        return cls.of(model, cfg.get("architecture") if found else None, getattr(model, "_model_args", {}))
+        base = cls.of(model, cfg.get("architecture") if found else None, getattr(model, "_model_args", {}))
+        return replace(base, guessed=True)
+
+    def proven(self) -> Base:
+        """The same, without a name that was guessed and leads to other weights, or to none that are on this machine."""
+        if not self.guessed or self.name is None:
+            return self
+        try:
+            with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads others
+                replace(self, tuned=False).build(local_files_only=True)
+        except Exception:  # whatever comes of a name that was guessed
+            return self.nameless()
+        return replace(self, guessed=False)
+
+    def nameless(self) -> Base:
+        """The same, where no name leads to the weights."""
+        return replace(self, name=None, hub_id=None, revision=None, guessed=False)
+
+    def license_in(self, cfg: Mapping[str, Any]) -> str | None:
+        """The licence of the weights, as far as it is known.
+
+        Args:
+            cfg: timm's config of the architecture, which states that of the weights that its name leads to.
+
+        Returns:
+            An identifier, or None if nobody said one of these weights.
+        """
+        overlay = self.kwargs.get("pretrained_cfg_overlay") or {}
+        others = self.name is None or overlay.get("hf_hub_id")
+        found = overlay.get("license") if others or overlay.get("license") else cfg.get("license")
+        return found if isinstance(found, str) else None
 
     @classmethod
     def from_dict(cls, data: Any) -> Base:
@@ -170,8 +202,9 @@ class Base:
         Raises:
             ValueError: It is not of that kind.
         """
-        if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
-            raise ValueError(f"base must hold {', '.join(f.name for f in fields(cls))}, and nothing else.")
+        names = [f.name for f in fields(cls) if f.name != "guessed"]
+        if not isinstance(data, dict) or set(data) != set(names):
+            raise ValueError(f"base must hold {', '.join(names)}, and nothing else.")
         if not isinstance(data["dtype"], str):
             raise ValueError(f"base's dtype={data['dtype']!r} is no text.")
         if not isinstance(data["sha256"], str) or not re.fullmatch(r"[0-9a-f]{64}", data["sha256"]):
@@ -273,7 +306,8 @@ class Base:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What a variant's config holds."""
+        return {key: value for key, value in asdict(self).items() if key != "guessed"}
 
 
 def create_plain(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:

@@ -82,7 +82,7 @@ def render(
     if not of_same_base:
         data.pop("datasets", None)  # that another base was trained on
     if "license" not in data:
-        data |= _license(license, folder)
+        data |= _license(license, variant, folder)
     data["tags"] = list(dict.fromkeys([*TAGS, *(metadata.get("tags") or [])]))
     if datasets:
         data["datasets"] = list(datasets)
@@ -276,14 +276,18 @@ def one_line(text: str) -> str:
     return " ".join(text.split()).replace("|", "/").replace("<", "&lt;")
 
 
-def _license(given: str | None, folder: Path) -> dict[str, Any]:
-    """The licence given, else the base's."""
+def _license(given: str | None, variant: Variant, folder: Path) -> dict[str, Any]:
+    """The licence given, else that of the weights that the base's name leads to."""
     if given is not None:
         return {"license": given}
     config = folder / TIMM_FILES[0]
-    inherited = json.loads(config.read_text())["pretrained_cfg"].get("license") if config.exists() else None
+    inherited = variant.base.license_in(json.loads(config.read_text())["pretrained_cfg"] if config.exists() else {})
     if not inherited:
-        raise ValueError("The base says no licence: give one as license=, an id of the Hub's such as 'apache-2.0'.")
+        why = "which did not come through a public name" if variant.base.name is None else "whose base states none"
+        raise ValueError(
+            f"Of these weights, {why}, no licence is known: give one as license=, an identifier that the Hub knows, "
+            "such as 'mit'."
+        )
     return {"license": inherited} if inherited in HUB_LICENSES else {"license": "other", "license_name": inherited}
 
 

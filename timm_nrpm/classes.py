@@ -258,7 +258,7 @@ def read_class_map(class_map: Mapping[str, int] | str | Path) -> dict[str, int]:
     """A class map from a mapping, a .txt with one name a line in the order of the labels, or a .json object.
 
     Raises:
-        ValueError: A file of another kind; a pickle is never read.
+        ValueError: A file of another kind.
         OSError: The file cannot be read.
     """
     if isinstance(class_map, Mapping):

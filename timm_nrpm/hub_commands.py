@@ -28,9 +28,11 @@ def add_commands(commands: Any) -> None:
         default=[],
         help="JSON that `timm-nrpm evaluate` wrote of it (default: what is there of this very model)",
     )
-    push.add_argument("--license", help="an id that the Hub knows (default: the base's)")
+    push.add_argument("--license", help="an identifier that the Hub knows (default: the base's)")
     push.add_argument("--dataset", nargs="+", default=[], help="on the Hub, that it was trained on")
-    push.add_argument("--public", action="store_true", help="let others see a new repository")
+    push.add_argument(
+        "--public", action="store_true", help="let others see a new repository; refuse one that is private"
+    )
     push.add_argument("--branch", help="commit to it, and make it if it is not there (default: main)")
     push.add_argument("--pull-request", action="store_true", help="open one, instead of committing")
     push.add_argument("--message", default="Publish a reprogrammed model", help="of the commit")

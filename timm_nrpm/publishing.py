@@ -112,9 +112,11 @@ def push_to_hub(
             a folder has, and else those that the repository has, if they are of this very model. Without any, as with
             `reports=()`, the card says that nothing was measured.
         full: Whether the weights go along; by default if they were tuned, or if the repository holds these very ones.
-        license: An id that the Hub knows; by default the base's.
+        license: An identifier that the Hub knows, of the weights; by default the base's. It has to be given where
+            the weights did not come through a public name.
         datasets: On the Hub, that the model was trained on.
-        private: Whether others may not see a new repository: the default. True refuses one that is public already.
+        private: Whether others may not see a new repository: the default. True refuses a repository that is public, and
+            False one that is private.
         revision: A branch to commit to, made if it is not there; the default is `main`.
         pull_request: Whether to open one, instead of committing to `main`.
         commit_message: Its first line.
@@ -222,6 +224,11 @@ class _Push:
             raise HubError(
                 f"{self.repo_id} is public, and was to be private: nothing was sent. Make it private on its page, or "
                 "say private=False."
+            )
+        if wanted is False and info.private:
+            raise HubError(
+                f"{self.repo_id} is private, and was to be public: nothing was sent. Make it public in its settings on "
+                "the Hub, or leave out private=False."
             )
         if self.revision not in (None, "main") and not str(self.revision).startswith("refs/"):
             branch = partial(self.api.create_branch, branch=str(self.revision), exist_ok=True)

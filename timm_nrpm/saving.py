@@ -40,7 +40,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     """Write a reprogrammed model to a folder.
 
     Args:
-        model: A reprogrammed timm model.
+        model: A reprogrammed timm model, with a wrapper such as DataParallel around it or without.
         folder: Is made, or holds a variant that is replaced. Other files in it stay.
         full: Whether to write the weights too. Without them, whoever loads the variant needs its base.
 
@@ -63,6 +63,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     folder = Path(folder)
     plain = plain_copy(model)
     sha256 = weights_sha256(plain.state_dict())
+    if record.base is not None:
+        record.base = record.base.proven()
     base = record.base or Base.of(plain, None, getattr(plain, "_model_args", {}), sha256)
     if sha256 != base.sha256:
         if not full:
@@ -73,11 +75,13 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
         base = replace(base, sha256=sha256, tuned=True)
     base = replace(base, dtype=dtype_of(plain))  # which may have been cast meanwhile
     if not full and base.is_public and not is_rebuilt(base, plain):
-        base = replace(base, name=None, hub_id=None, revision=None)
+        base = base.nameless()
     content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "layers": list(layers)}
     content |= {"settings": {name: getattr(record.config, name) for name in SETTINGS}, "model": model_sha256(model)}
     with filling(folder) as draft:
         if is_timm:
+            cfg: Any = plain.pretrained_cfg
+            cfg["license"] = base.license_in(cfg)  # timm's is of its own weights
             _save_timm_files(model, plain, draft, full)
         write_tensors(_tensors(model), draft / TENSORS)
         content["files"] = {f.name: sha256_of(f) for f in sorted(draft.iterdir())}
