@@ -1,6 +1,7 @@
 """Make variants of the bundled model, one for each paradigm, evaluate them and write what would be published.
 
     python scripts/render_cards.py              # ten minutes on two cores
+    python scripts/render_cards.py --evaluate   # after a change to an attack: the variants that are there, evaluated anew
     python scripts/render_cards.py --cards      # after a change to the template: the cards alone
 
 Writes hub_cards/resnet8_digits-{nrpm,lambda,tuned}/, folders that `from_pretrained` loads.
@@ -48,6 +49,7 @@ def make(config: TuneConfig | None) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cards", action="store_true", help="render the cards alone")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate the variants that are there, and render")
     args = parser.parse_args()
     pixels, labels = (t[:IMAGES] for t in digits("test"))
     loader = list(zip(pixels.split(90), labels.split(90), strict=True))
@@ -56,8 +58,9 @@ def main() -> None:
         if args.cards:
             reports = read_reports(folder)
         else:
-            model = make(config)
-            timm_nrpm.save_pretrained(model, folder, full=needs_weights(model))
+            model = timm_nrpm.from_pretrained(folder) if args.evaluate else make(config)
+            if not args.evaluate:
+                timm_nrpm.save_pretrained(model, folder, full=needs_weights(model))
             said = "scikit-learn's digits, test"
             reports = [timm_nrpm.evaluate(model, loader, THREAT, data=said, progress=True)]
             print(reports[0])

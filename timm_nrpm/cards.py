@@ -251,6 +251,7 @@ def _told(report: RobustnessReport) -> dict[str, Any]:
         for a in report.attacks
     ]
     return {
+        "verdict": report.verdict,
         "samples": report.samples,
         "threat": str(report.threat),
         "data": one_line(report.data),
@@ -260,7 +261,7 @@ def _told(report: RobustnessReport) -> dict[str, Any]:
         "high": percent(high),
         "own": percent(report.accuracy(own)) if own else None,
         "control": percent(report.control.worst_case) if report.control else None,
-        **{key: getattr(report, key) for key in ("suite", "steps", "queries", "seed")},
+        **{key: getattr(report, key) for key in ("suite", "steps", "queries", "rounds", "seed")},
         "versions": ", ".join(f"{package} {version}" for package, version in report.versions.items()),
         "attacks": attacks,
         "warnings": [one_line(warning) for warning in report.warnings],
