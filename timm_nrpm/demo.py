@@ -16,6 +16,7 @@ from timm_nrpm.config import NRPMConfig
 from timm_nrpm.data import digits
 from timm_nrpm.evaluation import evaluate
 from timm_nrpm.figures import draw_lambda
+from timm_nrpm.flags import MASKED
 from timm_nrpm.loading import from_pretrained
 from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.registry import DIGITS, create_model
@@ -74,7 +75,7 @@ def run(folder: Path, console: Console, lams: Sequence[float] = LAMBDAS, images:
             report = by_lam[lam]
             numbers = [f"{100 * value:.1f}" for value in accuracies(report).values()]
             done = "yes" if heading.startswith("after") else "no"
-            table.add_row(f"{lam:g}", done, *numbers, ", ".join(report.flags), end_section=done == "yes")
+            table.add_row(f"{lam:g}", done, *numbers, MASKED if MASKED in report.flags else "", end_section=done == "yes")
     console.print(table)
     console.print(
         "PGD own follows the model's own gradient, PGD plain that of the plain model (lambda = 1). The worst case is what "
