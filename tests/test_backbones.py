@@ -1,3 +1,4 @@
+import argparse
 from collections import OrderedDict
 from pathlib import Path
 
@@ -244,7 +245,7 @@ def test_another_format_is_one_clear_error(tmp_path, content, message):
         file.write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=message) as error:
         load_published_(model, file)
-    assert "Give the authors' checkpoint of this architecture, or its state dict" in str(error.value)
+    assert "Give a checkpoint of this architecture, the authors' or one of timm's training script" in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -281,3 +282,111 @@ def test_the_published_files(name):
     assert len(kept) == len(model.state_dict())
     for value, theirs in zip(model.state_dict().values(), kept.values(), strict=True):  # both in the modules' order
         assert torch.equal(value, theirs)
+
+
+def timms_checkpoint(folder, model, ema=None, **more):
+    """A checkpoint that timm's training script leaves."""
+    args = argparse.Namespace(model="resnet8_digits", lr=0.1, input_size=[1, 8, 8], opt_betas=None, amp=True, **more)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    scaler = timm.utils.NativeScaler(device="cpu")
+    about = {"args": args, "model_ema": ema, "amp_scaler": scaler, "checkpoint_dir": str(folder)}
+    timm.utils.CheckpointSaver(model, optimizer, **about).save_checkpoint(3, metric=77.5)
+    return folder / "last.pth.tar"
+
+
+class Wrapped(nn.Module):
+    """As `DistributedDataParallel` and `torch.compile` name what is inside."""
+
+    def __init__(self, model, *names):
+        super().__init__()
+        self.add_module(names[0], Wrapped(model, *names[1:]) if names[1:] else model)
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("module",), ("_orig_mod",), ("_orig_mod", "module"), ("module", "_orig_mod")], ids="-".join
+)
+def test_timms_own_checkpoints(tmp_path, names):
+    source = timm.create_model("resnet8_digits")
+    wrapped = Wrapped(source, *names) if names else source
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    args = argparse.Namespace(model="resnet8_digits", lr=0.1)
+    saver = timm.utils.CheckpointSaver(
+        wrapped, optimizer, args, checkpoint_dir=str(tmp_path), unwrap_fn=lambda model: model
+    )
+    saver.save_checkpoint(3, metric=77.5)
+    keys = torch.load(tmp_path / "last.pth.tar", weights_only=False)["state_dict"].keys()
+    assert all(key.startswith("".join(f"{name}." for name in names)) for key in keys)
+    model = load_published_(timm.create_model("resnet8_digits"), tmp_path / "last.pth.tar")
+    theirs = timm.create_model("resnet8_digits", checkpoint_path=str(tmp_path / "last.pth.tar"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, source.state_dict()[key])
+        assert torch.equal(value, theirs.state_dict()[key])
+
+
+def test_the_average_of_a_checkpoint_goes_first_as_timm_has_it(tmp_path):
+    source = timm.create_model("resnet8_digits")
+    ema = timm.utils.ModelEmaV3(source, decay=0.5)
+    file = timms_checkpoint(tmp_path, source, ema)
+    model = load_published_(timm.create_model("resnet8_digits"), file)
+    theirs = timm.create_model("resnet8_digits", checkpoint_path=str(file))
+    assert torch.equal(model.fc.weight, ema.module.fc.weight)
+    assert not torch.equal(model.fc.weight, source.fc.weight)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), theirs.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_ema", "state_dict_ema", "net"])
+def test_where_others_keep_their_weights(tmp_path, key):
+    source = timm.create_model("resnet8_digits")
+    torch.save({"epoch": 3, key: source.state_dict(), "optimizer": {"lr": 0.1}}, tmp_path / "c.pth")
+    model = load_published_(timm.create_model("resnet8_digits"), tmp_path / "c.pth")
+    assert torch.equal(model.fc.weight, source.fc.weight)
+
+
+def test_modules_that_have_the_authors_names_in_timm(tmp_path):
+    """`shortcut` and `linear` mean others to the authors, and in timm what they are."""
+    names = ("ghostnet_050", "efficientvit_m0")
+    for name in names:
+        source = timm.create_model(name, num_classes=3)
+        torch.save(source.state_dict(), tmp_path / "w.pth")
+        model = load_published_(timm.create_model(name, num_classes=3), tmp_path / "w.pth")
+        assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+class Planted:
+    """What runs as it is unpickled, if anybody unpickles it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    model, mark = timm.create_model("resnet8_digits"), tmp_path / "mark"
+    torch.save({"state_dict": model.state_dict(), "args": Planted(mark)}, tmp_path / "c.pth.tar")
+    with pytest.raises(
+        ValueError, match=r"it holds objects besides tensors and plain values: pathlib\..*state dict alone"
+    ):
+        load_published_(model, tmp_path / "c.pth.tar")
+    file = timms_checkpoint(tmp_path, model, planted=Planted(mark))
+    with pytest.raises(ValueError, match=r"it holds objects besides tensors and plain values: pathlib\."):
+        load_published_(model, file)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("cut", [0, 100, -100])
+def test_a_checkpoint_that_is_cut_short(tmp_path, cut):
+    model = timm.create_model("resnet8_digits")
+    file = timms_checkpoint(tmp_path, model)
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(
+        ValueError, match=r"last.pth.tar cannot be read as weights alone \(it is empty, cut short or"
+    ) as e:
+        load_published_(model, file)
+    assert len(str(e.value)) < 500
+    assert "weights_only" not in str(e.value)

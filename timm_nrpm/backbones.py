@@ -8,24 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.layers import get_device_dtype, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from timm_nrpm.reprogramming import reprogrammed_layers
-from timm_nrpm.tensors import differences
+from timm_nrpm.weights import load_published_, published
 
 __all__ = ["CifarResNet", "LeNet", "LinearMLP", "load_published_"]  # timm adds the entrypoints it registers
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class LinearMLP(nn.Module):
@@ -268,7 +263,7 @@ def _register(name: str, row: Backbone) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         # The filter: a published file may also be given to timm, as pretrained_cfg_overlay=dict(file=FILE).
         settings = {**row.settings, **kwargs}
-        return build_model_with_cfg(row.build, name, pretrained, pretrained_filter_fn=_published, **settings)
+        return build_model_with_cfg(row.build, name, pretrained, pretrained_filter_fn=published, **settings)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = __name__
@@ -280,62 +275,3 @@ def _register(name: str, row: Backbone) -> None:
 
 for _name, _row in BACKBONES.items():
     _register(_name, _row)
-
-RENAMED = {"shortcut": "downsample", "linear": "fc"}
-"""The authors' names of modules, and timm's."""
-
-
-def load_published_(model: Model, file: str | Path) -> Model:
-    """Load weights into a plain backbone, in place: a file that the authors published, or one saved from this model.
-
-    Args:
-        model: A model of this file's architectures, not reprogrammed.
-        file: A checkpoint of the authors (`.pth`, or `.t7` with a `net`), whose lambdas are left out; or a state dict
-            of `model`, saved by torch or as safetensors. Nothing in it is executed.
-
-    Returns:
-        `model`, in the mode it was in.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file holds something else, or `model` is reprogrammed. The model is untouched.
-
-    Example:
-        >>> model = load_published_(timm.create_model("mlp3_mnist"), "mlp3_mnist_model.pth").eval()
-        >>> reprogram_(model, NRPMConfig(lam=0.5))
-    """
-    file = Path(file)
-    if reprogrammed_layers(model):
-        raise ValueError("The model is reprogrammed: load weights into the plain model, then call reprogram_.")
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is no file: give the authors' checkpoint, or a state dict of this model.")
-    known = "Give the authors' checkpoint of this architecture, or its state dict, saved by torch or as safetensors."
-    try:
-        if file.suffix == ".safetensors":
-            content = load_file(file)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has errors of its own
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise ValueError(f"{file} cannot be read as weights alone ({reason}). {known}") from error
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    state = _published(content) if isinstance(content, Mapping) else {}
-    found = {key: tuple(value.shape) if isinstance(value, Tensor) else None for key, value in state.items()}
-    if found != wanted:  # all of it before any of it is loaded
-        raise ValueError(
-            f"{file} holds no weights of this {type(model).__name__} ({differences(found, wanted)}). {known}"
-        )
-    model.load_state_dict(state)
-    return model
-
-
-def _published(state: Mapping[Any, Any], model: nn.Module | None = None) -> dict[str, Any]:
-    """A checkpoint of the authors under timm's names and without lambdas; a state dict of timm's as it is."""
-    if isinstance(state.get("net"), Mapping):
-        state = state["net"]
-    renamed = {}
-    for key, value in state.items():
-        parts = str(key).removeprefix("module.").split(".")
-        if "robust_sum" not in parts:
-            renamed[".".join(RENAMED.get(part, part) for part in parts)] = value
-    return renamed

@@ -58,7 +58,7 @@ def add_model(parser: argparse.ArgumentParser, lam: float, *, plain: bool) -> No
         help="timm's name, or a variant: a folder, or owner/name on the Hub (default: the bundled one)",
     )
     model.add_argument(
-        "--weights", metavar="FILE", help="safetensors, a state dict, or what the paper's authors publish"
+        "--weights", metavar="FILE", help="safetensors, a state dict, a checkpoint of timm's or of the paper's authors"
     )
     model.add_argument("--no-pretrained", action="store_true", help="start from random weights")
     model.add_argument("--num-classes", type=int, help="give the model a new classifier")
