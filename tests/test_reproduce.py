@@ -271,7 +271,7 @@ def test_whole_experiments_on_published_weights(scripts, tiny, data, checkpoints
         ("table5", "QUICK", (4, effort(2, 10, auto=2))),
         ("table12", "QUICK", (4, 2, 10)),
         ("figure6", "SIGMAS", (0.12,)),
-        ("figure6", "EFFORT", {"quick": {"images": 2, "n0": 4, "n": 8}}),
+        ("figure6", "EFFORT", {"quick": {"images": 2, "n0": 4, "n": 10}}),
     ):
         monkeypatch.setattr(scripts(module), key, value)
     lab = tiny()
