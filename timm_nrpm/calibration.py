@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from timm_nrpm.images import count_of, pixels_of
 from timm_nrpm.layers import Reprogrammed
 from timm_nrpm.pixel_model import PixelModel, alike
-from timm_nrpm.plain_statistics import KEPT, norms_of
+from timm_nrpm.plain_statistics import KEPT, complete, norms_of
 from timm_nrpm.reprogramming import (
     check_gradients,
     evaluating,
@@ -223,7 +223,7 @@ def calibrate_(
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def plain_of(net: PixelModel, loader: Iterable[Any]) -> PixelModel:
+def plain_of(net: PixelModel, loader: Iterable[Any], trained: Collection[str] | None = None) -> PixelModel:
     """The plain model of a reprogrammed one, with statistics that fit its weights.
 
     They are those that the plain model had. Where weights were trained since, they are the reprogrammed model's own,
@@ -232,15 +232,21 @@ def plain_of(net: PixelModel, loader: Iterable[Any]) -> PixelModel:
     Args:
         net: The reprogrammed model on pixels.
         loader: As for :func:`calibrate_`; looked at only where weights were trained.
+        trained: Names of the BatchNorms whose statistics training moved; by default those whose statistics differ from
+            the plain model's. The others keep these.
     """
-    plain = alike(plain_copy(net.model), net)
+    plain = alike(plain_copy(net.model, kept=complete(net.model)), net)
     if is_settled(net.model):
         return plain
     theirs = norms_of(net.model)
+    sites: dict[str, _Site] = {}
     for name, norm in norms_of(plain.model).items():
-        for key in KEPT[:2]:
-            norm._buffers[key].copy_(theirs[name]._buffers[key])  # type: ignore[union-attr, arg-type]
-    sites: dict[str, _Site] = {name: _NormSite(norm, "relative") for name, norm in norms_of(plain.model).items()}
+        now = {key: theirs[name]._buffers[key] for key in KEPT[:2]}
+        differs = any(not torch.equal(norm._buffers[key], now[key]) for key in now)  # type: ignore[arg-type]
+        if name in trained if trained is not None else differs or not complete(net.model):
+            for key, value in now.items():
+                norm._buffers[key].copy_(value)  # type: ignore[union-attr, arg-type]
+            sites[name] = _NormSite(norm, "relative")
     if sites:
         _pass(plain, net, sites, net.model, pixels_of(loader))
     return plain

@@ -318,11 +318,12 @@ class _Run:
 
     def settle(self) -> None:
         """Let the plain model's statistics follow the weights, which moved those that the model computes with."""
-        if any(norm.training for norm in norms_of(self.model).values()):
+        trained = [name for name, norm in norms_of(self.model).items() if norm.training]
+        if trained:
             self.bar.doing("Taking the plain model's statistics")
             self.order.epoch = self.order.skip = 0
             self.numbered.epoch.zero_()
-            settle_(self.model, plain_of(self.objective.net, self._first_images(PLAIN)).model)
+            settle_(self.model, plain_of(self.objective.net, self._first_images(PLAIN), trained).model)
         else:
             settle_(self.model, plain_copy(self.model, kept=True))
 
