@@ -9,9 +9,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import timm
 import torch
@@ -21,7 +23,7 @@ from timm.models import get_pretrained_cfg
 from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
-from timm_nrpm.transfers import REPO_ID, HubError, NotOnHub, Repository, is_lost_connection
+from timm_nrpm.transfers import REPO_ID, HubError, NotOnHub, Repository, is_lost_connection, network_error_of, patience
 
 TIMM_FILES = ("config.json", "model.safetensors")
 """What timm saves a model in."""
@@ -259,7 +261,7 @@ class Base:
             try:
                 model = self._from_hub(repository, in_registry=not source)
             except HubError as error:
-                raise WeightsUnavailable(unavailable(str(self.name), str(error))) from error
+                raise WeightsUnavailable(unavailable(str(self.name), str(error).rstrip("."))) from None
         self.check(model)
         return model
 
@@ -320,13 +322,14 @@ def create_plain(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     if checkpoint and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"checkpoint_path={str(checkpoint)!r} is no file.")
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        with patience() if pretrained or ":" in name else nullcontext():
+            return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
-        unreachable = (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, HubError)
+        unreachable = (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, HubError, URLError)
         if isinstance(error, WeightsUnavailable) or not (isinstance(error, unreachable) or is_lost_connection(error)):
             raise
-        cause = error
-    raise WeightsUnavailable(unavailable(name, str(cause).strip().split("\n")[0])) from cause
+        reason = str(network_error_of(error) or error).strip().split("\n")[0].rstrip(".")
+    raise WeightsUnavailable(unavailable(name, reason))  # the client's own errors are pages long
 
 
 def unavailable(name: str, reason: str) -> str:
