@@ -2,6 +2,7 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -180,7 +181,7 @@ def test_a_caller_without_gradients_tunes_all_the_same(mode, paradigm):
 
 def test_weights_of_inference_mode_are_refused():
     with torch.inference_mode():
-        model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9)
+        model = reprogram_(timm.create_model(DIGITS, pretrained=True), NRPMConfig(lam=0.9))
     for paradigm in ("lambda", "all"):
         with pytest.raises(ValueError, match=r"made under torch\.inference_mode"):
             tune(model, images(), TuneConfig(paradigm=paradigm, epochs=1))
