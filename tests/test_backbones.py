@@ -370,11 +370,11 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     model, mark = timm.create_model("resnet8_digits"), tmp_path / "mark"
     torch.save({"state_dict": model.state_dict(), "args": Planted(mark)}, tmp_path / "c.pth.tar")
     with pytest.raises(
-        ValueError, match=r"it holds objects besides tensors and plain values: pathlib\..*state dict alone"
+        ValueError, match=r"it holds objects besides tensors and plain values: .*pathlib\..*state dict alone"
     ):
         load_published_(model, tmp_path / "c.pth.tar")
     file = timms_checkpoint(tmp_path, model, planted=Planted(mark))
-    with pytest.raises(ValueError, match=r"it holds objects besides tensors and plain values: pathlib\."):
+    with pytest.raises(ValueError, match=r"it holds objects besides tensors and plain values: .*pathlib\."):
         load_published_(model, file)
     assert not mark.exists()
 

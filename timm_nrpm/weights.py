@@ -76,7 +76,7 @@ def _unreadable(error: Exception) -> str:
     text = str(error)
     listed = re.search(r"Unsupported globals: (.+?)\. No automatic", text)
     if listed:
-        others = [name for name in listed[1].split(", ") if name != "argparse.Namespace"]
+        others = sorted(set(listed[1].split(", ")) - {"argparse.Namespace"})
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         return (
             f"it holds objects besides tensors and plain values: {shown}; where you trust it, save its state dict alone"
