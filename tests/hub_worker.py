@@ -32,7 +32,7 @@ import timm
 import torch
 
 import timm_nrpm as nrpm
-from timm_nrpm import publishing, transfers
+from timm_nrpm import network, publishing, transfers
 from timm_nrpm.reprogramming import model_sha256, reprogrammed_layers
 
 torch.set_num_threads(1)

@@ -25,8 +25,9 @@ from hub_worker import OURS, TOKEN, Failed, Worker
 from huggingface_hub import errors, get_session
 from test_registry import hub_cache
 
-from timm_nrpm import transfers
-from timm_nrpm.transfers import HubError, NotOnHub, Unreachable, insist, is_intact, patience, told
+from timm_nrpm import network, transfers
+from timm_nrpm.network import patience
+from timm_nrpm.transfers import HubError, NotOnHub, Unreachable, insist, is_intact, told
 
 http = sys.modules.get("httpx2") or sys.modules["httpx"]  # whichever the Hub's client uses
 hub, repo, small = (getattr(hub_worker, name) for name in ("hub", "repo", "small"))
@@ -380,7 +381,7 @@ print(json.dumps([float(model.fc.bias.detach().double().sum()), waited]))
 
 def test_a_long_wait_is_not_silent(hub, tmp_path):
     patient = Worker(hub, tmp_path / "patient", WITHOUT="matplotlib")
-    patient("[setattr(transfers, 'SILENCE', 0.05), logging.basicConfig(level=logging.INFO, force=True)]")
+    patient("[setattr(network, 'SILENCE', 0.05), logging.basicConfig(level=logging.INFO, force=True)]")
     hub.create("me/slow")
     hub.fault(Fault("stall", "GET", "/api/models/me/slow$", seconds=1))
     hub.fault(Fault("status", "GET", "/api/models/me/slow/tree", status=503, times=1))
@@ -396,7 +397,7 @@ def test_who_sits_at_a_terminal_reads_it_and_a_file_does_not(monkeypatch, caplog
         stream = io.StringIO()
         stream.isatty = lambda terminal=terminal: terminal
         monkeypatch.setattr(sys, "stderr", stream)
-        transfers.say("Waiting")
+        network.say("Waiting")
         assert ("Waiting" in stream.getvalue()) is terminal
         assert [record.getMessage() for record in caplog.records] == ["Waiting"] * (not terminal)
 
@@ -424,20 +425,20 @@ def test_what_is_no_network_and_what_may_pass(cause, told_as):
     error = http.ConnectError("x")
     error.__cause__ = http.ConnectError("y")
     error.__cause__.__context__ = cause
-    assert transfers.why_no_network(error) == told_as
+    assert network.why_no_network(error) == told_as
 
     def send(request, **options):
-        assert request.extensions["timeout"]["connect"] == transfers.CONNECT
+        assert request.extensions["timeout"]["connect"] == network.CONNECT
         raise error
 
     request = http.Request("GET", "http://example.invalid/x", extensions={"timeout": {"connect": 60.0, "read": 60.0}})
-    with pytest.raises(transfers.NoNetwork if told_as else http.ConnectError):
-        transfers._send(send, request)
+    with pytest.raises(network.NoNetwork if told_as else http.ConnectError):
+        network._send(send, request)
 
 
 def test_a_connection_that_takes_too_long_is_no_network():
-    assert transfers.why_no_network(http.ConnectTimeout("x")) == "no connection within 10 seconds"
-    assert transfers.why_no_network(http.ReadTimeout("x")) is None
+    assert network.why_no_network(http.ConnectTimeout("x")) == "no connection within 10 seconds"
+    assert network.why_no_network(http.ReadTimeout("x")) is None
 
 
 def test_what_is_no_failure_of_the_hub_is_passed_on():
@@ -514,7 +515,7 @@ def test_the_process_is_well_afterwards(outcomes, worker, small, repo):
         asked.exception(timeout=150)
     worker.push(repo)
     assert worker.load(repo) == small
-    assert worker("[transfers._patient, not list(Path('.').glob('.draft-*'))]") == [[], True]
+    assert worker("[network._patient, not list(Path('.').glob('.draft-*'))]") == [[], True]
 
 
 def test_the_token_stays_where_it_belongs(hub, worker, repo):

@@ -23,7 +23,8 @@ from timm.models import get_pretrained_cfg
 from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
-from timm_nrpm.transfers import REPO_ID, HubError, NotOnHub, Repository, is_lost_connection, network_error_of, patience
+from timm_nrpm.network import network_error_of, patience
+from timm_nrpm.transfers import REPO_ID, HubError, NotOnHub, Repository, is_lost_connection
 
 TIMM_FILES = ("config.json", "model.safetensors")
 """What timm saves a model in."""

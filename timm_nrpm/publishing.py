@@ -22,6 +22,7 @@ from timm_nrpm.base import TIMM_FILES
 from timm_nrpm.cards import CARD, EVALUATION, PICTURE, read_reports, write_card
 from timm_nrpm.earlier import UNASKED, Earlier
 from timm_nrpm.loading import find_variant
+from timm_nrpm.network import limit, patience
 from timm_nrpm.report import RobustnessReport
 from timm_nrpm.saving import filling, needs_weights, save_pretrained
 from timm_nrpm.transfers import (
@@ -33,9 +34,7 @@ from timm_nrpm.transfers import (
     Unreachable,
     insist,
     is_lost_connection,
-    limit,
     may_pass,
-    patience,
     sha256_of,
     told,
 )
