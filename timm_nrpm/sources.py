@@ -35,8 +35,9 @@ SURROGATES = {
     "soft_short": Surrogate(lambda lam: lam, 10.0, 1),
     "halfway": Surrogate(lambda lam: (1 + lam) / 2, 10.0),
 }
-"""What may be followed in the attacked model's place. A hundred times the eps, or lambda 0.9, added little to these: on the
-paper's narrow ResNet-18 nothing, on the bundled model two images of 180, which the mean of three seeds does not show."""
+"""What may be followed in the attacked model's place. A hundred times the eps, or lambda 0.9, added little to these: on
+the paper's narrow ResNet-18 nothing, on the bundled model two images of 180, which the mean of three seeds does not
+show."""
 
 
 @dataclass(frozen=True)
