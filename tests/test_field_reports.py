@@ -372,7 +372,9 @@ def test_effort_is_one_setting(images):
     for effort in ("fast", "default"):
         report = timm_nrpm.evaluate(calibrated(), small, THREAT, effort=effort, control=False)
         passes[effort] = sum(attack.forwards for attack in report.attacks)
-        assert report.rounds == timm_nrpm.suites.ROUNDS[effort]
+        level = timm_nrpm.suites.LEVELS[effort]
+        assert (report.rounds, report.near_rounds) == (level.rounds, level.near_rounds)
+        assert report.evolutions == level.evolutions
     assert passes["fast"] < passes["default"]
     with pytest.raises(ValueError, match='effort="fast" is for the suite|effort=.fast. is for the suite'):
         quick(fresh(), small, effort="fast")

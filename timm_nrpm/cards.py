@@ -261,7 +261,7 @@ def _told(report: RobustnessReport) -> dict[str, Any]:
         "high": percent(high),
         "own": percent(report.accuracy(own)) if own else None,
         "control": percent(report.control.worst_case) if report.control else None,
-        **{key: getattr(report, key) for key in ("suite", "steps", "queries", "rounds", "seed")},
+        **{key: getattr(report, key) for key in ("suite", "steps", "queries", "rounds", "near_rounds", "evolutions", "seed")},
         "versions": ", ".join(f"{package} {version}" for package, version in report.versions.items()),
         "attacks": attacks,
         "warnings": [one_line(warning) for warning in report.warnings],

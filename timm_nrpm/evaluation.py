@@ -32,7 +32,7 @@ from timm_nrpm.reprogramming import (
     reprogrammed_layers,
 )
 from timm_nrpm.sources import Source, sources_of
-from timm_nrpm.suites import EFFORTS, ROUNDS, Effort, attacks_of
+from timm_nrpm.suites import EFFORTS, LEVELS, Effort, attacks_of
 from timm_nrpm.threats import Threat
 from timm_nrpm.version import __version__
 from timm_nrpm.wrappers import subject_of, unwrapped
@@ -82,7 +82,7 @@ def evaluate(
             stream without a length will do.
         threat: What an attacker may change; the default is Linf with eps 8/255.
         suite: One of `timm_nrpm.suites.SUITES`.
-        effort: Of the adaptive suite, one of `timm_nrpm.suites.ROUNDS`: `"fast"` takes a third of the default's time and
+        effort: Of the adaptive suite, one of `timm_nrpm.suites.LEVELS`: `"fast"` takes a third of the default's time and
             `"exhaustive"` seven times as long.
         steps, queries: Gradients of each ascent and forwards of each random search, in place of the suite's own numbers.
         seed: Of everything random. Each image's part of it depends on its batch's place alone.
@@ -154,7 +154,7 @@ def evaluate(
     rows = _joined(parts)
     heard = dict.fromkeys([*raised, *(told for row in rows for told in row["warnings"])])
     told = {"versions": _versions(), "threat": threat, "suite": suite, "seed": seed}
-    told |= {"steps": settings.steps, "queries": settings.queries, "rounds": settings.rounds}
+    told |= {name: getattr(settings, name) for name in ("steps", "queries", "rounds", "near_rounds", "evolutions")}
     reports = [
         _report([row["judged"][i] for row in rows], told, plain if i == 0 else "")
         for i in range(len(rows[0]["judged"]))
@@ -291,11 +291,11 @@ def together(accelerator: Accelerator | None, work: Callable[[], dict[str, Any]]
 def _effort(suite: str, effort: str, steps: int | None, queries: int | None) -> Effort:
     if suite not in EFFORTS:
         raise ValueError(f"suite={suite!r} is not known: choose one of {', '.join(EFFORTS)}.")
-    if effort not in ROUNDS:
-        raise ValueError(f"effort={effort!r} is not known: choose one of {', '.join(ROUNDS)}.")
+    if effort not in LEVELS:
+        raise ValueError(f"effort={effort!r} is not known: choose one of {', '.join(LEVELS)}.")
     settings = EFFORTS[suite]
-    if settings.rounds:
-        settings = replace(settings, rounds=ROUNDS[effort])
+    if suite == "adaptive":
+        settings = LEVELS[effort]
     elif effort != "default":
         raise ValueError(f'effort={effort!r} is for the suite "adaptive": suite={suite!r} has its authors\' numbers.')
     if steps is not None:

@@ -60,8 +60,9 @@ class Judge:
         outcomes: dict[str, list[Any]] = {}
         done = 0
         for place, attack in enumerate(attacks):
-            rows = right.nonzero().squeeze(1) if attack.always else pursuit.standing
-            ahead = sum(later.passes * len(right if later.always else pursuit.standing) for later in attacks[place:])
+            rows = right.nonzero().squeeze(1) if attack.always else pursuit.near(attack.near)
+            left = {near: len(pursuit.near(near)) for near in {later.near for later in attacks[place:]}}
+            ahead = sum(later.passes * (len(right) if later.always else left[later.near]) for later in attacks[place:])
             tell(done / max(done + ahead, 1), f"{attack.name}, {int(pursuit.right.sum())} of {len(labels)} left")
             done += attack.passes * len(rows)
             found = self.attack(attack, place, pursuit, rows, offset)

@@ -20,6 +20,9 @@ from timm_nrpm.threats import Threat
 LARGEST = 3
 """The squares of a search are at most this part of the shorter side of an image."""
 
+HERITAGE = 0.6
+"""Share of the queries of a herd in which a square comes from another of the herd instead of chance."""
+
 
 class Pursuit:
     """Images under attack.
@@ -33,6 +36,7 @@ class Pursuit:
     Attributes:
         best: The worst point found so far of each image, `[B, C, H, W]`; at first the image itself.
         margin: By how much the strongest other class exceeds the label's there, in logits, `[B]`.
+        first: The first margin that each image had, `[B]`; that of the image itself, if it was shown first.
         right: Whether the model was right on everything it was shown, `[B]`.
     """
 
@@ -40,13 +44,20 @@ class Pursuit:
         self.victim, self.pixels, self.labels, self.threat, self.average = victim, pixels, labels, threat, average
         self.best = pixels.clone()
         self.margin = pixels.new_full((len(pixels),), -math.inf)
+        self.first = pixels.new_full((len(pixels),), math.nan)
         self.right = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
         self.targets: dict[int, Tensor] = {}  # of each model that was followed
 
     @property
     def standing(self) -> Tensor:
         """Numbers of the images that nothing has broken yet."""
-        return self.right.nonzero().squeeze(1)
+        return self.near(1.0)
+
+    def near(self, share: float) -> Tensor:
+        """Numbers of the images that stand with at most this share of their first margin left; all that stand with 1.
+        Images that many attacks have hardly moved are rarely broken by more of the same."""
+        far = self.margin < share * self.first  # not where nothing was shown yet
+        return (self.right & ~far).nonzero().squeeze(1)
 
     @torch.no_grad()
     def look(self, rows: Tensor, images: Tensor) -> Tensor:
@@ -77,6 +88,7 @@ class Pursuit:
         # Equal margins count as worse, so that a search drifts over a plain instead of standing still on it.
         worse = margin >= self.margin[rows]
         self.best[rows[worse]], self.margin[rows[worse]] = images[worse].detach(), margin[worse]
+        self.first[rows] = torch.where(self.first[rows].isnan(), margin, self.first[rows])
         self.right[rows] &= right
         return right
 
@@ -138,7 +150,7 @@ def ascend(
 
 
 @torch.no_grad()
-def search(pursuit: Pursuit, rows: Tensor, seeds: Sequence[int], *, queries: int) -> None:
+def search(pursuit: Pursuit, rows: Tensor, seeds: Sequence[int], *, queries: int, herd: int = 1) -> None:
     """Random search from the worst points so far: squares of random place and size are pushed to the bound, and stay so
     where the margin does not fall (after Square, Andriushchenko et al., arXiv 1912.00049, which starts from stripes).
 
@@ -147,31 +159,57 @@ def search(pursuit: Pursuit, rows: Tensor, seeds: Sequence[int], *, queries: int
         rows: Numbers of the images to attack, `[n]`.
         seeds: A seed for each of the rows.
         queries: Forwards of the attacked model for each image.
+        herd: How many consecutive numbers of the pursuit are points of one image. Squares are then often copied from
+            another of them, which an evolutionary search calls crossover.
     """
     if not len(rows):
         return
-    channels, height, width = pursuit.pixels.shape[1:]
-    most = max(2, min(height, width) // LARGEST)
     # An image's draws are its own, whichever images are beside it.
-    draws = [torch.rand(queries, 3 + channels, generator=g, dtype=torch.float32) for g in generators(seeds)]
-    table = torch.stack(draws, 1).to(pursuit.pixels)  # [queries, n, 3 + C]
-    down = torch.arange(height, device=rows.device).view(1, -1, 1)
-    across = torch.arange(width, device=rows.device).view(1, 1, -1)
+    channels = pursuit.pixels.shape[1]
+    draws = [torch.rand(queries, 5 + channels, generator=g, dtype=torch.float32) for g in generators(seeds)]
+    table = torch.stack(draws, 1).to(pursuit.pixels)  # [queries, n, 5 + C]
     places = torch.arange(len(rows), device=rows.device)
     for draw in table:
-        still = pursuit.right[rows[places]]
-        places = places[still]
+        places = places[pursuit.right[rows[places]]]
         if not len(places):
             return
         now = rows[places]
-        side = torch.exp(draw[places, 0] * math.log(most + 1)).long().clamp(1, most).view(-1, 1, 1)
-        top, left = (
-            (draw[places, i].view(-1, 1, 1) * (span - side + 1)).long() for i, span in ((1, height), (2, width))
-        )
-        inside = (down >= top) & (down < top + side) & (across >= left) & (across < left + side)  # [n, H, W]
-        sign = (draw[places, 3:] > 0.5).to(pursuit.pixels) * 2 - 1  # [n, C]
-        change = _amplitude(pursuit.threat, channels, side) * sign.view(*sign.shape, 1, 1) * inside.unsqueeze(1)
-        pursuit.look(now, pursuit.threat.project(pursuit.pixels[now], pursuit.best[now] + change))
+        tried = _pushed(pursuit, now, draw[places])
+        if herd > 1:
+            inherits = draw[places, 3] < HERITAGE
+            tried = torch.where(_wide(inherits, tried), _inherited(pursuit, now, draw[places], herd), tried)
+        pursuit.look(now, pursuit.threat.project(pursuit.pixels[now], tried))
+
+
+def _pushed(pursuit: Pursuit, rows: Tensor, draw: Tensor) -> Tensor:
+    """The worst points with a random square of each pushed to the bound, `[n, C, H, W]`. Small squares are more often
+    drawn than large ones."""
+    channels, height, width = pursuit.pixels.shape[1:]
+    most = max(2, min(height, width) // LARGEST)
+    side = torch.exp(draw[:, 0] * math.log(most + 1)).long().clamp(1, most).view(-1, 1, 1)
+    top, left = ((draw[:, i].view(-1, 1, 1) * (span - side + 1)).long() for i, span in ((1, height), (2, width)))
+    sign = (draw[:, 5:] > 0.5).to(pursuit.pixels) * 2 - 1  # [n, C]
+    inside = _inside(pursuit, top, left, side)
+    return pursuit.best[rows] + _amplitude(pursuit.threat, channels, side) * sign.view(*sign.shape, 1, 1) * inside
+
+
+def _inherited(pursuit: Pursuit, rows: Tensor, draw: Tensor, herd: int) -> Tensor:
+    """The worst points with a square of each from another of its herd, `[n, C, H, W]`. Squares of all sizes are drawn as
+    often, and may lie partly beyond the edge: half of an image is a good share to inherit, and most of it is, too."""
+    height, width = pursuit.pixels.shape[2:]
+    most = max(height, width)
+    side = 1 + (draw[:, 0] * most).long().clamp(max=most - 1).view(-1, 1, 1)
+    top, left = ((draw[:, i].view(-1, 1, 1) * (span + side - 1)).long() - side + 1 for i, span in ((1, height), (2, width)))
+    others = rows // herd * herd + (rows % herd + 1 + (draw[:, 4] * (herd - 1)).long()) % herd
+    return torch.where(_inside(pursuit, top, left, side), pursuit.best[others], pursuit.best[rows])
+
+
+def _inside(pursuit: Pursuit, top: Tensor, left: Tensor, side: Tensor) -> Tensor:
+    """Which pixels are within squares whose places and sides are `[n, 1, 1]`, `[n, 1, H, W]`."""
+    height, width = pursuit.pixels.shape[2:]
+    down = torch.arange(height, device=side.device).view(1, -1, 1)
+    across = torch.arange(width, device=side.device).view(1, 1, -1)
+    return ((down >= top) & (down < top + side) & (across >= left) & (across < left + side)).unsqueeze(1)
 
 
 def _amplitude(threat: Threat, channels: int, side: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -11,14 +11,13 @@ from torch import Tensor
 
 from timm_nrpm.ascent import carlini_wagner, climb, greedy_pixels, random_pixels
 from timm_nrpm.attacks import MOST_TARGETS, Run, auto_attack, fgsm, original_auto_attack, pgd, square
+from timm_nrpm.evolution import HERD, evolve
 from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.pursuit import Pursuit, ascend, likely_targets, search
 from timm_nrpm.threats import Threat
 
 SUITES = ("quick", "paper", "standard", "autoattack", "adaptive")
 
-ROUNDS = {"fast": 12, "default": 34, "exhaustive": 240}
-"""Turns of the adaptive suite on images that stand, by the effort a user asks for."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,10 @@ class Effort:
         queries: Forwards of one random search.
         pgd: Steps of PGD, the paper's.
         auto: Steps of AutoAttack, its authors'.
-        rounds: Ascents of the adaptive suite, each with its search.
+        rounds: Ascents of the adaptive suite, each with its search, on whatever stands.
+        near_rounds: As many again on images that are near to breaking.
+        evolutions: Herds of those, whose searches are `GENERATIONS` times as long.
+        near: What near is: at most this share of the margin that the image had clean is left.
     """
 
     steps: int
@@ -38,6 +40,9 @@ class Effort:
     pgd: int = 20
     auto: int = 100
     rounds: int = 0
+    near_rounds: int = 0
+    evolutions: int = 0
+    near: float = 1 / 3
 
 
 EFFORTS = {
@@ -45,8 +50,18 @@ EFFORTS = {
     "paper": Effort(20, 5000),
     "standard": Effort(100, 5000),
     "autoattack": Effort(100, 5000),
-    "adaptive": Effort(10, 20, rounds=ROUNDS["default"]),
+    "adaptive": Effort(10, 20, rounds=12, near_rounds=24, evolutions=1),
 }
+
+LEVELS = {
+    "fast": replace(EFFORTS["adaptive"], near_rounds=0, evolutions=0),
+    "default": EFFORTS["adaptive"],
+    "exhaustive": replace(EFFORTS["adaptive"], rounds=120, near_rounds=0, evolutions=20, near=1.0),
+}
+"""Of the adaptive suite, by the effort a user asks for."""
+
+GENERATIONS = 15
+"""By how much the search of a herd is longer than that of a round."""
 
 EXPECTATION = 8
 """Forwards for a gradient where the forward is random (expectation over transformation, arXiv 1707.07397)."""
@@ -79,6 +94,7 @@ class Attack:
         pursue: The attack.
         passes: About how many forwards and backwards it takes for an image.
         always: Whether it is there for comparison, so that also images already broken are attacked.
+        near: Which of the images that stand are attacked: those with at most this share of their clean margin left.
     """
 
     name: str
@@ -86,6 +102,7 @@ class Attack:
     pursue: Pursue
     passes: int
     always: bool = False
+    near: float = 1.0
 
 
 def once(run: Run) -> Pursue:
@@ -116,7 +133,8 @@ def attacks_of(
     `"quick"`: FGSM and PGD on the own gradient, and PGD from the plain model. `"paper"`: FGSM, PGD, the margin loss of
     Carlini and Wagner, and AutoAttack (NRPM, Table 5). `"standard"`: AutoAttack by torchattacks; `"autoattack"`: by its
     authors' code, if that is installed. `"adaptive"`: PGD along every gradient that can be compared, then rounds of a
-    pursuit, each an ascent along another source and a random search, from the worst points found so far.
+    pursuit, each an ascent along another source and a random search, from the worst points found so far, and evolutions
+    of the images that are near to breaking.
 
     Args:
         suite: One of `SUITES`.
@@ -173,19 +191,23 @@ def _pursuit(effort: Effort, sources: Collection[str], classes: int, average: in
     for name in starts:
         yield _ascent(effort, name, "margin", average, size=0.5, momentum=0.75, fresh=name in ("plain", "own"))
     targets = count()
-    for turn in range(effort.rounds):
+    for turn in range(effort.rounds + effort.near_rounds):
+        near = effort.near if turn >= effort.rounds else 1.0
         third, kind = divmod(turn, 3)
         if kind < 2:
             loss = ("margin", "cross_entropy")[kind]
             size = SIZES[turn % len(SIZES)]
-            yield _ascent(effort, beside[turn % len(beside)], loss, average, size=size, momentum=0.5)
+            ascent = _ascent(effort, beside[turn % len(beside)], loss, average, size=size, momentum=0.5)
         else:
             rank = next(targets) % min(MOST_TARGETS, classes - 1) if third % 2 and classes > 2 else None
             loss = ("margin", "cross_entropy")[third // 2 % 2] if rank is None else "margin"
             name = beside[third % len(beside)]
-            yield _ascent(effort, name, loss, average, size=2.0, momentum=0.75, fresh=True, rank=rank)
+            ascent = _ascent(effort, name, loss, average, size=2.0, momentum=0.75, fresh=True, rank=rank)
+        yield replace(ascent, near=near)
         if effort.queries:
-            yield Attack("search", "best", _search(effort.queries), effort.queries)
+            yield Attack("search", "best", _search(effort.queries), effort.queries, near=near)
+    for turn in range(effort.evolutions if effort.queries else 0):
+        yield _evolution(effort, beside[turn % len(beside)], ("margin", "cross_entropy")[turn % 2], average)
 
 
 def _ascent(
@@ -232,6 +254,17 @@ def _search(queries: int) -> Pursue:
     return pursue
 
 
+def _evolution(effort: Effort, source: str, loss: str, average: int) -> Attack:
+    steps, queries = 2 * effort.steps, GENERATIONS * effort.queries // average
+
+    def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
+        evolve(pursuit, rows, net, seeds, steps=steps, queries=queries, loss=loss, average=average)
+        return pursuit.right[rows]
+
+    passes = HERD * (2 * steps + queries) * average
+    return Attack(f"evolution_{source}", source, pursue, passes, near=effort.near)
+
+
 def _climb(threat: Threat, steps: int, loss: str) -> Run:
     """Auto-PGD to its end, whatever the model that is followed makes of the images meanwhile."""
 
@@ -255,7 +288,7 @@ def _sparse(threat: Threat, effort: Effort, sources: Collection[str], average: i
             predicts = source in ("own", "bpda") and average == 1
             run = _greedy(threat, effort.pgd, average=average, predicts=predicts)
             yield Attack(f"greedy_{source}", source, once(run), 2 * average * effort.pgd)
-    queries = effort.queries * effort.rounds
+    queries = effort.queries * (effort.rounds + effort.near_rounds + GENERATIONS * effort.evolutions)
     if queries:
         yield Attack("random_pixels", "scores", once(_random_pixels(threat, queries)), queries)
 

@@ -1,0 +1,84 @@
+"""Evolution: several points of one image at once, which take squares from each other.
+
+Random search from one point ends on a hill of the margin that no small change leaves. Others of the same image end on
+other hills, and what one of them has found in a corner of the image mostly serves the others too. So a search over a
+herd, where a square comes as often from another point as from chance, gets where as many searches side by side do not
+(after GenAttack, Alzantot et al., arXiv 1805.11090, which crosses single values and follows no gradient first).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from timm_nrpm.ascent import Forward
+from timm_nrpm.ordering import seed_of
+from timm_nrpm.pursuit import Pursuit, ascend, search
+
+HERD = 10
+"""Points of an image."""
+
+
+class Herd(Pursuit):
+    """Some images of a pursuit, each of them `HERD` times in a row; when one point breaks an image, its herd is done.
+
+    Args:
+        pursuit: Where the images are from.
+        rows: Their numbers, `[n]`.
+    """
+
+    def __init__(self, pursuit: Pursuit, rows: Tensor) -> None:
+        each = rows.repeat_interleave(HERD)
+        pixels, labels = pursuit.pixels[each], pursuit.labels[each]
+        super().__init__(pursuit.victim, pixels, labels, pursuit.threat, pursuit.average)
+
+    @torch.no_grad()
+    def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """As of every pursuit, but right only where the model is right on the whole herd."""
+        super().take(rows, images, logits)
+        self.right = self.right.view(-1, HERD).all(1).repeat_interleave(HERD)
+        return self.right[rows]
+
+
+def evolve(
+    pursuit: Pursuit, rows: Tensor, follow: Forward, seeds: list[int], *, steps: int, queries: int, loss: str, average: int
+) -> None:
+    """A herd of each image: its worst point so far, and others that ascend from anywhere; then a search over all.
+
+    Args:
+        pursuit: Where points come from and go to.
+        rows: Numbers of the images to attack, `[n]`.
+        follow: The model whose loss the others climb.
+        seeds: A seed for each of the rows.
+        steps: Gradients of their ascents.
+        queries: Forwards of the attacked model for each point.
+        loss: One of `timm_nrpm.ascent.LOSSES`.
+        average: Forwards for each gradient.
+    """
+    if not len(rows):
+        return
+    herd = Herd(pursuit, rows)
+    every = torch.arange(len(herd.pixels), device=rows.device)
+    drawn = [seed_of(seed, point) for seed in seeds for point in range(HERD)]
+    others = every[every % HERD > 0]
+    ascend(
+        herd,
+        others,
+        follow,
+        [drawn[i] for i in others.tolist()],
+        steps=steps,
+        loss=loss,
+        size=2.0,
+        momentum=0.75,
+        fresh=True,
+        average=average,
+        every=3,
+    )
+    herd.best[::HERD], herd.margin[::HERD] = pursuit.best[rows], pursuit.margin[rows]
+    left = herd.standing
+    search(herd, left, [seed_of(drawn[i], 1) for i in left.tolist()], queries=queries, herd=HERD)
+    margin, place = herd.margin.view(-1, HERD).max(1)
+    worse = margin >= pursuit.margin[rows]
+    points = herd.best[torch.arange(len(rows), device=rows.device) * HERD + place]
+    pursuit.best[rows[worse]], pursuit.margin[rows[worse]] = points[worse], margin[worse]
+    pursuit.right[rows] &= herd.right[::HERD]
