@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python scripts/compare_suites.py --old CHECKOUT    # two minutes on one core
 
-The bundled model at lambda 0.4 (K = 3, eps 1e-3), calibrated on the first 1000 training images, Linf 0.15, the first 180
-test images, its plain model beside it. CHECKOUT is a work tree of an older commit. Writes results/suites.json and .md.
+The bundled model at lambda 0.4 (K = 3, eps 1e-3), calibrated on the first 1000 training images, Linf 0.15, the first
+180 test images, its plain model beside it. CHECKOUT is a work tree of an older commit. Writes results/suites.json and
+.md.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def markdown(content: dict[str, Any]) -> str:
     lines = [
         "# The adaptive suite, before and now",
         "",
-        f"`scripts/compare_suites.py`: the bundled model at lambda 0.4, calibrated, Linf 0.15, {content['images']} images, its "
-        f"plain model beside it; {content['rounds']} runs each, by turns, one thread, torch {content['torch']}. Accuracies in "
-        "%; passes are images that went through a model, of the reprogrammed model's attacks; seconds are medians, of both "
-        "models.",
+        "`scripts/compare_suites.py`: the bundled model at lambda 0.4, calibrated, Linf 0.15, "
+        f"{content['images']} images, its plain model beside it; {content['rounds']} runs each, by turns, one thread, "
+        f"torch {content['torch']}. Accuracies in %; passes are images that went through a model, of the reprogrammed "
+        "model's attacks; seconds are medians, of both models.",
         "",
         "| | worst case | plain model's | forwards | backwards | seconds |",
         "|---|---|---|---|---|---|",

@@ -1,7 +1,7 @@
 """Make variants of the bundled model, one for each paradigm, evaluate them and write what would be published.
 
     python scripts/render_cards.py              # ten minutes on two cores
-    python scripts/render_cards.py --evaluate   # after a change to an attack: the variants that are there, evaluated anew
+    python scripts/render_cards.py --evaluate   # after a change to an attack: the variants that are there, once more
     python scripts/render_cards.py --cards      # after a change to the template: the cards alone
 
 Writes hub_cards/resnet8_digits-{nrpm,lambda,tuned}/, folders that `from_pretrained` loads.

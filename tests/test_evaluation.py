@@ -151,7 +151,7 @@ def test_broken_images_are_attacked_no_more():
             assert tried == list(report.correct)
             left = [a and s is not False for a, s in zip(left, attack.survived, strict=True)]
         else:  # which try what those have left, and break each image once
-            assert all(at_all <= l for at_all, l in zip(tried, left, strict=True))
+            assert all(at_all <= after for at_all, after in zip(tried, left, strict=True))
     after = [a for a in report.attacks if a.name not in compared]
     assert sum(a.broke for a in after) == sum(left) - sum(report.survivors)
     assert 0 < sum(report.survivors) < sum(left)  # else nothing was tested

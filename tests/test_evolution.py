@@ -11,7 +11,7 @@ from timm_nrpm.pursuit import Pursuit, ascend, search
 
 SHAPE = (3, 6, 6)
 THREATS = [Threat("Linf", 0.05), Threat("L2", 0.4), Threat("L1", 2.0)]
-OPTIONS = {"steps": 4, "queries": 30, "loss": "margin", "average": 1}
+OPTIONS = {"steps": 4, "queries": 30}
 
 
 def bowl():
@@ -91,8 +91,8 @@ def test_a_herd_is_done_when_one_of_it_breaks_the_image():
 
 
 def test_what_two_points_of_a_herd_have_found_comes_together():
-    """Two halves of an image, each of which only one point has right: no single change of one point can raise the margin
-    of this model, since it counts whole halves."""
+    """Two halves of an image, each of which only one point has right: no single change of one point can raise the
+    margin of this model, since it counts whole halves."""
 
     def halves(x):
         left, right = x[:, 0, :, :3] > 0.55, x[:, 0, :, 3:] > 0.55

@@ -1,6 +1,5 @@
 """What users did, and what is right: whatever was done to a model before, a report's numbers are those of the model."""
 
-import copy
 import json
 
 import numpy as np
@@ -220,7 +219,7 @@ def test_a_wrapped_model_is_saved_tuned_and_reprogrammed(tmp_path):
 
 def test_what_a_module_around_a_model_normalises_has_to_be_said(images):
     model = Around(fresh())
-    with pytest.raises(ValueError, match="holds a timm model, _SmallResNet as 'backbone'.*mean= and std="):
+    with pytest.raises(ValueError, match=r"holds a timm model, _SmallResNet as 'backbone'.*mean= and std="):
         quick(model, images)
     assert quick(model, images, mean=(0.5,), std=(0.5,), control=False).survivors == quick(fresh(), images).survivors
     with pytest.raises(ValueError, match="The model is a dict"):
@@ -235,7 +234,7 @@ def test_a_forward_replaced_on_the_instance_is_refused_where_a_copy_is_needed():
     forward = model.forward
     model.forward = lambda x: forward(x) / 2
     for call in (timm_nrpm.plain_copy, lambda m: timm_nrpm.calibrate_(m, [training(8)])):
-        with pytest.raises(ValueError, match="was replaced on the instance.*Write a class"):
+        with pytest.raises(ValueError, match=r"was replaced on the instance.*Write a class"):
             call(model)
 
 
@@ -293,7 +292,7 @@ def test_inside_inference_mode(images):
         model = calibrated()
         assert quick(model, [(images[0][0] * 1.0, images[0][1] * 1)]).survivors == want
         made = timm.create_model(DIGITS, pretrained=True).eval()
-        with pytest.raises(ValueError, match="made under torch.inference_mode"):
+        with pytest.raises(ValueError, match=r"made under torch.inference_mode"):
             quick(made, images)
 
 
@@ -315,14 +314,13 @@ def test_images_are_pixels_at_every_entrance(images):
         "search_lambda": lambda x: timm_nrpm.search_lambda(fresh(), [(x, labels)], THREAT, budget=2, layerwise=False),
         "tune": lambda x: timm_nrpm.tune(fresh(), DataLoader(TensorDataset(x, labels), 60), TuneConfig(epochs=1)),
     }
-    for name, call in entrances.items():
+    for call in entrances.values():
         for wrong, said in (
             (pixels * 2 - 1, r"from -1 to 1: give pixels in \[0, 1\]"),
             ((pixels * 255).byte(), "uint8"),
         ):
             with pytest.raises(ValueError, match=said):
                 call(wrong)
-                pytest.fail(name)
     rounded = pixels * (1 + 5e-7) - 2e-7
     assert rounded.min() < 0
     assert quick(calibrated(), [(rounded, labels)], control=False).clean > 0.9
@@ -344,7 +342,7 @@ def test_a_quantised_model_is_refused_in_words(images):
         lambda: timm_nrpm.reprogram_(model),
         lambda: timm_nrpm.certify(model, images, n=20),
     ):
-        with pytest.raises(ValueError, match="model is quantised.*floating-point model"):
+        with pytest.raises(ValueError, match=r"model is quantised.*floating-point model"):
             call()
 
 
@@ -373,10 +371,9 @@ def test_effort_is_one_setting(images):
         report = timm_nrpm.evaluate(calibrated(), small, THREAT, effort=effort, control=False)
         passes[effort] = sum(attack.forwards for attack in report.attacks)
         level = timm_nrpm.suites.LEVELS[effort]
-        assert (report.rounds, report.near_rounds) == (level.rounds, level.near_rounds)
-        assert report.evolutions == level.evolutions
+        assert (report.rounds, report.stages) == (level.rounds, len(level.stages))
     assert passes["fast"] < passes["default"]
-    with pytest.raises(ValueError, match='effort="fast" is for the suite|effort=.fast. is for the suite'):
+    with pytest.raises(ValueError, match=r'effort="fast" is for the suite|effort=.fast. is for the suite'):
         quick(fresh(), small, effort="fast")
-    with pytest.raises(ValueError, match="choose one of fast, default, exhaustive"):
+    with pytest.raises(ValueError, match=r"choose one of fast, default, exhaustive"):
         timm_nrpm.evaluate(fresh(), small, THREAT, effort="most")

@@ -8,7 +8,7 @@ from timm_nrpm import NRPMConfig, Threat, reprogram_
 from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.pursuit import Pursuit
 from timm_nrpm.sources import SURROGATES, sources_of
-from timm_nrpm.suites import EFFORTS, LEVELS, SUITES, Effort, alone, attacks_of
+from timm_nrpm.suites import EFFORTS, LEVELS, STAGE, SUITES, Effort, alone, attacks_of
 
 THREATS = {norm: Threat(norm, eps) for norm, eps in (("Linf", 0.1), ("L2", 0.6), ("L1", 4.0), ("L0", 3))}
 EVERY = ("own", "plain", "base", "bpda", *SURROGATES)
@@ -41,8 +41,9 @@ def test_whatever_an_attack_gives_is_within_the_bound_and_an_image(model, suite,
     with torch.no_grad():
         labels = sources["own"].net(pixels).argmax(1)
     moved = 0
+    effort = Effort(3, 4, rounds=3, stages=(1.0, 0.5))
     for random in (False, True):
-        for attack in attacks_of(suite, threat, Effort(3, 4, rounds=6, near_rounds=3, evolutions=2), sources, 5, random=random):
+        for attack in attacks_of(suite, threat, effort, sources, 5, random=random):
             source = sources["own" if attack.source in ("scores", "best") else attack.source]
             with source.followed() as net:
                 attacked = alone(attack, threat)(net, pixels, labels, list(range(5)))
@@ -54,15 +55,16 @@ def test_whatever_an_attack_gives_is_within_the_bound_and_an_image(model, suite,
 
 
 def test_what_the_suites_are():
-    adaptive = [a.name for a in attacks_of("adaptive", THREATS["Linf"], EFFORTS["adaptive"], EVERY, 10)]
+    linf = THREATS["Linf"]
+    adaptive = [a.name for a in attacks_of("adaptive", linf, EFFORTS["adaptive"], EVERY, 10)]
     assert adaptive[:5] == ["fgsm", "pgd", "pgd_plain", "pgd_base", "pgd_bpda"]
     assert set(adaptive[5:]) == {f"ascent_{s}" for s in EVERY if s != "own"} | {"search", "evolution_soft", "square"}
     assert adaptive[-1] == "square"
-    assert adaptive.count("search") == 36
+    assert adaptive.count("search") == 30
     for level, effort in LEVELS.items():
         tried = [a.name for a in attacks_of("adaptive", THREATS["Linf"], effort, EVERY, 10)]
-        assert tried.count("search") == effort.rounds + effort.near_rounds
-        assert sum(name.startswith("evolution_") for name in tried) == effort.evolutions, level
+        assert tried.count("search") == effort.rounds + STAGE * len(effort.stages)
+        assert sum(name.startswith("evolution_") for name in tried) == len(effort.stages), level
     plain = [a.name for a in attacks_of("adaptive", THREATS["Linf"], EFFORTS["adaptive"], ("own",), 10)]
     assert set(plain) == {"fgsm", "pgd", "ascent_own", "search", "evolution_own", "square"}
     for suite in SUITES[:3]:
@@ -77,7 +79,7 @@ def test_what_the_suites_are():
     sparse = [a.name for a in attacks_of("adaptive", THREATS["L0"], EFFORTS["adaptive"], EVERY, 10)]
     assert sparse[-1] == "random_pixels"
     assert {f"greedy_{source}" for source in EVERY} <= set(sparse)
-    without = [a.name for a in attacks_of("adaptive", THREATS["Linf"], Effort(3, 0, rounds=3, evolutions=1), EVERY, 10)]
+    without = [a.name for a in attacks_of("adaptive", linf, Effort(3, 0, rounds=3, stages=(1.0,)), EVERY, 10)]
     assert not {"search", "evolution_soft", "square"} & set(without)
 
 
@@ -119,7 +121,8 @@ def test_passes_are_about_what_an_attack_says(model):
     with torch.no_grad():
         labels = sources["own"].net(pixels).argmax(1)
     nets = {id(source.net): source.net for source in sources.values()}.values()
-    for attack in attacks_of("adaptive", threat, Effort(6, 10, pgd=8, rounds=6, near_rounds=3, evolutions=1), sources, 5):
+    effort = Effort(6, 10, pgd=8, rounds=3, stages=(0.5,))
+    for attack in attacks_of("adaptive", threat, effort, sources, 5):
         before = sum(net.forwards + net.backwards for net in nets)
         with sources["own" if attack.source in ("scores", "best") else attack.source].followed() as net:
             attack.pursue(Pursuit(sources["own"].net, pixels, labels, threat), torch.arange(4), net, [0, 1, 2, 3])

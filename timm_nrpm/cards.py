@@ -35,6 +35,7 @@ LICENSE = ("license", "license_name", "license_link")
 OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
 """Metadata that is rewritten; the rest of an existing card stays."""
 
+EFFORT = ("suite", "steps", "queries", "rounds", "stages", "seed")
 HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-amlr", "apple-ascl", "gemma")
 """Of those that timm's models have, the ones that the Hub knows; others it wants as `other`, with a name."""
 
@@ -261,7 +262,7 @@ def _told(report: RobustnessReport) -> dict[str, Any]:
         "high": percent(high),
         "own": percent(report.accuracy(own)) if own else None,
         "control": percent(report.control.worst_case) if report.control else None,
-        **{key: getattr(report, key) for key in ("suite", "steps", "queries", "rounds", "near_rounds", "evolutions", "seed")},
+        **{key: getattr(report, key) for key in EFFORT},
         "versions": ", ".join(f"{package} {version}" for package, version in report.versions.items()),
         "attacks": attacks,
         "warnings": [one_line(warning) for warning in report.warnings],

@@ -75,12 +75,13 @@ def run(folder: Path, console: Console, lams: Sequence[float] = LAMBDAS, images:
             report = by_lam[lam]
             numbers = [f"{100 * value:.1f}" for value in accuracies(report).values()]
             done = "yes" if heading.startswith("after") else "no"
-            table.add_row(f"{lam:g}", done, *numbers, MASKED if MASKED in report.flags else "", end_section=done == "yes")
+            masked = MASKED if MASKED in report.flags else ""
+            table.add_row(f"{lam:g}", done, *numbers, masked, end_section=done == "yes")
     console.print(table)
     console.print(
-        "PGD own follows the model's own gradient, PGD plain that of the plain model (lambda = 1). The worst case is what "
-        "the adaptive suite leaves, image by image, with the least effort. Where the flag gradient_masking stands, the own "
-        "gradient overstates robustness."
+        "PGD own follows the model's own gradient, PGD plain that of the plain model (lambda = 1). The worst case is "
+        "what the adaptive suite leaves, image by image, with the least effort. Where the flag gradient_masking stands "
+        "the own gradient overstates robustness."
     )
     calibrated = reports["after calibration"]
     last = replace(calibrated[lams[-1]], control=calibrated[lams[0]]) if lams[0] == 1.0 else calibrated[lams[-1]]

@@ -82,9 +82,9 @@ def evaluate(
             stream without a length will do.
         threat: What an attacker may change; the default is Linf with eps 8/255.
         suite: One of `timm_nrpm.suites.SUITES`.
-        effort: Of the adaptive suite, one of `timm_nrpm.suites.LEVELS`: `"fast"` takes a third of the default's time and
-            `"exhaustive"` seven times as long.
-        steps, queries: Gradients of each ascent and forwards of each random search, in place of the suite's own numbers.
+        effort: Of the adaptive suite, one of `timm_nrpm.suites.LEVELS`: `"fast"` takes a third of the default's time
+            and `"exhaustive"` twenty times as long.
+        steps, queries: Gradients of each ascent and forwards of each random search, in place of the suite's numbers.
         seed: Of everything random. Each image's part of it depends on its batch's place alone.
         data: What the images are, in words, such as `"cifar10, test"`; the report and its card say it.
         base: Another model to make examples on, such as the one this was made from; where weights were trained since,
@@ -154,7 +154,8 @@ def evaluate(
     rows = _joined(parts)
     heard = dict.fromkeys([*raised, *(told for row in rows for told in row["warnings"])])
     told = {"versions": _versions(), "threat": threat, "suite": suite, "seed": seed}
-    told |= {name: getattr(settings, name) for name in ("steps", "queries", "rounds", "near_rounds", "evolutions")}
+    told |= {"steps": settings.steps, "queries": settings.queries, "rounds": settings.rounds}
+    told |= {"stages": len(settings.stages)}
     reports = [
         _report([row["judged"][i] for row in rows], told, plain if i == 0 else "")
         for i in range(len(rows[0]["judged"]))

@@ -41,18 +41,24 @@ class Herd(Pursuit):
 
 
 def evolve(
-    pursuit: Pursuit, rows: Tensor, follow: Forward, seeds: list[int], *, steps: int, queries: int, loss: str, average: int
+    pursuit: Pursuit,
+    rows: Tensor,
+    follow: Forward,
+    seeds: list[int],
+    *,
+    steps: int,
+    queries: int,
+    average: int = 1,
 ) -> None:
     """A herd of each image: its worst point so far, and others that ascend from anywhere; then a search over all.
 
     Args:
         pursuit: Where points come from and go to.
         rows: Numbers of the images to attack, `[n]`.
-        follow: The model whose loss the others climb.
+        follow: The model whose margin the others climb.
         seeds: A seed for each of the rows.
         steps: Gradients of their ascents.
         queries: Forwards of the attacked model for each point.
-        loss: One of `timm_nrpm.ascent.LOSSES`.
         average: Forwards for each gradient.
     """
     if not len(rows):
@@ -67,7 +73,7 @@ def evolve(
         follow,
         [drawn[i] for i in others.tolist()],
         steps=steps,
-        loss=loss,
+        loss="margin",
         size=2.0,
         momentum=0.75,
         fresh=True,

@@ -63,8 +63,8 @@ MEANINGS = {
     "attack does not work on this model.",
     FLAT: "Double the bound breaks hardly more images than half of it: attacks do not use the room that they have.",
     CLIMBING: "On images that survived, the loss was still rising when the attack ended: more steps would break more.",
-    PLAIN_CHANGED: "The weights were trained since the model was reprogrammed. What stands beside it is the same weights "
-    "at lambda 1, not the model that it was made from, which is no more to be had: give that one as base=.",
+    PLAIN_CHANGED: "The weights were trained since the model was reprogrammed. What stands beside it is the same "
+    "weights at lambda 1, not the model that it was made from, which is no more to be had: give that one as base=.",
 }
 """What each flag means, in a sentence."""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_nrpm.attacks import gradient_source
+from timm_nrpm.checks import check_integer, check_number
 from timm_nrpm.history import finite
 from timm_nrpm.images import check_images, check_labels
 from timm_nrpm.pixel_model import PixelModel
@@ -113,7 +113,8 @@ def loss_landscape(
     Example:
         >>> landscape = loss_landscape(model, pixels[:1], labels[:1], eps=8 / 255)
     """
-    _check_landscape(eps, resolution, directions)
+    eps = check_number("eps", eps, above=0, most=1, why=", a change of a pixel in [0, 1], like 8 / 255")
+    _check_landscape(resolution, directions)
     pixels = check_images(pixels)
     labels = check_labels(labels, count=len(pixels), what="labels are")
     net = subject_of(model, mean, std).on_pixels()
@@ -137,7 +138,7 @@ def loss_landscape(
                 hits = (logits.argmax(1) == targets) & logits.isfinite().all(1)  # which are no numbers tell nothing
                 right[i] += hits.view(resolution, -1).sum(1).cpu()
     return LossLandscape(
-        eps=float(eps),
+        eps=eps,
         directions=(directions[0], directions[1]),
         losses=tuple(map(tuple, (losses / len(pixels)).nan_to_num(math.inf, math.inf).tolist())),
         accuracies=tuple(map(tuple, (right / len(pixels)).tolist())),
@@ -175,10 +176,8 @@ def _random_signs(against: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(ranks % 2 == 0, 1.0, -1.0).to(signs).mul(torch.where(signs == 0, 1, signs)).view_as(against)
 
 
-def _check_landscape(eps: float, resolution: int, directions: tuple[str, str]) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 < eps <= 1:
-        raise ValueError(f"eps={eps!r} is not allowed: it is a change of a pixel in [0, 1], like 8 / 255.")
-    if isinstance(resolution, bool) or not isinstance(resolution, Integral) or resolution < 3 or resolution % 2 == 0:
+def _check_landscape(resolution: int, directions: tuple[str, str]) -> None:
+    if check_integer("resolution", resolution, least=3) % 2 == 0:
         raise ValueError(f"resolution={resolution!r} is not allowed: give an odd integer >= 3, so that one is clean.")
     known = isinstance(directions, (tuple, list)) and len(directions) == 2 and set(directions) <= set(DIRECTIONS)
     if not known or (directions[0] == directions[1] != "random"):

@@ -24,8 +24,8 @@ class Candidate:
         lams: Lambda of every reprogrammed layer.
         clean_loss: Mean cross-entropy of the clean images in nats; infinite where it was no number.
         clean_accuracy: Share of the images that are right when nobody attacks, from 0 to 1.
-        quick: Share of the images that survive the suite `quick`: FGSM, PGD, and PGD from the plain model. It is no worst
-            case, which only the adaptive suite finds.
+        quick: Share of the images that survive the suite `quick`: FGSM, PGD, and PGD from the plain model. It is no
+            worst case, which only the adaptive suite finds.
         flags: Of the same report: reasons not to believe the accuracies under the model's own gradient.
     """
 
@@ -84,7 +84,8 @@ class ParetoFront:
 
     @property
     def front(self) -> tuple[Candidate, ...]:
-        """Those that no other beats in clean loss or under quick attacks without losing in the other, lowest clean loss first.
+        """Those that no other beats in clean loss or under quick attacks without losing in the other; the lowest clean
+        loss first.
 
         Settings that are equal in both stand side by side; those whose loss is infinite do not count.
         """
@@ -97,7 +98,8 @@ class ParetoFront:
 
     @property
     def best(self) -> Candidate:
-        """The largest share right under quick attacks within the bound, of equals the lowest clean loss; at worst the plain model."""
+        """The largest share right under quick attacks within the bound, of equals the lowest clean loss; at worst the
+        plain model."""
         return best_of(self.trials, self.plain.clean_loss + self.bound)
 
     def to_json(self) -> str:
@@ -115,8 +117,8 @@ class ParetoFront:
         return cls(**{**data, "threat": Threat(**data["threat"]), "trials": finite})
 
     def plot(self, path: str | Path) -> Path:
-        """Draw every setting, what quick attacks leave, over the clean loss, with the front and the bound; PNG or SVG, as `path`
-        ends.
+        """Draw every setting, what quick attacks leave, over the clean loss, with the front and the bound; PNG or SVG,
+        as `path` ends.
 
         Raises:
             ValueError: Another ending.
@@ -163,7 +165,8 @@ class ParetoFront:
 
 
 def best_of(trials: Iterable[Candidate], limit: float) -> Candidate:
-    """The largest share right under quick attacks of those whose clean loss is within `limit`, or the lowest clean loss if none is."""
+    """The largest share right under quick attacks of those whose clean loss is within `limit`, or the lowest clean loss
+    if none is."""
     trials = list(trials)
     within = [c for c in trials if c.clean_loss <= limit]
     return max(within, key=lambda c: (c.quick, -c.clean_loss)) if within else min(trials, key=lambda c: c.clean_loss)

@@ -1,9 +1,9 @@
 """The plain model's BatchNorm statistics, kept beside those that a reprogrammed model computes with.
 
-The plain model is the one that was reprogrammed. Its weights are those of the reprogrammed model, and its statistics lie
-from `reprogram_` until `restore_` in buffers of the same modules, `plain_running_mean` beside `running_mean`. So they go
-wherever the model goes: into its state dict and every copy, average and cast of it, whatever moves the statistics that
-it computes with.
+The plain model is the one that was reprogrammed. Its weights are those of the reprogrammed model, and its statistics
+lie from `reprogram_` until `restore_` in buffers of the same modules, `plain_running_mean` beside `running_mean`. So
+they go wherever the model goes: into its state dict and every copy, average and cast of it, whatever moves the
+statistics that it computes with.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def complete(model: nn.Module) -> bool:
 
 
 def moved(model: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances of all BatchNorms by buffer name, if any differs from the plain model's; else none."""
+    """Running means and variances of all BatchNorms by buffer name, if any differs from the plain model's; else
+    none."""
     norms = norms_of(model)
     now = {f"{name}.{key}": norm._buffers[key] for name, norm in norms.items() for key in KEPT[:2]}
     kept = {f"{name}.{key}": norm._buffers.get(PREFIX + key) for name, norm in norms.items() for key in KEPT[:2]}

@@ -1,9 +1,10 @@
 """A pursuit: for each image the worst point that any attack has found, and two ways to make it worse.
 
 An attack on a reprogrammed model is lost where it starts from nowhere and follows one gradient: the model's own is
-erratic, and those of models like it point elsewhere. So what all attacks visit is shown to the attacked model, the point
-with the largest margin is kept for each image, and the next attack goes on from there: a few steps up the loss of another
-model that is smoother, or a random search by the attacked model's scores. What one of them cannot leave another can.
+erratic, and those of models like it point elsewhere. So what all attacks visit is shown to the attacked model, the
+point with the largest margin is kept for each image, and the next attack goes on from there: a few steps up the loss of
+another model that is smoother, or a random search by the attacked model's scores. What one of them cannot leave another
+can.
 """
 
 from __future__ import annotations
@@ -187,19 +188,22 @@ def _pushed(pursuit: Pursuit, rows: Tensor, draw: Tensor) -> Tensor:
     channels, height, width = pursuit.pixels.shape[1:]
     most = max(2, min(height, width) // LARGEST)
     side = torch.exp(draw[:, 0] * math.log(most + 1)).long().clamp(1, most).view(-1, 1, 1)
-    top, left = ((draw[:, i].view(-1, 1, 1) * (span - side + 1)).long() for i, span in ((1, height), (2, width)))
+    place = draw[:, 1:3].view(-1, 2, 1, 1)
+    top, left = ((place[:, i] * (span - side + 1)).long() for i, span in enumerate((height, width)))
     sign = (draw[:, 5:] > 0.5).to(pursuit.pixels) * 2 - 1  # [n, C]
     inside = _inside(pursuit, top, left, side)
     return pursuit.best[rows] + _amplitude(pursuit.threat, channels, side) * sign.view(*sign.shape, 1, 1) * inside
 
 
 def _inherited(pursuit: Pursuit, rows: Tensor, draw: Tensor, herd: int) -> Tensor:
-    """The worst points with a square of each from another of its herd, `[n, C, H, W]`. Squares of all sizes are drawn as
-    often, and may lie partly beyond the edge: half of an image is a good share to inherit, and most of it is, too."""
+    """The worst points with a square of each from another of its herd, `[n, C, H, W]`. Squares of all sizes are drawn
+    as often, and may lie partly beyond the edge: half of an image is a good share to inherit, and most of it is,
+    too."""
     height, width = pursuit.pixels.shape[2:]
     most = max(height, width)
     side = 1 + (draw[:, 0] * most).long().clamp(max=most - 1).view(-1, 1, 1)
-    top, left = ((draw[:, i].view(-1, 1, 1) * (span + side - 1)).long() - side + 1 for i, span in ((1, height), (2, width)))
+    place = draw[:, 1:3].view(-1, 2, 1, 1)
+    top, left = ((place[:, i] * (span + side - 1)).long() - side + 1 for i, span in enumerate((height, width)))
     others = rows // herd * herd + (rows % herd + 1 + (draw[:, 4] * (herd - 1)).long()) % herd
     return torch.where(_inside(pursuit, top, left, side), pursuit.best[others], pursuit.best[rows])
 

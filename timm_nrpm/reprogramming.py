@@ -65,10 +65,10 @@ class Record:
 def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tensor | None = None) -> Model:
     """Replace the chosen layers of `model` by their reprogrammed class, in place (NRPM, arXiv 2410.04577, section 4).
 
-    Parameters stay the same objects under the same names; every layer gains one, `lam`, and every BatchNorm a copy of its
-    statistics, which are the plain model's from now on. A model that was reprogrammed before is restored first, so it
-    always follows one config. Layers whose type is not known exactly, and layers that
-    the model does not call, are left alone: a :class:`ReprogrammingWarning` says so, and `model.nrpm.skipped` says why.
+    Parameters stay the same objects under the same names; every layer gains one, `lam`, and every BatchNorm a copy of
+    its statistics, which are the plain model's from now on. A model that was reprogrammed before is restored first, so
+    it always follows one config. Layers whose type is not known exactly, and layers that the model does not call, are
+    left alone: a :class:`ReprogrammingWarning` says so, and `model.nrpm.skipped` says why.
 
     Args:
         model: Any module; a single `nn.Conv2d` or `nn.Linear` works too.
@@ -142,9 +142,10 @@ def _reprogram_(model: nn.Module, config: NRPMConfig, example: Tensor | None) ->
 def restore_(model: Model) -> Model:
     """Undo :func:`reprogram_` and any calibration, in place: the original model, bit for bit.
 
-    BatchNorm statistics are again those from when the model was reprogrammed, or from the end of `tune`, which takes them
-    anew. Weights keep the values they have now; where something else trained them since the statistics were taken, these
-    stay those of the reprogrammed model, and a :class:`ReprogrammingWarning` says so. A model that is not reprogrammed is returned as it is.
+    BatchNorm statistics are again those from when the model was reprogrammed, or from the end of `tune`, which takes
+    them anew. Weights keep the values they have now; where something else trained them since the statistics were taken,
+    these stay those of the reprogrammed model, and a :class:`ReprogrammingWarning` says so. A model that is not
+    reprogrammed is returned as it is.
 
     Raises:
         ValueError: `model` is a part of a larger model that was reprogrammed as a whole.
@@ -232,8 +233,8 @@ def attackable(model: nn.Module) -> Iterator[None]:
 def plain_copy(model: Model, *, kept: bool = False) -> Model:
     """The un-reprogrammed model as a second module that shares the Parameters of `model`.
 
-    Its BatchNorm statistics are the plain model's; where the weights were trained since these were taken, they are those
-    that `model` computes with. Changing its weights changes those of `model`.
+    Its BatchNorm statistics are the plain model's; where the weights were trained since these were taken, they are
+    those that `model` computes with. Changing its weights changes those of `model`.
 
     Args:
         model: A reprogrammed model, or any other.

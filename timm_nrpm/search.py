@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count, pairwise
-from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from timm_nrpm.calibration import calibrate_, plain_of
+from timm_nrpm.checks import check_integer, check_number
 from timm_nrpm.evaluation import evaluate
 from timm_nrpm.images import check_batch, check_labels, pixels_of
 from timm_nrpm.pareto import Candidate, ParetoFront, best_of
@@ -94,7 +94,11 @@ def search_lambda(
         >>> front.plot("front.png")
     """
     threat = threat or Threat()
-    _check(threat, budget, bound, steps, seed)
+    if not isinstance(threat, Threat):
+        raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')
+    budget = check_integer("budget", budget, least=2, why=" (the plain model is the first)")
+    bound = check_number("bound", bound, least=0, why=" of nats")
+    steps, seed = check_integer("steps", steps, least=1), check_integer("seed", seed, least=0)
     record_of(model)
     subject = subject_of(model, mean, std)
     work = _working_copy(subject.model)
@@ -130,18 +134,7 @@ def search_lambda(
             bar.update(task, advance=1, description=f"Searching lambda: {told}")
             if len(trials) == budget:
                 break
-    return ParetoFront(threat, steps, seed, samples, float(bound), tuple(trials))
-
-
-def _check(threat: Any, budget: Any, bound: Any, steps: Any, seed: Any) -> None:
-    if not isinstance(threat, Threat):
-        raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')
-    least = {"budget": (budget, 2, " (the plain model is the first)"), "steps": (steps, 1, ""), "seed": (seed, 0, "")}
-    for name, (value, low, why) in least.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-            raise ValueError(f"{name}={value!r} is not allowed: give an integer >= {low}{why}.")
-    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not (math.isfinite(bound) and bound >= 0):
-        raise ValueError(f"bound={bound!r} is not allowed: give a finite number of nats >= 0.")
+    return ParetoFront(threat, steps, seed, samples, bound, tuple(trials))
 
 
 def _optuna() -> Any:

@@ -30,9 +30,8 @@ class Effort:
         pgd: Steps of PGD, the paper's.
         auto: Steps of AutoAttack, its authors'.
         rounds: Ascents of the adaptive suite, each with its search, on whatever stands.
-        near_rounds: As many again on images that are near to breaking.
-        evolutions: Herds of those, whose searches are `GENERATIONS` times as long.
-        near: What near is: at most this share of the margin that the image had clean is left.
+        stages: Of each a share: images that stand with at most that share of their clean margin left get `STAGE` rounds
+            more, and an evolution.
     """
 
     steps: int
@@ -40,9 +39,7 @@ class Effort:
     pgd: int = 20
     auto: int = 100
     rounds: int = 0
-    near_rounds: int = 0
-    evolutions: int = 0
-    near: float = 1 / 3
+    stages: tuple[float, ...] = ()
 
 
 EFFORTS = {
@@ -50,17 +47,20 @@ EFFORTS = {
     "paper": Effort(20, 5000),
     "standard": Effort(100, 5000),
     "autoattack": Effort(100, 5000),
-    "adaptive": Effort(10, 20, rounds=12, near_rounds=24, evolutions=1),
+    "adaptive": Effort(10, 20, rounds=12, stages=(1 / 3, 1 / 6, 1 / 12)),
 }
 
 LEVELS = {
-    "fast": replace(EFFORTS["adaptive"], near_rounds=0, evolutions=0),
+    "fast": replace(EFFORTS["adaptive"], stages=()),
     "default": EFFORTS["adaptive"],
-    "exhaustive": replace(EFFORTS["adaptive"], rounds=120, near_rounds=0, evolutions=20, near=1.0),
+    "exhaustive": replace(EFFORTS["adaptive"], rounds=120, stages=20 * (1.0,)),
 }
 """Of the adaptive suite, by the effort a user asks for."""
 
-GENERATIONS = 15
+STAGE = 6
+"""Rounds before an evolution."""
+
+GENERATIONS = 10
 """By how much the search of a herd is longer than that of a round."""
 
 EXPECTATION = 8
@@ -68,6 +68,9 @@ EXPECTATION = 8
 
 CYCLE = ("soft", "plain", "soft_short", "halfway", "base")
 """Sources in the order in which rounds take turns with them; of a model that has no plain one beside it, its own."""
+
+TURNS = ("margin", "cross_entropy")
+"""What ascents climb, by turns."""
 
 SIZES = (0.25, 1.0, 0.5, 2.0)
 """First steps of ascents that go on from the worst points, in units of eps, by turns."""
@@ -79,8 +82,8 @@ SQUARE = 100
 """Queries of Square, which starts from nowhere: what it breaks alone, gradients have missed."""
 
 Pursue = Callable[[Pursuit, Tensor, PixelModel, list[int]], Tensor]
-"""A pursuit, the numbers of the images to attack, the model to follow and a seed for each image, to whether the attacked
-model was right on all that this attack showed it, `[n]`."""
+"""A pursuit, the numbers of the images to attack, the model to follow and a seed for each image, to whether the
+attacked model was right on all that this attack showed it, `[n]`."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,8 @@ def attacks_of(
     `"quick"`: FGSM and PGD on the own gradient, and PGD from the plain model. `"paper"`: FGSM, PGD, the margin loss of
     Carlini and Wagner, and AutoAttack (NRPM, Table 5). `"standard"`: AutoAttack by torchattacks; `"autoattack"`: by its
     authors' code, if that is installed. `"adaptive"`: PGD along every gradient that can be compared, then rounds of a
-    pursuit, each an ascent along another source and a random search, from the worst points found so far, and evolutions
-    of the images that are near to breaking.
+    pursuit, each an ascent along another source and a random search, from the worst points found so far, and stages of
+    rounds and evolutions for the images that are nearer and nearer to breaking.
 
     Args:
         suite: One of `SUITES`.
@@ -183,31 +186,34 @@ def attacks_of(
 
 
 def _pursuit(effort: Effort, sources: Collection[str], classes: int, average: int) -> Iterator[Attack]:
-    """Rounds of an ascent and a search. Of three ascents two go on from the worst points, with the margin and with the
-    cross-entropy, and one starts anew, up the margin of the strongest class or, by turns, of the next likely target."""
+    """Rounds of an ascent and a search, and stages of rounds with an evolution. Of three ascents two go on from the
+    worst points, with the margin and with the cross-entropy, and one starts anew, up the margin of the strongest class
+    or, by turns, of the next likely target."""
     beside = [name for name in CYCLE if name in sources] if "plain" in sources else ["own"]
     # Those without an estimate first: they are cheap, and leave fewer images to the others.
     starts = [name for name in ("plain", "base", "bpda") if name in sources] if "plain" in sources else ["own"]
     for name in starts:
         yield _ascent(effort, name, "margin", average, size=0.5, momentum=0.75, fresh=name in ("plain", "own"))
     targets = count()
-    for turn in range(effort.rounds + effort.near_rounds):
-        near = effort.near if turn >= effort.rounds else 1.0
+    nears = [*[1.0] * effort.rounds, *(near for near in effort.stages for _ in range(STAGE))]
+    for turn, near in enumerate(nears):
         third, kind = divmod(turn, 3)
         if kind < 2:
-            loss = ("margin", "cross_entropy")[kind]
+            loss = TURNS[kind]
             size = SIZES[turn % len(SIZES)]
             ascent = _ascent(effort, beside[turn % len(beside)], loss, average, size=size, momentum=0.5)
         else:
             rank = next(targets) % min(MOST_TARGETS, classes - 1) if third % 2 and classes > 2 else None
-            loss = ("margin", "cross_entropy")[third // 2 % 2] if rank is None else "margin"
+            loss = TURNS[third // 2 % 2] if rank is None else "margin"
             name = beside[third % len(beside)]
             ascent = _ascent(effort, name, loss, average, size=2.0, momentum=0.75, fresh=True, rank=rank)
         yield replace(ascent, near=near)
         if effort.queries:
             yield Attack("search", "best", _search(effort.queries), effort.queries, near=near)
-    for turn in range(effort.evolutions if effort.queries else 0):
-        yield _evolution(effort, beside[turn % len(beside)], ("margin", "cross_entropy")[turn % 2], average)
+        stage, rounds = divmod(turn - effort.rounds, STAGE)
+        if stage >= 0 and rounds == STAGE - 1 and effort.queries:
+            # Where herds begin matters: three from the smoothest source before one from the next.
+            yield replace(_evolution(effort, beside[stage // 3 % len(beside)], average), near=near)
 
 
 def _ascent(
@@ -254,15 +260,14 @@ def _search(queries: int) -> Pursue:
     return pursue
 
 
-def _evolution(effort: Effort, source: str, loss: str, average: int) -> Attack:
+def _evolution(effort: Effort, source: str, average: int) -> Attack:
     steps, queries = 2 * effort.steps, GENERATIONS * effort.queries // average
 
     def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
-        evolve(pursuit, rows, net, seeds, steps=steps, queries=queries, loss=loss, average=average)
+        evolve(pursuit, rows, net, seeds, steps=steps, queries=queries, average=average)
         return pursuit.right[rows]
 
-    passes = HERD * (2 * steps + queries) * average
-    return Attack(f"evolution_{source}", source, pursue, passes, near=effort.near)
+    return Attack(f"evolution_{source}", source, pursue, HERD * (2 * steps + queries) * average)
 
 
 def _climb(threat: Threat, steps: int, loss: str) -> Run:
@@ -288,7 +293,7 @@ def _sparse(threat: Threat, effort: Effort, sources: Collection[str], average: i
             predicts = source in ("own", "bpda") and average == 1
             run = _greedy(threat, effort.pgd, average=average, predicts=predicts)
             yield Attack(f"greedy_{source}", source, once(run), 2 * average * effort.pgd)
-    queries = effort.queries * (effort.rounds + effort.near_rounds + GENERATIONS * effort.evolutions)
+    queries = effort.queries * (effort.rounds + (STAGE + GENERATIONS) * len(effort.stages))
     if queries:
         yield Attack("random_pixels", "scores", once(_random_pixels(threat, queries)), queries)
 
