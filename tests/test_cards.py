@@ -76,7 +76,7 @@ def known_numbers(folder):
     evaluation = folder / "evaluation.json"
     for told in json.loads(evaluation.read_text())["reports"] if evaluation.exists() else []:
         found |= {percent(share) for share in recomputed(told).values() if share is not None}
-        effort = ("steps", "queries", "rounds", "stages", "seed")
+        effort = ("steps", "queries", "rounds", "evolutions", "seed")
         found |= {f"{told['threat']['eps']:.4g}", *(str(told[key]) for key in effort)}
         verdict = RobustnessReport.from_dict(told).verdict  # whose numbers tests/test_report.py has
         found |= set(re.findall(r"(?<![\w.])\d[\w.+]*(?<!\.)", verdict))

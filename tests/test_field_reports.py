@@ -371,7 +371,7 @@ def test_effort_is_one_setting(images):
         report = timm_nrpm.evaluate(calibrated(), small, THREAT, effort=effort, control=False)
         passes[effort] = sum(attack.forwards for attack in report.attacks)
         level = timm_nrpm.suites.LEVELS[effort]
-        assert (report.rounds, report.stages) == (level.rounds, len(level.stages))
+        assert (report.rounds, report.evolutions) == (level.rounds, level.evolutions)
     assert passes["fast"] < passes["default"]
     with pytest.raises(ValueError, match=r'effort="fast" is for the suite|effort=.fast. is for the suite'):
         quick(fresh(), small, effort="fast")

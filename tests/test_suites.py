@@ -8,7 +8,7 @@ from timm_nrpm import NRPMConfig, Threat, reprogram_
 from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.pursuit import Pursuit
 from timm_nrpm.sources import SURROGATES, sources_of
-from timm_nrpm.suites import EFFORTS, LEVELS, STAGE, SUITES, Effort, alone, attacks_of
+from timm_nrpm.suites import EFFORTS, LEVELS, SUITES, Effort, Stage, alone, attacks_of
 
 THREATS = {norm: Threat(norm, eps) for norm, eps in (("Linf", 0.1), ("L2", 0.6), ("L1", 4.0), ("L0", 3))}
 EVERY = ("own", "plain", "base", "bpda", *SURROGATES)
@@ -41,7 +41,7 @@ def test_whatever_an_attack_gives_is_within_the_bound_and_an_image(model, suite,
     with torch.no_grad():
         labels = sources["own"].net(pixels).argmax(1)
     moved = 0
-    effort = Effort(3, 4, rounds=3, stages=(1.0, 0.5))
+    effort = Effort(3, 4, stages=(Stage(1.0, 5, 2), Stage(0.5, 4, 2)))
     for random in (False, True):
         for attack in attacks_of(suite, threat, effort, sources, 5, random=random):
             source = sources["own" if attack.source in ("scores", "best") else attack.source]
@@ -63,8 +63,8 @@ def test_what_the_suites_are():
     assert adaptive.count("search") == 30
     for level, effort in LEVELS.items():
         tried = [a.name for a in attacks_of("adaptive", THREATS["Linf"], effort, EVERY, 10)]
-        assert tried.count("search") == effort.rounds + STAGE * len(effort.stages)
-        assert sum(name.startswith("evolution_") for name in tried) == len(effort.stages), level
+        assert tried.count("search") == effort.rounds
+        assert sum(name.startswith("evolution_") for name in tried) == effort.evolutions, level
     plain = [a.name for a in attacks_of("adaptive", THREATS["Linf"], EFFORTS["adaptive"], ("own",), 10)]
     assert set(plain) == {"fgsm", "pgd", "ascent_own", "search", "evolution_own", "square"}
     for suite in SUITES[:3]:
@@ -79,7 +79,7 @@ def test_what_the_suites_are():
     sparse = [a.name for a in attacks_of("adaptive", THREATS["L0"], EFFORTS["adaptive"], EVERY, 10)]
     assert sparse[-1] == "random_pixels"
     assert {f"greedy_{source}" for source in EVERY} <= set(sparse)
-    without = [a.name for a in attacks_of("adaptive", linf, Effort(3, 0, rounds=3, stages=(1.0,)), EVERY, 10)]
+    without = [a.name for a in attacks_of("adaptive", linf, Effort(3, 0, stages=(Stage(1.0, 3, 5),)), EVERY, 10)]
     assert not {"search", "evolution_soft", "square"} & set(without)
 
 
@@ -121,7 +121,7 @@ def test_passes_are_about_what_an_attack_says(model):
     with torch.no_grad():
         labels = sources["own"].net(pixels).argmax(1)
     nets = {id(source.net): source.net for source in sources.values()}.values()
-    effort = Effort(6, 10, pgd=8, rounds=3, stages=(0.5,))
+    effort = Effort(6, 10, pgd=8, stages=(Stage(1.0, 3), Stage(0.5, 6, 10)))
     for attack in attacks_of("adaptive", threat, effort, sources, 5):
         before = sum(net.forwards + net.backwards for net in nets)
         with sources["own" if attack.source in ("scores", "best") else attack.source].followed() as net:

@@ -35,7 +35,7 @@ LICENSE = ("license", "license_name", "license_link")
 OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
 """Metadata that is rewritten; the rest of an existing card stays."""
 
-EFFORT = ("suite", "steps", "queries", "rounds", "stages", "seed")
+EFFORT = ("suite", "steps", "queries", "rounds", "evolutions", "seed")
 HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-amlr", "apple-ascl", "gemma")
 """Of those that timm's models have, the ones that the Hub knows; others it wants as `other`, with a name."""
 

@@ -155,7 +155,7 @@ def evaluate(
     heard = dict.fromkeys([*raised, *(told for row in rows for told in row["warnings"])])
     told = {"versions": _versions(), "threat": threat, "suite": suite, "seed": seed}
     told |= {"steps": settings.steps, "queries": settings.queries, "rounds": settings.rounds}
-    told |= {"stages": len(settings.stages)}
+    told |= {"evolutions": settings.evolutions}
     reports = [
         _report([row["judged"][i] for row in rows], told, plain if i == 0 else "")
         for i in range(len(rows[0]["judged"]))

@@ -62,7 +62,7 @@ class RobustnessReport:
         threat: What an attacker may change.
         suite: Which attacks.
         steps, queries: Gradients of an ascent, and forwards of a search; see :class:`timm_nrpm.suites.Effort`.
-        rounds, stages: How many of both the adaptive suite had.
+        rounds, evolutions: How many of both the adaptive suite had.
         seed: Of everything random.
         correct: Whether each image was right when nobody attacked it.
         attacks: In the order in which they were tried. An image that was wrong is attacked no more, but by those that
@@ -100,7 +100,7 @@ class RobustnessReport:
     control: RobustnessReport | None = field(default=None, repr=False)
     plain: str = field(default=REPROGRAMMED, repr=False)
     rounds: int = field(default=0, repr=False)
-    stages: int = field(default=0, repr=False)
+    evolutions: int = field(default=0, repr=False)
     versions: Mapping[str, str] = field(default_factory=dict, repr=False)
     sha256: str = field(default="", repr=False)
     data: str = ""

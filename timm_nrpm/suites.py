@@ -21,6 +21,21 @@ SUITES = ("quick", "paper", "standard", "autoattack", "adaptive")
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of the adaptive suite.
+
+    Attributes:
+        near: Which of the images that stand it is for: those with at most this share of their clean margin left.
+        rounds: Ascents, each with its search.
+        evolution: The search of a herd at the end, by how much it is longer than that of a round; 0 for none.
+    """
+
+    near: float
+    rounds: int = 6
+    evolution: int = 0
+
+
+@dataclass(frozen=True)
 class Effort:
     """How hard the attacks of a suite try.
 
@@ -29,39 +44,45 @@ class Effort:
         queries: Forwards of one random search.
         pgd: Steps of PGD, the paper's.
         auto: Steps of AutoAttack, its authors'.
-        rounds: Ascents of the adaptive suite, each with its search, on whatever stands.
-        stages: Of each a share: images that stand with at most that share of their clean margin left get `STAGE` rounds
-            more, and an evolution.
+        stages: Of the adaptive suite.
     """
 
     steps: int
     queries: int
     pgd: int = 20
     auto: int = 100
-    rounds: int = 0
-    stages: tuple[float, ...] = ()
+    stages: tuple[Stage, ...] = ()
 
+    @property
+    def rounds(self) -> int:
+        """Of all stages together."""
+        return sum(stage.rounds for stage in self.stages)
+
+    @property
+    def evolutions(self) -> int:
+        """How many stages end with one."""
+        return sum(stage.evolution > 0 for stage in self.stages)
+
+
+FAST = (Stage(1.0), Stage(1 / 2))
+NEAR = (Stage(1 / 3, evolution=8), Stage(1 / 6, evolution=10), Stage(1 / 12, evolution=12))
+"""More of the same rarely breaks what many attacks have hardly moved, so each stage is for fewer images."""
 
 EFFORTS = {
     "quick": Effort(20, 0),
     "paper": Effort(20, 5000),
     "standard": Effort(100, 5000),
     "autoattack": Effort(100, 5000),
-    "adaptive": Effort(10, 20, rounds=12, stages=(1 / 3, 1 / 6, 1 / 12)),
+    "adaptive": Effort(10, 20, stages=(*FAST, *NEAR)),
 }
 
 LEVELS = {
-    "fast": replace(EFFORTS["adaptive"], stages=()),
+    "fast": replace(EFFORTS["adaptive"], stages=FAST),
     "default": EFFORTS["adaptive"],
-    "exhaustive": replace(EFFORTS["adaptive"], rounds=120, stages=20 * (1.0,)),
+    "exhaustive": replace(EFFORTS["adaptive"], stages=20 * (Stage(1.0, 12, 10),)),
 }
 """Of the adaptive suite, by the effort a user asks for."""
 
-STAGE = 6
-"""Rounds before an evolution."""
-
-GENERATIONS = 10
-"""By how much the search of a herd is longer than that of a round."""
 
 EXPECTATION = 8
 """Forwards for a gradient where the forward is random (expectation over transformation, arXiv 1707.07397)."""
@@ -195,8 +216,9 @@ def _pursuit(effort: Effort, sources: Collection[str], classes: int, average: in
     for name in starts:
         yield _ascent(effort, name, "margin", average, size=0.5, momentum=0.75, fresh=name in ("plain", "own"))
     targets = count()
-    nears = [*[1.0] * effort.rounds, *(near for near in effort.stages for _ in range(STAGE))]
-    for turn, near in enumerate(nears):
+    turns = [(stage, left) for stage in effort.stages for left in reversed(range(stage.rounds))]
+    herds = count()
+    for turn, (stage, left) in enumerate(turns):
         third, kind = divmod(turn, 3)
         if kind < 2:
             loss = TURNS[kind]
@@ -207,13 +229,14 @@ def _pursuit(effort: Effort, sources: Collection[str], classes: int, average: in
             loss = TURNS[third // 2 % 2] if rank is None else "margin"
             name = beside[third % len(beside)]
             ascent = _ascent(effort, name, loss, average, size=2.0, momentum=0.75, fresh=True, rank=rank)
-        yield replace(ascent, near=near)
+        yield replace(ascent, near=stage.near)
         if effort.queries:
-            yield Attack("search", "best", _search(effort.queries), effort.queries, near=near)
-        stage, rounds = divmod(turn - effort.rounds, STAGE)
-        if stage >= 0 and rounds == STAGE - 1 and effort.queries:
+            yield Attack("search", "best", _search(effort.queries), effort.queries, near=stage.near)
+        if effort.queries and stage.evolution and not left:
             # Where herds begin matters: three from the smoothest source before one from the next.
-            yield replace(_evolution(effort, beside[stage // 3 % len(beside)], average), near=near)
+            name = beside[next(herds) // 3 % len(beside)]
+            evolution = _evolution(2 * effort.steps, stage.evolution * effort.queries // average, name, average)
+            yield replace(evolution, near=stage.near)
 
 
 def _ascent(
@@ -260,9 +283,7 @@ def _search(queries: int) -> Pursue:
     return pursue
 
 
-def _evolution(effort: Effort, source: str, average: int) -> Attack:
-    steps, queries = 2 * effort.steps, GENERATIONS * effort.queries // average
-
+def _evolution(steps: int, queries: int, source: str, average: int) -> Attack:
     def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
         evolve(pursuit, rows, net, seeds, steps=steps, queries=queries, average=average)
         return pursuit.right[rows]
@@ -293,7 +314,7 @@ def _sparse(threat: Threat, effort: Effort, sources: Collection[str], average: i
             predicts = source in ("own", "bpda") and average == 1
             run = _greedy(threat, effort.pgd, average=average, predicts=predicts)
             yield Attack(f"greedy_{source}", source, once(run), 2 * average * effort.pgd)
-    queries = effort.queries * (effort.rounds + (STAGE + GENERATIONS) * len(effort.stages))
+    queries = effort.queries * sum(stage.rounds + stage.evolution for stage in effort.stages)
     if queries:
         yield Attack("random_pixels", "scores", once(_random_pixels(threat, queries)), queries)
 
