@@ -18,6 +18,9 @@ from timm_nrpm.pursuit import Pursuit, ascend, search
 HERD = 10
 """Points of an image."""
 
+GAIN = 0.1
+"""Share of the margin that half of the queries must gain, for a herd to have the other half."""
+
 
 class Herd(Pursuit):
     """Some images of a pursuit, each of them `HERD` times in a row; when one point breaks an image, its herd is done.
@@ -81,8 +84,11 @@ def evolve(
         every=3,
     )
     herd.best[::HERD], herd.margin[::HERD] = pursuit.best[rows], pursuit.margin[rows]
-    left = herd.standing
-    search(herd, left, [seed_of(drawn[i], 1) for i in left.tolist()], queries=queries, herd=HERD)
+    for half in (1, 2):
+        gained = herd.margin.view(-1, HERD).amax(1) >= (1 - GAIN * (half - 1)) * pursuit.margin[rows]
+        left = (herd.right & gained.repeat_interleave(HERD)).nonzero().squeeze(1)
+        seeds = [seed_of(drawn[i], half) for i in left.tolist()]
+        search(herd, left, seeds, queries=(queries + half - 1) // 2, herd=HERD)
     margin, place = herd.margin.view(-1, HERD).max(1)
     worse = margin >= pursuit.margin[rows]
     points = herd.best[torch.arange(len(rows), device=rows.device) * HERD + place]

@@ -91,6 +91,8 @@ class Judge:
         source = self.sources["own" if attack.source in WITHOUT_GRADIENT else attack.source]
         before, start = self.passes(source), time.perf_counter()
         code = ["-"] * len(pursuit.labels)
+        for row in [] if attack.always else pursuit.standing.tolist():
+            code[row] = "1"  # also of those that are not near enough to be attacked
         if len(rows):
             # Attacks that are compared start from the same place, the others each from its own.
             seeds = [seed_of(self.seed, 0 if attack.always else place, offset + row) for row in rows.tolist()]

@@ -143,6 +143,7 @@ def row_of(case: Case, report: RobustnessReport) -> dict[str, Any]:
             "interval": control.interval(),
         },
         "rounds": report.rounds,
+        "evolutions": report.evolutions,
         "flags": report.flags,
         "evidence": dict(report.evidence),
         "sha256": report.sha256,
@@ -182,12 +183,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             low, high = (100 * x for x in row["interval"])
             worst = f"**{100 * row['worst_case']:.1f}** ({low:.1f} to {high:.1f})"
             plain = f"{100 * row['control']['worst_case']:.1f}"
-            former = "" if row.get("rounds") else "*"
+            former = "" if row.get("evolutions") else "*"
             cells = (f"{row['lam']:g}{former}", "yes" if row["calibrated"] else "no", clean, own, worst, plain)
             lines.append("| " + " | ".join((*cells, ", ".join(row["flags"]))) + " |")
         lines += ["", "In brackets behind clean and own gradient: the paper's."]
-        if not all(row.get("rounds") for row in chosen):
-            lines[-1] += " *: by the adaptive suite as it was before the pursuit, which left more."
+        if not all(row.get("evolutions") for row in chosen):
+            lines[-1] += " *: by the adaptive suite as it was before its evolutions, which left more."
     return "\n".join(lines) + "\n"
 
 
