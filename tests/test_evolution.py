@@ -117,3 +117,21 @@ def test_an_image_that_no_number_describes_is_broken():
     chase = Pursuit(lambda x: torch.full((len(x), 2), math.nan), torch.rand(2, *SHAPE), torch.zeros(2).long(), Threat())
     herd = Herd(chase, torch.arange(2))
     assert not herd.look(torch.arange(2 * HERD), herd.pixels).any()
+
+
+def test_a_herd_that_does_not_move_rests_after_half_of_its_search():
+    asked = {0: 0, 1: 0}
+
+    def one_moves(x):
+        """The margin of bright images rises with their first value, and that of dark ones is flat."""
+        bright = x[:, 0, 0, 1] > 0.5
+        asked[0] += int((~bright).sum())
+        asked[1] += int(bright.sum())
+        return torch.stack([torch.ones(len(x)), torch.where(bright, x[:, 0, 0, 0], 0.5) + 0 * x.sum((1, 2, 3))], 1)
+
+    pixels = torch.cat([torch.full((1, *SHAPE), 0.2), torch.full((1, *SHAPE), 0.8)])
+    chase = Pursuit(one_moves, pixels, torch.zeros(2, dtype=torch.long), Threat("Linf", 0.1))
+    chase.look(torch.arange(2), pixels)
+    asked.update({0: 0, 1: 0})
+    evolve(chase, torch.arange(2), one_moves, [0, 1], steps=1, queries=20)
+    assert asked[1] - asked[0] == 10 * HERD

@@ -84,11 +84,12 @@ def evolve(
         every=3,
     )
     herd.best[::HERD], herd.margin[::HERD] = pursuit.best[rows], pursuit.margin[rows]
-    for half in (1, 2):
-        gained = herd.margin.view(-1, HERD).amax(1) >= (1 - GAIN * (half - 1)) * pursuit.margin[rows]
-        left = (herd.right & gained.repeat_interleave(HERD)).nonzero().squeeze(1)
-        seeds = [seed_of(drawn[i], half) for i in left.tolist()]
-        search(herd, left, seeds, queries=(queries + half - 1) // 2, herd=HERD)
+    least = pursuit.margin[rows]
+    for part, asked in enumerate((queries // 2, queries - queries // 2)):
+        goes_on = herd.margin.view(-1, HERD).amax(1) >= least
+        left = (herd.right & goes_on.repeat_interleave(HERD)).nonzero().squeeze(1)
+        search(herd, left, [seed_of(drawn[i], part + 1) for i in left.tolist()], queries=asked, herd=HERD)
+        least = (1 - GAIN) * pursuit.margin[rows]  # margins are negative
     margin, place = herd.margin.view(-1, HERD).max(1)
     worse = margin >= pursuit.margin[rows]
     points = herd.best[torch.arange(len(rows), device=rows.device) * HERD + place]
