@@ -122,7 +122,10 @@ def test_targets_are_ordered_by_gap_over_gradient():
     logits = net(pixels).detach()
     labels = logits.argmax(1)
     chase = Pursuit(net, pixels, labels, Threat("Linf", 0.1))
+    some = likely_targets(chase, torch.tensor([4, 1]), net, most=4).clone()
+    assert some[0].tolist() == [-1] * 4
     found = likely_targets(chase, torch.arange(6), net, most=4)
+    assert torch.equal(found[[1, 4]], some[[1, 4]])
     w = net[1].weight.detach()
     for row in range(6):
         label = int(labels[row])

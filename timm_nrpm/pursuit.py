@@ -234,31 +234,35 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
 
 def likely_targets(pursuit: Pursuit, rows: Tensor, follow: Forward, most: int = 9) -> Tensor:
     """Other classes, those first whose logit is nearest for the gradient's length (MALT, Melamed et al.,
-    arXiv 2407.02240, eq. 3); worked out once for each model that is followed, for the images that stand by then.
+    arXiv 2407.02240, eq. 3); worked out once for each image and model that is followed.
 
     Args:
         pursuit: The images.
-        rows: Numbers of the images to attack; those of a later call are among those of the first.
+        rows: Numbers of the images to attack.
         follow: The model.
         most: How many classes, at most.
 
     Returns:
-        Classes of every image of the pursuit, `[B, min(most, N - 1)]`; of others than `rows` without meaning.
+        Classes of every image of the pursuit, `[B, min(most, N - 1)]`; -1 where it is not yet worked out.
     """
     known = pursuit.targets.get(id(follow))
+    new = rows if known is None else rows[known[rows, 0] < 0]
+    if not len(new):
+        assert known is not None
+        return known
+    x = pursuit.pixels[new].requires_grad_()
+    labels = pursuit.labels[new].unsqueeze(1)
+    logits = follow(x)
+    own = logits.gather(1, labels).squeeze(1)
+    others = logits.detach().scatter(1, labels, -math.inf)
+    classes = others.topk(min(most, logits.shape[1] - 1), 1).indices
+    far = []
+    for i in range(classes.shape[1]):
+        gap = own - logits.gather(1, classes[:, i : i + 1]).squeeze(1)
+        (gradient,) = torch.autograd.grad(gap.sum(), x, retain_graph=True)
+        far.append(gap.detach() / gradient.flatten(1).abs().sum(1).clamp(min=1e-30))
     if known is None:
-        x = pursuit.pixels[rows].requires_grad_()
-        labels = pursuit.labels[rows].unsqueeze(1)
-        logits = follow(x)
-        own = logits.gather(1, labels).squeeze(1)
-        others = logits.detach().scatter(1, labels, -math.inf)
-        classes = others.topk(min(most, logits.shape[1] - 1), 1).indices
-        far = []
-        for i in range(classes.shape[1]):
-            gap = own - logits.gather(1, classes[:, i : i + 1]).squeeze(1)
-            (gradient,) = torch.autograd.grad(gap.sum(), x, retain_graph=True)
-            far.append(gap.detach() / gradient.flatten(1).abs().sum(1).clamp(min=1e-30))
-        known = classes.new_zeros(len(pursuit.pixels), classes.shape[1])
-        known[rows] = classes.gather(1, torch.stack(far, 1).argsort(dim=1, stable=True))
-        pursuit.targets[id(follow)] = known
+        known = classes.new_full((len(pursuit.pixels), classes.shape[1]), -1)
+    known[new] = classes.gather(1, torch.stack(far, 1).argsort(dim=1, stable=True))
+    pursuit.targets[id(follow)] = known
     return known

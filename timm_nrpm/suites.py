@@ -66,8 +66,8 @@ class Effort:
 
 FAST = (Stage(1.0), Stage(1 / 2))
 NEAR = (Stage(1 / 3, evolution=8), Stage(1 / 6, evolution=10), Stage(1 / 12, evolution=12), Stage(1 / 4))
-"""More of the same rarely breaks what many attacks have hardly moved, so stages are for fewer and fewer images; the last
-climbs from where evolutions have ended."""
+"""More of the same rarely breaks what many attacks have hardly moved, so stages are for fewer and fewer images; the
+last climbs from where evolutions have ended."""
 
 EFFORTS = {
     "quick": Effort(20, 0),
