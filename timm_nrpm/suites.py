@@ -19,7 +19,6 @@ from timm_nrpm.threats import Threat
 SUITES = ("quick", "paper", "standard", "autoattack", "adaptive")
 
 
-
 @dataclass(frozen=True)
 class Stage:
     """A part of the adaptive suite.
