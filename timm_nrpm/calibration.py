@@ -235,7 +235,8 @@ def plain_of(net: PixelModel, loader: Iterable[Any], trained: Collection[str] | 
         trained: Names of the BatchNorms whose statistics training moved; by default those whose statistics differ from
             the plain model's. The others keep these.
     """
-    plain = alike(plain_copy(net.model, kept=complete(net.model)), net)
+    known = complete(net.model)
+    plain = alike(plain_copy(net.model, kept=known), net)
     if is_settled(net.model):
         return plain
     theirs = norms_of(net.model)
@@ -243,7 +244,8 @@ def plain_of(net: PixelModel, loader: Iterable[Any], trained: Collection[str] | 
     for name, norm in norms_of(plain.model).items():
         now = {key: theirs[name]._buffers[key] for key in KEPT[:2]}
         differs = any(not torch.equal(norm._buffers[key], now[key]) for key in now)  # type: ignore[arg-type]
-        if name in trained if trained is not None else differs or not complete(net.model):
+        moved = name in trained if trained is not None else differs or not known
+        if moved:
             for key, value in now.items():
                 norm._buffers[key].copy_(value)  # type: ignore[union-attr, arg-type]
             sites[name] = _NormSite(norm, "relative")

@@ -83,7 +83,7 @@ def evaluate(
         threat: What an attacker may change; the default is Linf with eps 8/255.
         suite: One of `timm_nrpm.suites.SUITES`.
         effort: Of the adaptive suite, one of `timm_nrpm.suites.LEVELS`: `"fast"` is the first 12 of the default's 36
-            rounds, `"exhaustive"` 240 rounds and 20 evolutions on all that stands, for hours.
+            rounds and no evolution, `"exhaustive"` 240 rounds and 20 evolutions on all that stands.
         steps, queries: Gradients of each ascent and forwards of each random search, in place of the suite's numbers.
         seed: Of everything random. Each image's part of it depends on its batch's place alone.
         data: What the images are, in words, such as `"cifar10, test"`; the report and its card say it.
@@ -154,8 +154,7 @@ def evaluate(
     rows = _joined(parts)
     heard = dict.fromkeys([*raised, *(told for row in rows for told in row["warnings"])])
     told = {"versions": _versions(), "threat": threat, "suite": suite, "seed": seed}
-    told |= {"steps": settings.steps, "queries": settings.queries, "rounds": settings.rounds}
-    told |= {"evolutions": settings.evolutions}
+    told |= {name: getattr(settings, name) for name in ("steps", "queries", "rounds", "evolutions")}
     reports = [
         _report([row["judged"][i] for row in rows], told, plain if i == 0 else "")
         for i in range(len(rows[0]["judged"]))

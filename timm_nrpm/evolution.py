@@ -2,8 +2,8 @@
 
 Random search from one point ends on a hill of the margin that no small change leaves. Others of the same image end on
 other hills, and what one of them has found in a corner of the image mostly serves the others too. So a search over a
-herd, where a square comes as often from another point as from chance, gets where as many searches side by side do not
-(after GenAttack, Alzantot et al., arXiv 1805.11090, which crosses single values and follows no gradient first).
+herd, where a square comes more often from another point than from chance, gets where as many searches side by side do
+not (after GenAttack, Alzantot et al., arXiv 1805.11090, which crosses single values and follows no gradient first).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def evolve(
     *,
     steps: int,
     queries: int,
+    every: int = 2,
     average: int = 1,
 ) -> None:
     """A herd of each image: its worst point so far, and others that ascend from anywhere; then a search over all.
@@ -62,14 +63,15 @@ def evolve(
         seeds: A seed for each of the rows.
         steps: Gradients of their ascents.
         queries: Forwards of the attacked model for each point.
+        every: Steps of an ascent between two looks of the attacked model.
         average: Forwards for each gradient.
     """
     if not len(rows):
         return
     herd = Herd(pursuit, rows)
-    every = torch.arange(len(herd.pixels), device=rows.device)
+    points = torch.arange(len(herd.pixels), device=rows.device)
     drawn = [seed_of(seed, point) for seed in seeds for point in range(HERD)]
-    others = every[every % HERD > 0]
+    others = points[points % HERD > 0]
     ascend(
         herd,
         others,
@@ -81,7 +83,7 @@ def evolve(
         momentum=0.75,
         fresh=True,
         average=average,
-        every=3,
+        every=every,
     )
     herd.best[::HERD], herd.margin[::HERD] = pursuit.best[rows], pursuit.margin[rows]
     least = pursuit.margin[rows]
@@ -92,6 +94,6 @@ def evolve(
         least = (1 - GAIN) * pursuit.margin[rows]  # margins are negative
     margin, place = herd.margin.view(-1, HERD).max(1)
     worse = margin >= pursuit.margin[rows]
-    points = herd.best[torch.arange(len(rows), device=rows.device) * HERD + place]
-    pursuit.best[rows[worse]], pursuit.margin[rows[worse]] = points[worse], margin[worse]
+    best = herd.best[points[::HERD] + place]
+    pursuit.best[rows[worse]], pursuit.margin[rows[worse]] = best[worse], margin[worse]
     pursuit.right[rows] &= herd.right[::HERD]

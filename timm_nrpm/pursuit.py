@@ -247,8 +247,7 @@ def likely_targets(pursuit: Pursuit, rows: Tensor, follow: Forward, most: int = 
     """
     known = pursuit.targets.get(id(follow))
     new = rows if known is None else rows[known[rows, 0] < 0]
-    if not len(new):
-        assert known is not None
+    if known is not None and not len(new):
         return known
     x = pursuit.pixels[new].requires_grad_()
     labels = pursuit.labels[new].unsqueeze(1)

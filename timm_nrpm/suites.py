@@ -83,7 +83,6 @@ LEVELS = {
 }
 """Of the adaptive suite, by the effort a user asks for."""
 
-
 EXPECTATION = 8
 """Forwards for a gradient where the forward is random (expectation over transformation, arXiv 1707.07397)."""
 
@@ -285,7 +284,7 @@ def _search(queries: int) -> Pursue:
 
 def _evolution(steps: int, queries: int, source: str, average: int) -> Attack:
     def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
-        evolve(pursuit, rows, net, seeds, steps=steps, queries=queries, average=average)
+        evolve(pursuit, rows, net, seeds, steps=steps, queries=queries, every=EVERY, average=average)
         return pursuit.right[rows]
 
     return Attack(f"evolution_{source}", source, pursue, HERD * (2 * steps + queries) * average)
