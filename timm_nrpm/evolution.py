@@ -8,8 +8,6 @@ not (after GenAttack, Alzantot et al., arXiv 1805.11090, which crosses single va
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -20,8 +18,8 @@ from timm_nrpm.pursuit import Pursuit, ascend, search
 HERD = 10
 """Points of an image."""
 
-GAIN = 0.2
-"""Share of its margin that half of the queries must gain, for a herd to have the other half."""
+GAIN = 0.1
+"""Share of the margin that half of the queries must gain, for a herd to have the other half."""
 
 
 class Herd(Pursuit):
@@ -53,14 +51,10 @@ def evolve(
     *,
     steps: int,
     queries: int,
-    fresh: bool = False,
     every: int = 2,
     average: int = 1,
 ) -> None:
     """A herd of each image: its worst point so far, and others that ascend from anywhere; then a search over all.
-
-    A herd soon gathers on the hill of its worst point. Where that hill has no way to the top, only a herd that begins
-    without this point finds another.
 
     Args:
         pursuit: Where points come from and go to.
@@ -69,7 +63,6 @@ def evolve(
         seeds: A seed for each of the rows.
         steps: Gradients of their ascents.
         queries: Forwards of the attacked model for each point.
-        fresh: Whether the herd begins without the worst point.
         every: Steps of an ascent between two looks of the attacked model.
         average: Forwards for each gradient.
     """
@@ -78,7 +71,7 @@ def evolve(
     herd = Herd(pursuit, rows)
     points = torch.arange(len(herd.pixels), device=rows.device)
     drawn = [seed_of(seed, point) for seed in seeds for point in range(HERD)]
-    others = points if fresh else points[points % HERD > 0]
+    others = points[points % HERD > 0]
     ascend(
         herd,
         others,
@@ -92,15 +85,13 @@ def evolve(
         average=average,
         every=every,
     )
-    if not fresh:
-        herd.best[::HERD], herd.margin[::HERD] = pursuit.best[rows], pursuit.margin[rows]
-    least = torch.full_like(pursuit.margin[rows], -math.inf)
+    herd.best[::HERD], herd.margin[::HERD] = pursuit.best[rows], pursuit.margin[rows]
+    least = pursuit.margin[rows]
     for part, asked in enumerate((queries // 2, queries - queries // 2)):
-        margin = herd.margin.view(-1, HERD).amax(1)
-        goes_on = margin >= least
-        least = (1 - GAIN) * margin  # of those that stand margins are negative
+        goes_on = herd.margin.view(-1, HERD).amax(1) >= least
         left = (herd.right & goes_on.repeat_interleave(HERD)).nonzero().squeeze(1)
         search(herd, left, [seed_of(drawn[i], part + 1) for i in left.tolist()], queries=asked, herd=HERD)
+        least = (1 - GAIN) * pursuit.margin[rows]  # margins are negative
     margin, place = herd.margin.view(-1, HERD).max(1)
     worse = margin >= pursuit.margin[rows]
     best = herd.best[points[::HERD] + place]

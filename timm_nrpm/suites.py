@@ -233,10 +233,8 @@ def _pursuit(effort: Effort, sources: Collection[str], classes: int, average: in
             yield Attack("search", "best", _search(effort.queries), effort.queries, near=stage.near)
         if effort.queries and stage.evolution and not left:
             # Where herds begin matters: three from the smoothest source before one from the next.
-            herd = next(herds)
-            name = beside[herd // 3 % len(beside)]
-            queries = stage.evolution * effort.queries // average
-            evolution = _evolution(2 * effort.steps, queries, name, average, fresh=herd % 2 == 1)
+            name = beside[next(herds) // 3 % len(beside)]
+            evolution = _evolution(2 * effort.steps, stage.evolution * effort.queries // average, name, average)
             yield replace(evolution, near=stage.near)
 
 
@@ -284,9 +282,9 @@ def _search(queries: int) -> Pursue:
     return pursue
 
 
-def _evolution(steps: int, queries: int, source: str, average: int, *, fresh: bool) -> Attack:
+def _evolution(steps: int, queries: int, source: str, average: int) -> Attack:
     def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
-        evolve(pursuit, rows, net, seeds, steps=steps, queries=queries, fresh=fresh, every=EVERY, average=average)
+        evolve(pursuit, rows, net, seeds, steps=steps, queries=queries, every=EVERY, average=average)
         return pursuit.right[rows]
 
     return Attack(f"evolution_{source}", source, pursue, HERD * (2 * steps + queries) * average)
