@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_nrpm import Threat
+from timm_nrpm import Threat, evolution
 from timm_nrpm.ascent import losses
 from timm_nrpm.evolution import HERD, Herd, evolve
 from timm_nrpm.pursuit import Pursuit, ascend, search
@@ -111,6 +111,25 @@ def test_what_two_points_of_a_herd_have_found_comes_together():
 
     assert chased(1)
     assert not chased(HERD)
+
+
+def test_points_of_a_herd_climb_to_where_no_square_leads(monkeypatch):
+    """Each value is best at another place well within the bound: squares go to the bound."""
+    pixels = torch.full((1, *SHAPE), 0.5)
+    top = pixels + 0.1 * (torch.rand(SHAPE, generator=torch.Generator().manual_seed(2)) - 0.5)
+
+    def hill(x):
+        return torch.stack([1 + (x - top).abs().mean((1, 2, 3)), torch.zeros(len(x))], 1)
+
+    def missing():
+        chase = Pursuit(hill, pixels, torch.zeros(1, dtype=torch.long), Threat("Linf", 0.1))
+        chase.look(torch.arange(1), pixels)
+        evolve(chase, torch.arange(1), hill, [0], steps=20, queries=40)
+        return -1 - float(chase.margin)
+
+    climbing = missing()
+    monkeypatch.setattr(evolution, "CLIMB", 0.0)
+    assert climbing < 0.6 * missing()
 
 
 def test_an_image_that_no_number_describes_is_broken():

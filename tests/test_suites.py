@@ -60,7 +60,7 @@ def test_what_the_suites_are():
     assert adaptive[:5] == ["fgsm", "pgd", "pgd_plain", "pgd_base", "pgd_bpda"]
     assert set(adaptive[5:]) == {f"ascent_{s}" for s in EVERY if s != "own"} | {"search", "evolution_soft", "square"}
     assert adaptive[-1] == "square"
-    assert adaptive.count("search") == 36
+    assert adaptive.count("search") == 24
     for level, effort in LEVELS.items():
         tried = [a.name for a in attacks_of("adaptive", THREATS["Linf"], effort, EVERY, 10)]
         assert tried.count("search") == effort.rounds

@@ -4,6 +4,8 @@ Random search from one point ends on a hill of the margin that no small change l
 other hills, and what one of them has found in a corner of the image mostly serves the others too. So a search over a
 herd, where a square comes more often from another point than from chance, gets where as many searches side by side do
 not (after GenAttack, Alzantot et al., arXiv 1805.11090, which crosses single values and follows no gradient first).
+Squares go to the bound, and the top of a hill may lie within it, so a few small steps up a gradient come between the
+parts of the search (a memetic algorithm).
 """
 
 from __future__ import annotations
@@ -17,6 +19,12 @@ from timm_nrpm.pursuit import Pursuit, ascend, search
 
 HERD = 10
 """Points of an image."""
+
+PARTS = 4
+"""Of the search of a herd; between two of them all its points climb."""
+
+CLIMB = 0.25
+"""The first step of these climbs, in units of eps; each has a quarter of the steps of the first ascents."""
 
 GAIN = 0.1
 """Share of the margin that half of the queries must gain, for a herd to have the other half."""
@@ -54,14 +62,15 @@ def evolve(
     every: int = 2,
     average: int = 1,
 ) -> None:
-    """A herd of each image: its worst point so far, and others that ascend from anywhere; then a search over all.
+    """A herd of each image: its worst point so far, and others that ascend from anywhere; then a search over all, in
+    parts between which all climb by small steps.
 
     Args:
         pursuit: Where points come from and go to.
         rows: Numbers of the images to attack, `[n]`.
-        follow: The model whose margin the others climb.
+        follow: The model whose margin they climb.
         seeds: A seed for each of the rows.
-        steps: Gradients of their ascents.
+        steps: Gradients of the first ascents.
         queries: Forwards of the attacked model for each point.
         every: Steps of an ascent between two looks of the attacked model.
         average: Forwards for each gradient.
@@ -86,12 +95,27 @@ def evolve(
         every=every,
     )
     herd.best[::HERD], herd.margin[::HERD] = pursuit.best[rows], pursuit.margin[rows]
-    least = pursuit.margin[rows]
-    for part, asked in enumerate((queries // 2, queries - queries // 2)):
-        goes_on = herd.margin.view(-1, HERD).amax(1) >= least
-        left = (herd.right & goes_on.repeat_interleave(HERD)).nonzero().squeeze(1)
+    goes_on = torch.ones_like(rows, dtype=torch.bool)
+    for part in range(PARTS):
+        if part == PARTS // 2:
+            goes_on = herd.margin.view(-1, HERD).amax(1) >= (1 - GAIN) * pursuit.margin[rows]  # margins are negative
+        left = points[herd.right & goes_on.repeat_interleave(HERD)]
+        asked = queries * (part + 1) // PARTS - queries * part // PARTS
         search(herd, left, [seed_of(drawn[i], part + 1) for i in left.tolist()], queries=asked, herd=HERD)
-        least = (1 - GAIN) * pursuit.margin[rows]  # margins are negative
+        left = left[herd.right[left]]
+        if part < PARTS - 1:
+            ascend(
+                herd,
+                left,
+                follow,
+                [drawn[i] for i in left.tolist()],
+                steps=steps // 4,
+                loss="margin",
+                size=CLIMB,
+                momentum=0.5,
+                average=average,
+                every=every,
+            )
     margin, place = herd.margin.view(-1, HERD).max(1)
     worse = margin >= pursuit.margin[rows]
     best = herd.best[points[::HERD] + place]

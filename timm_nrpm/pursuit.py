@@ -128,6 +128,8 @@ def ascend(
         every: Steps between two looks of the attacked model.
         predicts: Whether `follow` has the attacked model's logits, so that each gradient is a look, too.
     """
+    if not len(rows):
+        return
     threat = pursuit.threat
     seeds = list(seeds)
     x = threat.around(pursuit.pixels[rows], generators(seeds)) if fresh else pursuit.best[rows]

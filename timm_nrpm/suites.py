@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timm_nrpm.ascent import carlini_wagner, climb, greedy_pixels, random_pixels
 from timm_nrpm.attacks import MOST_TARGETS, Run, auto_attack, fgsm, original_auto_attack, pgd, square
-from timm_nrpm.evolution import HERD, evolve
+from timm_nrpm.evolution import HERD, PARTS, evolve
 from timm_nrpm.pixel_model import PixelModel
 from timm_nrpm.pursuit import Pursuit, ascend, likely_targets, search
 from timm_nrpm.threats import Threat
@@ -64,7 +64,7 @@ class Effort:
 
 
 FAST = (Stage(1.0), Stage(1 / 2))
-NEAR = (Stage(1 / 3, evolution=8), Stage(1 / 6, evolution=10), Stage(1 / 12, evolution=12), Stage(1 / 4))
+NEAR = (Stage(1 / 3, 2, 8), Stage(1 / 6, 2, 12), Stage(1 / 12, 2, 20), Stage(1 / 4))
 """More of the same rarely breaks what many attacks have hardly moved, so stages are for fewer and fewer images; the
 last climbs from where evolutions have ended."""
 
@@ -287,7 +287,8 @@ def _evolution(steps: int, queries: int, source: str, average: int) -> Attack:
         evolve(pursuit, rows, net, seeds, steps=steps, queries=queries, every=EVERY, average=average)
         return pursuit.right[rows]
 
-    return Attack(f"evolution_{source}", source, pursue, HERD * (2 * steps + queries) * average)
+    gradients = steps + (PARTS - 1) * (steps // 4)
+    return Attack(f"evolution_{source}", source, pursue, HERD * (2 * gradients + queries) * average)
 
 
 def _climb(threat: Threat, steps: int, loss: str) -> Run:
