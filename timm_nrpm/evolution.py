@@ -26,7 +26,7 @@ PARTS = 4
 CLIMB = 0.25
 """The first step of these climbs, in units of eps; each has a quarter of the steps of the first ascents."""
 
-GAIN = 0.1
+GAIN = 0.2
 """Share of the margin that half of the queries must gain, for a herd to have the other half."""
 
 
