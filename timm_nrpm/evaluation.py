@@ -82,7 +82,7 @@ def evaluate(
             stream without a length will do.
         threat: What an attacker may change; the default is Linf with eps 8/255.
         suite: One of `timm_nrpm.suites.SUITES`.
-        effort: Of the adaptive suite, one of `timm_nrpm.suites.LEVELS`: `"fast"` is the first 12 of the default's 36
+        effort: Of the adaptive suite, one of `timm_nrpm.suites.LEVELS`: `"fast"` is the first 12 of the default's 24
             rounds and no evolution, `"exhaustive"` 240 rounds and 20 evolutions on all that stands.
         steps, queries: Gradients of each ascent and forwards of each random search, in place of the suite's numbers.
         seed: Of everything random. Each image's part of it depends on its batch's place alone.
