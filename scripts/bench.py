@@ -33,9 +33,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import timm_nrpm
-from timm_nrpm.estimator import Penalty, robust_sum
-from timm_nrpm.functional import nrpm_conv2d, nrpm_linear
-from timm_nrpm.kernels import compiling, native
+from timm_nrpm.nn.estimator import Penalty, robust_sum
+from timm_nrpm.nn.functional import nrpm_conv2d, nrpm_linear
+from timm_nrpm.nn.kernels import compiling, native
 
 ROOT = Path(__file__).parents[1]
 K = 3

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 import timm_nrpm
 from timm_nrpm import Threat, evaluate
-from timm_nrpm.attacks import ORIGINALS
-from timm_nrpm.data import digits
-from timm_nrpm.pixel_model import PixelModel
-from timm_nrpm.registry import DIGITS
-from timm_nrpm.reprogramming import attackable
+from timm_nrpm.attacks.library import ORIGINALS
+from timm_nrpm.data.loaders import digits
+from timm_nrpm.models.modes import attackable
+from timm_nrpm.models.registry import DIGITS
+from timm_nrpm.nn.pixel_model import PixelModel
 
 RESULTS = Path(__file__).parents[1] / "results"
 SUITES = ("standard", "autoattack", "adaptive")

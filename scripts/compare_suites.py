@@ -24,7 +24,7 @@ IMAGES, ROUNDS = 180, 3
 
 MEASURE = """
 import inspect, json, time, torch, timm_nrpm
-from timm_nrpm.data import digits
+from timm_nrpm.data.loaders import digits
 torch.set_num_threads(1)
 (train, _), (pixels, labels) = digits("train"), digits("test")
 model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.4).eval()

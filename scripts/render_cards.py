@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_nrpm
 from timm_nrpm import Threat, TuneConfig
-from timm_nrpm.cards import read_reports, write_card
-from timm_nrpm.data import digits
-from timm_nrpm.registry import DIGITS
-from timm_nrpm.saving import needs_weights
+from timm_nrpm.data.loaders import digits
+from timm_nrpm.hub.cards import read_reports, write_card
+from timm_nrpm.models.registry import DIGITS
+from timm_nrpm.models.saving import needs_weights
 
 CARDS = Path(__file__).parents[1] / "hub_cards"
 THREAT = Threat("Linf", 0.15)

@@ -39,8 +39,8 @@ from timm_nrpm import (
     plain_copy,
     reprogram_,
 )
-from timm_nrpm.backbones import load_published_
-from timm_nrpm.data import digits, pixel_loader
+from timm_nrpm.data.loaders import digits, pixel_loader
+from timm_nrpm.models.backbones import load_published_
 
 RESULTS = Path(__file__).parents[1] / "results"
 CALIBRATION = 1000

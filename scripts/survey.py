@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 
 import timm_nrpm
-from timm_nrpm.reprogramming import record_of
+from timm_nrpm.models.reprogramming import record_of
 
 TARGET = Path(timm_nrpm.__file__).parent / "assets" / "architectures.json"
 

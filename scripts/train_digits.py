@@ -16,9 +16,9 @@ from rich.progress import track
 from safetensors.torch import save_file
 
 import timm_nrpm
-from timm_nrpm.data import digits
-from timm_nrpm.pixel_model import PixelModel
-from timm_nrpm.registry import ASSETS, DIGITS
+from timm_nrpm.data.loaders import digits
+from timm_nrpm.models.registry import ASSETS, DIGITS
+from timm_nrpm.nn.pixel_model import PixelModel
 
 
 def shifted(pixels: torch.Tensor) -> torch.Tensor:

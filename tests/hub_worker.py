@@ -32,8 +32,10 @@ import timm
 import torch
 
 import timm_nrpm as nrpm
-from timm_nrpm import network, publishing, transfers
-from timm_nrpm.reprogramming import model_sha256, reprogrammed_layers
+from timm_nrpm.models import network
+from timm_nrpm.hub import publishing
+from timm_nrpm.models import downloads as transfers
+from timm_nrpm.models.reprogramming import model_sha256, reprogrammed_layers
 
 torch.set_num_threads(1)
 transfers.WAITS = publishing.WAITS = (0.05, 0.05)

@@ -12,12 +12,13 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import timm_nrpm
-from timm_nrpm import NRPMConfig, ReprogrammingWarning, Threat, TuneConfig
-from timm_nrpm.data import digits
-from timm_nrpm.flags import PLAIN_CHANGED
-from timm_nrpm.pixel_model import PixelModel
-from timm_nrpm.registry import DIGITS
-from timm_nrpm.wrappers import copied, unwrapped
+from timm_nrpm import NRPMConfig, Threat, TuneConfig
+from timm_nrpm.attacks.flags import PLAIN_CHANGED
+from timm_nrpm.data.loaders import digits
+from timm_nrpm.errors import ReprogrammingWarning
+from timm_nrpm.models.registry import DIGITS
+from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.nn.wrappers import copied, unwrapped
 
 THREAT = Threat("Linf", 0.15)
 
@@ -238,7 +239,7 @@ def test_a_forward_replaced_on_the_instance_is_refused_where_a_copy_is_needed():
             call(model)
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore::timm_nrpm.ReprogrammingWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore::timm_nrpm.errors.ReprogrammingWarning")
 @pytest.mark.parametrize("how", ["prune", "weight_norm", "parametrization", "kept", "hook"])
 def test_computed_tensors_are_copied(how, images):
     model = timm.create_model(DIGITS, pretrained=True).eval()
@@ -370,7 +371,7 @@ def test_effort_is_one_setting(images):
     for effort in ("fast", "default"):
         report = timm_nrpm.evaluate(calibrated(), small, THREAT, effort=effort, control=False)
         passes[effort] = sum(attack.forwards for attack in report.attacks)
-        level = timm_nrpm.suites.LEVELS[effort]
+        level = timm_nrpm.attacks.efforts.LEVELS[effort]
         assert (report.rounds, report.evolutions) == (level.rounds, level.evolutions)
     assert passes["fast"] < passes["default"]
     with pytest.raises(ValueError, match=r'effort="fast" is for the suite|effort=.fast. is for the suite'):

@@ -1,35 +1,59 @@
-"""Imports go one way, in the order that CONTRIBUTING.md has."""
+"""Imports go one way: between the wings, and inside each (`[tool.importlinter]` in pyproject.toml)."""
 
-import ast
-import re
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "timm_nrpm").glob("*.py"))
+LINT = "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"
 
 
-def rooms() -> list[str]:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    return re.findall(
-        r"`(\w+)`", text.split("One file for one noun")[1].partition("tests/test_imports.py`")[2].split("\n- ")[0]
-    )
+def lint(folder: Path) -> subprocess.CompletedProcess:
+    """What import-linter says of the package in a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", LINT, "--no-cache"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_every_room_is_in_the_list_once():
-    names = {path.stem for path in FILES} - {"__init__"} | {"kernels"}
-    assert sorted(rooms()) == sorted(names)
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package, to plant imports in."""
+    shutil.copytree(ROOT / "timm_nrpm", tmp_path / "timm_nrpm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_none_imports_one_that_stands_after_it(path):
-    if path.stem == "__init__":
-        return
-    order = rooms()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "timm_nrpm":
-            parts = node.module.split(".")
-            names = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names if alias.name in order]
-            for name in names:
-                assert order.index(name) < order.index(path.stem), f"{path.stem} imports {name}"
+def test_imports_go_one_way():
+    done = lint(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("room", "line", "contract"),
+    [
+        ("nn/layers.py", "from timm_nrpm.models.registry import create_model", "wings"),
+        ("config.py", "from timm_nrpm.nn import functional", "wings"),
+        ("evaluation/report.py", "def draw():\n    from timm_nrpm.figures import canvas", "wings"),
+        ("attacks/threats.py", "from timm_nrpm.attacks.suites import SUITES", "inside attacks"),
+        ("figures/history.py", "from timm_nrpm.figures.pareto import KINDS", "inside figures"),
+    ],
+)
+def test_an_import_upwards_is_caught(copy, room, line, contract):
+    file = copy / "timm_nrpm" / room
+    file.write_text(f"{file.read_text()}\n\n{line}\n")
+    done = lint(copy)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"{contract} BROKEN" in done.stdout
+
+
+def test_a_new_file_needs_a_place_in_the_list(copy):
+    (copy / "timm_nrpm" / "attacks" / "another.py").write_text("")
+    done = lint(copy)
+    assert done.returncode == 1
+    assert "inside attacks BROKEN" in done.stdout
+    assert "another" in done.stdout

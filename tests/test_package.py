@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted(path.stem for path in (ROOT / "timm_nrpm").glob("*.py") if path.stem != "__init__")
+MODULES = sorted({path.stem for path in (ROOT / "timm_nrpm").glob("*/*.py")} - {"__init__", "__main__"})
+"""Each is reached without its wing, too."""
 TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("hub_cards/**/*.md"), *ROOT.glob("scripts/**/*.py")]
 TEXTS += ROOT.glob("timm_nrpm/**/*.py")
 
@@ -51,22 +52,24 @@ def test_every_path_that_is_mentioned_is_there_after_the_import():
     for name in (
         "diagnostics.embedding_differences",
         "landscape.loss_landscape",
-        "diagnostic_figures",
+        "figures.diagnostics",
         "data",
         "flags",
     ):
         assert f"timm_nrpm.{name}" in paths
     assert fresh(EACH_PATH, *sorted(paths | {f"timm_nrpm.{name}" for name in MODULES})) == []
-    assert fresh(EACH_PATH, "timm_nrpm.nosuch", "timm_nrpm.diagnostics.nosuch") == [
+    assert fresh(EACH_PATH, "timm_nrpm.nosuch", "timm_nrpm.evaluation.diagnostics.nosuch") == [
         "timm_nrpm.nosuch",
-        "timm_nrpm.diagnostics.nosuch",
+        "timm_nrpm.evaluation.diagnostics.nosuch",
     ]
 
 
-def test_every_module_is_listed():
+def test_the_face_is_small_and_every_wing_is_listed():
     code = "import json, timm_nrpm; print(json.dumps([dir(timm_nrpm), timm_nrpm.__all__]))"
     listed, names = fresh(code)
-    assert {*MODULES, *names} <= set(listed)
+    wings = {path.parent.name for path in (ROOT / "timm_nrpm").glob("*/__init__.py")}
+    assert {*wings, *names} <= set(listed)
+    assert len(names) <= 30
     assert listed == sorted(set(listed))
 
 
@@ -93,7 +96,7 @@ def test_the_import_is_light():
     }
     loaded = set(fresh(code))
     assert not heavy & loaded
-    assert not {"timm_nrpm.diagnostics", "timm_nrpm.tuning", "timm_nrpm.cli"} & loaded
+    assert not {"timm_nrpm.evaluation.diagnostics", "timm_nrpm.tuning.tune", "timm_nrpm.cli.program"} & loaded
 
 
 STATE = """
@@ -143,8 +146,8 @@ def test_the_import_changes_nothing_but_timms_registry():
     changed, moved, added = fresh(STATE, json.dumps(others))
     assert changed == {}
     assert moved == []
-    from timm_nrpm.backbones import BACKBONES
-    from timm_nrpm.registry import DIGITS
+    from timm_nrpm.models.backbones import BACKBONES
+    from timm_nrpm.models.registry import DIGITS
 
     assert {name for name in added if not name.startswith("nrpm_")} == {*BACKBONES, DIGITS}
 
@@ -154,17 +157,20 @@ PICTURES = """
     matplotlib.use("svg")  # the user's backend, which is not the default
     settings = {**matplotlib.rcParams}
     from pathlib import Path
-    from timm_nrpm import Candidate, CertificationReport, History, ParetoFront, Threat, TuneConfig
-    from timm_nrpm.certificates import Certificate, plot_certified
-    from timm_nrpm.history import Evaluation, Step
+    import timm_nrpm
+    from timm_nrpm import CertificationReport, Threat, TuneConfig
+    from timm_nrpm.evaluation.certificates import Certificate
+    from timm_nrpm.evaluation.history import Evaluation, History, Step
+    from timm_nrpm.evaluation.pareto import Candidate, ParetoFront
 
     folder = Path(sys.argv[1])
     steps = [Step(1, 0, 0.5, 0.9, 0.4, (0.1, 0.1), False, (0.5, 0.6))]
-    History(TuneConfig(), ("a", "b"), steps, [Evaluation(0, 0.9, 0.5, 0.4, ())]).plot(folder / "history.png")
+    history = History(TuneConfig(), ("a", "b"), steps, [Evaluation(0, 0.9, 0.5, 0.4, ())])
+    timm_nrpm.plot(history, folder / "history.png")
     trials = [Candidate(kind, {"a": 0.5}, loss, 0.9, 0.4) for kind, loss in (("plain", 0.1), ("global", 0.2))]
-    ParetoFront(Threat(), 2, 0, 9, 0.1, tuple(trials)).plot(folder / "front.png")
+    timm_nrpm.plot(ParetoFront(Threat(), 2, 0, 9, 0.1, tuple(trials)), folder / "front.png")
     one = CertificationReport("a", 0.5, 9, 90, 0.999, 0, "", {}, (Certificate(0, 0, 0.1, 0, 9, 90),))
-    plot_certified([one], folder / "certified.png")
+    timm_nrpm.plot([one], folder / "certified.png")
     changed = {key: str(value) for key, value in matplotlib.rcParams.items() if settings[key] != value}
     print(json.dumps([matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules, changed]))
 """

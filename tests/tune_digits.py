@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_nrpm
-from timm_nrpm.data import digits
+from timm_nrpm.data.loaders import digits
 
 
 class Slow(TensorDataset):

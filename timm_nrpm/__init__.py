@@ -2,63 +2,49 @@
 
 >>> import timm_nrpm
 >>> model = timm_nrpm.create_model("resnet18", pretrained=True, lam=0.8)
+
+The import adds the `nrpm_*` models and this package's own backbones to timm's registry, and changes no other state.
 """
 
 from importlib import import_module
-from importlib.util import find_spec
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-from timm_nrpm import functional
-from timm_nrpm.base import WeightsUnavailable, WrongBase
-from timm_nrpm.browsing import inspect, list_variants, pull
-from timm_nrpm.calibration import calibrate_
-from timm_nrpm.certificates import CertificationReport
-from timm_nrpm.certification import certify, smoothed_predict
+from timm_nrpm import errors
+from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.config import NRPMConfig, TuneConfig
-from timm_nrpm.corruption_report import CorruptionReport
-from timm_nrpm.corruptions import corrupt, evaluate_corruptions
-from timm_nrpm.evaluation import evaluate
-from timm_nrpm.history import History
-from timm_nrpm.loading import from_pretrained
-from timm_nrpm.pareto import Candidate, ParetoFront
-from timm_nrpm.publishing import Published, push_to_hub
-from timm_nrpm.registry import create_model, list_models
-from timm_nrpm.report import AttackResult, RobustnessReport
-from timm_nrpm.reprogramming import ReprogrammingWarning, lambdas, plain_copy, reprogram_, restore_
-from timm_nrpm.saving import save_pretrained
-from timm_nrpm.search import search_lambda
-from timm_nrpm.threats import Threat
-from timm_nrpm.transfers import HubError
-from timm_nrpm.variants import BrokenVariant
+from timm_nrpm.evaluation.certificates import CertificationReport
+from timm_nrpm.evaluation.certification import certify, smoothed_predict
+from timm_nrpm.evaluation.corruptions import corrupt, evaluate_corruptions
+from timm_nrpm.evaluation.evaluate import evaluate
+from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.evaluation.search import search_lambda
+from timm_nrpm.hub.browsing import inspect, list_variants, pull
+from timm_nrpm.hub.publishing import push_to_hub
+from timm_nrpm.lazy import modules_of
+from timm_nrpm.models.calibration import calibrate_
+from timm_nrpm.models.loading import from_pretrained
+from timm_nrpm.models.registry import create_model, list_models
+from timm_nrpm.models.reprogramming import lambdas, plain_copy, reprogram_, restore_
+from timm_nrpm.models.saving import save_pretrained
+from timm_nrpm.nn import functional
 from timm_nrpm.version import __version__
 
 if TYPE_CHECKING:
-    from timm_nrpm.tuning import Diverged, tune
+    from timm_nrpm.figures.plot import plot
+    from timm_nrpm.tuning.tune import tune
 
 __all__ = [
-    "AttackResult",
-    "BrokenVariant",
-    "Candidate",
     "CertificationReport",
-    "CorruptionReport",
-    "Diverged",
-    "History",
-    "HubError",
     "NRPMConfig",
-    "ParetoFront",
-    "Published",
-    "ReprogrammingWarning",
     "RobustnessReport",
     "Threat",
     "TuneConfig",
-    "WeightsUnavailable",
-    "WrongBase",
     "__version__",
     "calibrate_",
     "certify",
     "corrupt",
     "create_model",
+    "errors",
     "evaluate",
     "evaluate_corruptions",
     "from_pretrained",
@@ -68,6 +54,7 @@ __all__ = [
     "list_models",
     "list_variants",
     "plain_copy",
+    "plot",
     "pull",
     "push_to_hub",
     "reprogram_",
@@ -78,15 +65,21 @@ __all__ = [
     "tune",
 ]
 
+_LATER = {"plot": "figures.plot", "tune": "tuning.tune"}
+"""Functions whose modules are imported when they are first used: accelerate alone takes a second."""
+
+_WINGS = ("nn", "data", "models", "attacks", "evaluation", "tuning", "figures", "hub", "jobs", "cli")
+"""Where a module is looked for that is asked for without its wing, such as `timm_nrpm.flags`, in this order."""
+
+
+_module = modules_of(__name__, *(f"{__name__}.{wing}" for wing in _WINGS))
+
 
 def __getattr__(name: str) -> Any:
-    """Modules, and what takes a second to import, at their first use: `timm_nrpm.diagnostics`, `timm_nrpm.tune`."""
-    if name in ("Diverged", "tune"):
-        return getattr(import_module(f"{__name__}.tuning"), name)  # which imports accelerate
-    if name.isidentifier() and not name.startswith("_") and find_spec(f"{__name__}.{name}"):
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _LATER:
+        return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    return _module(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *(module.name for module in iter_modules(__path__))})
+    return sorted({*globals(), *__all__, *_WINGS})

@@ -155,7 +155,7 @@ class TuneConfig:
         trainable: In place of the paradigm, globs of parameter names: `("*.lam", "layer4.*", "fc.*")`. What they match
             trains even if it was frozen. In either case what does not train stays as it is, the statistics of a
             BatchNorm whose weight and bias are frozen and the dropout of a frozen block included.
-        objective: The loss, see :mod:`timm_nrpm.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
+        objective: The loss, see :mod:`timm_nrpm.tuning.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
             sum of the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"` or `"awp"`.
         eps: Largest change of a pixel in the inner attack, Linf, in pixel units of [0, 1]; 0 attacks nothing.
         steps: Number of steps of the inner attack; FGSM always takes one.
@@ -180,8 +180,8 @@ class TuneConfig:
         schedule: Schedule of the learning rates: `"cosine"`, `"tanh"` or `"poly"` to zero, or `"constant"`.
         warmup_epochs: Number of epochs of linear warm-up of the learning rates.
         clip: Largest norm of the gradient, of lambda and of the rest each; None lets any gradient pass.
-        patience: Steps in a row whose gradient may be non-finite before :class:`timm_nrpm.Diverged` is raised. Such a
-            step changes nothing.
+        patience: Steps in a row whose gradient may be non-finite before :class:`timm_nrpm.errors.Diverged` is raised.
+            Such a step changes nothing.
         accumulate: Batches whose mean gradient makes one step; at the end of an epoch those that are left.
         precision: `"no"` for float32, or `"bf16"`, under which the estimate is still computed in float32.
         seed: Seed of the order of the images, their augmentation, the start of the attack, and dropout.

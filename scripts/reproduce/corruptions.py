@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from timm_nrpm import NRPMConfig, calibrate_, reprogram_
-from timm_nrpm.backbones import load_published_
-from timm_nrpm.corruption_figure import draw_corruptions
-from timm_nrpm.corruptions import IMAGENET_C, SEVERITIES, SMALLEST, evaluate_corruptions
-from timm_nrpm.data import pixel_loader
+from timm_nrpm.data.loaders import pixel_loader
+from timm_nrpm.evaluation.corruptions import IMAGENET_C, SEVERITIES, SMALLEST, evaluate_corruptions
+from timm_nrpm.figures.corruptions import draw_corruptions
+from timm_nrpm.models.backbones import load_published_
 
 RESULTS = Path(__file__).parents[2] / "results"
 NAME = "resnet18_cifar_narrow"

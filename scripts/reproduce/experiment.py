@@ -19,7 +19,7 @@ from lab import DATA, Lab, Missing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from timm_nrpm import Diverged
+from timm_nrpm.errors import Diverged
 
 RESULTS = Path(__file__).parents[2] / "results"
 PACKAGES = ("timm_nrpm", "torch", "timm", "torchattacks", "accelerate")

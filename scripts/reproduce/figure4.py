@@ -13,7 +13,7 @@ from figure3 import COLUMNS, NAME
 from lab import Lab
 from torch import nn
 
-from timm_nrpm import canvas
+from timm_nrpm.figures import canvas
 
 LAM, EPS = 0.3, 0.3
 TUNE: dict[str, Any] = {"paradigm": "all", "objective": "clean+fgsm", "eps": EPS, "optimizer": "momentum", "lr": 0.01,

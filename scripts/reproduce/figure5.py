@@ -14,9 +14,9 @@ from lab import BATCH, Lab
 from table3 import EPS, LAM, NAME
 from torch import Tensor, nn
 
-from timm_nrpm.attacks import fgsm
-from timm_nrpm.diagnostic_figures import draw_embeddings
-from timm_nrpm.pixel_model import PixelModel
+from timm_nrpm.attacks.library import fgsm
+from timm_nrpm.figures.diagnostics import draw_embeddings
+from timm_nrpm.nn.pixel_model import PixelModel
 
 ROWS = {"LPM": "LPM", "NRPM": "NRPM", "NRPM, attacked on the plain model": "LPM"}
 """The models, and on which of them the attack is made."""

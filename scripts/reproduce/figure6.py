@@ -14,7 +14,7 @@ from lab import Lab
 from table4 import NAME, TUNE_3, paradigm_3
 
 from timm_nrpm import CertificationReport, certify
-from timm_nrpm.certificates import plot_certified
+from timm_nrpm.figures.certified import draw_certified
 
 SIGMAS, RADII = (0.06, 0.12, 0.25), (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 EFFORT = {"quick": {"images": 40, "n0": 20, "n": 200}, "full": {"images": 500, "n0": 100, "n": 10_000}}
@@ -31,7 +31,7 @@ def experiment(lab: Lab) -> Experiment:
                 "images": effort["images"], "report": report.to_json()}  # fmt: skip
 
     def draw(result: dict[str, Any], path: Path) -> None:
-        plot_certified([CertificationReport.from_json(r["report"]) for r in result["rows"].values()], path)
+        draw_certified([CertificationReport.from_json(r["report"]) for r in result["rows"].values()], path)
 
     rows = [Row(f"{kind}, sigma {sigma:g}", lambda k=kind, s=sigma: row(k, s)) for sigma in SIGMAS  # type: ignore[misc]
             for kind in ("LPM", "NRPM")]  # fmt: skip

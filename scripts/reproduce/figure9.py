@@ -14,7 +14,8 @@ from pictures import lines
 from table7 import LAM, TUNE
 
 from timm_nrpm import Threat
-from timm_nrpm.suites import EFFORTS, alone, attacks_of
+from timm_nrpm.attacks.efforts import EFFORTS
+from timm_nrpm.attacks.suites import alone, attacks_of
 
 NAME = "mlp3_mnist"
 BUDGETS: dict[str, tuple[float, ...]] = {"L0": (5, 10, 20, 40), "L2": (0.5, 1, 2, 3), "Linf": (0.05, 0.1, 0.2, 0.3)}

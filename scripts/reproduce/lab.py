@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from timm_nrpm import NRPMConfig, Threat, TuneConfig, calibrate_, evaluate, lambdas, reprogram_, restore_, tune
-from timm_nrpm.attacks import Run, fgsm, pgd
-from timm_nrpm.backbones import load_published_
-from timm_nrpm.base import checksum_of
-from timm_nrpm.data import pixel_loader
-from timm_nrpm.journal import digest_of
-from timm_nrpm.pixel_model import PixelModel
-from timm_nrpm.reprogramming import attackable, model_sha256
+from timm_nrpm.attacks.library import Run, fgsm, pgd
+from timm_nrpm.data.loaders import pixel_loader
+from timm_nrpm.jobs.journal import digest_of
+from timm_nrpm.models.backbones import load_published_
+from timm_nrpm.models.base import checksum_of
+from timm_nrpm.models.modes import attackable
+from timm_nrpm.models.reprogramming import model_sha256
+from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.version import __version__
 
 DATA = "MNIST/ and cifar10/ as torchvision or class folders in tars keep them, svhn/, imagenet10/ with train/ and val/"

@@ -29,9 +29,10 @@ import torch
 from rich.progress import track
 
 import timm_nrpm
-from timm_nrpm import NRPMConfig, Threat, TuneConfig, canvas, evaluate, lambdas, reprogram_, tune
-from timm_nrpm.backbones import load_published_
-from timm_nrpm.data import pixel_loader
+from timm_nrpm import NRPMConfig, Threat, TuneConfig, evaluate, lambdas, reprogram_, tune
+from timm_nrpm.data.loaders import pixel_loader
+from timm_nrpm.figures import canvas
+from timm_nrpm.models.backbones import load_published_
 
 RESULTS = Path(__file__).parents[2] / "results"
 BUDGETS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -120,7 +121,7 @@ class Study:
         config = TuneConfig(**{"objective": "fgsm", "eps": budget, "epochs": self.args.epochs, **settings})
         try:
             history = tune(model, loader, config)
-        except timm_nrpm.Diverged as error:
+        except timm_nrpm.errors.Diverged as error:
             return {"diverged": str(error)}
         steps = history.steps
         return {

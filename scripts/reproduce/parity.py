@@ -21,7 +21,7 @@ from experiment import Claim, Experiment, Measured, Row, main
 from lab import Lab, Missing
 from torch import Tensor
 
-from timm_nrpm.functional import nrpm_conv2d
+from timm_nrpm.nn.functional import nrpm_conv2d
 
 COLUMNS = (
     "forward, float64",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_nrpm import canvas
+from timm_nrpm.figures import canvas
 
 SHADES = ("#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b", "#041b3d")
 KINDS = {"ours": "the paper's attack", "worst case": "worst case"}

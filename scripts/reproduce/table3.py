@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from experiment import Claim, Experiment, Measured, Row, main
 from lab import BATCH, Lab
 
-from timm_nrpm.attacks import fgsm
-from timm_nrpm.diagnostics import embedding_differences
-from timm_nrpm.pixel_model import PixelModel
+from timm_nrpm.attacks.library import fgsm
+from timm_nrpm.evaluation.diagnostics import embedding_differences
+from timm_nrpm.nn.pixel_model import PixelModel
 
 NAME, LAM, EPS = "lenet_mnist", 0.3, 0.3  # lambda is the default of the authors' code; the paper does not say which
 NORMS = ("L1", "L2^2", "Linf")

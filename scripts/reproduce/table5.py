@@ -17,7 +17,8 @@ from table4 import TUNE_3, paradigm_3
 from torch import nn
 
 from timm_nrpm import Threat
-from timm_nrpm.suites import EFFORTS, Effort, alone, attacks_of
+from timm_nrpm.attacks.efforts import EFFORTS, Effort
+from timm_nrpm.attacks.suites import alone, attacks_of
 
 NAME, THREAT = "resnet18_cifar", Threat("Linf", 8 / 255)
 COLUMNS = ("natural", "PGD", "FGSM", "C&W", "AA", "average", "worst case")

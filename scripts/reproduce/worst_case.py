@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from timm_nrpm import NRPMConfig, RobustnessReport, Threat, calibrate_, evaluate, reprogram_
-from timm_nrpm.backbones import load_published_
-from timm_nrpm.data import pixel_loader
-from timm_nrpm.showing import show
+from timm_nrpm.data.loaders import pixel_loader
+from timm_nrpm.figures.report_folder import show
+from timm_nrpm.models.backbones import load_published_
 
 RESULTS = Path(__file__).parents[2] / "results"
 CALIBRATION = 1000

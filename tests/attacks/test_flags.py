@@ -1,0 +1,214 @@
+"""Defences known to be broken are flagged, plain models are not: real models on real digits."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_nrpm import Threat, evaluate
+from timm_nrpm.attacks import flags as F
+from timm_nrpm.attacks.flags import THRESHOLDS, evidence_of, flags_of
+from timm_nrpm.data.loaders import digits
+from timm_nrpm.models.registry import DIGITS
+
+THREAT = Threat("Linf", 0.15)
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
+
+
+@pytest.fixture(scope="module")
+def data():
+    pixels, labels = (t[:60] for t in digits("test"))
+    return [(pixels, labels)]
+
+
+def trained(model: nn.Module, epochs: int = 30, noise: float = 0.0) -> nn.Module:
+    """On the digits, in a second or two."""
+    torch.manual_seed(0)
+    pixels, labels = digits("train")
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(pixels)).split(128):
+            x = (pixels[rows] + noise * torch.randn_like(pixels[rows])).clamp(0, 1)
+            loss = nn.functional.cross_entropy(model(x), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(144, 10),
+    )
+
+
+PLAIN = {
+    "bundled": lambda: timm.create_model(DIGITS, pretrained=True).eval(),
+    "linear": lambda: trained(linear()),
+    "perceptron": lambda: trained(perceptron()),
+    "convolutional": lambda: trained(convolutional(), 8),
+    "trained on noise": lambda: trained(perceptron(), 60, 0.25),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("eps", [0.02, 0.15])
+def test_plain_models_are_not_flagged(data, name, eps):
+    torch.manual_seed(0)
+    model = PLAIN[name]()
+    report = evaluate(model, data, Threat("Linf", eps), mean=None if name == "bundled" else (0.0,))
+    assert report.accuracy() > 0.8
+    assert set(report.evidence) >= {F.RANDOM, F.ZERO, F.UNBOUNDED, F.SCORES, F.ONE_STEP, F.NON_FINITE}
+    assert report.flags == (), report.evidence
+
+
+class ZeroGradient(nn.Module):
+    """Same values, no gradient: the crudest of obfuscations."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x.detach() + 0 * x)
+
+
+class Quantised(ZeroGradient):
+    """Activations of few levels, whose gradient is zero almost everywhere; a trace is left by a soft step."""
+
+    def forward(self, x):
+        return self.model((8 * x).round() / 8)
+
+
+class Noisy(ZeroGradient):
+    """Another noise at every call."""
+
+    def forward(self, x):
+        return self.model(x + 0.2 * torch.randn_like(x))
+
+
+class Clipped(ZeroGradient):
+    """Logits so large that the cross-entropy of float32 is exactly 0, as after distillation at a high temperature."""
+
+    def forward(self, x):
+        return 1e4 * self.model(x)
+
+
+class Detached(ZeroGradient):
+    """Cut off from autograd altogether."""
+
+    def forward(self, x):
+        return self.model(x.detach())
+
+
+class Integers(ZeroGradient):
+    """Through bytes, which have no gradient."""
+
+    def forward(self, x):
+        return self.model((8 * x + 8).to(torch.uint8).float() / 8 - 1)
+
+
+@pytest.mark.parametrize(
+    ("defence", "expected"),
+    [
+        (Detached, {F.ZERO, F.UNBOUNDED}),
+        (Integers, {F.ZERO, F.UNBOUNDED}),
+        (ZeroGradient, {F.ZERO, F.UNBOUNDED}),
+        (Quantised, {F.ZERO, F.UNBOUNDED}),
+        (Noisy, {F.RANDOM}),
+    ],
+)
+def test_broken_defences_are_flagged(data, defence, expected):
+    """With and without the model beneath it to make examples on."""
+    beneath = timm.create_model(DIGITS, pretrained=True).eval()
+    for base in (None, copy.deepcopy(beneath)):
+        options = {"mean": (0.5,), "std": (0.5,), "steps": 10, "queries": 100}
+        report = evaluate(defence(copy.deepcopy(beneath)), data, THREAT, base=base, **options)
+        assert expected <= set(report.flags), report.evidence
+        if base is not None and defence is not Noisy:
+            assert F.MASKED in report.flags, report.evidence
+            # What the attacks on the model beneath leave; rounding keeps some of it, as it keeps the noise of a scan.
+            assert report.worst_case <= (0.7 if defence in (ZeroGradient, Detached) else 0.9)
+        assert str(report).startswith("FLAGS: ")
+
+
+def test_the_cheap_flags_are_in_every_suite(data):
+    beneath = timm.create_model(DIGITS, pretrained=True).eval()
+    for suite in ("quick", "standard"):
+        options = {"mean": (0.5,), "std": (0.5,), "steps": 1, "queries": 1}
+        assert F.ZERO in evaluate(Detached(beneath), data, THREAT, suite, **options).flags
+        assert F.RANDOM in evaluate(Noisy(beneath), data, THREAT, suite, **options).flags
+
+
+def test_a_saturated_loss_is_seen_through(data):
+    """Its cross-entropy has no gradient, its margin has: the adaptive worst case is the plain model's, give or take."""
+    beneath = timm.create_model(DIGITS, pretrained=True).eval()
+    options = {"mean": (0.5,), "std": (0.5,), "steps": 10, "queries": 50}
+    broken, plain = (evaluate(m, data, THREAT, **options) for m in (Clipped(beneath), beneath))
+    assert broken.accuracy("pgd") > plain.accuracy("pgd") + 0.1
+    assert broken.worst_case <= plain.worst_case + 0.05
+
+
+def test_every_flag_is_documented():
+    names = [value for name, value in vars(F).items() if name.isupper() and isinstance(value, str)]
+    assert sorted(names) == sorted(THRESHOLDS)
+    text = DOCS.read_text()
+    for name in names:
+        assert f"## {name}" in text
+        section = text.split(f"## {name}")[1].split("\n## ")[0]
+        assert f"{THRESHOLDS[name]:g}" in section or f"{100 * THRESHOLDS[name]:g} %" in section, name
+
+
+def outcome(right: int, of: int = 100) -> list[bool | None]:
+    return [i < right for i in range(of)]
+
+
+def test_evidence_by_hand():
+    clean = [True] * 90 + [False] * 10
+    outcomes = {
+        "fgsm": ("own", outcome(50)),
+        "pgd": ("own", outcome(60)),
+        "pgd_plain": ("plain", outcome(45)),
+        "pgd_bpda": ("bpda", outcome(40)),
+        "square": ("scores", [None if i >= 40 else i < 36 for i in range(100)]),
+    }
+    probes = {"looked": 50.0, "probed": 50.0, "random": 0.5, "zero": 5.0, "unbounded": 20.0, "half": 40.0,
+              "double": 39.0, "surviving": 20.0, "climbing": 5.0}  # fmt: skip
+    found = evidence_of(outcomes, clean, probes, non_finite=True, classes=10)
+    assert found == pytest.approx(
+        {
+            F.NON_FINITE: 1.0,
+            F.MASKED: 0.2,
+            F.SCORES: 0.04,
+            F.ONE_STEP: 0.1,
+            F.RANDOM: 0.5,
+            F.ZERO: 0.1,
+            F.UNBOUNDED: 0.3,
+            F.FLAT: 39 / 40,
+            F.CLIMBING: 0.25,
+        }
+    )
+    assert set(flags_of(found, 100)) == set(THRESHOLDS) - {F.PLAIN_CHANGED}
+    assert flags_of({F.PLAIN_CHANGED: 1.0}, 100) == (F.PLAIN_CHANGED,)
+    assert flags_of({F.PLAIN_CHANGED: 0.0}, 100) == ()
+    assert flags_of({F.MASKED: 0.04}, 50) == ()  # two images of fifty may be chance
+    assert flags_of({F.MASKED: 0.06}, 50) == (F.MASKED,)
+    few = {**probes, "half": 46.0, "surviving": 9.0}
+    assert not {F.FLAT, F.CLIMBING} & set(evidence_of(outcomes, clean, few, non_finite=False, classes=10))

@@ -1,0 +1,96 @@
+"""`timm-nrpm tune`, against the library's own results."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+import timm_nrpm
+from timm_nrpm.cli import options
+from timm_nrpm.cli import program as cli
+from timm_nrpm.cli.given import completed
+from timm_nrpm.cli.program import main
+from timm_nrpm.data.loaders import digits
+
+TUNE = ["tune", "--samples", "64", "--validation-samples", "20", "--epochs", "1", "--steps", "1", "--calibrate", "64"]
+
+
+def test_tune_says_what_it_learned_and_where_it_is(capsys, tmp_path):
+    folder = tmp_path / "run"
+    assert main([*TUNE, "--eps", "0.1", "--output", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "layer3.0.conv2" in out
+    assert "validation, Linf 0.1" in out
+    history = timm_nrpm.evaluation.history.History.from_json((folder / "history.json").read_text())
+    assert [row.step for row in history.evaluations] == [0, 1]
+    learned = timm_nrpm.lambdas(timm_nrpm.from_pretrained(folder / "variant"))
+    assert tuple(learned.values()) == history.steps[-1].lams
+    assert main([*TUNE, "--eps", "0.1", "--output", str(folder)]) == 1
+    assert "holds a run" in capsys.readouterr().err
+    assert main([*TUNE, "--eps", "0.1", "--output", str(folder), "--resume"]) == 0
+
+
+def test_tune_takes_every_setting(tmp_path):
+    more = "--paradigm all --trainable *.lam fc.* --objective trades --beta 2 --step-size 1/255 --gradient mixture"
+    more += " --clip none --lam 0.9 --iterations 1 --estimator-eps 1e-2 --layers layer1.* fc --batch-size 16"
+    assert main([*TUNE, *more.split(), "--eps", "8/255", "--output", str(tmp_path)]) == 0
+    history = timm_nrpm.evaluation.history.History.from_json((tmp_path / "history.json").read_text())
+    c = history.config
+    assert (c.trainable, c.objective, c.beta, c.gradient, c.clip) == (("*.lam", "fc.*"), "trades", 2.0, "mixture", None)
+    assert (c.eps, c.attack_step_size) == (8 / 255, 1 / 255)
+    assert history.layers == ("layer1.0.conv1", "layer1.0.conv2", "fc")
+    assert len(history.steps) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eps", "2"], "--eps 2.0 is not allowed"),
+        (["--data", "nope"], "nope"),
+        (["--data", "folder", "--root", "/nowhere"], "/nowhere"),
+        (["resnet8_digit"], "Near names: resnet8_digits"),
+        (["resnet8_digit"], "timm-nrpm models lists all."),
+        (["--weights", "/nowhere.pth"], "/nowhere.pth"),
+        (["--num-classes", "5"], "'digits' has 10 classes, and the model has 5"),
+        (["--resume", "--lam", "3"], "--lam 3.0 is not allowed"),
+        (["--estimator-eps", "0"], "--estimator-eps 0.0 is not allowed"),
+        (["--validation-split", "val"], "--validation-split val: the digits have 'train' and 'test'"),
+        (["--samples", "65", "--batch-size", "32", "--paradigm", "all"], "give --drop-last or another --batch-size"),
+    ],
+)
+def test_tune_refuses_in_one_line(capsys, tmp_path, arguments, message):
+    assert main([*TUNE, *arguments, "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("timm-nrpm: ")
+    assert message in error
+
+
+def test_the_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    text = " ".join(capsys.readouterr().out.partition("tuning:")[2].split())
+    for field in dataclasses.fields(timm_nrpm.TuneConfig):
+        help = re.search(rf"--{field.name.replace('_', '-')} (.*?)( --|$)", text)
+        assert help is not None
+        assert len(help[1].split()) > 4
+
+
+def test_the_first_layers_can_be_chosen():
+    parser, commands = cli._parsers()
+    args = completed(parser.parse_args(["tune", "--layers", "first:2"]), commands["tune"])
+    assert list(timm_nrpm.lambdas(options.model_of(args))) == ["conv1", "layer1.0.conv1"]
+
+
+def test_tune_validates_on_the_first_images(tmp_path, capsys):
+    more = ["--epochs", "1", "--steps", "1", "--calibrate", "0", "--samples", "64", "--output", str(tmp_path)]
+    assert main(["tune", "--validation-first", "361", *more]) == 1
+    error = capsys.readouterr().err
+    assert "--validation-first 361, and --validation-split test of 'digits' holds 360 images" in error
+    assert main(["tune", "--validation-first", "10", *more]) == 0
+    history = timm_nrpm.evaluation.history.History.from_json((tmp_path / "history.json").read_text())
+    model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.5).eval()
+    pixels, labels = digits("test")
+    with torch.no_grad():
+        right = (model((pixels[:10] - 0.5) / 0.5).argmax(1) == labels[:10]).float().mean()
+    assert history.evaluations[0].clean == pytest.approx(float(right))

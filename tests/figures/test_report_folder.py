@@ -1,0 +1,40 @@
+import pytest
+import torch
+from torch import nn
+
+from timm_nrpm import NRPMConfig, Threat, evaluate, reprogram_
+from timm_nrpm.figures.report_folder import attack_one_batch, show
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+    return reprogram_(net, NRPMConfig(lam=0.5, iterations=1, eps=0.01)).train()
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.2), ("L2", 1.0), ("L1", 5.0), ("L0", 4)])
+def test_the_pictures_are_of_real_attacks_and_the_model_is_left_alone(model, norm, eps, tmp_path):
+    pixels = torch.rand(12, 1, 8, 8)
+    labels = model.eval()(pixels).argmax(1)
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    threat, data = Threat(norm, eps), [(pixels, labels)]
+    report = evaluate(model, data, threat, "quick", steps=3, control=False)
+    page = show([report], model, data, tmp_path / "new", title="four")
+    assert page.read_text().count("data:image/png") == 2
+    assert {path.name for path in page.parent.iterdir()} == {"report.html", "attacks.png", "attacked.png"}
+    attacked, predictions = attack_one_batch(model, pixels, labels, report)
+    assert bool(threat.allows(pixels, attacked).all())
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(predictions, model.eval()(attacked).argmax(1))
+
+
+def test_curves_where_there_are_several_bounds(model, tmp_path):
+    pixels, labels = torch.rand(6, 2, 8, 8)[:, :1], torch.tensor([0, 1, 2, 3, 4, 0])
+    data = [(pixels, labels)]
+    reports = [evaluate(model, data, Threat("Linf", eps), "quick", steps=2) for eps in (0.1, 0.2)]
+    show(reports, model, data, tmp_path, title="two")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

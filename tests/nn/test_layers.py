@@ -1,0 +1,190 @@
+import copy
+
+import pytest
+import timm.layers as timm_layers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm_nrpm import NRPMConfig, calibrate_, functional, lambdas, reprogram_, restore_
+from timm_nrpm.nn.layers import REPROGRAMMED, Reprogrammed
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(12, 5), (4, 12)),
+    "linear without bias": (lambda: nn.Linear(12, 5, bias=False), (2, 3, 12)),
+    "timm linear": (lambda: timm_layers.Linear(12, 5), (4, 12)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 8, 9)),
+    "conv same": (lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2), (2, 4, 8, 9)),
+    "conv valid": (lambda: nn.Conv2d(4, 6, (3, 2), padding="valid", groups=2), (2, 4, 8, 9)),
+    "conv reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 8, 9)),
+    "conv replicate": (lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="replicate"), (2, 4, 8, 9)),
+    "conv circular": (lambda: nn.Conv2d(4, 6, 3, padding="same", padding_mode="circular"), (2, 4, 8, 9)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4), (2, 4, 8, 9)),
+    "timm same": (lambda: timm_layers.Conv2dSame(4, 6, 3, stride=2), (2, 4, 8, 9)),
+    "std": (lambda: timm_layers.StdConv2d(4, 6, 3, bias=True), (2, 4, 8, 9)),
+    "std same": (lambda: timm_layers.StdConv2dSame(4, 6, 3, stride=2), (2, 4, 8, 9)),
+    "scaled std": (lambda: timm_layers.ScaledStdConv2d(4, 6, 3, gamma=1.7), (2, 4, 8, 9)),
+    "scaled std same": (lambda: timm_layers.ScaledStdConv2dSame(4, 6, 3, stride=2), (2, 4, 8, 9)),
+}
+layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+
+
+def test_every_kind_is_in_the_table():
+    assert {type(make()) for make, _ in LAYERS.values()} == set(REPROGRAMMED)
+
+
+@layers
+def test_plain_settings_are_the_plain_layer_bit_for_bit(make, shape):
+    layer, x = make(), torch.randn(shape)
+    want = layer(x)
+    for settings in ({"lam": 1.0}, {"lam": 0.0, "iterations": 0}, {"lam": 0.0, "penalty": "l2"}):
+        assert torch.equal(reprogram_(layer, NRPMConfig(**settings))(x), want)
+    assert type(restore_(layer)) is type(make())
+    assert torch.equal(layer(x), want)
+
+
+@layers
+def test_the_layer_reads_the_same_numbers_as_the_plain_one(make, shape):
+    """lambda just below 1 takes the other path: with next to no estimate in it, it must give the plain result."""
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    want = layer(x)
+    torch.testing.assert_close(reprogram_(layer, NRPMConfig(lam=1 - 1e-6))(x), want, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(reprogram_(layer, NRPMConfig(lam=0.5))(x), want)
+
+
+@layers
+def test_gradients(make, shape):
+    layer = reprogram_(make().double(), NRPMConfig(lam=0.6, iterations=2, eps=0.1, learnable=True))
+    layer.lam.data = layer.lam.data.double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=True)
+
+
+@layers
+@pytest.mark.parametrize("corrected", [False, True])
+def test_linear_backward_keeps_the_values_and_has_the_gradient_of_the_linear_map(make, shape, corrected):
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    plain = copy.deepcopy(layer)
+    reprogram_(layer, NRPMConfig(lam=0.4, iterations=2, eps=0.1))
+    if corrected:
+        correction = layer.add_correction()
+        correction.gain.uniform_(0.5, 2.0)
+        correction.offset.uniform_(-1.0, 1.0)
+    own = layer(x)
+    layer.linear_backward = True
+    got = layer(x)
+    torch.testing.assert_close(got, own)
+    direction = torch.randn_like(got)
+    gain = layer.correction.gain if corrected else torch.ones(got.shape[layer.channel], dtype=torch.float64)
+    through = direction * gain.view(-1, *[1] * (-layer.channel - 1))  # which is applied after the sum
+    names = [name for name, _ in plain.named_parameters() if name != "bias"]
+    slopes = torch.autograd.grad((got * direction).sum(), [x, *(layer.get_parameter(n) for n in names)])
+    wanted = torch.autograd.grad((plain(x) * through).sum(), [x, *(plain.get_parameter(n) for n in names)])
+    torch.testing.assert_close(slopes, wanted)
+    assert not torch.allclose(torch.autograd.grad((own * direction).sum(), x)[0], slopes[0], atol=1e-3)
+
+
+def test_the_robust_part_is_the_functional():
+    layer, x = nn.Linear(12, 5), torch.randn(4, 12)
+    want = functional.nrpm_linear(x, layer.weight, layer.bias, lam=0.3, iterations=2, eps=0.01, penalty="mcp")
+    got = reprogram_(layer, NRPMConfig(lam=0.3, iterations=2, eps=0.01, penalty="mcp"))(x)
+    torch.testing.assert_close(got, want)
+
+
+def test_lambda_stays_in_bounds_and_comes_back():
+    layer = reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5, learnable=True))
+    optimizer = torch.optim.SGD([layer.lam], lr=5.0)
+    x = torch.randn(64, 6)
+    plain = F.linear(x, layer.weight, layer.bias).detach()
+    robust = functional.nrpm_linear(x, layer.weight, layer.bias, lam=0.0).detach()
+    seen = []
+    for target in (2 * plain - robust, 2 * robust - plain) * 2:  # best at lambda = 2 and -1
+        for _ in range(40):
+            optimizer.zero_grad()
+            F.mse_loss(layer(x), target).backward()
+            optimizer.step()
+            assert 0.0 <= lambdas(layer)[""] <= 1.0
+        seen.append(lambdas(layer)[""])
+    assert seen == [1.0, 0.0, 1.0, 0.0]  # both ends, exactly, and out of them again
+
+
+def test_frozen_lambda_takes_no_gradient():
+    layer = reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5))
+    layer(torch.randn(2, 6)).sum().backward()
+    assert layer.lam.grad is None
+    assert layer.weight.grad is not None
+
+
+def test_a_learnable_lambda_of_one_has_a_gradient_and_the_plain_values():
+    layer, x = nn.Linear(6, 3), torch.randn(2, 6)
+    want = layer(x)
+    reprogram_(layer, NRPMConfig(lam=1.0, learnable=True))
+    out = layer(x)
+    torch.testing.assert_close(out, want)
+    (-out.square().sum()).backward()
+    assert layer.lam.grad is not None
+    with torch.no_grad():
+        assert torch.equal(layer(x), want)
+
+
+def test_checkpoints():
+    layer = nn.Linear(6, 3)
+    plain = copy.deepcopy(layer.state_dict())
+    reprogram_(layer, NRPMConfig(lam=0.5))
+    layer.load_state_dict(plain)  # of the plain model: the lambda stays
+    assert lambdas(layer) == {"": 0.5}
+    layer.load_state_dict({**plain, "lam": torch.tensor(0.25)})
+    assert lambdas(layer) == {"": 0.25}
+    for bad in (1.5, -0.1, float("nan")):
+        with pytest.raises(RuntimeError, match=r"lambda must be in \[0, 1\]"):
+            layer.load_state_dict({**plain, "lam": torch.tensor(bad)})
+    assert lambdas(layer) == {"": 0.25}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layer.load_state_dict({"lam": torch.tensor(0.5)})
+
+
+def test_a_lambda_past_the_end_is_saved_as_what_counts():
+    layer = reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5, learnable=True))
+    layer.lam.data.fill_(1.3)
+    state = layer.state_dict()
+    assert state["lam"].item() == 1.0
+    layer.load_state_dict(state)
+    assert lambdas(layer) == {"": 1.0}
+
+
+@pytest.mark.parametrize("lam", [0.2, 1.0, 1.3])
+def test_corrections_do_not_depend_on_gradients(lam):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 3))
+    reprogram_(model, NRPMConfig(lam=0.2, learnable=True))
+    x = torch.rand(16, 3, 2, 2)
+    calibrate_(model, [x])
+    model[1].lam.data.fill_(lam)
+    with torch.no_grad():
+        want = model(x)
+    torch.testing.assert_close(model(x), want)
+
+
+def test_a_plain_checkpoint_keeps_corrections():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    plain = copy.deepcopy(model.state_dict())
+    calibrate_(reprogram_(model, NRPMConfig(lam=0.2)), [torch.rand(16, 3, 2, 2)])
+    gain = model[1].correction.gain.clone()
+    model.load_state_dict(plain)
+    assert torch.equal(model[1].correction.gain, gain)
+
+
+def test_repr_shows_the_scheme():
+    text = repr(reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.8)))
+    assert text == "NRPMLinear(in_features=6, out_features=3, bias=True, lam=0.8, iterations=3, eps=0.001, penalty=l1)"
+
+
+def test_on_the_meta_device():
+    layer = reprogram_(nn.Linear(6, 3, device="meta"), NRPMConfig(lam=0.5))
+    assert "lam=?" in repr(layer)
+    assert layer.state_dict()["lam"].is_meta
+
+
+def test_half_and_unbatched():
+    layer = reprogram_(nn.Conv2d(4, 6, 3), NRPMConfig(lam=0.5)).bfloat16()
+    assert layer(torch.randn(4, 8, 8, dtype=torch.bfloat16)).shape == (6, 6, 6)
+    assert isinstance(layer, Reprogrammed)

@@ -1,0 +1,206 @@
+"""Attacks on pixels in [0, 1]: torchattacks', given the model whose gradient they follow, and our own.
+
+The only importer of torchattacks, and only where it is called: it takes SciPy and a second to import.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.models.modes import attackable
+from timm_nrpm.models.reprogramming import plain_copy, reprogrammed_layers
+from timm_nrpm.nn.pixel_model import PixelModel, alike
+
+Run = Callable[[PixelModel, Tensor, Tensor, list[int]], Tensor]
+"""The model to follow, pixels `[B, C, H, W]`, labels `[B]` and a seed for each image, to attacked pixels."""
+
+
+def fgsm(eps: float) -> Run:
+    """One signed gradient step of size `eps` (Goodfellow et al., arXiv 1412.6572)."""
+    return _library("FGSM", eps=eps)
+
+
+def pgd(threat: Threat, steps: int, step_size: float | None = None) -> Run:
+    """Projected gradient ascent from a random start (Madry et al., arXiv 1706.06083), Linf or L2.
+
+    Args:
+        step_size: In pixel units; by default `eps / 4`, which at eps = 8/255 is the paper's 2/255.
+    """
+    size = threat.eps / 4 if step_size is None else step_size
+    options = {"eps": threat.eps, "alpha": size, "steps": steps, "random_start": True}
+    return _library("PGD" if threat.norm == "Linf" else "PGDL2", **options)
+
+
+def square(threat: Threat, queries: int, restarts: int = 1, *, rescale: bool = True) -> Run:
+    """Random search by the scores alone (Andriushchenko et al., arXiv 1912.00049), Linf or L2.
+
+    Args:
+        rescale: Whether the squares shrink as fast as the queries are few, or as if there were ten thousand.
+    """
+    options = {"norm": threat.norm, "eps": threat.eps, "n_queries": queries, "n_restarts": restarts, "seed": ...}
+    search = _library("Square", **options, resc_schedule=rescale)
+
+    def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+        if threat.norm == "L2" and min(pixels.shape[2:]) < 5:
+            warnings.warn("Square under L2 needs images of 5 x 5 pixels: it was left out.", stacklevel=2)
+            return pixels
+        return search(net, pixels, labels, seeds)
+
+    return run
+
+
+def auto_attack(threat: Threat, classes: int, steps: int = 100, queries: int = 5000) -> dict[str, Run]:
+    """AutoAttack's four (Croce and Hein, arXiv 2003.01690, section 6) by torchattacks, Linf or L2, with its authors'
+    numbers: torchattacks' own ensemble takes ten steps where they take a hundred, and every class as a target where
+    they take the nine most likely."""
+    options: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps, "n_restarts": 1, "seed": ..., "steps": steps}
+    runs = {"aa_apgd_ce": _library("APGD", **options, loss="ce")}
+    if classes > 3:  # the targeted DLR loss takes the fourth largest logit
+        targets = min(classes, MOST_TARGETS + 1)
+        runs["aa_apgd_t"] = _library("APGDT", **options, n_classes=targets)
+        runs["aa_fab_t"] = _library("FAB", **options, multi_targeted=True, n_classes=targets)
+    return {**runs, "aa_square": square(threat, queries, rescale=False)}
+
+
+MOST_TARGETS = 9
+"""Of AutoAttack's targeted attacks."""
+
+ORIGINALS = {"aa_apgd_ce": "apgd-ce", "aa_apgd_t": "apgd-t", "aa_fab_t": "fab-t", "aa_square": "square"}
+
+
+def original_auto_attack(threat: Threat, classes: int, steps: int = 100, queries: int = 5000) -> dict[str, Run]:
+    """The same four by their authors' own code, Linf, L2 or L1.
+
+    Raises:
+        ImportError: It is not installed; it is in no package index, only at github.com/fra31/auto-attack.
+    """
+    try:
+        from autoattack import AutoAttack
+    except ImportError as error:
+        raise ImportError(
+            "The suite autoattack runs its authors' own code, which is not installed: "
+            'pip install git+https://github.com/fra31/auto-attack, or choose suite="standard".'
+        ) from error
+
+    def run(name: str, net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+        options = {"version": "standard", "seed": seeds[0], "verbose": False, "device": pixels.device}
+        attack = AutoAttack(net, norm=threat.norm, eps=threat.eps, **options)
+        attack.attacks_to_run = [name]
+        for part in (attack.apgd, attack.apgd_targeted, attack.fab):
+            if steps != 100:
+                part.n_iter = part.n_iter_orig = steps
+                part.n_iter_2, part.n_iter_min = max(int(0.22 * steps), 1), max(int(0.06 * steps), 1)
+                part.size_decr = max(int(0.03 * steps), 1)
+            part.n_target_classes = min(getattr(part, "n_target_classes", MOST_TARGETS), classes - 1)
+        attack.square.n_queries = queries
+        with torch.random.fork_rng(devices=[pixels.device] if pixels.is_cuda else []):
+            return attack.run_standard_evaluation(pixels, labels, bs=len(pixels)).detach()
+
+    few = classes <= 3
+    return {ours: partial(run, theirs) for ours, theirs in ORIGINALS.items() if not (few and theirs.endswith("-t"))}
+
+
+def _library(name: str, **options: Any) -> Run:
+    """torchattacks' attack of that name; `...` stands for the seed."""
+
+    def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+        import torchattacks
+
+        given = {key: seeds[0] if value is ... else value for key, value in options.items()}
+        # It draws from the global generator, and seeds it.
+        with torch.random.fork_rng(devices=[pixels.device] if pixels.is_cuda else []):
+            torch.manual_seed(seeds[0])
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(pixels.dtype)
+            try:
+                return getattr(torchattacks, name)(net, **given)(pixels, labels).detach()
+            finally:
+                torch.set_default_dtype(default)
+
+    return run
+
+
+@contextmanager
+def gradient_source(net: PixelModel, gradient: str) -> Iterator[PixelModel]:
+    """The model whose gradient an attack follows: `net` with its "own" or, as "bpda", that of its linear maps; or the
+    "plain" model, lambda = 1 with its statistics from before calibration."""
+    if gradient == "plain":
+        yield alike(plain_copy(net.model, kept=True), net)
+        return
+    layers = reprogrammed_layers(net).values() if gradient == "bpda" else ()
+    for layer in layers:
+        layer.linear_backward = True
+    try:
+        yield net
+    finally:
+        for layer in layers:
+            layer.linear_backward = False
+
+
+def perturb(
+    net: PixelModel,
+    pixels: Tensor,
+    labels: Tensor,
+    start: Tensor,
+    *,
+    eps: float,
+    steps: int,
+    step_size: float,
+    gradient: str = "own",
+    divergence: bool = False,
+    turns: Tensor | None = None,
+) -> Tensor:
+    """Examples to train on: projected gradient ascent in the Linf ball (Madry et al., arXiv 1706.06083).
+
+    torchattacks' attacks draw their start from the global generator, so that two processes would start elsewhere than
+    one; and they know neither the linear gradient nor mixtures.
+
+    Args:
+        net: In any mode; the attack sees it in evaluation mode, and leaves it as it was.
+        pixels, labels: `[B, C, H, W]` in [0, 1], and `[B]`.
+        start: What is added to the pixels at first, `[B, C, H, W]`.
+        eps, step_size: In pixel units.
+        gradient: `"own"`, `"bpda"`, `"plain"`, or `"mixture"`, in which an image follows one of these.
+        divergence: Whether to climb the Kullback-Leibler divergence from the clean prediction, as TRADES does, rather
+            than the cross-entropy of the labels.
+        turns: Of a mixture, integers `[B]`: an image whose turn is t follows the (t mod 3)-th; by default its place.
+
+    Returns:
+        Pixels `[B, C, H, W]` in [0, 1], at most `eps` from `pixels`. A gradient that is not a number moves nothing.
+    """
+    kinds = ("own", "bpda", "plain")
+    if gradient == "mixture":
+        attacked = torch.empty_like(pixels)
+        which = (torch.arange(len(pixels), device=pixels.device) if turns is None else turns) % len(kinds)
+        for i, kind in enumerate(kinds):
+            rows = (which == i).nonzero().squeeze(1)
+            if len(rows):
+                some = (pixels[rows], labels[rows], start[rows])
+                options = {"eps": eps, "steps": steps, "step_size": step_size}
+                attacked[rows] = perturb(net, *some, **options, gradient=kind, divergence=divergence)  # type: ignore[arg-type]
+        return attacked
+    with attackable(net), gradient_source(net, gradient) as source:
+        with torch.no_grad():
+            clean = F.log_softmax(source(pixels), 1) if divergence else None
+        attacked = (pixels + start).clamp(0, 1)
+        for _ in range(steps):
+            attacked = attacked.detach().requires_grad_()
+            logits = source(attacked)
+            if clean is None:
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+            else:
+                loss = F.kl_div(F.log_softmax(logits, 1), clean, reduction="sum", log_target=True)
+            (slope,) = torch.autograd.grad(loss, attacked)
+            with torch.no_grad():
+                moved = attacked + step_size * slope.nan_to_num(0.0).sign()
+                attacked = torch.clamp(moved, pixels - eps, pixels + eps).clamp(0, 1)
+    return attacked.detach()

@@ -1,0 +1,5 @@
+"""The command `timm-nrpm`."""
+
+from timm_nrpm.lazy import modules_of
+
+__getattr__ = modules_of(__name__)

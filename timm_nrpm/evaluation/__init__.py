@@ -1,0 +1,5 @@
+"""What was measured, as typed results."""
+
+from timm_nrpm.lazy import modules_of
+
+__getattr__ = modules_of(__name__)

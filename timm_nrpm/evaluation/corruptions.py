@@ -1,0 +1,306 @@
+"""Corruptions that nobody chose to do harm: noise, blur, weather and compression, and what they cost a model.
+
+Those of ImageNet-C come from the library imagecorruptions-imaug (`pip install 'timm_nrpm[corruptions]'`), which has the
+constants of ImageNet-C: its severities were made for 224 pixels and are harsher on small images. They are not those of
+CIFAR-10-C, so accuracies here are no entries for its tables.
+"""
+
+from __future__ import annotations
+
+import difflib
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from timm_nrpm.checks import check_integer
+from timm_nrpm.data.images import check_batch, check_labels, check_pixels, count_of
+from timm_nrpm.evaluation.corruption_report import Answers, CorruptionReport
+from timm_nrpm.models.calibration import plain_of
+from timm_nrpm.models.modes import evaluating
+from timm_nrpm.models.reprogramming import reprogrammed_layers
+from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.nn.wrappers import subject_of
+from timm_nrpm.version import __version__
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+LIBRARY = "imagecorruptions-imaug"
+
+NOISE = ("gaussian_noise", "shot_noise", "impulse_noise")
+IMAGENET_C = (
+    *NOISE,
+    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness"),
+    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+"""The 15 of ImageNet-C, which mean corruption error is usually over: noise, blur, weather, and what digital images
+suffer."""
+
+EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+"""The 4 that its authors set aside for validation."""
+
+LEVELS = {
+    "white_noise": (0.05, 0.10, 0.15, 0.20, 0.25),
+    "salt_and_pepper": (0.02, 0.05, 0.10, 0.15, 0.20),
+    "missing_pixels": (0.10, 0.20, 0.30, 0.40, 0.50),
+}
+"""Ours, which need no library, at severities 1 to 5: the standard deviation of Gaussian noise in pixel units of [0, 1];
+the share of the pixels that become white or black, half and half; and the share that become black. A pixel is hit in
+all its channels."""
+
+NATIVE = tuple(LEVELS)
+CORRUPTIONS: tuple[str, ...] = (*IMAGENET_C, *EXTRA, *NATIVE)
+SEVERITIES = (1, 2, 3, 4, 5)
+
+SMALLEST = dict.fromkeys((*IMAGENET_C, *EXTRA), 4) | dict.fromkeys(NATIVE, 1)
+"""Shorter side of the smallest images that a corruption is for, at every severity."""
+SMALLEST |= {
+    "motion_blur": 28,  # is cut off at the edge, which darkens: at 28 pixels by up to 6 %, at 32 by 3 %, at 64 by none
+    "snow": 25,  # flakes as long as that
+    "gaussian_blur": 24,  # two deviations to either side
+    "defocus_blur": 21,  # the disc into which a point is blurred
+    "spatter": 16,  # room for one splash
+    "glass_blur": 9,  # below, no pixel is far enough from the edges to be moved
+}
+
+
+def corrupt(pixels: Tensor, kind: str, severity: int, *, seed: int = 0, first: int = 0) -> Tensor:
+    """Corrupted images (Hendrycks and Dietterich, arXiv 1903.12261, section 3 and appendix B).
+
+    What happens to an image depends on the seed, the kind, the severity and its place alone, not on the images beside
+    it. The global generators of torch, NumPy and Python are left as they were. The library gets images rounded to 8
+    bits, as it asks, one at a time and on the CPU. Grey images become three equal channels for it, whose mean is taken
+    afterwards; of :data:`NOISE` and speckle noise the first is, since the mean of three is less noisy than one.
+
+    Args:
+        pixels: `[B, C, H, W]` in [0, 1], 1 channel or 3, of any floating type and on any device.
+        kind: One of :data:`CORRUPTIONS`.
+        severity: From 1 to 5.
+        seed: Of all that is random, >= 0.
+        first: Place of the first image among all images, >= 0: the batches of a loader give it the number of images
+            before them.
+
+    Returns:
+        Pixels `[B, C, H, W]` in [0, 1], of the same type, on the same device, without gradient.
+
+    Raises:
+        ValueError: A kind or severity that there is not, images smaller than the kind needs, or pixels outside [0, 1].
+        ImportError: The kind needs the library, and it is not installed.
+
+    Example:
+        >>> corrupt(pixels, "missing_pixels", 3).shape == pixels.shape
+        True
+    """
+    (severity,), seed = _check_request((kind,), (severity,), seed)
+    first = check_integer("first", first, least=0)
+    if not isinstance(pixels, Tensor):
+        raise ValueError(f"pixels are a {type(pixels).__name__}: give a tensor [B, C, H, W].")
+    _check_images(pixels, (kind,))
+    images = check_pixels(pixels.detach(), "pixels have").cpu().double().numpy()
+    places = range(first, first + len(images))
+    corrupted = [_corrupt_one(image, kind, severity, seed, place) for image, place in zip(images, places, strict=True)]
+    return torch.from_numpy(np.stack(corrupted)).to(pixels)
+
+
+@torch.no_grad()
+def evaluate_corruptions(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    kinds: str | Sequence[str] = IMAGENET_C,
+    severities: int | Sequence[int] = SEVERITIES,
+    *,
+    baseline: nn.Module | None = None,
+    seed: int = 0,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    progress: bool = False,
+) -> CorruptionReport:
+    """Accuracy under each corruption at each severity, and mean corruption error relative to a baseline.
+
+    Both models see the very same images; an answer from logits that are not finite is wrong. Training modes, gradient
+    flags and statistics of both are left as they were.
+
+    Args:
+        model: Takes normalised images.
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, on any device. The place of an image in it
+            decides what is random about it, so give one that does not shuffle.
+        kinds: Of :data:`CORRUPTIONS`; by default the 15 of ImageNet-C, of which images under 28 pixels leave some out.
+        severities: From 1 to 5.
+        baseline: What errors are compared with; by default the plain model (lambda = 1, its statistics from before
+            calibration), and nothing for a model that is not reprogrammed.
+        seed: Of the corruptions, see :func:`corrupt`.
+        mean, std: The normalisation of both models, one number a channel; by default timm's for each, and none for a
+            model that is not timm's.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: A kind or severity that there is not, images smaller than a kind needs, pixels outside [0, 1],
+            labels that are no classes of the models, a model with one class, or an empty loader.
+        ImportError: A kind needs the library, and it is not installed.
+
+    Example:
+        >>> print(evaluate_corruptions(model, pixel_loader("torch/cifar10", "data", split="test", model=model)))
+    """
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    severities = tuple(severities) if isinstance(severities, Iterable) else (severities,)
+    severities, seed = _check_request(kinds, severities, seed)
+    nets = [subject_of(model, mean, std).on_pixels()]
+    if baseline is not None:
+        nets.append(subject_of(baseline, mean, std).on_pixels())
+    elif reprogrammed_layers(nets[0].model):
+        nets.append(plain_of(nets[0], loader))
+    clean: list[list[bool]] = [[] for _ in nets]
+    corrupted = [{kind: {s: list[bool]() for s in severities} for kind in kinds} for _ in nets]
+    with evaluating(nets[0]), evaluating(nets[-1]), Progress(disable=not progress) as bar:
+        batches = count_of(loader)
+        task = bar.add_task("Corrupting", total=batches and batches * len(kinds) * len(severities))
+        for batch in loader:
+            pixels, labels = check_batch(batch)
+            _check_images(pixels, kinds)
+            labels = check_labels(labels, count=len(pixels))
+            first = len(clean[0])
+            for net, right in zip(nets, clean, strict=True):
+                right += _right(net, pixels, labels)
+            for kind in kinds:
+                for severity in severities:
+                    worse = corrupt(pixels, kind, severity, seed=seed, first=first)
+                    for net, by_kind in zip(nets, corrupted, strict=True):
+                        by_kind[kind][severity] += _right(net, worse, labels)
+                    bar.advance(task)
+    if not clean[0]:
+        raise ValueError("The loader gave no images: there is nothing to evaluate.")
+    answers = [
+        Answers(tuple(right), {k: {s: tuple(images) for s, images in by.items()} for k, by in by_kind.items()})
+        for right, by_kind in zip(clean, corrupted, strict=True)
+    ]
+    return CorruptionReport(answers[0], answers[1] if len(nets) > 1 else None, seed, _versions(kinds))
+
+
+def _right(net: PixelModel, pixels: Tensor, labels: Tensor) -> list[bool]:
+    """Image by image, on the device of the model; where logits are not numbers, no answer is right."""
+    # Logits come in the type of the pixels, and in half a type there are ties.
+    logits = net(pixels.to(net.mean.device, torch.promote_types(pixels.dtype, torch.float32)))
+    check_labels(labels, logits.shape[1])
+    right = (logits.argmax(1) == labels.to(logits.device)) & logits.isfinite().all(1)
+    return right.tolist()
+
+
+def _corrupt_one(image: Array, kind: str, severity: int, seed: int, place: int) -> Array:
+    """An image `[C, H, W]`, float64 in [0, 1]."""
+    # The name, rather than its place in CORRUPTIONS, which a new kind would move.
+    random = np.random.SeedSequence((seed, zlib.crc32(kind.encode()), severity, place))
+    if kind in LEVELS:
+        return _ours(image, kind, LEVELS[kind][severity - 1], np.random.default_rng(random))
+    return _of_library(image, kind, severity, random)
+
+
+def _ours(image: Array, kind: str, level: float, random: np.random.Generator) -> Array:
+    if kind == "white_noise":
+        return np.clip(image + level * random.standard_normal(image.shape), 0, 1)
+    flat = image.reshape(len(image), -1).copy()
+    hit = random.permutation(flat.shape[1])[: round(level * flat.shape[1])]
+    flat[:, hit] = np.arange(len(hit)) % 2 if kind == "salt_and_pepper" else 0  # as drawn, so either lies anywhere
+    return flat.reshape(image.shape)
+
+
+def _of_library(image: Array, kind: str, severity: int, random: np.random.SeedSequence) -> Array:
+    from PIL import Image
+
+    function = _library().corruption_dict[kind]  # `corrupt` itself refuses images under 32 pixels, whatever the kind
+    words = random.generate_state(4)
+    # Two do not draw from NumPy's global generator; that of glass_blur is numba's.
+    seed = {"seed": int(words[0])} if kind in ("impulse_noise", "glass_blur") else {}
+    rounded = np.round(image * 255).astype(np.uint8).transpose(1, 2, 0)
+    colour = np.repeat(rounded, 3, axis=2) if len(image) == 1 else rounded
+    with _numpy_seeded(words), np.errstate(invalid="ignore"):
+        worse = np.asarray(function(Image.fromarray(colour), severity, **seed))
+    if kind == "spatter" and not np.isfinite(worse).all():
+        worse = colour  # no splash landed: the library divides by the largest, which is nothing
+    worse = worse.astype(np.uint8).transpose(2, 0, 1) / 255  # rounded down, as the library does
+    if len(image) == 1:
+        return worse[:1] if kind in (*NOISE, "speckle_noise") else worse.mean(0, keepdims=True)
+    return worse
+
+
+@contextmanager
+def _numpy_seeded(words: Array) -> Iterator[None]:
+    """NumPy's global generator seeded inside, and as it was afterwards."""
+    state = np.random.get_state()
+    np.random.seed(words)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+@cache
+def _library() -> Any:
+    """The module; its name is also that of a package given up in 2020, which today's NumPy and scikit-image break."""
+    try:
+        version(LIBRARY)
+        return import_module("imagecorruptions")
+    except ImportError as error:
+        # It asks for the OpenCV with windows, which needs libraries of the desktop that a server often lacks.
+        advice = (
+            "pip uninstall --yes opencv-python; pip install --force-reinstall opencv-python-headless"
+            if ".so" in str(error)
+            else "pip install 'timm_nrpm[corruptions]'"
+        )
+        raise ImportError(
+            f"The corruptions of ImageNet-C come with {LIBRARY}, which cannot be imported ({error}): {advice}. "
+            f"Without it there are {', '.join(NATIVE)}."
+        ) from error
+
+
+def _versions(kinds: Sequence[str]) -> dict[str, str]:
+    modules, found = ["torch", "timm", "numpy"], {"timm_nrpm": __version__}
+    if not set(kinds) <= set(NATIVE):
+        modules += ["cv2", "skimage", "scipy", "numba", "PIL"]
+        found[LIBRARY] = version(LIBRARY)
+    return found | {name: str(import_module(name).__version__) for name in modules}
+
+
+def _check_request(kinds: Sequence[str], severities: Sequence[int], seed: int) -> tuple[tuple[int, ...], int]:
+    """The severities and the seed as plain integers, after a check of all that was asked for and of the library."""
+    for name, given, allowed in (("kinds", kinds, CORRUPTIONS), ("severities", severities, SEVERITIES)):
+        if not given or len(set(given)) < len(given):
+            raise ValueError(
+                f"{name}={tuple(given)!r}: give at least one of {', '.join(map(str, allowed))}, each once."
+            )
+    for kind in kinds:
+        if kind not in CORRUPTIONS:
+            near = difflib.get_close_matches(str(kind), CORRUPTIONS, n=3, cutoff=0.5)
+            advice = f"Near names: {', '.join(near)}." if near else f"There are: {', '.join(CORRUPTIONS)}."
+            raise ValueError(f"kind={kind!r} is not known. {advice}")
+    whole = tuple(check_integer("severity", s, least=SEVERITIES[0], most=SEVERITIES[-1]) for s in severities)
+    seed = check_integer("seed", seed, least=0)
+    if not set(kinds) <= set(NATIVE):
+        _library()
+    return whole, seed
+
+
+def _check_images(pixels: Tensor, kinds: Sequence[str]) -> None:
+    """Shape and type, and a size that every kind is for."""
+    shape = list(pixels.shape)
+    if len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape or not pixels.is_floating_point():
+        raise ValueError(
+            f"The images are {shape} of {pixels.dtype}: give at least one, as floating pixels [B, C, H, W] in [0, 1] "
+            "with C 1 for grey or 3 for colours."
+        )
+    side = min(shape[2:])
+    if too_large := [kind for kind in kinds if SMALLEST[kind] > side]:
+        needs = ", ".join(f"{kind} needs {SMALLEST[kind]} x {SMALLEST[kind]}" for kind in too_large)
+        rest = [kind for kind in CORRUPTIONS if SMALLEST[kind] <= side]
+        raise ValueError(
+            f"The images have {shape[2]} x {shape[3]} pixels, and {needs} at least: give larger images, or "
+            f"kinds that suit them: {', '.join(rest)}."
+        )

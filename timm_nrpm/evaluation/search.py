@@ -1,0 +1,331 @@
+"""Search for lambda, one for all layers and one for each, by what quick attacks leave right; no weight is trained."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count, pairwise
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.checks import check_integer, check_number
+from timm_nrpm.data.images import check_batch, check_labels, pixels_of
+from timm_nrpm.evaluation.evaluate import evaluate
+from timm_nrpm.evaluation.pareto import Candidate, ParetoFront, best_of
+from timm_nrpm.models.calibration import calibrate_, plain_of
+from timm_nrpm.models.modes import evaluating
+from timm_nrpm.models.reprogramming import record_of, reprogrammed_layers, uncalibrate_
+from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.nn.wrappers import Subject, copied, subject_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+STEP = 0.01
+"""Between two lambdas that are tried. A finer one changes nothing that can be seen, and with it a layer would never be
+exactly plain, which lambda = 1 alone is."""
+
+MOST_GLOBAL = 16
+"""Settings with one lambda for all layers, where a lambda for each is searched as well."""
+
+
+def search_lambda(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    threat: Threat | None = None,
+    *,
+    budget: int = 50,
+    layerwise: bool = True,
+    bound: float = 0.1,
+    calibration: Iterable[Any] | None = None,
+    steps: int = 20,
+    seed: int = 0,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    progress: bool = False,
+) -> ParetoFront:
+    """Try lambdas, and tell which leave the most images right under quick attacks at a bounded clean loss.
+
+    The plain model comes first, as the control. Then, with a third of the budget or 16 settings, one lambda for all
+    layers: half of these on an even grid, half between the best so far and its neighbours. Then a lambda for each
+    layer: the best global one on the first half of the layers alone and on the second, and from there on what Optuna's
+    tree-structured Parzen estimator (arXiv 2304.11127) makes of all that was seen, which maximises that share and
+    minimises the clean loss under the bound. All lambdas are whole hundredths.
+
+    The model itself is not changed. To apply the result, and then calibrate anew:
+
+        reprogram_(model, dataclasses.replace(model.nrpm.config, lam=front.best.lams))
+        calibrate_(model, calibration)
+
+    The best of many settings is in part the luckiest, on these images and with this random start of PGD. What it is
+    worth, `evaluate` tells on other images, with another seed, beside the plain model.
+
+    Args:
+        model: A reprogrammed model; its lambdas and its calibration do not matter.
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`; the same in each pass.
+        threat: The default is Linf with eps 8/255.
+        budget: How many settings are tried, the plain model included. A setting costs one `evaluate` and, with
+            `calibration`, one `calibrate_`. Fewer are tried if there are no more, as of one lambda there are 101.
+        layerwise: Whether to search a lambda for each layer too, which needs Optuna.
+        bound: By how much the clean loss, the mean cross-entropy, may exceed the plain model's, in nats.
+        calibration: Batches of pixels in [0, 1], or tuples that start with one, such as those of the training loader,
+            as for `calibrate_`. Every setting is
+            calibrated on them before it is evaluated, since other lambdas make statistics stale. Without them none is.
+        steps: Of PGD.
+        seed: Of PGD's random start, and of the search: the same seed gives the same trials.
+        mean, std: The model's normalisation, as for :func:`timm_nrpm.evaluate`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: A model that is not reprogrammed, a setting outside its range, a loader that is empty, gives its
+            images once or gives others each time, pixels outside [0, 1], labels that are no classes of the model, or a
+            plain model whose clean loss is not finite.
+        ImportError: Optuna is not installed.
+
+    Example:
+        >>> front = search_lambda(model, loader, Threat("Linf", 0.15), calibration=training_loader, budget=30)
+        >>> front.best.quick, front.plain.quick, len(front.trials)
+        (0.628, 0.606, 30)
+        >>> timm_nrpm.plot(front, "front.png")
+    """
+    threat = threat or Threat()
+    if not isinstance(threat, Threat):
+        raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')
+    budget = check_integer("budget", budget, least=2, why=" (the plain model is the first)")
+    bound = check_number("bound", bound, least=0, why=" of nats")
+    steps, seed = check_integer("steps", steps, least=1), check_integer("seed", seed, least=0)
+    record_of(model)
+    subject = subject_of(model, mean, std)
+    work = _working_copy(subject.model)
+    layers = reprogrammed_layers(work)
+    layerwise = layerwise and len(layers) > 1
+    optuna = _optuna() if layerwise else None
+    net = Subject(work, subject.mean, subject.std).on_pixels().eval()
+    images = _Images(loader)
+    statistics = None if calibration is None else _Calibration(calibration)
+    plain = plain_of(net, images if statistics is None else statistics).eval()
+    share = min(MOST_GLOBAL, max(1, (budget - 1) // 3)) if layerwise else budget - 1
+    trials: list[Candidate] = []
+    samples = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not progress) as bar:
+        task = bar.add_task("Searching lambda", total=budget)
+        for kind, lams in _settings(list(layers), trials, share, bound, seed, optuna):
+            with torch.no_grad():
+                for name, layer in layers.items():
+                    layer.lam.fill_(lams[name])
+            if statistics is not None and kind != "plain":  # which calibration would leave as it is
+                calibrate_(work, statistics, **net.normalisation())
+            judged = plain if kind == "plain" else net
+            loss = _clean_loss(judged, images)
+            if not trials and not math.isfinite(loss):
+                raise ValueError(f"The plain model's clean loss is {loss}, which no bound can be counted from.")
+            report = evaluate(judged, images, threat, "quick", steps=steps, seed=seed, control=False)
+            samples = report.samples
+            loss = loss if math.isfinite(loss) else math.inf
+            trials.append(Candidate(kind, lams, loss, report.accuracy("clean"), report.worst_case, report.flags))
+            best = best_of(trials, trials[0].clean_loss + bound)
+            told = f"quick attacks {100 * best.quick:.1f} %, plain {100 * trials[0].quick:.1f} %"
+            bar.update(task, advance=1, description=f"Searching lambda: {told}")
+            if len(trials) == budget:
+                break
+    return ParetoFront(threat, steps, seed, samples, bound, tuple(trials))
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError(
+            "A lambda for each layer is searched by Optuna: pip install 'timm_nrpm[search]', or give layerwise=False."
+        ) from error
+    return optuna
+
+
+def _working_copy(model: Model) -> Model:
+    """A copy to try lambdas on, in the memory of the same weights, without calibration and in evaluation mode.
+
+    The Parameters are new objects, so that nothing done to them, were it interrupted, shows on those of `model`.
+    """
+    own = {id(layer.lam) for layer in reprogrammed_layers(model).values()}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(
+            p.detach().to(torch.float32, copy=True) if id(p) in own else p.detach(), requires_grad=False
+        )
+        for p in model.parameters()
+    }
+    work = copied(model, memo).eval()
+    uncalibrate_(work)
+    return work
+
+
+class _Images:
+    """The batches of a loader, checked, and the same in every pass."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = _lasting(loader, "loader")
+        self.first: list[tuple[float, list[int]]] = []
+        self.complete = False
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        seen = 0
+        for batch in self.loader:
+            pixels, labels = check_batch(batch)
+            labels = check_labels(labels, count=len(pixels))
+            looks = (float(pixels.double().sum()), labels.tolist())
+            if not self.complete:
+                self.first.append(looks)
+            elif seen >= len(self.first) or self.first[seen] != looks:
+                raise ValueError(self.changed())
+            seen += 1
+            yield pixels, labels
+        if seen < len(self.first):
+            raise ValueError(self.changed())
+        self.complete = True
+
+    def changed(self) -> str:
+        return (
+            "The loader gave other images, or the same in another order, when it was run again: settings can only be "
+            "compared on the same images. Give shuffle=False and no random augmentation, or a list of its batches."
+        )
+
+
+class _Calibration:
+    """The batches of a loader of pixels, which can be had again."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = _lasting(loader, "calibration")
+        if next(iter(self), None) is None:  # now, not after the plain model was attacked
+            raise ValueError("calibration gave no images: give batches of pixels, or None to calibrate nothing.")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return pixels_of(self.loader, "calibration")
+
+
+def _lasting(loader: Iterable[Any], name: str) -> Iterable[Any]:
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"{name} is a {type(loader).__name__}, which gives its images once, and every setting needs them again: "
+            f"give a DataLoader, or a list of the batches, {name}=list({name})."
+        )
+    return loader
+
+
+@torch.no_grad()
+def _clean_loss(net: PixelModel, images: _Images) -> float:
+    """Mean cross-entropy in nats."""
+    total, seen = 0.0, 0
+    with evaluating(net):
+        for pixels, labels in images:
+            logits = net(pixels.to(net.mean.device)).double()  # [B, classes]
+            check_labels(labels, logits.shape[1])
+            total += float(F.cross_entropy(logits, labels.to(logits.device), reduction="sum"))
+            seen += len(labels)
+    if not seen:
+        raise ValueError("The loader gave no images: there is nothing to compare settings on.")
+    return total / seen
+
+
+def _settings(
+    names: list[str], trials: list[Candidate], share: int, bound: float, seed: int, optuna: Any
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """What to try next: `trials` holds what was, and grows by what was given last."""
+    yield "plain", dict.fromkeys(names, 1.0)
+    for _ in range(share):
+        value = _next_global({c.lams[names[0]]: c for c in trials}, (share + 1) // 2, bound)
+        if value is None:
+            break
+        yield "global", dict.fromkeys(names, value)
+    if optuna is not None:
+        with _quiet(optuna):
+            sampler = _Sampler(optuna, names, trials[0].clean_loss + bound, seed)
+        for lams in _layerwise(sampler, names, trials):
+            yield "layerwise", lams
+
+
+def _next_global(tried: dict[float, Candidate], points: int, bound: float) -> float | None:
+    """One lambda for all layers: on a grid of `points`, then in the middle of the wider gap beside the best so far."""
+    for i in range(1, points + 1):
+        value = round(1 - i / max(points, 2), 2)  # a single point is 0.5
+        if value not in tried:
+            return value
+    best = best_of(tried.values(), tried[1.0].clean_loss + bound)
+    values = sorted(tried)
+    gaps = [(round(high - low, 2), low, high) for low, high in pairwise(values)]
+    gaps = [gap for gap in gaps if gap[0] > STEP]
+    beside = [gap for gap in gaps if tried[gap[1]] is best or tried[gap[2]] is best]
+    if not gaps:
+        return None
+    _, low, high = max(beside or gaps)
+    return round((low + high) / 2, 2)
+
+
+def _layerwise(sampler: _Sampler, names: list[str], trials: list[Candidate]) -> Iterator[dict[str, float]]:
+    """A lambda for each layer."""
+    for candidate in trials:
+        sampler.tell(candidate)
+    start = best_of([c for c in trials if c.kind == "global"], sampler.limit).lams
+    half = (len(names) + 1) // 2
+    for kept in (names[:half], names[half:]):
+        yield {name: start[name] if name in kept else 1.0 for name in names}
+        sampler.tell(trials[-1])
+    repeats = count()
+    while next(repeats) < 1000:  # where there is nothing new to find
+        trial, lams = sampler.ask()
+        known = next((c for c in trials if c.lams == lams), None)
+        if known is None:
+            yield lams
+            known, repeats = trials[-1], count()
+        sampler.finish(trial, known)
+
+
+class _Sampler:
+    """Optuna, asked and told."""
+
+    def __init__(self, optuna: Any, names: list[str], limit: float, seed: int) -> None:
+        self.optuna, self.limit = optuna, limit
+        self.space = {name: optuna.distributions.FloatDistribution(0.0, 1.0, step=STEP) for name in names}
+        self.named = hasattr(optuna.trial.Trial, "set_constraint")  # since Optuna 5
+        older = {} if self.named else {"constraints_func": lambda trial: (trial.user_attrs["excess"],)}
+        with _quiet(optuna):
+            sampler = optuna.samplers.TPESampler(multivariate=True, n_startup_trials=1, seed=seed, **older)
+            self.study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+
+    def ask(self) -> tuple[Any, dict[str, float]]:
+        with _quiet(self.optuna):
+            trial = self.study.ask(self.space)
+        return trial, {name: round(trial.params[name], 2) for name in self.space}
+
+    def tell(self, candidate: Candidate) -> None:
+        """What it did not ask for."""
+        with _quiet(self.optuna):
+            self.study.enqueue_trial(candidate.lams)
+        self.finish(self.ask()[0], candidate)
+
+    def finish(self, trial: Any, candidate: Candidate) -> None:
+        loss = min(candidate.clean_loss, 1e6)
+        if self.named:
+            trial.set_constraint("clean_loss", loss - self.limit)
+        else:
+            trial.set_user_attr("excess", loss - self.limit)
+        with _quiet(self.optuna):
+            self.study.tell(trial, (candidate.quick, loss))
+
+
+@contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Optuna reports every study and trial, and that its settings are new."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)

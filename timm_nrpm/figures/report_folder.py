@@ -1,0 +1,97 @@
+"""All there is to look at of an evaluation: its pictures, and the page that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from timm_nrpm.attacks.efforts import EFFORTS
+from timm_nrpm.attacks.sources import sources_of
+from timm_nrpm.attacks.suites import alone, attacks_of
+from timm_nrpm.data.ordering import seed_of
+from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.figures.attacked import draw_attacked
+from timm_nrpm.figures.page import write_page
+from timm_nrpm.figures.robustness import draw_attacks, draw_curves
+from timm_nrpm.models.modes import attackable
+from timm_nrpm.nn.pixel_model import PixelModel
+
+IMAGES = 8
+
+
+def show(
+    reports: Sequence[RobustnessReport],
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    folder: str | Path,
+    *,
+    title: str,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Path:
+    """Write pictures of an evaluation into a folder, and one HTML page with all of them.
+
+    The pictures: what every attack leaves (`attacks.png`), accuracy over eps where there are several reports
+    (`curves.png`), and attacked images with their differences (`attacked.png`).
+
+    Args:
+        reports: Of `model`, one for each eps.
+        model, loader, mean, std: As they were given to :func:`timm_nrpm.evaluate`.
+        folder: Made if it is not there.
+        title: Of the page.
+
+    Returns:
+        The page, `folder/report.html`.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+
+    Example:
+        >>> show([report], model, loader, "evaluated", title="resnet18 at lambda 0.8")
+        PosixPath('evaluated/report.html')
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    last = max(reports, key=lambda report: report.threat.eps)
+    pictures = {f"What every attack leaves, {last.threat}": draw_attacks(last, folder / "attacks.png")}
+    if len(reports) > 1:
+        draw_curves(reports, folder / "curves.png")  # the page has its own
+    pixels, labels = next(iter(loader))
+    if pixels.shape[1] in (1, 3):
+        pixels, labels = pixels[:IMAGES], labels[:IMAGES]
+        attacked, predictions = attack_one_batch(model, pixels, labels, last, mean=mean, std=std)
+        said = f"The first images, attacked by PGD from the plain model, {last.threat}; differences amplified"
+        pictures[said] = draw_attacked(pixels, attacked, labels, predictions, folder / "attacked.png")
+    return write_page(reports, folder / "report.html", title=title, pictures=pictures)
+
+
+def attack_one_batch(
+    model: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    report: RobustnessReport,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attacked pixels `[B, C, H, W]` on the CPU, and the classes `[B]` that the model gives them: PGD from the plain
+    model, or along the own gradient of one that is not reprogrammed."""
+    with attackable(model):
+        sources = sources_of(model, mean=mean, std=std)
+        net = sources["own"].net
+        x, y = pixels.to(net.mean.device), labels.to(net.mean.device).long()
+        attacks = {a.name: a for a in attacks_of("quick", report.threat, EFFORTS["quick"], sources, classes_of(net, x))}
+        attack = attacks.get("pgd_plain", attacks["pgd"])
+        with sources[attack.source].followed() as followed:
+            attacked = alone(attack, report.threat)(followed, x, y, [seed_of(report.seed, 0, i) for i in range(len(x))])
+        with torch.no_grad():
+            return attacked.cpu(), net(attacked).argmax(1).cpu()
+
+
+@torch.no_grad()
+def classes_of(net: PixelModel, pixels: Tensor) -> int:
+    """How many classes the model has."""
+    return int(net(pixels[:1]).shape[1])

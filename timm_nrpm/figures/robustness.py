@@ -1,0 +1,279 @@
+"""Pictures of evaluations: accuracy over the bound, over lambda, and under each attack, beside the plain model's.
+
+PNG or SVG, as the path ends, in colours that the colour-blind can tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timm_nrpm.evaluation.report import AttackResult, RobustnessReport
+from timm_nrpm.figures import canvas
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SOURCES = {
+    "own": ("own gradient", "#0072B2"),
+    "bpda": ("linear maps' gradient", "#CC79A7"),
+    "plain": ("plain model's gradient", "#009E73"),
+    "base": ("another model's gradient", "#000000"),
+    "soft": ("surrogate, ten times the eps", "#56B4E9"),
+    "soft_short": ("surrogate, ten times the eps, one iteration", "#56B4E9"),
+    "halfway": ("surrogate, lambda halfway", "#56B4E9"),
+    "best": ("search from the worst points", "#F0E442"),
+    "scores": ("scores alone", "#E69F00"),
+}
+"""Whose gradient an attack follows, in words, and its colour."""
+
+CLEAN, WORST, CONTROL = "#767676", "#D55E00", "#000000"
+
+MARKERS = "so^Dv*"
+"""Of thin lines, of which there are no more."""
+
+UNITS = {"Linf": "largest change of a pixel", "L2": "pixel units", "L1": "pixel units", "L0": "pixels"}
+
+
+def draw_curves(reports: Sequence[RobustnessReport], path: str | Path) -> Path:
+    """Draw accuracy over eps: the worst case in bold with its 95 % interval, that of the plain model dashed, and a thin
+    line for each attack that tried every image in all reports.
+
+    The other attacks try what is left by those before them, so that they have no line of their own: together they
+    are the worst case.
+
+    Args:
+        reports: One for each eps, of one model under one norm, in any order; eps = 0 is the clean accuracy.
+        path: Ends in .png or .svg.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: Another ending, no reports, or reports that do not belong on one curve.
+        ImportError: Matplotlib is not installed.
+
+    Example:
+        >>> reports = [evaluate(model, loader, Threat("Linf", k / 255)) for k in (2, 4, 8)]
+        >>> draw_curves(reports, "curves.svg")
+    """
+    target = canvas.target(path)
+    at = _by_eps(reports)
+    first = next(iter(at.values()))
+    figure = canvas.figure(7.6, 4.6)
+    panel = figure.subplots()
+    _lines(panel, at, _compared(list(at.values()), len(at)), zero=True)
+    norm, bounds = first.threat.norm, [0.0, *at]
+    fractions = norm == "Linf" and all(abs(255 * eps - round(255 * eps)) < 1e-6 for eps in bounds)
+    if len(bounds) < 12:
+        panel.set_xticks(bounds, [f"{round(255 * eps)}/255" if fractions and eps else f"{eps:.3g}" for eps in bounds])
+    panel.set(xlabel=f"eps under {norm} ({UNITS[norm]})", ylabel="accuracy, %", ylim=(0, 102))
+    panel.set_xlim(0, max(bounds) * 1.02)
+    suites = " and ".join(dict.fromkeys(report.suite for report in at.values()))
+    panel.set_title(f'Accuracy under attack, {first.samples} images, suite "{_text(suites)}"', fontsize=11)
+    _legend(figure, panel)
+    return _save(figure, target)
+
+
+def draw_lambda(reports: Mapping[str, Mapping[float, RobustnessReport]], path: str | Path, title: str) -> Path:
+    """Draw accuracy over lambda, one panel for each key of `reports`: clean, under each attack that tried every image,
+    and the worst case in bold with its 95 % interval. The plain model, lambda = 1, is on the left.
+
+    Args:
+        reports: By heading and lambda, all under one threat.
+        path: Ends in .png or .svg.
+        title: Above all panels.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: Another ending, no reports, or reports under several threats.
+        ImportError: Matplotlib is not installed.
+
+    Example:
+        >>> draw_lambda({"calibrated": {1.0: plain, 0.8: ours}}, "lambda.png", "resnet18, Linf 8/255")
+    """
+    target = canvas.target(path)
+    every = [report for by_lam in reports.values() for report in by_lam.values()]
+    if not every or not all(reports.values()):
+        raise ValueError('There are no reports to draw: give {"heading": {1.0: report, 0.8: report}}.')
+    threats = list(dict.fromkeys(str(report.threat) for report in every))
+    if len(threats) > 1:
+        raise ValueError(f"The reports are under {' and '.join(threats)}: give reports under one threat.")
+    figure = canvas.figure(4.9 * len(reports) + 0.4, 4.9)
+    panels = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
+    names = _compared(every, min(2, len(every)))
+    for panel, (heading, by_lam) in zip(panels, reports.items(), strict=True):
+        at = {lam: by_lam[lam] for lam in sorted(by_lam, reverse=True)}
+        clean = [100 * report.accuracy() for report in at.values()]
+        panel.plot(list(at), clean, color=CLEAN, linestyle=":", marker="x", linewidth=1.5, label="clean")
+        _lines(panel, at, names)
+        panel.set(xlabel="lambda (1 = the plain model)", ylim=(0, 102))
+        panel.set_title(heading, fontsize=11)
+        panel.invert_xaxis()
+        if len(at) < 8:
+            panel.set_xticks(list(at), [f"{lam:g}" for lam in at])
+    panels[0].set_ylabel("accuracy, %")
+    figure.suptitle(title, fontsize=12)
+    _legend(figure, *panels)
+    return _save(figure, target)
+
+
+def draw_attacks(report: RobustnessReport, path: str | Path) -> Path:
+    """Draw a bar for each attack, in the order in which they were tried, of the accuracy that it left, with a diamond
+    where the plain model stands under the same attack, and the worst case at the end with its 95 % interval.
+
+    A pale bar is an attack that tried the images alone that were still right: what it shows is left by all so far.
+
+    Args:
+        report: Of any suite.
+        path: Ends in .png or .svg.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: Another ending.
+        ImportError: Matplotlib is not installed.
+
+    Example:
+        >>> draw_attacks(evaluate(model, loader, Threat("Linf", 8 / 255)), "attacks.svg")
+    """
+    target = canvas.target(path)
+    control = report.control
+    known = {} if control is None else {attack.name: control.accuracy(attack.name) for attack in control.attacks}
+    rows = [("clean", report.accuracy(), None if control is None else control.accuracy())]
+    rows += [(_text(attack.name), report.accuracy(attack.name), known.get(attack.name)) for attack in report.attacks]
+    rows.append((report.name, report.worst_case, None if control is None else control.worst_case))
+    colours, alphas, last = (
+        [CLEAN, *(_words(a.source)[1] for a in report.attacks), WORST],
+        [1.0] * len(rows),
+        len(rows) - 1,
+    )
+    for i, attack in enumerate(report.attacks, 1):
+        alphas[i] = 1.0 if tried_all(report, attack) else 0.45
+    figure = canvas.figure(8.0, 1.9 + 0.25 * len(rows))
+    panel = figure.subplots()
+    note: dict[str, Any] = {"transform": panel.get_yaxis_transform(), "ha": "right", "va": "center", "fontsize": 9}
+    columns = [(1.09, "%")] if control is None else [(1.09, "%"), (1.18, "plain")]
+    for i, (_, *shares) in enumerate(rows):
+        panel.barh(i, 100 * (shares[0] or 0), height=0.72, color=colours[i], alpha=alphas[i])
+        for (x, _), share in zip(columns, shares, strict=False):
+            said = "-" if share is None else f"{100 * share:.1f}"
+            panel.text(x, i, said, fontweight="bold" if i == last else "normal", **note)
+    for x, said in columns:
+        panel.text(x, -1.1, said, **note)
+    low, high = (100 * share for share in report.interval())
+    panel.plot([low, high], [last, last], color=CONTROL, linewidth=2, marker="|", markersize=9, label="95 % interval")
+    if control is not None:
+        beside = [(100 * share, i) for i, (*_, share) in enumerate(rows) if share is not None]
+        look: dict[str, Any] = {"marker": "D", "s": 26, "facecolor": "white", "edgecolor": CONTROL, "zorder": 4}
+        panel.scatter(*zip(*beside, strict=True), clip_on=False, label="plain model, same attack", **look)
+    for said, colour in dict.fromkeys(_words(attack.source, brief=True) for attack in report.attacks):
+        panel.bar(0, 0, color=colour, label=said)  # the legend's alone, not pale
+    panel.axhline(last - 0.5, color="black", linewidth=0.8)
+    panel.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=9)
+    panel.get_yticklabels()[-1].set_fontweight("bold")
+    panel.set(xlim=(0, 100), ylim=(last + 0.6, -0.6))
+    panel.set_xlabel("accuracy left, % (pale: by this attack and all above together)")
+    panel.grid(axis="x", alpha=0.3)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    title = f'{report.samples} images, {report.threat}, suite "{_text(report.suite)}"'
+    panel.set_title(title + "".join(f"\nFLAG: {_text(flag)}" for flag in report.flags), fontsize=11, pad=18)
+    _legend(figure, panel)
+    return _save(figure, target)
+
+
+def _by_eps(reports: Sequence[RobustnessReport]) -> dict[float, RobustnessReport]:
+    """By eps, the smallest first, if they belong on one curve."""
+    if not reports:
+        raise ValueError("There are no reports to draw: give one for each eps.")
+    norms = list(dict.fromkeys(report.threat.norm for report in reports))
+    if len(norms) > 1:
+        raise ValueError(f"The reports are under {' and '.join(norms)}: draw one curve for each norm.")
+    at = {report.threat.eps: report for report in sorted(reports, key=lambda report: report.threat.eps)}
+    if len(at) < len(reports):
+        raise ValueError(f"{len(reports)} reports have {len(at)} different eps: give one report for each.")
+    for what, values in (("models", {r.sha256 for r in reports}), ("numbers of images", {r.samples for r in reports})):
+        if len(values) > 1:
+            raise ValueError(f"The reports are of {len(values)} {what}: evaluate one model on the same images.")
+    return at
+
+
+def tried_all(report: RobustnessReport, attack: AttackResult) -> bool:
+    """Whether it tried every image that was right, so that its accuracy is its own and not that of those before it."""
+    return all(tried is not None for tried, right in zip(attack.survived, report.correct, strict=True) if right)
+
+
+def _compared(reports: Sequence[RobustnessReport], least: int) -> dict[str, str]:
+    """Attacks that `least` reports have and that tried every image in them, and their sources: the same PGD along
+    several gradients before others, and of those the strongest, as many as there are markers."""
+    found = {attack.name: attack.source for report in reports for attack in report.attacks}
+    shares: dict[str, list[float]] = {name: [] for name in found}
+    for report in reports:
+        for attack in report.attacks:
+            shares[attack.name].append(report.accuracy(attack.name) if tried_all(report, attack) else float("nan"))
+    kept = [name for name, each in shares.items() if len(each) >= least and sum(each) >= 0]  # which NaN is not
+    kept.sort(key=lambda name: (name != "fgsm" and name.split("_")[0] != "pgd", sum(shares[name]) / len(shares[name])))
+    return {name: source for name, source in found.items() if name in kept[: len(MARKERS)]}
+
+
+def _lines(panel: Axes, at: Mapping[float, RobustnessReport], names: Mapping[str, str], zero: bool = False) -> None:
+    """The worst case, the plain model's and the attacks `names` over the keys of `at`; if `zero`, from clean at 0."""
+    reports = list(at.values())
+    start = {0.0: reports[0].accuracy()} if zero else {}
+
+    def line(shares: Mapping[float, float], **look: Any) -> None:
+        panel.plot(list(shares), [100 * share for share in shares.values()], **look)
+
+    worst = start | {x: report.worst_case for x, report in at.items()}
+    spans = [reports[0].interval(share) for share in start.values()] + [report.interval() for report in reports]
+    low, high = ([100 * span[i] for span in spans] for i in (0, 1))
+    name = next(iter(at.values())).name
+    line(worst, color=WORST, linewidth=3.6, label=f"{name}, image by image")
+    panel.fill_between(list(worst), low, high, color=WORST, alpha=0.18, linewidth=0, label="its 95 % interval")
+    controls = {x: report.control for x, report in at.items() if report.control is not None}
+    if controls:
+        begin = {0.0: next(iter(controls.values())).accuracy()} if zero else {}
+        shares = begin | {x: report.worst_case for x, report in controls.items()}
+        line(shares, color=CONTROL, linewidth=2.4, linestyle="--", label=f"plain model's {name}")
+    for marker, (name, source) in zip(MARKERS, names.items(), strict=False):
+        said, colour = _words(source)
+        shares = {x: report.accuracy(name) for x, report in at.items() if any(a.name == name for a in report.attacks)}
+        look = {"color": colour, "marker": marker, "linewidth": 1.3, "markersize": 5, "zorder": 3}
+        line(start | shares, label=f"{_text(name)}: {said}", linestyle=":" if name == "fgsm" else "-", **look)
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _words(source: str, brief: bool = False) -> tuple[str, str]:
+    """A source in words, and its colour; if `brief`, those of one colour in the same words."""
+    said, colour = SOURCES.get(source, (_text(source), CLEAN))
+    return ("smoother surrogate's gradient" if brief and colour == SOURCES["soft"][1] else said), colour
+
+
+def _text(said: str) -> str:
+    """What a report says, which is no formula."""
+    return said.replace("$", r"\$")
+
+
+def _legend(figure: Figure, *panels: Axes) -> None:
+    """One for all panels, below them, where it hides nothing."""
+    handles = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+
+
+def _save(figure: Figure, target: Path) -> Path:
+    import matplotlib
+
+    # Text stays text, for those who search or listen; the same report gives the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "timm_nrpm"}):
+        metadata = {"Date": None} if target.suffix.lower() == ".svg" else None
+        figure.savefig(target, dpi=150, bbox_inches="tight", metadata=metadata)
+    return target

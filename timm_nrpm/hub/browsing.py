@@ -1,0 +1,181 @@
+"""What the Hub has: variants by owner, what one holds without its weights, and copies of them on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_OFFLINE
+
+from timm_nrpm.errors import NotOnHub, Unreachable
+from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.hub.cards import CARD, EVALUATION, PICTURE, TAGS, parse_evaluation
+from timm_nrpm.hub.publishing import check_repo_id
+from timm_nrpm.models.base import Base
+from timm_nrpm.models.downloads import insist
+from timm_nrpm.models.format import CONFIG
+from timm_nrpm.models.loading import PREFIX, find_variant
+from timm_nrpm.models.saving import filling
+
+EXTRAS = (CARD, EVALUATION, PICTURE)
+LARGEST_EXTRA = 64 << 20
+"""Bytes of a card, a picture or reports."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A variant as it says it is, read without its weights.
+
+    Attributes:
+        name: A folder or repository.
+        commit: That was read, on the Hub.
+        base: What it was made from.
+        is_full: Whether the weights are in it.
+        settings: Of the estimates.
+        lams: Of every layer.
+        reports: Behind its card, if they are of this very model.
+        note: What is to be said of them.
+    """
+
+    name: str
+    commit: str | None
+    base: Base
+    is_full: bool
+    settings: Mapping[str, Any]
+    lams: Mapping[str, float]
+    reports: tuple[RobustnessReport, ...]
+    note: str
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Every flag that a report raises."""
+        return tuple(dict.fromkeys(flag for report in self.reports for flag in report.flags))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A repository in a list."""
+
+    repo_id: str
+    private: bool
+    base: str | None
+    modified: str
+
+
+def inspect(
+    source: str | Path, *, revision: str | None = None, token: str | bool | None = None, local_files_only: bool = False
+) -> Description:
+    """Read what a variant holds, without its weights and without those of its base.
+
+    Args:
+        source, revision, token, local_files_only: As for :func:`timm_nrpm.from_pretrained`.
+
+    Raises:
+        timm_nrpm.errors.BrokenVariant, timm_nrpm.errors.HubError: As there.
+
+    Example:
+        >>> inspect("me/resnet18-nrpm").flags
+        ('gradient_masking',)
+    """
+    options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    found = find_variant(source, revision=revision, **options, weights=False)
+    variant = found.variant
+    reports: list[RobustnessReport] = []
+    try:
+        path = found.repository.fetch(EVALUATION, LARGEST_EXTRA) if found.repository else found.find(EVALUATION)
+        reports = parse_evaluation(path.read_text(encoding="utf-8"))
+        note = f"{len(reports)} evaluation{'s' * (len(reports) != 1)}"
+    except (NotOnHub, FileNotFoundError):
+        note = "Not evaluated."
+    except Unreachable:
+        if not (local_files_only or HF_HUB_OFFLINE):
+            raise
+        note = "If it was evaluated, that is not in the cache."
+    except ValueError as error:
+        note = f"Its evaluation cannot be read: {error}"
+    if any(report.sha256 != variant.model for report in reports):
+        note, reports = "Its evaluation is of another model, and says nothing of this one.", []
+    commit = found.repository.revision if found.repository else None
+    about = (variant.base, variant.is_full, variant.settings, variant.lams)
+    return Description(found.where, commit, *about, tuple(reports), note)
+
+
+def list_variants(author: str, *, token: str | bool | None = None) -> list[Listed]:
+    """The variants that somebody published, by their tag.
+
+    Raises:
+        timm_nrpm.errors.HubError: The Hub cannot be asked.
+
+    Example:
+        >>> [listed.repo_id for listed in list_variants("me")]
+        ['me/resnet18-nrpm']
+    """
+    ask = partial(HfApi(token=token).list_models, author=author, filter=TAGS[0], full=True, cardData=True)
+    models = insist(f"Listing the models of {author}", lambda: list(ask()), token=token)
+    return [
+        Listed(
+            model.id,
+            bool(model.private),
+            _base_of(model),
+            f"{model.last_modified:%Y-%m-%d}" if model.last_modified else "",
+        )
+        for model in sorted(models, key=lambda model: model.id)
+    ]
+
+
+def pull(
+    repo_id: str,
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Copy a variant from the Hub into a folder, with its card: all of it, of one commit, or nothing.
+
+    Args:
+        repo_id, revision, cache_dir, token, local_files_only: As for :func:`timm_nrpm.from_pretrained`.
+        folder: Is made, or holds a variant that is replaced.
+
+    Returns:
+        The folder, for `from_pretrained`.
+
+    Raises:
+        ValueError: `folder` holds something else, or `repo_id` is no name.
+        timm_nrpm.errors.BrokenVariant, timm_nrpm.errors.HubError: As for `from_pretrained`.
+
+    Example:
+        >>> pull("me/resnet18-nrpm", "resnet18-nrpm")
+        PosixPath('resnet18-nrpm')
+    """
+    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    folder, source = Path(folder), f"{PREFIX}{check_repo_id(repo_id)}"  # not a folder of that name
+    with filling(folder) as draft:
+        found = find_variant(source, revision=revision, **options)
+        assert found.repository is not None
+        for name in (CONFIG, *found.variant.files):
+            shutil.copyfile(found.find(name), draft / name)
+        for name in EXTRAS:
+            try:
+                shutil.copyfile(found.repository.fetch(name, LARGEST_EXTRA), draft / name)
+            except NotOnHub:
+                pass
+            except Unreachable:
+                if not (local_files_only or HF_HUB_OFFLINE):
+                    raise
+        got = {file.name for file in draft.iterdir()}
+    for name in set(EXTRAS) - got:
+        (folder / name).unlink(missing_ok=True)  # of the variant that was there
+    return folder
+
+
+def _base_of(model: Any) -> str | None:
+    """What a card says; anybody may have written it."""
+    said = model.card_data.get("base_model") if model.card_data else None
+    return ", ".join(map(str, said)) if isinstance(said, list) else said and str(said)

@@ -1,0 +1,312 @@
+"""Model cards that cannot say more than was measured: rendered from the report's JSON and the variant itself.
+
+What stands between two marks in a card is written anew each time; what its owner wrote around them stays.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+
+from timm_nrpm.attacks.flags import MEANINGS
+from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.figures.lambdas import draw_lambdas
+from timm_nrpm.models.creation import TIMM_FILES
+from timm_nrpm.models.downloads import REPO_ID
+from timm_nrpm.models.format import CONFIG, TENSORS, Variant
+from timm_nrpm.models.loading import find_variant
+
+CARD, EVALUATION, PICTURE = "README.md", "evaluation.json", "lambdas.png"
+TAGS = ("timm_nrpm", "timm", "adversarial-robustness")
+BEGIN = "<!-- timm_nrpm: from here to the next mark this card is generated; write before or after it -->"
+END = "<!-- timm_nrpm: end of what is generated -->"
+BEFORE, AFTER = "<!-- before -->", "<!-- after -->"
+"""Where the template has what others wrote, until it is put there as it is."""
+
+LICENSE = ("license", "license_name", "license_link")
+OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
+"""Metadata that is rewritten; the rest of an existing card stays."""
+
+EFFORT = ("suite", "steps", "queries", "rounds", "evolutions", "seed")
+HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-amlr", "apple-ascl", "gemma")
+"""Of those that timm's models have, the ones that the Hub knows; others it wants as `other`, with a name."""
+
+
+def render(
+    variant: Variant,
+    folder: Path,
+    name: str,
+    reports: Sequence[RobustnessReport] = (),
+    *,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    existing: str | None = None,
+) -> ModelCard:
+    """The card of a variant.
+
+    Args:
+        variant: What is published.
+        folder: Holds its files, and its picture if there is one.
+        name: `owner/name` on the Hub.
+        reports: Of this very model, one for each threat; none makes a card that says so.
+        license: An id that the Hub knows; by default the existing card's, unless it is of another base, or the base's.
+        datasets: On the Hub, that the model was trained on; by default the existing card's, unless it is of another
+            base.
+        existing: The text of a card whose own words and metadata stay.
+
+    Raises:
+        ValueError: A report is of another model, no licence is known, or the existing card cannot be read.
+
+    Example:
+        >>> render(variant, folder, "me/resnet18-nrpm", [report]).save("README.md")
+    """
+    validate_repo_id(name)
+    for report in reports:
+        if report.sha256 != variant.model:
+            raise ValueError(
+                f"The report under {report.threat} is of another model ({report.sha256[:12]}... was attacked, and "
+                f"{variant.model[:12]}... is published): evaluate the model as it is now."
+            )
+    before, after, metadata, base_before = _kept(existing, name)
+    data = {**metadata, **_metadata(variant, name, reports)}
+    of_same_base = existing is not None and base_before in (None, data.get("base_model"))
+    for key in () if of_same_base and license is None and metadata.get("license") else LICENSE:
+        data.pop(key, None)
+    if not of_same_base:
+        data.pop("datasets", None)  # that another base was trained on
+    if "license" not in data:
+        data |= _license(license, variant, folder)
+    data["tags"] = list(dict.fromkeys([*TAGS, *(metadata.get("tags") or [])]))
+    if datasets:
+        data["datasets"] = list(datasets)
+    lams = [(layer, f"{lam:.4g}") for layer, lam in variant.lams.items()]
+    values = list(variant.lams.values())
+    flags = dict.fromkeys(flag for report in reports for flag in report.flags)
+    base = variant.base
+    content: dict[str, Any] = {
+        "name": name,
+        "before": f"{BEFORE}\n",
+        "after": f"{AFTER}\n",
+        "begin": BEGIN,
+        "end": END,
+        "full": variant.is_full,
+        "base": _described(variant),
+        "architecture": base.architecture,
+        "settings": variant.settings,
+        "public": base.is_public,
+        "tuned": base.tuned,
+        "quick": any(report.suite == "quick" for report in reports),
+        "in_timm": _is_timms(base.architecture),
+        "through_timm": not variant.is_full and TIMM_FILES[0] in variant.files,
+        "source": _repository(variant) or base.name,
+        "revision": base.revision,
+        "calibrated": bool(variant.tensors),
+        "size": sum((folder / file).stat().st_size for file in (CONFIG, TENSORS)),
+        "lams": lams,
+        "low": f"{min(values):.4g}",
+        "high": f"{max(values):.4g}",
+        "mean": f"{sum(values) / len(values):.4g}",
+        "picture": PICTURE if (folder / PICTURE).exists() else None,
+        "reports": [_told(report) for report in reports],
+        "flags": [(f, MEANINGS.get(f, "")) for f in flags],
+        "flagged": {f: ", ".join(str(r.threat) for r in reports if f in r.flags) for f in flags},
+    }
+    template = (files("timm_nrpm.hub_cards") / "template.md").read_text(encoding="utf-8")
+    text = str(ModelCard.from_template(ModelCardData(**data), template_str=template, **content))
+    text = re.sub(r"\n{3,}", "\n\n", text)  # where the template left lines out, and not in what others wrote
+    text = text.replace(f"{BEFORE}\n", before, 1).replace(AFTER, after, 1)
+    return ModelCard(text.rstrip() + "\n")
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    reports: Sequence[RobustnessReport] = (),
+    existing: str | None = None,
+    *,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    picture: bytes | None = None,
+) -> Path:
+    """Write the card of the variant in a folder, its picture (where Matplotlib is), and the reports behind it.
+
+    Args:
+        folder: Folder that holds a variant.
+        name, reports, existing, license, datasets: As for :func:`render`.
+        picture: A picture of these very lambdas, for where Matplotlib is not.
+
+    Returns:
+        Path of the card.
+
+    Example:
+        >>> write_card(save_pretrained(model, "my-variant"), "me/resnet18-nrpm", [report])
+        PosixPath('my-variant/README.md')
+    """
+    variant = find_variant(folder, weights=False).variant
+    try:
+        draw_lambdas(variant.lams, folder / PICTURE)
+    except ImportError:
+        if picture is None:
+            (folder / PICTURE).unlink(missing_ok=True)  # the card has the same as a table
+        else:
+            (folder / PICTURE).write_bytes(picture)
+    if reports:
+        (folder / EVALUATION).write_text(evaluation_json(reports))
+    else:
+        (folder / EVALUATION).unlink(missing_ok=True)
+    card = render(variant, folder, name, reports, license=license, datasets=datasets, existing=existing)
+    (folder / CARD).write_text(str(card), encoding="utf-8")
+    return folder / CARD
+
+
+def read_reports(folder: Path) -> list[RobustnessReport]:
+    """The reports that a variant's folder brings along."""
+    path = folder / EVALUATION
+    return parse_evaluation(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def evaluation_json(reports: Sequence[RobustnessReport]) -> str:
+    """The reports behind a card, as its repository holds them."""
+    return json.dumps({"reports": [json.loads(report.to_json()) for report in reports]}) + "\n"
+
+
+def parse_evaluation(text: str) -> list[RobustnessReport]:
+    """What :func:`evaluation_json` wrote.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    try:
+        return [RobustnessReport.from_dict(report) for report in json.loads(text)["reports"]]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{EVALUATION} holds no reports: {error!r}.") from error
+
+
+def _repository(variant: Variant) -> str | None:
+    """Of the base, on the Hub."""
+    name = variant.base.name or ""
+    found = name.rpartition(":")[2].partition("@")[0] if ":" in name else variant.base.hub_id
+    return found if found and REPO_ID.fullmatch(found) else None
+
+
+def _described(variant: Variant) -> str:
+    base = variant.base
+    if repository := _repository(variant):
+        return f"[{repository}](https://huggingface.co/{repository})"
+    if base.name:
+        return f"{'timm' if _is_timms(base.architecture) else 'timm_nrpm'}'s `{base.name}`"
+    return f"a `{base.architecture}` whose weights have no public name"
+
+
+def _is_timms(architecture: str) -> bool:
+    """Whether timm has it without our help."""
+    known = timm.is_model(architecture)
+    return known and timm.models.model_entrypoint(architecture).__module__.startswith("timm.")
+
+
+def _metadata(variant: Variant, name: str, reports: Sequence[RobustnessReport]) -> dict[str, Any]:
+    data: dict[str, Any] = {"library_name": "timm_nrpm", "pipeline_tag": "image-classification"}
+    if repository := _repository(variant):
+        data |= {"base_model": repository, "base_model_relation": "finetune" if variant.base.tuned else "adapter"}
+    if reports:
+        data["model_name"] = name.rpartition("/")[2]
+        data["eval_results"] = [result for report in reports for result in _results(report)]
+    return data
+
+
+def _results(report: RobustnessReport) -> list[EvalResult]:
+    """Clean, the paper's protocol and the worst case, for the Hub's model-index."""
+    shown = _told(report)
+    said = report.data or "unnamed images"
+    kind = re.sub(r"[^\w.-]+", "-", said.partition(",")[0].strip()).lower()
+    about: dict[str, Any] = {
+        "task_type": "image-classification",
+        "dataset_type": kind,
+        "dataset_name": said,
+        "metric_type": "accuracy",
+    }
+    labels = {"clean": "clean accuracy, %", "own": f"accuracy under PGD along its own gradient, {report.threat}, %"}
+    labels["worst"] = f"worst-case accuracy, {report.threat}, suite {report.suite}, {report.samples} images, %"
+    return [
+        EvalResult(**about, metric_name=label, metric_value=float(shown[key]))
+        for key, label in labels.items()
+        if shown[key] is not None
+    ]
+
+
+def _told(report: RobustnessReport) -> dict[str, Any]:
+    """The numbers of a report as a card has them."""
+    low, high = report.interval()
+    own = "pgd" if any(attack.name == "pgd" for attack in report.attacks) else None
+    attacks = [
+        {"name": a.name, "source": a.source, "accuracy": percent(report.accuracy(a.name)), "tried": a.tried}
+        | {"broke": a.broke}
+        for a in report.attacks
+    ]
+    return {
+        "verdict": report.verdict,
+        "samples": report.samples,
+        "threat": str(report.threat),
+        "data": one_line(report.data),
+        "clean": percent(report.accuracy()),
+        "worst": percent(report.worst_case),
+        "low": percent(low),
+        "high": percent(high),
+        "own": percent(report.accuracy(own)) if own else None,
+        "control": percent(report.control.worst_case) if report.control else None,
+        **{key: getattr(report, key) for key in EFFORT},
+        "versions": ", ".join(f"{package} {version}" for package, version in report.versions.items()),
+        "attacks": attacks,
+        "warnings": [one_line(warning) for warning in report.warnings],
+    }
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def one_line(text: str) -> str:
+    """Text that cannot leave its cell of a table, nor be markup."""
+    return " ".join(text.split()).replace("|", "/").replace("<", "&lt;")
+
+
+def _license(given: str | None, variant: Variant, folder: Path) -> dict[str, Any]:
+    """The licence given, else that of the weights that the base's name leads to."""
+    if given is not None:
+        return {"license": given}
+    config = folder / TIMM_FILES[0]
+    inherited = variant.base.license_in(json.loads(config.read_text())["pretrained_cfg"] if config.exists() else {})
+    if not inherited:
+        why = "which did not come through a public name" if variant.base.name is None else "whose base states none"
+        raise ValueError(
+            f"Of these weights, {why}, no licence is known: give one as license=, an identifier that the Hub knows, "
+            "such as 'mit'."
+        )
+    return {"license": inherited} if inherited in HUB_LICENSES else {"license": "other", "license_name": inherited}
+
+
+def _kept(existing: str | None, name: str) -> tuple[str, str, dict[str, Any], Any]:
+    """What stands before and after the generated part of a card, its metadata without ours, and the base it was of."""
+    if existing is None:
+        return f"# {name.rpartition('/')[2]}\n\n", "", {}, None
+    try:
+        card = ModelCard(existing)
+        found = card.data.to_dict()
+        metadata = {k: v for k, v in found.items() if k not in OURS}
+    except Exception as error:  # whatever YAML makes of it
+        raise ValueError(
+            f"The {CARD} that is there has metadata that cannot be read ({error}): mend it first."
+        ) from error
+    before, marked, rest = card.text.replace("\r\n", "\n").partition(BEGIN)
+    after = rest.partition(END)[2] if END in rest else rest
+    if not marked:
+        before = before.rstrip() + "\n\n"
+    return before.lstrip("\n"), after.strip("\n"), metadata, found.get("base_model")

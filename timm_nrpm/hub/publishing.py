@@ -1,0 +1,325 @@
+"""A variant and its card to the Hub: a folder that is whole on disk, then one commit, and never two."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
+from torch import nn
+
+from timm_nrpm.errors import HubError, NotOnHub, Unreachable
+from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.hub.cards import CARD, EVALUATION, PICTURE, read_reports, write_card
+from timm_nrpm.hub.earlier import UNASKED, Earlier
+from timm_nrpm.models.creation import TIMM_FILES
+from timm_nrpm.models.downloads import REPO_ID, WAITS, Repository, insist, is_lost_connection, may_pass, sha256_of, told
+from timm_nrpm.models.format import CONFIG, TENSORS
+from timm_nrpm.models.loading import find_variant
+from timm_nrpm.models.network import limit, patience
+from timm_nrpm.models.saving import filling, needs_weights, save_pretrained
+
+FILES = (CONFIG, TENSORS, *TIMM_FILES, EVALUATION, PICTURE, CARD)
+"""What a repository holds of ours; others in it stay."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What became of a push.
+
+    Attributes:
+        repo_id: Where it is.
+        commit: The commit that holds it; None for a dry run.
+        url: To look at.
+        files: Bytes of every file of it, by name.
+        uploaded: Names of those that were not there already.
+        deleted: Names of those of an earlier variant that this one has not.
+        pull_request: Its address, if it was asked for.
+        notes: Sentences on what became of what was there before.
+    """
+
+    repo_id: str
+    commit: str | None
+    url: str | None
+    files: dict[str, int]
+    uploaded: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+    pull_request: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.commit is None:
+            lines = [f"Nothing was sent. {self.repo_id} would hold:"]
+        elif not self.uploaded and not self.deleted:
+            lines = [f"{self.repo_id} holds all of it already, at commit {self.commit[:12]}: nothing was sent."]
+        else:
+            lines = [f"{self.repo_id}: {self.pull_request or self.url}"]
+        state = {True: "sent", False: "there already"} if self.commit else {True: "", False: ""}
+        lines += [f"  {name:22} {size:>10,} bytes  {state[name in self.uploaded]}" for name, size in self.files.items()]
+        lines += [f"  {name:22} deleted" for name in self.deleted]
+        return "\n".join([*(line.rstrip() for line in lines), *self.notes])
+
+
+def push_to_hub(
+    model: nn.Module | str | Path,
+    repo_id: str,
+    *,
+    reports: Sequence[RobustnessReport] | RobustnessReport | None = None,
+    full: bool | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    private: bool | None = None,
+    revision: str | None = None,
+    pull_request: bool = False,
+    commit_message: str = "Publish a reprogrammed model",
+    token: str | bool | None = None,
+    dry_run: bool = False,
+    folder: str | Path | None = None,
+) -> Published:
+    """Publish a reprogrammed model with a card, in one commit.
+
+    The whole folder is written before the Hub is asked for anything. What fails for a moment is tried again; if the
+    answer to the commit is lost, the Hub is asked whether it landed. Calling it again sends what is missing, and
+    nothing if nothing changed. Large files show a progress bar.
+
+    Args:
+        model: A reprogrammed model, or a folder that holds a variant.
+        repo_id: `owner/name`; it is made if it is not there. Other files in it stay, and so do the parts of its card
+            that were written by hand.
+        reports: What :func:`timm_nrpm.evaluate` found of this very model, one for each threat; by default those that
+            a folder has, and else those that the repository has, if they are of this very model. Without any, as with
+            `reports=()`, the card says that nothing was measured.
+        full: Whether the weights go along; by default if they were tuned, or if the repository holds these very ones.
+        license: An identifier that the Hub knows, of the weights; by default the base's. It has to be given where
+            the weights did not come through a public name.
+        datasets: On the Hub, that the model was trained on.
+        private: Whether others may not see a new repository: the default. True refuses a repository that is public, and
+            False one that is private.
+        revision: A branch to commit to, made if it is not there; the default is `main`.
+        pull_request: Whether to open one, instead of committing to `main`.
+        commit_message: Its first line.
+        token: That may write there; by default the one that is logged in.
+        dry_run: Whether to stop once the folder is complete, without a request.
+        folder: Where the folder stays: made, or a variant's, which is replaced; by default it is temporary.
+
+    Raises:
+        ValueError: A report of another model, no licence, an argument that does not fit; before any request.
+        timm_nrpm.errors.HubError: The Hub did not do it; the message says why. No half of it is there.
+
+    Example:
+        >>> print(push_to_hub(model, "me/resnet18-nrpm", reports=report))
+    """
+    repo_id = check_repo_id(repo_id)
+    if reports is None and not isinstance(model, nn.Module):
+        reports = read_reports(Path(model)) or None
+    if isinstance(reports, RobustnessReport):
+        reports = (reports,)
+    if pull_request and revision is not None:
+        raise ValueError(f"pull_request=True opens one against main: leave out revision={revision!r}.")
+    if not commit_message.strip():
+        raise ValueError("commit_message is empty: say what changed.")
+    with ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "variant"
+        folder = Path(folder)
+        prepare = partial(write_card, folder, repo_id, license=license, datasets=datasets)
+        _fill(model, folder, full)
+        variant = find_variant(folder, weights=False).variant
+        if reports is None:
+            reports = [report for report in read_reports(folder) if report.sha256 == variant.model] or None
+        prepare(reports or ())
+        if dry_run:
+            return Published(repo_id, None, None, _sizes(folder), notes=() if reports else (UNASKED,))
+        push = _Push(HfApi(token=token), repo_id, revision, folder, token)
+        push.make_repository(private)
+        parent = push.head()
+        earlier = Earlier.read(Repository(repo_id, parent, token=token))
+        if full is None and isinstance(model, nn.Module) and earlier.holds_weights_of(variant):
+            _fill(model, folder, True)
+        shown, notes = earlier.reports(variant, reports)
+        picture = None if (folder / PICTURE).exists() else earlier.picture(variant)
+        prepare(shown, earlier.card, picture=picture)
+        push.sizes = _sizes(folder)
+        return replace(push.commit(parent, commit_message.strip(), pull_request), notes=notes)
+
+
+def check_repo_id(repo_id: str) -> str:
+    """`repo_id`, or a ValueError that says what one is."""
+    try:
+        validate_repo_id(repo_id)
+        if REPO_ID.fullmatch(repo_id):
+            return repo_id
+        why = "it names no owner"
+    except HFValidationError as error:
+        why = str(error).rstrip(".")
+    raise ValueError(f"repo_id={repo_id!r} is not allowed ({why}): write owner/name.")
+
+
+def _fill(model: nn.Module | str | Path, folder: Path, full: bool | None) -> None:
+    """The variant's own files into `folder`."""
+    if isinstance(model, nn.Module):
+        save_pretrained(model, folder, full=needs_weights(model) if full is None else full)
+        return
+    found = find_variant(Path(model))
+    if full is not None and full != found.variant.is_full:
+        held = "with its weights" if found.variant.is_full else "without its weights"
+        raise ValueError(f"{model} holds a variant {held}: load it and push the model, or leave out full={full}.")
+    if folder.resolve() != Path(model).resolve():
+        with filling(folder) as draft:
+            for name in (CONFIG, *found.variant.files):
+                shutil.copyfile(found.find(name), draft / name)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of what is to be sent: the variant's own files and its card's, whatever else lies beside them."""
+    names = (CONFIG, *find_variant(folder, weights=False).variant.files, EVALUATION, PICTURE, CARD)
+    return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
+
+
+@dataclass
+class _Push:
+    """One push of a folder that is complete."""
+
+    api: HfApi
+    repo_id: str
+    revision: str | None
+    folder: Path
+    token: str | bool | None = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = _sizes(self.folder)
+
+    def make_repository(self, private: bool | None) -> None:
+        """The repository and the branch, with nothing in them yet, seen by those alone who may see it."""
+        try:
+            info, wanted = self._info(None), private
+        except NotOnHub:
+            wanted = private is not False
+            make = partial(self.api.create_repo, self.repo_id, private=wanted, exist_ok=True)
+            self._do(f"Making {self.repo_id}", make)
+            info = self._info(None)
+        if wanted and not info.private:
+            raise HubError(
+                f"{self.repo_id} is public, and was to be private: nothing was sent. Make it private on its page, or "
+                "say private=False."
+            )
+        if wanted is False and info.private:
+            raise HubError(
+                f"{self.repo_id} is private, and was to be public: nothing was sent. Make it public in its settings on "
+                "the Hub, or leave out private=False."
+            )
+        if self.revision not in (None, "main") and not str(self.revision).startswith("refs/"):
+            branch = partial(self.api.create_branch, branch=str(self.revision), exist_ok=True)
+            self._do(f"Making the branch {self.revision} of {self.repo_id}", lambda: branch(self.repo_id))
+
+    def head(self) -> str:
+        """The commit that the branch is at."""
+        return str(self._info(self.revision).sha)
+
+    def commit(self, parent: str, message: str, pull_request: bool) -> Published:
+        """One commit of what differs; none if nothing does. It is refused if the branch is no more at `parent`, whose
+        card this one continues."""
+        changed, stale = self.difference(parent)
+        url = f"{self.api.endpoint}/{self.repo_id}"
+        if not changed and not stale:
+            return Published(self.repo_id, parent, f"{url}/tree/{parent}", self.sizes)
+        before = self._pull_requests() if pull_request else set()
+        operations: list[Any] = [CommitOperationAdd(name, str(self.folder / name)) for name in changed]
+        operations += [CommitOperationDelete(name) for name in stale]
+        options: dict[str, Any] = {"revision": self.revision, "parent_commit": parent, "create_pr": pull_request}
+        what = f"Sending {', '.join(changed) or 'the commit'} to {self.repo_id}"
+        for wait in (*WAITS, None):
+            try:
+                with patience():
+                    done = self.api.create_commit(self.repo_id, operations, commit_message=message, **options)
+                commit, address = str(done.oid), done.pr_url
+                break
+            except Exception as error:
+                landed = self._landed(parent, before, pull_request)
+                if landed is not None:
+                    commit, address = landed
+                    break
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+                if status in (409, 412):
+                    raise HubError(f"Somebody else committed to {self.repo_id} at the same time: push again.") from None
+                if isinstance(error, ValueError) and CARD in str(error):
+                    raise ValueError(f"The Hub does not take the card: {' '.join(str(error).split())[:500]}") from None
+                if wait is None or not (may_pass(error) or type(error) is RuntimeError):  # which xet raises
+                    raise told(what, error, self.token) from None
+                if pull_request and is_lost_connection(error) and "/commit/" in _address(error):
+                    # Nothing makes a second request fail where the first comes through late.
+                    for later in WAITS:
+                        time.sleep(later)
+                        landed = landed or self._landed(parent, before, pull_request)
+                    if landed is not None:
+                        commit, address = landed
+                        break
+                    raise Unreachable(
+                        f"{what} as a pull request was not answered, and it may be open all the same: look at "
+                        f"{url}/discussions before you push again."
+                    ) from None
+                time.sleep(wait)
+        return Published(self.repo_id, commit, f"{url}/tree/{commit}", self.sizes, changed, stale, address)
+
+    def difference(self, revision: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of files that the Hub has not or otherwise, and of those that it has and this variant has not."""
+        list_tree = partial(self.api.list_repo_tree, self.repo_id, revision=revision, recursive=False)
+        tree = {item.path: item for item in self._do(f"Listing {self.repo_id}", lambda: list(list_tree()))}
+        same = {name for name in self.sizes if name in tree and _is_same(self.folder / name, tree[name])}
+        if TENSORS in same and PICTURE in tree:
+            same.add(PICTURE)  # another Matplotlib draws the same with other bytes
+        changed = tuple(name for name in self.sizes if name not in same)
+        return changed, tuple(name for name in FILES if name in tree and name not in self.sizes)
+
+    def _landed(self, parent: str, before: set[str], pull_request: bool) -> tuple[str, str | None] | None:
+        """The commit, and the pull request, if they are there although no answer said so."""
+        if pull_request:
+            for name in sorted(self._pull_requests() - before):
+                if self.difference(name) == ((), ()):
+                    number = name.rpartition("/")[2]
+                    return str(self._info(name).sha), f"{self.api.endpoint}/{self.repo_id}/discussions/{number}"
+            return None
+        head = self.head()
+        return (head, None) if head != parent and self.difference(self.revision) == ((), ()) else None
+
+    def _pull_requests(self) -> set[str]:
+        refs = self._do(
+            f"Listing {self.repo_id}", partial(self.api.list_repo_refs, self.repo_id, include_pull_requests=True)
+        )
+        return {ref.ref for ref in refs.pull_requests or ()}
+
+    def _info(self, revision: str | None) -> Any:
+        try:
+            ask = partial(self.api.model_info, revision=revision, timeout=limit())  # by default it has none at all
+            return self._do(f"Looking at {self.repo_id}", lambda: ask(self.repo_id))
+        except Unreachable as error:
+            raise Unreachable(f"{error} If something was sent, pushing again sends what is missing.") from None
+
+    def _do(self, what: str, call: Any) -> Any:
+        return insist(what, call, token=self.token)
+
+
+def _address(error: BaseException) -> str:
+    """What was asked when a connection broke."""
+    try:
+        return str(error.request.url)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # the HTTP library has none to tell
+        return ""
+
+
+def _is_same(file: Path, item: Any) -> bool:
+    """Whether the Hub has these bytes, by the hash that it gives."""
+    lfs = getattr(item, "lfs", None)
+    if lfs is not None:
+        return bool(lfs.sha256 == sha256_of(file))
+    return bool(getattr(item, "blob_id", None) == git_hash(file.read_bytes()))

@@ -1,0 +1,33 @@
+"""Modules that are imported when they are first asked for, so that `import timm_nrpm` is light and every path works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+
+def modules_of(package: str, *places: str) -> Callable[[str], ModuleType]:
+    """A package's `__getattr__` (PEP 562), which finds its modules.
+
+    Args:
+        package: Name of the package, its `__name__`.
+        places: Names of other packages in which a module is looked for as well, in this order.
+
+    Returns:
+        A function from a module's name to the module, which raises AttributeError where there is none.
+
+    Example:
+        >>> modules_of("timm_nrpm.attacks")("flags")
+        <module 'timm_nrpm.attacks.flags' from '...'>
+    """
+
+    def find(name: str) -> ModuleType:
+        if name.isidentifier() and not name.startswith("_"):
+            for place in (package, *places):
+                if find_spec(f"{place}.{name}"):
+                    return import_module(f"{place}.{name}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find

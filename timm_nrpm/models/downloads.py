@@ -1,0 +1,272 @@
+"""What comes from the Hub and goes there: calls that wait, try again and end in one clear error.
+
+The Hub's client gives up at once on some failures, and does not compare what it downloads with its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils.sha import git_hash
+
+from timm_nrpm.errors import HubError, NotOnHub, Unreachable
+from timm_nrpm.models.network import NoNetwork, network_error_of, patience, say
+
+Result = TypeVar("Result")
+
+WAITS = (1.0, 2.0, 4.0)
+"""Seconds between attempts."""
+
+PASSING = (408, 429, 500, 502, 503, 504)
+"""Answers that may be others a moment later."""
+
+HTTP_LIBRARY = re.compile(r"(httpx2?|httpcore2?|requests|urllib3)\b")
+REPO_ID = re.compile(r"\w[\w.-]{0,99}/\w[\w.-]{0,99}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a request failed before its answer was complete, so that nobody knows what became of it."""
+    names = {kind.__name__ for kind in type(error).__mro__ if HTTP_LIBRARY.match(kind.__module__)}
+    return bool(names & {"TransportError", "StreamError"}) or isinstance(error, (ConnectionError, TimeoutError))
+
+
+def is_garbled(error: BaseException) -> bool:
+    """Whether the client stumbled over an answer that arrived damaged."""
+    if isinstance(error, ValueError) and re.search("improperly formatted|[Mm]alformed response", str(error)):
+        return True  # so says the client
+    return isinstance(error, (LookupError, TypeError, AttributeError, json.JSONDecodeError))
+
+
+def is_upload(error: BaseException) -> bool:
+    """Whether the client failed to upload one large file, for a reason that it keeps as the cause."""
+    return type(error) is RuntimeError and error.__cause__ is not None
+
+
+def is_closed(error: BaseException) -> bool:
+    """Whether the connection that all threads share was closed by another, which lost its own."""
+    return type(error) is RuntimeError and "client has been closed" in str(error)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same call may succeed a moment later."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return False  # although it is a ConnectionError
+    if is_upload(error) or is_closed(error):
+        return True  # whatever it was: its address may have been damaged, or its time over
+    if isinstance(error, HfHubHTTPError):
+        return getattr(error.response, "status_code", None) in PASSING
+    return is_lost_connection(error) or is_garbled(error)
+
+
+def insist(what: str, call: Callable[[], Result], *, token: str | bool | None = None) -> Result:
+    """What `call` gives, tried up to four times while its failure may pass.
+
+    Args:
+        what: It does, for the message: "Downloading me/x".
+        call: Talks to the Hub, and may be repeated without harm.
+        token: Is cut out of messages, should a server repeat it.
+
+    Raises:
+        NotOnHub: There is no such thing.
+        Unreachable: The Hub does not answer, or not now.
+        HubError: Anything else.
+    """
+    for wait in (*WAITS, None):
+        try:
+            with patience():
+                return call()
+        except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            if wait is None or not may_pass(error):
+                raise told(what, error, token) from None  # its own text may be long, and hold what is not to be seen
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            if wait is None:
+                raise told(what, error, token) from None
+        say(f"{what} failed for now, and is tried again in {wait:g} s.")
+        time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def told(what: str, error: BaseException, token: str | bool | None = None) -> HubError:
+    """The error that says it in one message."""
+    if is_upload(error) and error.__cause__ is not None:
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kind: type[HubError] = HubError
+    if isinstance(error, GatedRepoError):
+        kind, why = NotOnHub, "its owner lets in who asked: accept the conditions on its page, and give a token"
+    elif isinstance(error, RevisionNotFoundError):
+        kind, why = NotOnHub, "there is no such revision: give a branch, a tag, a commit or refs/pr/1"
+    elif isinstance(error, RepositoryNotFoundError):
+        kind, why = NotOnHub, "there is no such repository, or it is private: give token=, or log in by `hf auth login`"
+    elif isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        kind = Unreachable
+        network = network_error_of(error)
+        if isinstance(error, NoNetwork):
+            why = f"{error}; check the network"
+        elif network is not None:
+            why = f"{network}, and the cache does not hold it: connect to the network once"
+        elif type(error.__cause__).__name__ == "FileMetadataError":
+            why = "what HF_ENDPOINT names does not answer like the Hub"
+        else:
+            why = "the Hub cannot be reached, and the cache does not hold it: connect to the network once"
+    elif isinstance(error, EntryNotFoundError):
+        kind, why = NotOnHub, "there is no such file"
+    elif status == 401:
+        why = "the token is not valid: give another, or log in by `hf auth login`"
+    elif status == 403:
+        why = f"this token may not do that ({_said(error)}): give one that may write there"
+    elif isinstance(error, HfHubHTTPError):
+        why = f"the Hub answered {status} ({_said(error)})"
+        if may_pass(error):
+            kind, why = Unreachable, f"{why}: try again later"
+    elif is_lost_connection(error) or is_closed(error):
+        kind, why = Unreachable, f"the connection broke or no answer came ({type(error).__name__}): try again later"
+    elif is_garbled(error):
+        kind, why = Unreachable, "its answer arrived damaged: try again later"
+    else:
+        why = _said(error)
+    text = f"{what} failed: {why}."
+    for secret in (token if isinstance(token, str) else None, *re.findall(r"hf_\w{8,}", text)):
+        text = text.replace(secret, "***") if secret else text
+    return kind(text)
+
+
+def _said(error: BaseException) -> str:
+    """What the server said, in one line."""
+    text = str(getattr(error, "server_message", None) or error)
+    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)  # an address in the storage is as good as a key
+    return " ".join(str(text).split())[:200].rstrip(". ") or type(error).__name__
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on the Hub, to read from.
+
+    Args:
+        repo_id: `owner/name`.
+        revision: A branch, tag, commit or `refs/pr/1`; the default is `main`.
+        cache_dir: Where downloads are kept; the default is the Hub's own cache.
+        token: To read what is private; by default the one logged in with.
+        local_files_only: Whether to take what is in the cache and ask nobody.
+
+    Example:
+        >>> path = Repository("timm/resnet18.a1_in1k").fetch("config.json", at_most=1 << 20)
+    """
+
+    repo_id: str
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    local_files_only: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
+
+    def fetch(self, name: str, at_most: int | None = None) -> Path:
+        """The file's path in the cache, where it is put if it is not there.
+
+        What the cache has under a name made of its hash is compared with that, and downloaded once more if it differs.
+
+        Args:
+            name: In the repository.
+            at_most: Bytes; a larger file is refused before it is downloaded.
+
+        Raises:
+            NotOnHub: It is not there.
+            HubError: It cannot be had, or is too large.
+        """
+        local, size = self.local_files_only or self._is_cached(name), None
+        if at_most is not None and not local:
+            try:
+                size = self._size(name)
+            except Unreachable:
+                local = True  # it may be in the cache
+        self._check_size(name, size, at_most)
+        path = self._get(name, local, False)
+        if not self.local_files_only and not is_intact(path):
+            path = self._get(name, local, True)
+            if not is_intact(path):
+                raise Unreachable(f"{name} of {self} arrived damaged twice: try again later.")
+        self._check_size(name, path.stat().st_size, at_most)
+        return path
+
+    def at(self, path: Path, name: str) -> Repository:
+        """The same at the commit that `name` was fetched from, so that all files are of one."""
+        commit = path.parts[-1 - len(Path(name).parts)]
+        return replace(self, revision=commit) if COMMIT.fullmatch(commit) else self
+
+    def _get(self, name: str, local: bool, force: bool) -> Path:
+        options: dict[str, Any] = {"cache_dir": self.cache_dir, "token": self.token, "revision": self.revision}
+        options |= {"local_files_only": local, "force_download": force}
+
+        def download() -> str:
+            try:
+                return hf_hub_download(self.repo_id, name, **options)
+            except RuntimeError as error:
+                if is_closed(error):
+                    raise
+                raise ConnectionError(str(error)) from error  # of xet, which says so whatever happened
+            except ValueError as error:
+                if not force:
+                    raise
+                raise error.__cause__ or ConnectionError(str(error)) from None  # the client's words for any failure
+
+        return Path(self._do(f"Downloading {name} of {self}", download))
+
+    def _is_cached(self, name: str) -> bool:
+        """Whether the cache has the file of that very commit, so that nobody need be asked."""
+        if not COMMIT.fullmatch(self.revision or ""):
+            return False
+        return isinstance(try_to_load_from_cache(self.repo_id, name, self.cache_dir, self.revision), str)
+
+    def _size(self, name: str) -> int | None:
+        url = hf_hub_url(self.repo_id, name, revision=self.revision)
+        return self._do(f"Looking for {name} in {self}", lambda: get_hf_file_metadata(url, token=self.token)).size
+
+    def _do(self, what: str, call: Callable[[], Result]) -> Result:
+        return insist(what, call, token=self.token)
+
+    def _check_size(self, name: str, size: int | None, at_most: int | None) -> None:
+        if at_most is not None and size is not None and size > at_most:
+            raise HubError(f"{name} of {self} has {size} bytes, and a file of that kind has {at_most} at most.")
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file of the Hub's cache is what its name there says, the hash that git or LFS gives it."""
+    # Not further than one link: what that leads to may be shared, and named by another hash.
+    named = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if len(named) == 64:
+        return sha256_of(path) == named
+    if len(named) == 40:
+        return git_hash(path.read_bytes()) == named
+    return True
+
+
+def sha256_of(file: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,259 @@
+"""Variants on disk: safetensors and JSON, nothing that executes; docs/format.md says what they hold.
+
+A *lambda-only* folder holds a few kilobytes and names its base model; a *full* folder also holds the weights, in timm's
+own format, so that plain timm can load them as the un-reprogrammed model.
+
+    nrpm_config.json      format, base, settings, layers; sha256 of the model, the other files and itself
+    nrpm.safetensors      lambdas, calibrated statistics
+    config.json           timm's; full: of the plain model; lambda-only: of the `nrpm_*` architecture
+    model.safetensors     full: timm's
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from timm_nrpm.config import NRPMConfig
+from timm_nrpm.errors import BrokenVariant, HubError, WrongBase
+from timm_nrpm.models.base import Base, checksum_of
+from timm_nrpm.models.creation import LARGEST_CONFIG, TIMM_FILES, check_image_size, from_timm_files
+from timm_nrpm.models.downloads import sha256_of
+from timm_nrpm.models.reprogramming import model_sha256, record_of, reprogram_, reprogrammed_layers, restore_
+
+FORMAT = 1
+CONFIG, TENSORS = "nrpm_config.json", "nrpm.safetensors"
+KEYS = ("format", "base", "settings", "layers", "model", "files", "sha256")
+SETTINGS = tuple(f.name for f in fields(NRPMConfig) if f.name not in ("lam", "layers"))
+HASH = re.compile(r"[0-9a-f]{64}")
+LARGEST = {CONFIG: LARGEST_CONFIG, TENSORS: 256 << 20, TIMM_FILES[0]: LARGEST_CONFIG, "evaluation.json": 64 << 20}
+"""Bytes that a file may have: a stranger's is not read, or downloaded, beyond that."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The checked contents of a folder, before any model is built.
+
+    Attributes:
+        base: The plain model.
+        settings: Of every estimate: the fields of :class:`timm_nrpm.NRPMConfig` but `lam` and `layers`.
+        lams: Of the reprogrammed layers, in the order the model calls them.
+        tensors: What else it adds to its base: corrections and moved statistics.
+        model: :func:`timm_nrpm.models.reprogramming.model_sha256` of the whole.
+        files: sha256 of every other file.
+    """
+
+    base: Base
+    settings: dict[str, Any]
+    lams: dict[str, float]
+    tensors: dict[str, Tensor]
+    model: str
+    files: dict[str, str]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the weights are in it."""
+        return TIMM_FILES[1] in self.files
+
+    @property
+    def config(self) -> NRPMConfig:
+        return NRPMConfig(**self.settings, lam=self.lams, layers=tuple(self.lams))
+
+    @classmethod
+    def read(cls, find: Callable[[str], Path], where: str, weights: bool = True) -> Variant:
+        """Read and check a variant.
+
+        Args:
+            find: Gives the path of a file by its name.
+            where: They are, for messages.
+            weights: Whether those of a full variant are looked at as well.
+
+        Raises:
+            BrokenVariant: A file is missing, damaged, of a later format, or holds what no variant does.
+        """
+        content = parse_config(find(CONFIG), where)
+        for name, expected in content["files"].items():
+            if name == TIMM_FILES[1] and not weights:
+                continue
+            if sha256_of(find(name)) != expected:
+                raise BrokenVariant(f"{name} of {where} is cut short or was changed after it was saved: get it again.")
+        try:
+            tensors = parse_tensors(find(TENSORS).read_bytes())
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+            raise BrokenVariant(f"{TENSORS} of {where} cannot be read ({error}): get it again.") from error
+        try:
+            lams = {layer: _lam(tensors.pop(f"{layer}.lam", None), layer) for layer in content["layers"]}
+            check_tensors(tensors, lams)
+            base = Base.from_dict(content["base"])
+            found = cls(base, content["settings"], lams, tensors, content["model"], content["files"])
+            if checksum_of(found.settings) != checksum_of({name: getattr(found.config, name) for name in SETTINGS}):
+                raise ValueError(f"its settings {found.settings} hold whole numbers where others belong.")
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise BrokenVariant(f"{where} holds no variant that this version can read: {error}") from error
+        return found
+
+    def build(self, find: Callable[[str], Path], plain: Callable[[], nn.Module], where: str) -> nn.Module:
+        """The model: the same layers, lambdas and statistics on the same weights.
+
+        Args:
+            find: As for :meth:`read`.
+            plain: Gives the plain model where the weights are not in the variant.
+            where: It is, for messages.
+
+        Raises:
+            BrokenVariant: It does not fit its base, or gives another model than was saved.
+            timm_nrpm.errors.WrongBase: The base has other weights.
+        """
+        try:
+            if self.is_full:
+                config, weights = (find(name) for name in TIMM_FILES)
+                model = from_timm_files(config, weights, {}, self.base.torch_dtype)
+                _take_types_(model, weights)
+            else:
+                model = plain()
+            self.base.check(model)
+            check_image_size(model)
+        except (HubError, WrongBase):
+            raise
+        except Exception as error:  # whatever timm makes of arguments that somebody made up
+            said = error if type(error) is ValueError else repr(error)
+            raise BrokenVariant(f"{where} holds no model that timm can build: {said}") from error
+        return self.install(model, where)
+
+    def install(self, base: nn.Module, where: str) -> nn.Module:
+        """Reprogram the plain model, in place; after an error it is plain again."""
+        try:
+            unknown = set(self.lams) - {name for name, _ in base.named_modules()}  # which globs are as well
+            if unknown:
+                raise BrokenVariant(f"{where} does not fit its base: it has no layers {sorted(unknown)[:3]}.")
+            reprogram_(base, self.config)
+            record_of(base).base = self.base
+            found = set(reprogrammed_layers(base))
+            if found != set(self.lams):
+                raise BrokenVariant(
+                    f"{where} does not fit its base: layers {sorted(found ^ set(self.lams))[:3]} differ."
+                )
+            _install(base, self.tensors, where)
+            if model_sha256(base) != self.model:
+                raise BrokenVariant(f"{where} gives another model than the one that was saved: get it again.")
+        except BaseException as error:
+            restore_(base)
+            if isinstance(error, Exception) and not isinstance(error, BrokenVariant):
+                raise BrokenVariant(f"{where} does not fit its base model: {error}") from error
+            raise
+        return base.eval()
+
+
+def parse_config(path: Path, where: str) -> dict[str, Any]:
+    """A variant's config, without its own hash, which was checked.
+
+    Raises:
+        BrokenVariant: It is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        version, checksum = content["format"], content.pop("sha256")
+        expected = checksum_of(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BrokenVariant(
+            f"{CONFIG} of {where} is cut short or is no variant's config ({error!r}): get it again."
+        ) from error
+    if version != FORMAT or type(version) is not int:
+        raise BrokenVariant(f"{where} has format {version!r}, and this version reads {FORMAT}: update timm_nrpm.")
+    if checksum != expected:
+        raise BrokenVariant(
+            f"{CONFIG} of {where} was changed after it was saved: get it again, or save the variant anew."
+        )
+    if set(content) | {"sha256"} != set(KEYS):
+        raise BrokenVariant(f"{CONFIG} of {where} holds {sorted(content)}, and a variant's {sorted(KEYS)}.")
+    layers, files, settings = content["layers"], content["files"], content["settings"]
+    if not _is_list_of_names(layers):
+        raise BrokenVariant(f"{CONFIG} of {where} lists no layers, or one twice: save the variant anew.")
+    allowed = [{TENSORS}, {TENSORS, TIMM_FILES[0]}, {TENSORS, *TIMM_FILES}]
+    hashes = files.values() if isinstance(files, dict) else [None]
+    if not all(isinstance(value, str) and HASH.fullmatch(value) for value in [*hashes, content["model"]]):
+        raise BrokenVariant(f"{CONFIG} of {where} holds hashes that are none: save the variant anew.")
+    if set(files) not in allowed:
+        raise BrokenVariant(
+            f"{CONFIG} of {where} vouches for {sorted(files)}, and a variant has {sorted(allowed[-1])}."
+        )
+    if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
+        raise BrokenVariant(f"{CONFIG} of {where} has other settings than {', '.join(SETTINGS)}: update timm_nrpm.")
+    if not isinstance(settings["learnable"], bool):
+        raise BrokenVariant(f"{CONFIG} of {where} has learnable={settings['learnable']!r}, which is true or false.")
+    return content
+
+
+def _take_types_(model: nn.Module, weights: Path) -> None:
+    """Give each tensor of a model the type that it has in the file of its weights: some models have several."""
+    tensors = load_file(weights)
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in tensors and tensors[name].dtype != value.dtype and tensors[name].shape == value.shape:
+            value.data = tensors[name]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _is_list_of_names(layers: Any) -> bool:
+    if not isinstance(layers, list) or not layers or not all(isinstance(name, str) for name in layers):
+        return False
+    return len(set(layers)) == len(layers)
+
+
+def _lam(tensor: Tensor | None, layer: str) -> float:
+    """The lambda of a layer."""
+    if tensor is None or tensor.ndim or not tensor.is_floating_point():
+        raise ValueError(f"{layer} has no lambda.")
+    if not 0 <= (lam := float(tensor)) <= 1:
+        raise ValueError(f"{layer} has lambda {lam}, which is not in [0, 1].")
+    return lam
+
+
+PARTNERS = {"correction.gain": "correction.offset", "running_mean": "running_var"}
+PARTNERS |= {second: first for first, second in PARTNERS.items()}
+"""Tensors that stand in a variant together or not at all."""
+
+
+def check_tensors(tensors: dict[str, Tensor], layers: dict[str, float]) -> None:
+    """Raise a ValueError for what no calibration writes: other names, halves of pairs, values that are no numbers."""
+    for name, tensor in tensors.items():
+        key = next((key for key in PARTNERS if name.endswith(f".{key}")), None)
+        if key is None or name.removesuffix(key) + PARTNERS[key] not in tensors:
+            raise ValueError(f"{name} has no place in a variant.")
+        if name.rpartition(".correction.")[1] and name.rpartition(".correction.")[0] not in layers:
+            raise ValueError(f"{name} corrects a layer that is not reprogrammed.")
+        if not tensor.is_floating_point() or tensor.ndim != 1 or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds what is no finite number a channel.")
+        if name.endswith(".running_var") and bool((tensor < 0).any()):
+            raise ValueError(f"{name} holds variances below 0.")
+
+
+def _install(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Put corrections and statistics into a freshly reprogrammed model."""
+    layers = reprogrammed_layers(model)
+    modules = dict(model.named_modules())
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        layer = layers.get(owner.removesuffix(".correction"))
+        if layer is not None and owner.endswith(".correction"):
+            target = (layer.correction or layer.add_correction())._buffers.get(key)
+        else:
+            target = modules[owner]._buffers.get(key) if owner in modules else None
+        if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:
+            raise BrokenVariant(
+                f"{TENSORS} of {where} holds {name} {list(tensor.shape)}, which its base has no place for."
+            )
+        with torch.no_grad():
+            target.copy_(tensor)

@@ -1,0 +1,188 @@
+"""Which architectures there are: timm's, reprogrammed, and the small one that the package brings along."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import deque
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models._registry import DefaultCfg, get_arch_name
+from timm.models.resnet import BasicBlock, ResNet
+from torch import nn
+
+from timm_nrpm.config import Lambdas, LayerSelection, NRPMConfig
+from timm_nrpm.models.backbones import CifarResNet
+from timm_nrpm.models.base import Base
+from timm_nrpm.models.creation import brings_weights, create_plain
+from timm_nrpm.models.loading import from_timm, is_variant
+from timm_nrpm.models.reprogramming import record_of, reprogram_, reprogrammed_layers
+
+__all__ = ["create_model", "list_models"]  # timm adds the entrypoints it registers
+
+DIGITS = "resnet8_digits"
+"""The bundled model: 85 kB, trained by `scripts/train_digits.py` on scikit-learn's handwritten digits, 8x8 grey."""
+
+ASSETS = files("timm_nrpm") / "assets"
+
+default_cfgs: dict[str, DefaultCfg] = dict(
+    generate_default_cfgs(
+        {
+            DIGITS: {
+                "file": str(ASSETS / f"{DIGITS}.safetensors"),
+                "num_classes": 10,
+                "input_size": (1, 8, 8),
+                "fixed_input_size": False,
+                "mean": (0.5,),
+                "std": (0.5,),
+                "crop_pct": 1.0,
+                "first_conv": "conv1",
+                "classifier": "fc",
+                "license": "apache-2.0",
+            }
+        }
+    )
+)
+
+
+class _SmallResNet(CifarResNet):
+    """A ResNet of three blocks, for 8x8 images."""
+
+    def __init__(self, in_chans: int = 1, **kwargs: Any) -> None:
+        super().__init__(in_chans, (8, 16, 32, 32), block=BasicBlock, layers=(1, 1, 1, 1), **kwargs)
+        # A fourth stage would see one pixel and eight of padding. It is empty and no Identity, since timm walks through
+        # the blocks of every stage for checkpointing and for intermediate features.
+        self.layer4 = nn.Sequential()
+        self.feature_info[4]["reduction"] = self.feature_info[3]["reduction"]
+
+
+@register_model
+def resnet8_digits(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """A ResNet of three blocks for 8x8 grey images, 20 thousand parameters."""
+    return build_model_with_cfg(_SmallResNet, DIGITS, pretrained, **{"num_classes": 10, **kwargs})
+
+
+@torch.inference_mode(False)  # through weights made within it no gradient would go
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    lam: Lambdas = 0.8,
+    iterations: int = 3,
+    eps: float = 1e-3,
+    penalty: str = "l1",
+    layers: LayerSelection = None,
+    learnable: bool = False,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """A timm model, reprogrammed.
+
+    Args:
+        name: Any name that `timm.create_model` takes, with a tag or not, `hf-hub:` and `local-dir:` included.
+        pretrained: Whether to load pretrained weights.
+        lam, iterations, eps, penalty, layers, learnable: See :class:`timm_nrpm.NRPMConfig`.
+        **timm_kwargs: Passed to `timm.create_model` as they are.
+
+    Returns:
+        The model, in training mode as timm returns it, its layers reprogrammed.
+
+    Raises:
+        ValueError: An unknown name (near ones are suggested) or setting.
+        timm_nrpm.errors.WeightsUnavailable: No network and nothing in the cache.
+
+    Example:
+        >>> model = timm_nrpm.create_model("resnet18", pretrained=True, lam=0.8, num_classes=10)
+        >>> timm_nrpm.lambdas(model)["layer1.0.conv1"]
+        0.8
+    """
+    config = NRPMConfig(lam=lam, iterations=iterations, eps=eps, penalty=penalty, layers=layers, learnable=learnable)
+    name = name.removeprefix("nrpm_")
+    if isinstance(timm_kwargs.get("pretrained_cfg"), str):  # how timm hands on the tag of nrpm_resnet18.a1_in1k
+        name = f"{name}.{timm_kwargs.pop('pretrained_cfg')}"
+    _check_name(name)
+    model = create_plain(name, pretrained, **timm_kwargs)
+    if reprogrammed_layers(model):
+        raise ValueError(f"{name} is a variant already: load it by timm_nrpm.from_pretrained.")
+    given = {k: v for k, v in timm_kwargs.items() if v is not None}
+    # Weights from a file on this machine are nobody else's to find again under the name.
+    local = name.startswith("local-dir:") or brings_weights(given)
+    record = record_of(reprogram_(model, config))
+    if record.base is not None:
+        record.base = Base.of(model, None if local or not pretrained else name, given, record.base.sha256)
+    return model
+
+
+def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
+    """Names of the architectures whose every linear map can be reprogrammed.
+
+    Measured, not guessed: `scripts/survey.py` builds every architecture of timm and runs it. Others can be created as
+    well, and keep some layers plain, which a warning says.
+
+    Args:
+        filter: A wildcard as timm's, like `"resnet*"`.
+        pretrained: Whether to list names with pretrained weights only, tags included.
+
+    Example:
+        >>> list_models("resnet1?")
+        ['resnet10t', 'resnet14t', 'resnet18']
+    """
+    known = _surveyed()
+    return [n for n in timm.list_models(filter, pretrained=pretrained) if get_arch_name(n) in known]
+
+
+@cache
+def _surveyed() -> frozenset[str]:
+    return frozenset(json.loads((ASSETS / "architectures.json").read_text())["complete"])
+
+
+def _check_name(name: str) -> None:
+    """Raise a ValueError for a name that timm does not know, with near ones."""
+    if ":" in name or "/" in name:
+        return  # a source, which timm checks itself
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(exclude_filters="nrpm_*"), n=3)
+        hint = f" Near names: {', '.join(near)}." if near else ""
+        raise ValueError(f"Unknown model {name!r}.{hint} timm_nrpm.list_models() lists all.")
+    tags = [n.partition(".")[2] for n in timm.list_models(architecture, include_tags=True)]
+    if tag and tag not in tags:
+        raise ValueError(f"Unknown tag {tag!r} for {architecture}. It has: {', '.join(filter(None, tags)) or 'none'}.")
+
+
+def _register(architecture: str, tags: list[str]) -> None:
+    """Make `nrpm_<architecture>` known to timm, with the same pretrained weights."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if is_variant(kwargs.get("pretrained_cfg")):
+            return from_timm(kwargs.pop("pretrained_cfg"), pretrained, kwargs)
+        return create_model(architecture, pretrained, **kwargs)
+
+    name = f"nrpm_{architecture}"
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = __name__
+    entrypoint.__doc__ = f"`{architecture}`, reprogrammed: see `timm_nrpm.create_model`."
+    # The finalised configs: an unfinished one would be completed to a repository named after the new architecture.
+    default = get_pretrained_cfg(architecture)
+    if default is not None:
+        first = default.tag or ""  # the order counts: timm takes the first for the default
+        others = {tag: get_pretrained_cfg(f"{architecture}.{tag}") for tag in tags if tag not in ("", first)}
+        cfgs = {first: default, **{tag: cfg for tag, cfg in others.items() if cfg is not None}}
+        default_cfgs[name] = DefaultCfg(deque(cfgs), cfgs, any(cfg.has_weights for cfg in cfgs.values()))
+    globals()[name] = register_model(entrypoint)
+
+
+def _register_all() -> None:
+    tags: dict[str, list[str]] = {}
+    for name in timm.list_models(include_tags=True):
+        architecture, _, tag = name.partition(".")
+        tags.setdefault(architecture, []).append(tag)
+    for architecture, its in tags.items():
+        _register(architecture, its)
+
+
+_register_all()

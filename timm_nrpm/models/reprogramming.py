@@ -1,0 +1,302 @@
+"""Turn the layers of a model into reprogrammed ones, and back: the only place that walks a model."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from timm_nrpm.config import NRPMConfig
+from timm_nrpm.errors import ReprogrammingWarning
+from timm_nrpm.models.base import Base, checksum_of, weights_sha256
+from timm_nrpm.models.plain_statistics import (
+    KEPT,
+    Fingerprint,
+    bring_back_,
+    complete,
+    forget_,
+    norms_of,
+    own_state,
+    remember_,
+    take_,
+)
+from timm_nrpm.models.selection import assign, call_order, select
+from timm_nrpm.nn.layers import LINEAR_MAPS, REPROGRAMMED, Reprogrammed, reprogram_layer_, restore_layer_
+from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.nn.wrappers import copied, unwrapped
+
+Model = TypeVar("Model", bound=nn.Module)
+
+FUSIONS = ("fuse", "reparameterize", "switch_to_deploy")
+"""Methods by which timm merges layers into new plain ones."""
+
+
+@dataclass
+class Record:
+    """What is known of a reprogrammed model, kept as its attribute `nrpm`.
+
+    Attributes:
+        config: As given to :func:`reprogram_`.
+        skipped: Name of each layer that holds a linear map and was left plain though nobody asked for it, and why.
+        weights: The weights when the model was reprogrammed.
+        settled: The weights that the plain model's statistics were taken with.
+        base: Where the plain model came from, and the hash of its weights when it was reprogrammed.
+    """
+
+    config: NRPMConfig
+    skipped: dict[str, str]
+    weights: Fingerprint
+    settled: Fingerprint
+    base: Base | None = None
+
+
+def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tensor | None = None) -> Model:
+    """Replace the chosen layers of `model` by their reprogrammed class, in place (NRPM, arXiv 2410.04577, section 4).
+
+    Parameters stay the same objects under the same names; every layer gains one, `lam`, and every BatchNorm a copy of
+    its statistics, which are the plain model's from now on. A model that was reprogrammed before is restored first, so
+    it always follows one config. Layers whose type is not known exactly, and layers that the model does not call, are
+    left alone: a :class:`ReprogrammingWarning` says so, and `model.nrpm.skipped` says why.
+
+    Args:
+        model: Any module; a single `nn.Conv2d` or `nn.Linear` works too.
+        config: The settings; the default is `NRPMConfig()`.
+        example: An input, `[B, C, H, W]` for an image model, with which the model is run once to see what it calls.
+            For a timm model the default is one image of zeros of its input size; another model is run only with an
+            example, and without one all its layers are taken to be called.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: A pattern that matches no layer, a lambda missing or of the wrong count, or a model within
+            DistributedDataParallel, which has counted its parameters already. The model is untouched.
+
+    Example:
+        >>> model = reprogram_(timm.create_model("resnet18"), NRPMConfig(lam=0.9, layers="layer1.*"))
+        >>> lambdas(model)["layer1.0.conv1"]
+        0.9
+    """
+    config = NRPMConfig() if config is None else config
+    if not isinstance(config, NRPMConfig):
+        raise ValueError(f"config={config!r} is no NRPMConfig: write reprogram_(model, NRPMConfig(lam=0.8)).")
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "DistributedDataParallel has counted this model's parameters: reprogram it before wrapping it."
+        )
+    wrapper, model = model, cast(Model, unwrapped(model))
+    with torch.inference_mode(False):
+        _reprogram_(model, config, example)
+    return wrapper
+
+
+def _reprogram_(model: nn.Module, config: NRPMConfig, example: Tensor | None) -> None:
+    plain = plain_copy(model) if reprogrammed_layers(model) else model  # what to look at while anything may fail
+    supported = {name: m for name, m in plain.named_modules() if type(m) in REPROGRAMMED}
+    skipped = {
+        name: f"its type {type(m).__qualname__} is not one whose arithmetic is known"
+        for name, m in plain.named_modules()
+        if isinstance(m, LINEAR_MAPS) and name not in supported
+    }
+    called = call_order(plain, supported, example)
+    if called is not None:
+        reason = "the model never calls it in a forward (it may read the weight past the module)"
+        skipped |= {name: reason for name in supported if name not in called}
+        supported = {name: supported[name] for name in called}
+    chosen = select(supported, config, skipped)
+    values = assign(chosen, config)
+    # Everything is checked: from here on nothing fails.
+    before = vars(model).get("nrpm")
+    base = before.base if isinstance(before, Record) else None
+    if base is None and not any(p.is_meta for p in model.parameters()):
+        base = Base.guess(plain)  # now, so that saving can tell whether the weights changed since
+    _restore_(model)
+    for name in chosen:
+        reprogram_layer_(model.get_submodule(name), config, values[name])
+    _refuse_fusion(model)
+    remember_(model)
+    model.register_load_state_dict_post_hook(_settled_by_loading)
+    weights = Fingerprint.of(model)
+    known = (before.weights, before.settled) if isinstance(before, Record) else (weights, weights)
+    vars(model)["nrpm"] = Record(config, skipped, *known, base)
+    if skipped and config.layers is None:
+        listed = [f"  {name}: {why}" for name, why in list(skipped.items())[:5]]
+        more = f"\n  ... and {len(skipped) - 5} more, see model.nrpm.skipped" if len(skipped) > 5 else ""
+        warnings.warn(
+            f"Layers that stay plain, {len(skipped)}:\n" + "\n".join(listed) + more, ReprogrammingWarning, stacklevel=3
+        )
+
+
+def restore_(model: Model) -> Model:
+    """Undo :func:`reprogram_` and any calibration, in place: the original model, bit for bit.
+
+    BatchNorm statistics are again those from when the model was reprogrammed, or from the end of `tune`, which takes
+    them anew. Weights keep the values they have now; where something else trained them since the statistics were taken,
+    these stay those of the reprogrammed model, and a :class:`ReprogrammingWarning` says so. A model that is not
+    reprogrammed is returned as it is.
+
+    Raises:
+        ValueError: `model` is a part of a larger model that was reprogrammed as a whole.
+    """
+    inner = unwrapped(model)
+    stale = is_reprogrammed(inner) and not is_settled(inner) and bool(norms_of(inner))
+    _restore_(inner)
+    if stale:
+        warnings.warn(
+            "The weights changed since the plain model's BatchNorm statistics were taken, so these stay those of the "
+            "reprogrammed model: re-estimate them, for example by torch.optim.swa_utils.update_bn.",
+            ReprogrammingWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _restore_(model: Model, kept: bool = False) -> Model:
+    """`restore_` without a word on whether statistics fit the weights."""
+    for root in [m for m in model.modules() if isinstance(m.__dict__.get("nrpm"), Record)]:
+        bring_back_(root, KEPT if kept or is_settled(root) else KEPT[2:])
+        forget_(root)
+        hooks = root._load_state_dict_post_hooks
+        for number in [n for n, hook in hooks.items() if hook is _settled_by_loading]:
+            del hooks[number]
+        for module in list(root.modules()):
+            if isinstance(module, Reprogrammed):
+                restore_layer_(module)
+            for method in FUSIONS:
+                if module.__dict__.get(method) is _refused:
+                    delattr(module, method)
+        del vars(root)["nrpm"]
+    if reprogrammed_layers(model):
+        raise ValueError("This is a part of a reprogrammed model: call reprogram_ and restore_ on the whole model.")
+    return model
+
+
+def uncalibrate_(model: nn.Module) -> None:
+    """Undo `calibrate_`: the plain model's BatchNorm statistics, and no corrections."""
+    bring_back_(model)
+    for layer in reprogrammed_layers(model).values():
+        layer.drop_correction()
+
+
+def plain_copy(model: Model, *, kept: bool = False) -> Model:
+    """The un-reprogrammed model as a second module that shares the Parameters of `model`.
+
+    Its BatchNorm statistics are the plain model's; where the weights were trained since these were taken, they are
+    those that `model` computes with. Changing its weights changes those of `model`.
+
+    Args:
+        model: A reprogrammed model, or any other.
+        kept: Whether to take the plain model's statistics also where the weights were trained since, as within an epoch
+            of `tune`, which takes them anew after each.
+
+    Raises:
+        ValueError: A module whose `forward` was replaced on the instance, which a copy would share.
+    """
+    inner = cast(Model, unwrapped(model))
+    return _restore_(copied(inner, {id(p): p for p in inner.parameters()}), kept)
+
+
+def is_settled(model: nn.Module) -> bool:
+    """Whether the plain model's statistics are there, and were taken with the weights that the model has now."""
+    record: Record = vars(model)["nrpm"]
+    return complete(model) and record.settled.fits(model)
+
+
+def settle_(model: nn.Module, plain: nn.Module) -> None:
+    """Take the statistics of `plain`, which has the weights of `model`, as the plain model's."""
+    take_(model, plain)
+    record_of(model).settled = Fingerprint.of(model)
+
+
+def _settled_by_loading(model: nn.Module, keys: Any) -> None:
+    """A whole state dict brings weights and the plain model's statistics together."""
+    if not keys.missing_keys and is_reprogrammed(model):
+        record_of(model).settled = Fingerprint.of(model)
+
+
+def is_as_reprogrammed(model: nn.Module) -> bool:
+    """Whether `plain_copy` gives the very model that was reprogrammed: its weights are the same, whatever became of the
+    statistics, and they were not tuned before."""
+    record = record_of(model)
+    tuned = record.base is not None and record.base.tuned
+    return complete(model) and not tuned and record.weights.fits(model) and record.settled.fits(model)
+
+
+def model_sha256(model: nn.Module) -> str:
+    """Hash of all that decides what a model computes: weights, statistics, lambdas, and how each layer estimates.
+
+    Of two models of one architecture that have the same, both have the same logits on the same machine.
+    """
+    state, estimates = own_state(model), {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, Reprogrammed):
+            continue
+        state[f"{name}.lam".removeprefix(".")] = layer.lam.detach().float().clamp(0, 1)  # what counts
+        estimates[name] = {key: value for key, value in layer.settings().items() if key != "lam"}
+    return checksum_of({"state": weights_sha256(state), "estimates": estimates})
+
+
+def record_of(model: nn.Module) -> Record:
+    """`model.nrpm`; a ValueError for a model that is not reprogrammed."""
+    model = unwrapped(model)
+    record, *parts = [m.__dict__.get("nrpm") for m in model.modules() if m is model or "nrpm" in m.__dict__]
+    if any(isinstance(part, Record) for part in parts):
+        raise ValueError(
+            "Parts of this model were reprogrammed on their own: call reprogram_ once, on the whole model."
+        )
+    if not isinstance(record, Record):
+        raise ValueError(
+            f"This {type(model).__name__} is not reprogrammed: call timm_nrpm.reprogram_(model, config) first."
+        )
+    return record
+
+
+def identity_of(net: PixelModel) -> dict[str, Any]:
+    """What weights do not tell of a model on pixels: the kinds of its modules, its estimates, the normalisation."""
+    kinds = {name: type(module).__qualname__ for name, module in net.model.named_modules()}
+    layers = reprogrammed_layers(net.model)
+    estimates = {name: {**asdict(layer.config), "lam": None, "layers": None} for name, layer in layers.items()}
+    return {"modules": checksum_of({"kinds": kinds, "estimates": estimates}), **net.normalisation()}
+
+
+def is_reprogrammed(model: nn.Module) -> bool:
+    """Whether `reprogram_` made this very module what it is."""
+    return isinstance(vars(model).get("nrpm"), Record)
+
+
+def reprogrammed_layers(model: nn.Module) -> dict[str, Reprogrammed]:
+    """The reprogrammed layers of `model` by name; a layer with two names appears under the first."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Reprogrammed)}
+
+
+def lambdas(model: nn.Module) -> dict[str, float]:
+    """Lambda of every reprogrammed layer, in [0, 1]; empty for a model that is not reprogrammed.
+
+    Example:
+        >>> lambdas(create_model("resnet18", lam=0.8))["layer1.0.conv1"]
+        0.8
+    """
+    return {name: _decimal(layer.lam) for name, layer in reprogrammed_layers(unwrapped(model)).items()}
+
+
+def _decimal(lam: Tensor) -> float:
+    # The shortest decimal that gives this float32, so that 0.8 reads 0.8 and not 0.800000011920929.
+    return min(max(float(str(lam.detach().float().cpu().numpy())), 0.0), 1.0)
+
+
+def _refused(*_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        "Fusing would silently drop reprogrammed layers and their lambdas. "
+        "Call timm_nrpm.restore_(model) first, fuse, then reprogram_ the fused model."
+    )
+
+
+def _refuse_fusion(model: nn.Module) -> None:
+    for module in model.modules():
+        for method in FUSIONS:
+            if callable(getattr(module, method, None)) and reprogrammed_layers(module):
+                setattr(module, method, _refused)

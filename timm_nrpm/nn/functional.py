@@ -1,0 +1,240 @@
+"""Reprogrammed linear and convolution as functions, like `torch.nn.functional`.
+
+Both compute Algorithm 1 of NRPM (arXiv 2410.04577): `lam * z + (1 - lam) * z_robust + bias`, where `z` is what the
+plain operation gives without its bias and `z_robust` the robust estimate of the same sum. The memory they need is that
+of the plain operation and a few numbers an output; the gradient is exact, and first order only.
+
+Example:
+    >>> x, weight = torch.randn(8, 64), torch.randn(10, 64)
+    >>> nrpm_linear(x, weight, lam=0.8).shape
+    torch.Size([8, 10])
+    >>> nrpm_conv2d(torch.randn(2, 16, 32, 32), torch.randn(8, 16, 3, 3), padding=1, lam=0.8).shape
+    torch.Size([2, 8, 32, 32])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_nrpm.config import Estimator, check_estimator, check_lam
+from timm_nrpm.nn.estimator import Penalty
+from timm_nrpm.nn.kernels import robust_sum
+from timm_nrpm.nn.kernels.convolution import Convolution, Pair
+
+FEW = 16  # rows of a linear map; a vector of positions is this long
+
+
+def is_plain(lam: float | Tensor, iterations: int, penalty: str) -> bool:
+    """Whether the plain operation is the whole answer: no iteration, or lambda = 1 and nothing to learn it by.
+
+    A tensor is asked for its value where that costs nothing. Elsewhere, in a graph or on a device, the operator itself
+    skips the work at lambda = 1.
+    """
+    if not isinstance(lam, Tensor):
+        return iterations == 0 or penalty == "l2" or lam >= 1
+    if lam.requires_grad and torch.is_grad_enabled():
+        return False
+    return iterations == 0 or penalty == "l2" or (_at_hand(lam) and bool(lam >= 1))
+
+
+def _at_hand(lam: Tensor) -> bool:
+    return lam.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check(
+    lam: float | Tensor, iterations: int, eps: float, penalty: str, delta: float, gamma: float
+) -> tuple[float | Tensor, Estimator]:
+    """Lambda and the settings as plain numbers; unchecked in a graph, where numbers may be symbols."""
+    graph = torch.compiler.is_compiling()
+    settings = (Estimator if graph else check_estimator)(iterations, eps, penalty, delta, gamma)
+    if not isinstance(lam, Tensor):
+        return lam if graph else check_lam(lam), settings
+    if lam.numel() != 1:
+        raise ValueError(f"lam has shape {list(lam.shape)}, and one lambda serves the whole layer: give one number.")
+    if _at_hand(lam):
+        check_lam(lam.item())
+    return lam.reshape(()), settings
+
+
+def _precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The float types to compute in and to return, which autocast may set.
+
+    Half precision keeps three digits of a product whose distance to the mean is what counts, so that is never computed
+    in.
+    """
+    device = x.device.type
+    known = torch.amp.is_autocast_available(device)
+    autocast = known and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype, dtype
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _mix(
+    x: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [O, C / groups, kH, kW]
+    plain: Tensor,  # [B, O, H', W']
+    conv: Convolution,
+    lam: float | Tensor,
+    iterations: int,
+    penalty: Penalty,
+) -> Tensor:
+    """Algorithm 1 without bias, `[B, O, H', W']`."""
+    lam = lam.to(plain) if isinstance(lam, Tensor) else lam
+    grad = torch.is_grad_enabled()
+    learned = isinstance(lam, Tensor) and lam.requires_grad and grad
+    skip = lam if isinstance(lam, Tensor) and not learned else None
+    keep = grad and (x.requires_grad or weight.requires_grad)
+    shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    robust = plain  # of no step, which is here so that lambda takes its gradient, 0
+    if iterations:
+        robust, _ = robust_sum(x, weight, plain, skip, *shape, iterations, penalty.numbers, keep)
+    # In place where autograd does not look: the output of a shallow layer costs as much to allocate as to compute.
+    return torch.lerp(robust, plain, lam) if grad else robust.lerp_(plain, lam)
+
+
+def nrpm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lam: float | Tensor,
+    iterations: int = 3,
+    eps: float = 1e-3,
+    penalty: str = "l1",
+    delta: float = 3.0,
+    gamma: float = 4.0,
+) -> Tensor:
+    """Linear map mixed with the robust estimate of its sum (NRPM, arXiv 2410.04577, Algorithm 1).
+
+    Args:
+        x: `[..., D]`, floating point.
+        weight: `[O, D]`.
+        bias: `[O]`; stays outside the estimate.
+        lam: Lambda in [0, 1], a number or a tensor with one element, which may take a gradient.
+        iterations, eps, penalty, delta, gamma: See :class:`timm_nrpm.NRPMConfig`.
+
+    Returns:
+        `[..., O]`.
+
+    Raises:
+        ValueError: Shapes that do not fit, or a setting outside its range.
+
+    Example:
+        >>> x, weight = torch.randn(2, 5, 64), torch.randn(10, 64)
+        >>> nrpm_linear(x, weight, lam=0.8).shape
+        torch.Size([2, 5, 10])
+    """
+    lam, (iterations, eps, penalty, delta, gamma) = _check(lam, iterations, eps, penalty, delta, gamma)
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"nrpm_linear got x {list(x.shape)} and weight {list(weight.shape)}: x must be [..., D] and weight [O, D]."
+        )
+    if is_plain(lam, iterations, penalty) or x.numel() == 0 or weight.numel() == 0:
+        return F.linear(x, weight, bias)
+    options = Penalty.named(penalty, eps, delta, gamma)
+    kind, dtype = _precision(x)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(kind)  # [N, D]
+    matrix = weight.to(kind)
+    with _without_autocast(x):
+        plain = F.linear(rows, matrix)  # [N, O]
+    # The kernels run along positions, so of rows and outputs the more numerous are the positions of a 1x1 convolution;
+    # but a graph must do for any number of rows.
+    if swap := not torch.compiler.is_compiling() and rows.shape[0] < FEW <= matrix.shape[0]:
+        rows, matrix, plain = matrix, rows, plain.t()
+    columns, kernel = rows.t()[None, :, None], matrix[..., None, None]  # [1, D, 1, N], [O, D, 1, 1]
+    out = _mix(columns, kernel, plain.t()[None, :, None], Convolution(), lam, iterations, options)  # [1, O, 1, N]
+    out = out[0, :, 0] if swap else out[0, :, 0].t()
+    if bias is not None:
+        out = out.add_(bias.to(kind))
+    return out.to(dtype).reshape(*x.shape[:-1], len(weight))
+
+
+def nrpm_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    lam: float | Tensor,
+    iterations: int = 3,
+    eps: float = 1e-3,
+    penalty: str = "l1",
+    delta: float = 3.0,
+    gamma: float = 4.0,
+) -> Tensor:
+    """2D convolution mixed with the robust estimate of its sum (NRPM, arXiv 2410.04577, Algorithm 1, appendix A.2).
+
+    Args:
+        x: `[B, C, H, W]` or `[C, H, W]`, floating point.
+        weight: `[O, C / groups, kH, kW]`.
+        bias: `[O]`; stays outside the estimate.
+        stride, padding, dilation, groups: As in `torch.nn.functional.conv2d`; padding may be `"same"` or `"valid"`.
+            Padded zeros are products like any other, as in the paper.
+        lam: Lambda in [0, 1], a number or a tensor with one element, which may take a gradient.
+        iterations, eps, penalty, delta, gamma: See :class:`timm_nrpm.NRPMConfig`.
+
+    Returns:
+        `[B, O, H', W']`, or `[O, H', W']`.
+
+    Raises:
+        ValueError: Shapes that do not fit, or a setting outside its range.
+
+    Example:
+        >>> x, weight = torch.randn(2, 16, 32, 32), torch.randn(8, 16, 3, 3)
+        >>> nrpm_conv2d(x, weight, padding="same", lam=0.8).shape
+        torch.Size([2, 8, 32, 32])
+    """
+    lam, (iterations, eps, penalty, delta, gamma) = _check(lam, iterations, eps, penalty, delta, gamma)
+    if weight.ndim != 4 or x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"nrpm_conv2d got x {list(x.shape)}, weight {list(weight.shape)} and groups={groups}: "
+            "x must be [B, C, H, W] or [C, H, W] and weight [O, C / groups, kH, kW]."
+        )
+    batch = x if x.ndim == 4 else x.unsqueeze(0)
+    kernel, strides, dilations = _pair(weight.shape[2:]), _pair(stride), _pair(dilation)
+    if padding == "same":
+        if strides != (1, 1):
+            raise ValueError(f'padding="same" needs stride 1, and stride is {strides}.')
+        total = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        padding = (total[0] // 2, total[1] // 2)
+        if any(t % 2 for t in total):  # like torch, the odd one goes right and below
+            left, right = padding[1], total[1] - padding[1]
+            batch = F.pad(batch, (left, right, padding[0], total[0] - padding[0]))
+            padding = 0
+    elif padding == "valid":
+        padding = 0
+    elif isinstance(padding, str):
+        raise ValueError(f'padding={padding!r} is not known: give an integer, a pair, "same" or "valid".')
+    conv = Convolution(strides, _pair(padding), dilations, groups)
+    if is_plain(lam, iterations, penalty) or batch.numel() == 0 or weight.numel() == 0:
+        out = F.conv2d(batch, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    else:
+        options = Penalty.named(penalty, eps, delta, gamma)
+        kind, dtype = _precision(x)
+        batch, weight = batch.to(kind), weight.to(kind)
+        with _without_autocast(x):
+            plain = F.conv2d(batch, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        out = _mix(batch, weight, plain, conv, lam, iterations, options)  # [B, O, H', W']
+        if bias is not None:
+            out = out.add_(bias.to(kind).view(-1, 1, 1))
+        out = out.to(dtype)
+    return out if x.ndim == 4 else out.squeeze(0)
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    return (int(value[0]), int(value[-1])) if isinstance(value, Sequence) else (value, value)

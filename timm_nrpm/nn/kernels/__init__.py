@@ -1,0 +1,12 @@
+"""The estimator of `estimator.py`, fast."""
+
+import contextlib
+
+from timm_nrpm.errors import SlowPathWarning
+from timm_nrpm.nn.kernels.operator import robust_sum
+
+# Registers itself. Where torch comes without Triton, ordinary operations serve CUDA as well.
+with contextlib.suppress(ImportError):
+    from timm_nrpm.nn.kernels import cuda as cuda
+
+__all__ = ["SlowPathWarning", "robust_sum"]

@@ -1,0 +1,151 @@
+"""The estimator on the CPU in float32: `estimate.cpp`, compiled once a machine by its own C++ compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import subprocess
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from timm_nrpm.errors import CompilationError, SlowPathWarning
+from timm_nrpm.nn.estimator import Penalty
+from timm_nrpm.nn.kernels.compiling import build, compiler, folders
+from timm_nrpm.nn.kernels.convolution import Convolution, empty_gradients, empty_results, state_as, strided_as
+
+Pointer, Integer = ctypes.c_void_p, ctypes.c_int
+
+_lock = threading.Lock()  # the first call compiles, others wait
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    loaded.nrpm_forward.argtypes = [Pointer, Pointer, Integer, *[Pointer] * 5, Integer]
+    loaded.nrpm_backward.argtypes = [Pointer, Pointer, Integer, *[Pointer] * 8, Integer]
+    loaded.nrpm_limit.argtypes = [Pointer, ctypes.c_int64, ctypes.c_int64, Integer]
+    loaded.nrpm_forward.restype = loaded.nrpm_backward.restype = None
+    loaded.nrpm_limit.restype = ctypes.c_float
+    return loaded
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | None:
+    reason: Exception | None = None
+    try:
+        cxx = compiler()
+        for folder in folders():
+            try:
+                return _load(build(folder, cxx))
+            except (CompilationError, OSError, AttributeError) as error:  # a full disk, noexec, a lost share
+                reason = error
+    except (CompilationError, OSError, subprocess.TimeoutExpired) as error:
+        reason = error
+    warnings.warn(
+        f"The fast CPU kernels are not available: {reason}. The same numbers come from a path that is ten times "
+        "slower. Install g++ (or name a compiler in CXX) to have them.",
+        SlowPathWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, compiled if need be; None, after one :class:`SlowPathWarning`, where that cannot be done."""
+    with _lock:
+        return _loaded()
+
+
+def serves(x: Tensor) -> bool:
+    """Whether these kernels can take `x`."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and library() is not None
+
+
+def forward(
+    x: Tensor, weight: Tensor, plain: Tensor, conv: Convolution, iterations: int, penalty: Penalty, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`timm_nrpm.nn.kernels.operator.robust_sum`."""
+    out, state = empty_results(plain, iterations, keep)
+    if not out.numel():
+        return out, state
+    weight, plain = weight.contiguous(), strided_as(plain, out)
+    _call(
+        "nrpm_forward",
+        _describe(x, weight, out, conv, iterations),
+        penalty,
+        (x, weight, plain, out, state if keep else None),
+    )
+    return out, state
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    out: Tensor,
+    state: Tensor,
+    conv: Convolution,
+    iterations: int,
+    penalty: Penalty,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """See :func:`timm_nrpm.nn.kernels.operator.robust_sum_backward`."""
+    grad_x, grad_weight = empty_gradients(x, weight, *needs)
+    if not out.numel():
+        return grad_x.zero_(), grad_weight.zero_()
+    state = state_as(state, out)
+    # The input is read with the strides of its gradient, which are its own unless elements overlap or are spread out.
+    x, plain, grad = strided_as(x, grad_x if needs[0] else x), strided_as(plain, out), strided_as(grad, out)
+    _call(
+        "nrpm_backward",
+        _describe(x, weight, out, conv, iterations),
+        penalty,
+        (
+            *(x, weight.contiguous(), plain, out, state, grad),
+            *(
+                gradient.zero_() if needed else None
+                for gradient, needed in zip((grad_x, grad_weight), needs, strict=True)
+            ),
+        ),
+    )
+    return grad_x, grad_weight
+
+
+def _call(name: str, description: list[int], penalty: Penalty, tensors: tuple[Tensor | None, ...]) -> None:
+    kernels = library()
+    assert kernels is not None  # else another implementation serves
+    getattr(kernels, name)(
+        (ctypes.c_int64 * len(description))(*description),
+        (ctypes.c_float * 5)(*penalty.numbers),
+        penalty != Penalty(penalty.eps),  # anything but l1
+        *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
+        torch.get_num_threads(),
+    )
+
+
+def _describe(x: Tensor, weight: Tensor, out: Tensor, conv: Convolution, iterations: int) -> list[int]:
+    """The struct `Conv` of estimate.cpp."""
+    groups, image, sums = conv.groups, list(x.shape[2:]), list(out.shape[2:])
+    if conv.is_pointwise(weight) and all(t.stride(2) == t.shape[3] * t.stride(3) for t in (x, out)):
+        image = sums = [1, math.prod(image)]  # rows that follow each other are one long row
+    return [
+        *(len(x), groups, x.shape[1] // groups, len(weight) // groups, *image, *sums),
+        *(*weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation),
+        *(*x.stride(), *out.stride(), iterations),
+    ]
+
+
+def limit(numbers: Tensor, rounds: int, threads: int) -> float:
+    """Run the loop that the benchmark takes for the limit of the machine: see `nrpm_limit` in estimate.cpp.
+
+    Args:
+        numbers: `[N]`, float32; few enough for the first-level cache, a multiple of 64.
+    """
+    kernels = library()
+    assert kernels is not None
+    return kernels.nrpm_limit(numbers.data_ptr(), len(numbers), rounds, threads)

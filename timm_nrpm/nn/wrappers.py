@@ -1,0 +1,178 @@
+"""What a model is wrapped in: seen through or refused, by one function, before any work; and copies of a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
+
+from timm_nrpm.nn.pixel_model import PixelModel
+
+Model = TypeVar("Model", bound=nn.Module)
+
+INSIDE: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.DataParallel, "module"),
+    (DistributedDataParallel, "module"),
+    (AveragedModel, "module"),
+    (PixelModel, "model"),
+)
+"""Wrappers that compute what the module inside computes, and the attribute that holds it."""
+
+BY_NAME = {"OptimizedModule": "_orig_mod", "ModelEmaV2": "module", "ModelEmaV3": "module"}
+"""What `torch.compile` gives and timm's averages of a model, which take a second to import."""
+
+
+QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model itself, and how it normalises if a wrapper said so.
+
+    Attributes:
+        model: The module without its wrappers.
+        mean, std: The normalisation, one number a channel; None leaves it to timm's config of the model.
+    """
+
+    model: nn.Module
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def on_pixels(self) -> PixelModel:
+        """The model on pixels in [0, 1]."""
+        return PixelModel(self.model, self.mean, self.std)
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The model without DataParallel, DDP, `torch.compile`, an average of weights, PixelModel or Sequential around it.
+
+    Raises:
+        ValueError: It is no module, or it is quantised.
+
+    Example:
+        >>> unwrapped(nn.DataParallel(model)) is model
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"The model is a {type(model).__name__}: give a torch.nn.Module, such as a timm model.")
+    while (inner := _inside(model)) is not None:
+        model = inner
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(QUANTISED):
+            raise ValueError(
+                f"The model is quantised ({name or 'itself'} is torch's quantised {type(module).__name__}), whose sums "
+                "are of integers, and through which no gradient goes: give the floating-point model."
+            )
+    return model
+
+
+def subject_of(model: Any, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> Subject:
+    """The model without its wrappers, with the normalisation that was given, or that a wrapper brings along.
+
+    Args:
+        model: Any module.
+        mean, std: The normalisation that the caller gave; it goes before that of a wrapper.
+
+    Raises:
+        ValueError: It is no module, or one that holds a timm model beside other modules, so that nobody knows what
+            pixels it takes.
+    """
+    inner: nn.Module | None = model
+    while inner is not None:
+        model = inner
+        told = _normalisation_of(model)
+        if told is not None:
+            mean, std = mean or told[0], std or told[1]
+        inner = _inside(model)
+    model = unwrapped(model)
+    _refuse_company(model, known=mean is not None and std is not None)
+    return Subject(model, mean, std)
+
+
+def _normalisation_of(wrapper: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The mean and deviation that a wrapper normalises by; None if it does not."""
+    if isinstance(wrapper, PixelModel):
+        own = wrapper.normalisation()
+        return own["mean"], own["std"]
+    if _normalises_first(wrapper):
+        first: Any = wrapper[0]  # type: ignore[index]
+        return tuple(map(float, first.mean)), tuple(map(float, first.std))
+    return None
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """What a wrapper holds; None for a module that is no wrapper."""
+    for kind, name in INSIDE:
+        if isinstance(model, kind):
+            inner: nn.Module = getattr(model, name)
+            return inner
+    if type(model).__name__ in BY_NAME:
+        named: nn.Module = getattr(model, BY_NAME[type(model).__name__])
+        return named
+    if type(model) is nn.Sequential and len(model) == 1 and (hasattr(model[0], "pretrained_cfg") or _inside(model[0])):
+        return model[0]
+    return model[1] if _normalises_first(model) else None  # type: ignore[index]
+
+
+def _normalises_first(model: nn.Module) -> bool:
+    """Whether it is `Sequential(torchvision's Normalize, model)`."""
+    if type(model) is not nn.Sequential or len(model) != 2 or type(model[0]).__name__ != "Normalize":
+        return False
+    return hasattr(model[0], "mean") and hasattr(model[0], "std")
+
+
+def _refuse_company(model: nn.Module, known: bool) -> None:
+    """Raise a ValueError for a module around a timm model, whose normalisation nobody knows."""
+    if hasattr(model, "pretrained_cfg") or known:
+        return
+    for name, module in model.named_modules():
+        if hasattr(module, "pretrained_cfg") and hasattr(module, "num_classes"):
+            raise ValueError(
+                f"This {type(model).__name__} holds a timm model, {type(module).__name__} as {name!r}, beside other "
+                "modules, so nobody knows what pixels it takes: give the timm model itself, or mean= and std= of the "
+                "normalisation that the whole expects, such as mean=(0.0,), std=(1.0,) where it normalises inside."
+            )
+
+
+class _Detached(TorchFunctionMode):
+    """Deep copies of tensors that were computed, as pruning, weight_norm and hooks keep them: their values alone."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            value, memo = args
+            if id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+            return memo[id(value)]
+        return func(*args, **(kwargs or {}))
+
+
+def copied(model: Model, memo: dict[int, Any] | None = None) -> Model:
+    """A deep copy of a model, of computed tensors the values alone.
+
+    Args:
+        model: Any module.
+        memo: What the copy shares with the model, by `id`, as for `copy.deepcopy`.
+
+    Raises:
+        ValueError: A module whose `forward` was replaced on the instance, which a copy would share: it would go on
+            computing with the modules of the original.
+    """
+    for name, module in model.named_modules():
+        own = vars(module).get("forward")
+        if own is not None and not (isinstance(own, MethodType) and own.__self__ is module):
+            raise ValueError(
+                f"The forward of {name or 'the model'} ({type(module).__name__}) was replaced on the instance, and a "
+                "copy of the model would run the original's modules through it. Write a class with that forward, or "
+                "undo it by `del module.forward`."
+            )
+    with _Detached():
+        return copy.deepcopy(model, memo)

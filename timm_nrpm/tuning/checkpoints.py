@@ -1,0 +1,181 @@
+"""The state of a run on disk: safetensors and JSON, whole or not there at all.
+
+step-00000120/state.safetensors     what trains, its optimizer's state, buffers
+step-00000120/state.json            step, settings, history; sha256 of the other file and of itself
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from timm_nrpm.errors import CheckpointWarning
+from timm_nrpm.models.base import checksum_of
+from timm_nrpm.models.downloads import sha256_of
+from timm_nrpm.models.reprogramming import reprogrammed_layers, uncalibrate_
+from timm_nrpm.models.saving import DRAFT
+from timm_nrpm.models.tensors import write_tensors
+
+STATE, TENSORS = "state.json", "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved.
+
+    Attributes:
+        tensors: By name.
+        content: Whatever JSON holds.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    content: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in a folder, the last `keep` of them.
+
+    Example:
+        >>> checkpoints = Checkpoints(Path("run/checkpoints"), keep=3)
+        >>> checkpoints.save(120, {"lam": torch.tensor(0.5)}, {"step": 120})
+        PosixPath('run/checkpoints/step-00000120')
+        >>> checkpoints.last().content["step"]
+        120
+    """
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """Whole checkpoints, the oldest first."""
+        return sorted(self.folder.glob("step-*"))
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, then remove those too old.
+
+        Raises:
+            OSError: It could not be written, and what was there before is there still.
+        """
+        path = self.folder / f"step-{step:08d}"
+        while path.exists():  # saved before, and good until the new one is
+            path = path.with_name(f"{path.name}+")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(f"{DRAFT}*"):  # of a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)
+            draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=self.folder))
+            try:
+                write_tensors(tensors, draft / TENSORS)
+                state = {**content, "sha256_of_tensors": sha256_of(draft / TENSORS)}
+                (draft / STATE).write_text(json.dumps({**state, "sha256": checksum_of(state)}))
+                for file in (draft / TENSORS, draft / STATE, draft):
+                    _to_disk(file)
+                os.replace(draft, path)
+                _to_disk(self.folder)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        except Exception as error:  # safetensors has errors of its own for a full disk
+            last = self.paths()
+            raise OSError(
+                f"The checkpoint of step {step} could not be written to {self.folder} ({error}). "
+                + (
+                    f"The last good one is {last[-1].name}: make room, then resume."
+                    if last
+                    else "There is none before."
+                )
+            ) from error
+        found = self.paths()
+        here = found.index(path)
+        # Those of later steps were broken when the run went on from an earlier one.
+        for old in (*found[: max(0, here + 1 - self.keep)], *found[here + 1 :]):
+            shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def last(self) -> Checkpoint | None:
+        """The last checkpoint that is whole; None if there is none. A broken one is passed over with a warning."""
+        for path in reversed(self.paths()):
+            try:
+                return self.read(path.name)
+            except Exception as error:
+                warnings.warn(
+                    f"The checkpoint {path} is broken ({error}): the one before it is taken.",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
+        return None
+
+    def read(self, name: str) -> Checkpoint:
+        """The checkpoint of that name; any exception if it is not whole."""
+        path = self.folder / name
+        content = json.loads((path / STATE).read_text())
+        if content.pop("sha256", None) != checksum_of(content):
+            raise ValueError(f"{STATE} is cut short or was changed")
+        if sha256_of(path / TENSORS) != content["sha256_of_tensors"]:
+            raise ValueError(f"{TENSORS} is cut short or was changed")
+        return Checkpoint(path, load_file(path / TENSORS), content)
+
+
+def collect(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """All that training changes: what trains, buffers, the optimizer's state, and what calibration did.
+
+    Args:
+        model: The reprogrammed model.
+        wrapped: The module around it that accelerate prepared.
+        optimizer: The bare optimizer.
+
+    Returns:
+        Tensors and plain values by name.
+    """
+    trained = get_model_state_dict(wrapped, options=_options(trained=True))
+    moments = get_optimizer_state_dict(wrapped, optimizer, options=_options(flat=True))
+    return {f"model.{k}": v for k, v in trained.items()} | {f"optimizer.{k}": v for k, v in moments.items()}
+
+
+def install_(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Undo, in place, all that happened since `collect`."""
+    trained, moments = (
+        {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        for start in ("model.", "optimizer.")
+    )
+    uncalibrate_(model)
+    for name, layer in reprogrammed_layers(model).items():
+        if any(key.endswith(f".{name}.correction.gain") for key in trained):
+            layer.add_correction()
+    set_model_state_dict(wrapped, trained, options=_options(trained=True))
+    set_optimizer_state_dict(wrapped, optimizer, moments, options=_options(flat=True))
+
+
+def _options(*, flat: bool = False, trained: bool = False) -> StateDictOptions:
+    return StateDictOptions(
+        strict=not trained,
+        ignore_frozen_params=trained,
+        flatten_optimizer_state_dict=flat,
+    )
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

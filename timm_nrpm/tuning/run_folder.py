@@ -1,0 +1,162 @@
+"""The folder of a run: written by one process, read by all.
+
+checkpoints/    what the run goes on from
+history.json    every step
+curves.png      the same, drawn
+variant/        the tuned model, for `from_pretrained`
+push-*/         variants that wait to be sent to the Hub
+logs/           of trackers
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from timm_nrpm.evaluation.history import History
+from timm_nrpm.figures.history import draw_history
+from timm_nrpm.hub.background import Publisher
+from timm_nrpm.models.saving import DRAFT, needs_weights, save_pretrained
+from timm_nrpm.tuning.checkpoints import Checkpoint, Checkpoints
+
+
+class RunFolder:
+    """Where a run leaves what it does. Every method is called by all processes, and fails in all if it fails in one.
+
+    Args:
+        path: Is made.
+        keep: How many checkpoints stay.
+        resume: Whether a run in there is to go on.
+
+    Raises:
+        OSError: It cannot be written to.
+        ValueError: It holds a run, and `resume` is False.
+    """
+
+    def __init__(self, path: str, keep: int, resume: bool, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = Path(path), accelerator
+        self.publisher: Publisher | None = None
+        self.rehearsed = False
+        self.checkpoints = Checkpoints(self.path / "checkpoints", keep)
+
+        def claim() -> None:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.path):  # now, not after an hour
+                    pass
+            except OSError as error:
+                raise OSError(f"output={path!r} cannot be written to ({error}): give another folder.") from error
+            if self.checkpoints.paths() and not resume:
+                raise ValueError(f"{path} holds a run: go on with it by resume=True, or give another output.")
+
+        self._on_main(claim)
+
+    def publish(self, model: nn.Module, repo_id: str, license: str | None) -> None:
+        """Send a variant to the Hub with every checkpoint from now on, from the main process.
+
+        Raises:
+            ValueError: It could never be sent: no such name, or no licence.
+        """
+
+        def start() -> None:
+            self.publisher = Publisher(self.path, repo_id, model, license)
+
+        self._on_main(start)
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        content: Mapping[str, Any],
+        history: History,
+        model: nn.Module,
+    ) -> None:
+        """A checkpoint of `state`, tensors and plain values, and of `content`; the history so far; and, if the run is
+        published, the variant that `model` is by now."""
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        values = {k: v for k, v in state.items() if k not in tensors}
+
+        def write() -> None:
+            if not self.rehearsed:
+                self._rehearse(model)
+            self.checkpoints.save(step, tensors, {**content, "values": values, "history": history.to_dict()})
+            history.save(self.path / "history.json")
+            if self.publisher is not None:
+                self.publisher.offer(model, f"Step {step}")
+
+        self._on_main(write)
+
+    def last(self, identity: Mapping[str, Any]) -> Checkpoint | None:
+        """The last good checkpoint, if there is one.
+
+        Raises:
+            ValueError: It belongs to another run than `identity` tells.
+        """
+
+        def find() -> str | None:
+            found = self.checkpoints.last()
+            return None if found is None else found.path.name
+
+        name = self._on_main(find)
+        if name is None:
+            return None
+        saved = self.checkpoints.read(name)
+        then = saved.content["run"]
+        keys = [key for key in {**then, **identity} if then.get(key) != identity.get(key)]
+        if keys:
+            other = "; ".join(f"{key}: {then.get(key)!r} then, {identity.get(key)!r} now" for key in keys)
+            raise ValueError(f"The run in {self.path} was another: {other}. Give what it had, or another output.")
+        return saved
+
+    def finish(self, model: nn.Module, history: History) -> None:
+        """History, picture and variant: lambda alone where the weights are those of the base."""
+
+        def write() -> None:
+            history.save(self.path / "history.json")
+            try:
+                draw_history(history, self.path / "curves.png")
+            except ImportError as error:
+                warnings.warn(f"No picture: {error}", stacklevel=6)
+            try:
+                save_pretrained(model, self.path / "variant", full=needs_weights(model))
+            except ValueError as error:  # after all epochs, nothing is thrown away
+                warnings.warn(
+                    f"No variant was written, and the weights are in memory and in the last checkpoint alone: {error} "
+                    "Save model.state_dict() before you end the process.",
+                    stacklevel=6,
+                )
+            if self.publisher is not None:
+                self.publisher.finish()
+
+        self._on_main(write)
+
+    def _rehearse(self, model: nn.Module) -> None:
+        """Write a variant and throw it away, to say at the first checkpoint whether there can be one."""
+        self.rehearsed = True
+        with tempfile.TemporaryDirectory(prefix=DRAFT, dir=self.path) as folder:
+            try:
+                save_pretrained(model, Path(folder) / "variant", full=needs_weights(model))
+            except ValueError as error:
+                warnings.warn(
+                    f"There will be no variant at the end of this run, but checkpoints: {error}", stacklevel=7
+                )
+
+    def _on_main(self, work: Callable[[], str | None]) -> str | None:
+        """What the main process gets; every process fails if it does, instead of waiting for it."""
+        outcome: list[str | None] = [None, None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome[0] = work()
+            except Exception as error:  # safetensors has errors of its own for a full disk
+                outcome[1:] = ["ValueError" if isinstance(error, ValueError) else "OSError", str(error)]
+        broadcast_object_list(outcome)
+        if outcome[1]:
+            raise (OSError if outcome[1] == "OSError" else ValueError)(outcome[2])
+        return outcome[0]

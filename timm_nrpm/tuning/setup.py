@@ -1,0 +1,115 @@
+"""What a run is set up with: accelerate, the optimizer, the schedule of learning rates, and a loader that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from timm_nrpm.config import TuneConfig
+from timm_nrpm.data.images import check_batch, check_labels
+from timm_nrpm.jobs.processes import check_processes
+from timm_nrpm.models.modes import evaluating
+from timm_nrpm.nn.pixel_model import PixelModel
+
+
+def accelerator_of(config: TuneConfig) -> Accelerator:
+    """The Accelerator of a run, in the precision and with the trackers that its settings name.
+
+    Raises:
+        ValueError: The processes share the model instead of the images.
+    """
+    logs = None if config.output is None else str(Path(config.output) / "logs")
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(config.output, logs),
+        # Buffers sent around before every forward would break a backward whose loss took two.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    check_processes(accelerator)
+    return accelerator
+
+
+def optimizer_of(
+    config: TuneConfig, lams: Sequence[nn.Parameter], weights: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer: lambdas at a rate of their own, and weight decay for matrices alone."""
+    groups = [
+        {"params": list(lams), "lr": config.lam_lr, "weight_decay": 0.0},
+        {"params": [p for p in weights if p.ndim > 1], "lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "lr": config.lr, "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        [group for group in groups if group["params"]], config.optimizer, config.lr
+    )
+    return optimizer
+
+
+def scheduler_of(config: TuneConfig, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler | None:
+    """The schedule of learning rates over epochs of so many steps; None where they are constant."""
+    if config.schedule == "constant":
+        return None
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        config.schedule,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    return scheduler
+
+
+def check_batches(model: nn.Module, source: DataLoader[Any], images: int, batches: int, processes: int) -> None:
+    """Check that every process has a batch, and that BatchNorm can train on the last one.
+
+    Args:
+        model: The model to tune.
+        source: The loader of its images.
+        images: Number of images of an epoch.
+        batches: Number of batches of an epoch and a process.
+        processes: Number of processes.
+
+    Raises:
+        ValueError: There is no batch, or the last would be one image, on which BatchNorm chokes after all others.
+    """
+    if not batches:
+        raise ValueError(
+            f"The loader gives fewer batches than there are processes, {processes}: give more images, smaller batches, "
+            "or drop_last=False."
+        )
+    size = source.batch_size or 1
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for m in norms if any(p.requires_grad for p in m.parameters())]
+    if norms and size > 1 and images % size == 1 and not source.drop_last:
+        raise ValueError(
+            f"The last of the {images} images would be a batch of its own, from which BatchNorm, which trains, takes "
+            "no statistics: give drop_last=True or another batch_size."
+        )
+
+
+def classes_of(net: PixelModel, images: DataLoader[Any]) -> int:
+    """The number of logits that a model gives for the first batch, whose labels must be among them."""
+    if not len(images):
+        raise ValueError(
+            "The loader gives no batch: give it images, or drop_last=False where they are too few for one."
+        )
+    batch, _ = next(iter(images))
+    pixels, labels = check_batch(batch)
+    with evaluating(net), torch.no_grad():
+        classes = net(pixels[:1].to(net.mean.device)).shape[1]
+    check_labels(labels, classes)
+    return int(classes)
