@@ -15,7 +15,7 @@ from urllib.error import URLError
 import timm
 import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
-from timm.models._input import get_model_input_config
+from timm.models import get_model_input_config
 from torch import nn
 
 from timm_nrpm.errors import HubError, WeightsUnavailable

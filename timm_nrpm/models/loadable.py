@@ -8,7 +8,7 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models._input import get_model_input_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from timm_nrpm.errors import BrokenVariant, WrongBase

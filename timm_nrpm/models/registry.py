@@ -11,8 +11,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
-from timm.models._registry import DefaultCfg, get_arch_name
+from timm.models import (
+    DefaultCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_name,
+    get_pretrained_cfg,
+    register_model,
+)
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 

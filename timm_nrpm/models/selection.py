@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from timm.models._input import get_model_input_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from timm_nrpm.config import NRPMConfig
