@@ -389,7 +389,7 @@ SCRIPT = """
 import sys, time
 import torch
 sys.path.insert(0, {tests!r})
-from test_evaluation import EIGHTH, batches
+from test_evaluate import EIGHTH, batches
 import timm_nrpm
 from accelerate import PartialState
 torch.set_num_threads(1)
@@ -408,7 +408,7 @@ PartialState().destroy_process_group()
 
 
 def started(tmp_path, out, resume=None, processes=1):
-    code = SCRIPT.format(tests=str(ROOT / "tests"), resume=resume, out=str(out), processes=processes)
+    code = SCRIPT.format(tests=str(Path(__file__).parent), resume=resume, out=str(out), processes=processes)
     script = tmp_path / f"{Path(out).stem}.py"
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

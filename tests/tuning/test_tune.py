@@ -107,7 +107,7 @@ def test_the_optimizer_holds_only_what_trains():
 
     with pytest.MonkeyPatch.context() as patch:
         create = lambda groups, name, lr: Spy(groups, lr=lr)  # noqa: E731
-        patch.setattr("timm_nrpm.tuning.tune.create_optimizer_v2", create)
+        patch.setattr("timm_nrpm.tuning.setup.create_optimizer_v2", create)
         tune(bundled(), loader(16), TuneConfig(**FAST, lam_lr=0.3, weight_decay=0.1))
         tune(bundled(), loader(16), TuneConfig(**FAST, lam_lr=0.3, lr=0.02, weight_decay=0.1, paradigm="all"))
     assert seen[0] == [(10, 0.3, 0.0)]

@@ -122,7 +122,7 @@ def _terminable() -> Iterator[None]:
 @contextmanager
 def _worded_warnings(command: argparse.ArgumentParser, names: Mapping[str, str]) -> Iterator[None]:
     """Meanwhile, warnings of this package are one line in the words of the command."""
-    shown, package = warnings.showwarning, str(Path(__file__).parent)
+    shown, package = warnings.showwarning, str(Path(__file__).parents[1])
 
     def show(
         message: Warning | str,
