@@ -102,3 +102,8 @@ def _refused(
         bounds = ((">=", least), (">", above), ("<=", most), ("<", below))
         allowed = " and".join(f" {sign} {bound:g}" for sign, bound in bounds if math.isfinite(bound))
     return ValueError(f"{name}={shown(value)} is not allowed: give {article} {kind}{allowed}{why}.")
+
+
+def printable(text: str) -> str:
+    """A stranger's words, which may otherwise steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

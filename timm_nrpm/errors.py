@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-
-def printable(text: str) -> str:
-    """A stranger's words, which may otherwise steer a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+from timm_nrpm.checks import printable
 
 
 class ReprogrammingWarning(UserWarning):

@@ -87,7 +87,8 @@ for line in sys.stdin:
             answer["logits"] = digest(found) if call in ("load", "base", "timm") else None
             timm_nrpm.restore_(plain)
         except Exception as error:
-            own = type(error).__module__ == "timm_nrpm.errors"
+            errors = timm_nrpm.errors
+            own = isinstance(error, (errors.BrokenVariant, errors.WrongBase, errors.HubError))
             answer |= {"error": type(error).__name__, "text": str(error), "own": own}
         watching = False
         answers.append({**answer, "seen": [*seen], "plain": form() == before[0]})

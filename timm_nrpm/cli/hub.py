@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from timm_nrpm.errors import printable
+from timm_nrpm.checks import printable
 
 BAR = 20
 """Characters of a lambda of 1."""

@@ -22,8 +22,13 @@ from timm_nrpm.figures.pareto import draw_front
 from timm_nrpm.figures.robustness import draw_attacks, draw_curves
 
 Result: TypeAlias = (
-    "RobustnessReport | CertificationReport | CorruptionReport | History | ParetoFront "
-    "| EmbeddingDifferences | LossLandscape"
+    RobustnessReport
+    | CertificationReport
+    | CorruptionReport
+    | History
+    | ParetoFront
+    | EmbeddingDifferences
+    | LossLandscape
 )
 """What :func:`plot` draws by itself."""
 
