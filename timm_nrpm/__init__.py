@@ -10,27 +10,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from timm_nrpm import errors
-from timm_nrpm.attacks.threats import Threat
-from timm_nrpm.config import NRPMConfig, TuneConfig
-from timm_nrpm.evaluation.certificates import CertificationReport
-from timm_nrpm.evaluation.certification import certify, smoothed_predict
-from timm_nrpm.evaluation.corruptions import corrupt, evaluate_corruptions
-from timm_nrpm.evaluation.evaluate import evaluate
-from timm_nrpm.evaluation.report import RobustnessReport
-from timm_nrpm.evaluation.search import search_lambda
-from timm_nrpm.hub.browsing import inspect, list_variants, pull
-from timm_nrpm.hub.publishing import push_to_hub
-from timm_nrpm.lazy import modules_of
-from timm_nrpm.models.calibration import calibrate_
-from timm_nrpm.models.loading import from_pretrained
-from timm_nrpm.models.registry import create_model, list_models
-from timm_nrpm.models.reprogramming import lambdas, plain_copy, reprogram_, restore_
-from timm_nrpm.models.saving import save_pretrained
-from timm_nrpm.nn import functional
+from timm_nrpm.lazy import is_command, modules_of
 from timm_nrpm.version import __version__
 
 if TYPE_CHECKING:
+    from timm_nrpm.attacks.threats import Threat
+    from timm_nrpm.config import NRPMConfig, TuneConfig
+    from timm_nrpm.evaluation.certificates import CertificationReport
+    from timm_nrpm.evaluation.certification import certify, smoothed_predict
+    from timm_nrpm.evaluation.corruptions import corrupt, evaluate_corruptions
+    from timm_nrpm.evaluation.evaluate import evaluate
+    from timm_nrpm.evaluation.report import RobustnessReport
+    from timm_nrpm.evaluation.search import search_lambda
     from timm_nrpm.figures.plot import plot
+    from timm_nrpm.hub.browsing import inspect, list_variants, pull
+    from timm_nrpm.hub.publishing import push_to_hub
+    from timm_nrpm.models.calibration import calibrate_
+    from timm_nrpm.models.loading import from_pretrained
+    from timm_nrpm.models.registry import create_model, list_models
+    from timm_nrpm.models.reprogramming import lambdas, plain_copy, reprogram_, restore_
+    from timm_nrpm.models.saving import save_pretrained
+    from timm_nrpm.nn import functional
     from timm_nrpm.tuning.tune import tune
 
 __all__ = [
@@ -65,8 +65,35 @@ __all__ = [
     "tune",
 ]
 
-_LATER = {"plot": "figures.plot", "tune": "tuning.tune"}
-"""Functions whose modules are imported when they are first used: accelerate alone takes a second."""
+_HOMES = {
+    "CertificationReport": "evaluation.certificates",
+    "NRPMConfig": "config",
+    "RobustnessReport": "evaluation.report",
+    "Threat": "attacks.threats",
+    "TuneConfig": "config",
+    "calibrate_": "models.calibration",
+    "certify": "evaluation.certification",
+    "corrupt": "evaluation.corruptions",
+    "create_model": "models.registry",
+    "evaluate": "evaluation.evaluate",
+    "evaluate_corruptions": "evaluation.corruptions",
+    "from_pretrained": "models.loading",
+    "inspect": "hub.browsing",
+    "lambdas": "models.reprogramming",
+    "list_models": "models.registry",
+    "list_variants": "hub.browsing",
+    "plain_copy": "models.reprogramming",
+    "plot": "figures.plot",
+    "pull": "hub.browsing",
+    "push_to_hub": "hub.publishing",
+    "reprogram_": "models.reprogramming",
+    "restore_": "models.reprogramming",
+    "save_pretrained": "models.saving",
+    "search_lambda": "evaluation.search",
+    "smoothed_predict": "evaluation.certification",
+    "tune": "tuning.tune",
+}
+"""The module of every name, which is imported when the name is first used."""
 
 _WINGS = ("nn", "data", "models", "attacks", "evaluation", "tuning", "figures", "hub", "jobs", "cli")
 """Where a module is looked for that is asked for without its wing, such as `timm_nrpm.flags`, in this order."""
@@ -76,10 +103,14 @@ _module = modules_of(__name__, *(f"{__name__}.{wing}" for wing in _WINGS))
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     return _module(name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_WINGS})
+
+
+if not is_command():  # whose help needs neither torch nor timm, and whose commands import what they use
+    import_module(f"{__name__}.models.registry")

@@ -23,6 +23,9 @@ LayerSelection: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bo
 """``None`` (every supported layer), a glob, several globs, ``"first:N"``, or ``f(name, module) -> bool``."""
 
 
+NORMS = ("Linf", "L2", "L1", "L0")
+SUITES = ("quick", "paper", "standard", "autoattack", "adaptive")
+EFFORTS = ("fast", "default", "exhaustive")
 OBJECTIVES = ("clean", "fgsm", "clean+fgsm", "pgd", "trades", "mart", "sat", "awp")
 GRADIENTS = ("own", "bpda", "plain", "mixture")
 PARADIGMS = ("lambda", "all")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
 
 
@@ -31,3 +34,9 @@ def modules_of(package: str, *places: str) -> Callable[[str], ModuleType]:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return find
+
+
+def is_command() -> bool:
+    """Whether this process is the command `timm-nrpm`, or `python -m timm_nrpm.cli`, and no program of a user's."""
+    script = any(Path(word).stem == "timm-nrpm" for word in sys.orig_argv[:2])
+    return script or ("-m", "timm_nrpm.cli") in pairwise(sys.orig_argv)

@@ -38,7 +38,7 @@ def test_evaluate_prints_draws_and_goes_on(capsys, tmp_path):
     assert (tmp_path / "adaptive-Linf-0.05.jsonl").read_bytes() == journal
     again = [timm_nrpm.RobustnessReport.from_json((tmp_path / f"{stem}.json").read_text()) for stem in stems]
     assert again == reports
-    assert main([*call, "--seed", "1"]) == 1
+    assert main([*call, "--seed", "1"]) == 2
     error = capsys.readouterr().err
     assert "seed: 0 then, 1 now" in error
     assert "or another folder as --output" in error
@@ -48,7 +48,7 @@ def test_evaluate_takes_variants_plain_models_and_other_norms(capsys, tmp_path):
     model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.7)
     folder = str(timm_nrpm.save_pretrained(model, tmp_path / "variant"))
     calls = {
-        "variant": [*QUICK, "--queries", "3", folder, "--norm", "L0", "--eps", "3"],
+        "variant": [*QUICK, "--queries", "3", "--variant", folder, "--norm", "L0", "--eps", "3"],
         "plain": [*QUICK, "--lam", "none", "--suite", "quick"],
         "L1": [*EVALUATE, "--norm", "L1", "--eps", "2", "--no-control"],
     }
@@ -78,7 +78,7 @@ def test_evaluate_takes_variants_plain_models_and_other_norms(capsys, tmp_path):
     ],
 )
 def test_evaluate_refuses_in_one_line(capsys, tmp_path, arguments, message):
-    assert main([*EVALUATE, *arguments, "--output", str(tmp_path)]) == 1
+    assert main([*EVALUATE, *arguments, "--output", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("timm-nrpm: ")
     assert message in error
@@ -86,7 +86,7 @@ def test_evaluate_refuses_in_one_line(capsys, tmp_path, arguments, message):
 
 def test_an_output_that_is_no_folder_is_told_first(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["evaluate", "nosuch", "--output", str(tmp_path / "file")]) == 1
+    assert main(["evaluate", "--model", "nosuch", "--output", str(tmp_path / "file")]) == 2
     assert f"--output {tmp_path / 'file'} cannot be written to" in capsys.readouterr().err
 
 
@@ -130,7 +130,7 @@ def test_another_number_of_classes_needs_a_class_map(tmp_path, capsys):
     (tmp_path / "map.txt").write_text("zero\none\ntwo\n")
     call = ["evaluate", "--suite", "quick", "--steps", "1", "--data", "folder", "--root", str(root)]
     call += ["--output", str(tmp_path / "out")]
-    assert main(call) == 1
+    assert main(call) == 2
     error = capsys.readouterr().err
     assert f"'folder' in --root {root} has 2 classes (one, two), and the model has 10" in error
     assert "give a model with --num-classes 2, as --root the folder" in error
@@ -152,7 +152,7 @@ def test_another_lambda_needs_another_folder(tmp_path, capsys):
     assert main([*call, "--lam", "0.4"]) == 0
     assert main([*call, "--lam", "0.4", "--eps", "0.1"]) == 0  # another bound is welcome
     for more in ([], ["--eps", "0.2"]):  # also where it would have a file of its own
-        assert main([*call, "--lam", "0.9", *more]) == 1
+        assert main([*call, "--lam", "0.9", *more]) == 2
         error = capsys.readouterr().err
         assert (
             f"{tmp_path} holds an evaluation of something else (--lam 0.4 then, 0.9 now): give another folder" in error
@@ -165,9 +165,9 @@ def test_another_lambda_needs_another_folder(tmp_path, capsys):
 
 def test_other_weights_need_another_folder_too(tmp_path, capsys):
     """The options may be the same, as where a variant was tuned further."""
-    call = ["evaluate", str(tmp_path / "v"), "--suite", "quick", "--first", "3", "--steps", "1"]
+    call = ["evaluate", "--variant", str(tmp_path / "v"), "--suite", "quick", "--first", "3", "--steps", "1"]
     call += ["--output", str(tmp_path / "out")]
-    for lam, status in ((0.7, 0), (0.7, 0), (0.6, 1)):
+    for lam, status in ((0.7, 0), (0.7, 0), (0.6, 2)):
         model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=lam)
         timm_nrpm.save_pretrained(model, tmp_path / "v")
         assert main(call) == status
@@ -178,7 +178,7 @@ def test_other_weights_need_another_folder_too(tmp_path, capsys):
 
 def test_what_failed_before_the_first_batch_claims_no_folder(tmp_path):
     call = ["evaluate", "--first", "3", "--output", str(tmp_path)]
-    assert main([*call, "--steps", "0"]) == 1
+    assert main([*call, "--steps", "0"]) == 2
     assert main([*call, "--suite", "quick", "--steps", "1", "--lam", "0.9"]) == 0
 
 
@@ -187,7 +187,7 @@ def test_a_failure_in_a_process_that_reads_is_one_line(tmp_path, capsys):
     Image.fromarray(np.full((8, 8), -1, np.int32)).save(root / "train" / "3" / "deep.tif")
     (root / "train" / "3" / "deep.tif").rename(root / "train" / "3" / "deep.png")
     call = ["evaluate", "--data", "folder", "--root", str(root), "--split", "train", "--calibrate", "0"]
-    assert main([*call, "--workers", "1", "--output", str(tmp_path / "out")]) == 1
+    assert main([*call, "--workers", "1", "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("timm-nrpm: An image of mode 'I' has values from -1 to -1")
     assert error.count("\n") == 1

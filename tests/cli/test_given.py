@@ -28,17 +28,17 @@ def test_options_that_exclude_each_other_are_a_wrong_call(arguments):
 
 
 USELESS = [  # the call, the flags that the message names, and some of the reason
-    ("evaluate VARIANT --lam 0.9 --iterations 1 --layers nosuch --num-classes 77",
-     "--num-classes, --lam, --iterations and --layers have no effect: VARIANT is a variant", "name its base"),
-    ("evaluate VARIANT --weights w.pth --no-pretrained --estimator-eps 1e-2", "--weights, --no-pretrained and", ""),
-    ("evaluate VARIANT --lam none", "--lam has no effect: VARIANT is a variant", ""),
-    ("evaluate VARIANT --calibrate 100", "--calibrate has no effect", "brings its own statistics"),
-    ("evaluate VARIANT --calibrate 0 --training-split val", "--calibrate and --training-split have no effect", ""),
-    ("evaluate me/somebodys --lam 0.5", "--lam has no effect: me/somebodys is a variant", ""),
-    ("tune VARIANT --lam 0.5", "--lam has no effect: VARIANT is a variant", ""),
+    ("evaluate --variant VARIANT --lam 0.9 --iterations 1 --layers nosuch --num-classes 77",
+     "--num-classes, --lam, --iterations and --layers have no effect: VARIANT is", "give its base as --model"),
+    ("evaluate --variant VARIANT --weights w.pth --no-pretrained --penalty l2", "--weights, --no-pretrained and", ""),
+    ("evaluate --variant VARIANT --lam none", "--lam has no effect: VARIANT is a variant", ""),
+    ("evaluate --variant VARIANT --calibrate 100", "--calibrate has no effect", "brings its own statistics"),
+    ("evaluate --variant VARIANT --calibrate 0 --training-split a", "--calibrate and --training-split have no", ""),
+    ("evaluate --variant me/somebodys --lam 0.5", "--lam has no effect: me/somebodys is a variant", ""),
+    ("tune --variant VARIANT --lam 0.5", "--lam has no effect: VARIANT is a variant", ""),
     ("evaluate --weights w.pth --no-pretrained", "--no-pretrained has no effect", "those of --weights"),
     ("evaluate --lam none --iterations 2 --layers fc", "--iterations and --layers have no effect", "model is plain"),
-    ("evaluate --lam none --calibrate 10 --no-control", "--calibrate and --no-control have no effect", ""),
+    ("evaluate --lam none --calibrate 10 --no-control", "--calibrate has no effect", "--no-control has no effect"),
     ("evaluate --calibrate 0 --training-split val", "--training-split has no effect", "--calibrate 0 takes no images"),
     ("evaluate --suite quick --queries 10", "--queries has no effect", "no random search"),
     ("evaluate --root photos", "--root has no effect", "Give --data folder, tar or torch/NAME with it"),
@@ -75,8 +75,7 @@ def test_an_option_without_effect_is_refused(tmp_path, monkeypatch, capsys, call
 
 def test_arguments_that_are_left_out_have_their_defaults():
     parser, commands = cli._parsers()
-    assert parser.parse_args(["pull", "me/x"]).folder is None
-    for call, expected in ((["tune"], "resnet8_digits"), (["evaluate", "lenet"], "lenet")):
+    for call, expected in ((["tune"], "resnet8_digits"), (["evaluate", "--model", "lenet"], "lenet")):
         args = completed(parser.parse_args(call), commands[call[0]])
         assert args.model == expected
         assert args.data == "digits"
@@ -87,7 +86,7 @@ def test_what_is_default_was_not_given(tmp_path, capsys):
     model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.7)
     folder = str(timm_nrpm.save_pretrained(model, tmp_path / "variant"))
     more = ["--suite", "quick", "--first", "3", "--steps", "1", "--output"]
-    assert main(["evaluate", folder, *more, str(tmp_path / "a")]) == 0
+    assert main(["evaluate", "--variant", folder, *more, str(tmp_path / "a")]) == 0
     assert main(["evaluate", "--lam", "none", *more, str(tmp_path / "b")]) == 0
 
 
@@ -101,4 +100,4 @@ def test_every_call_in_the_documents_has_only_options_with_an_effect(monkeypatch
     for call in calls:
         if "..." not in call:
             args = parser.parse_args(call.split())
-            completed(args, commands[args.command])
+            completed(args, commands[args.command_name], args.command.useless)

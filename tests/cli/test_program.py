@@ -1,24 +1,24 @@
 """The entry point: what every command shares, and how a command ends."""
 
-import io
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from rich.console import Console
 
 import timm_nrpm
 from timm_nrpm.cli import demo
 from timm_nrpm.cli import program as cli
+from timm_nrpm.cli.options import Command
 from timm_nrpm.cli.program import main
+from timm_nrpm.cli.terminal import Terminal
 
 
-def test_the_demo_on_fewer_images(tmp_path):
-    out = io.StringIO()
-    assert demo.run(tmp_path, Console(file=out, width=80), lams=(1.0, 0.6), images=40)
-    text = out.getvalue()
+def test_the_demo_on_fewer_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    demo.run(tmp_path, Terminal(), lams=(1.0, 0.6), images=40)
+    text = capsys.readouterr().out
     assert "it gives the same logits" in text.replace("\n", " ")
     assert text.count("│ yes") == text.count("│ no ") == 2
     assert "…" not in text  # fits a terminal
@@ -33,21 +33,22 @@ def test_list(capsys):
 
 
 def test_an_empty_list_is_told(capsys):
-    assert main(["models", "*nope*"]) == 1
+    assert main(["models", "*nope*"]) == 2
     assert "no architecture matches '*nope*'" in capsys.readouterr().err
 
 
 def test_a_failure_is_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert main(["demo", "--output", str(tmp_path / "file" / "x")]) == 1
+    assert main(["demo", "--output", str(tmp_path / "file" / "x")]) == 2
     assert capsys.readouterr().err.startswith("timm-nrpm: ")
 
 
-@pytest.mark.parametrize("arguments", [[], ["nope"]])
-def test_a_wrong_call(arguments):
+def test_a_wrong_call(capsys):
     with pytest.raises(SystemExit) as error:
-        main(arguments)
+        main(["nope"])
     assert error.value.code == 2
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().out
 
 
 def test_as_a_program():
@@ -112,15 +113,18 @@ def test_a_stopped_run_of_tune_says_how_to_go_on(tmp_path):
     assert error == f"timm-nrpm: stopped. {said}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "models", "push", "pull", "inspect", "list"])
+VARIANT = ["--variant", "v"]
+
+
+@pytest.mark.parametrize("command", ["demo", "models", "create", "search", "plot", "push", "pull", "inspect", "list"])
 def test_every_command_stops_in_one_line(monkeypatch, capsys, command):
-    def interrupted(_):
+    def interrupted(args, terminal):
         signal.raise_signal(signal.SIGINT)
 
     parsers = cli._parsers()
-    parsers[1][command].set_defaults(run=interrupted)
+    parsers[1][command].set_defaults(command=Command(interrupted))
     monkeypatch.setattr(cli, "_parsers", lambda: parsers)
-    needed = {"push": ["v", "me/x"], "pull": ["me/x"], "inspect": ["me/x"], "list": ["me"]}
+    needed = {"push": [*VARIANT, "me/x"], "pull": VARIANT, "inspect": VARIANT, "list": ["me"]}
     assert main([command, *needed.get(command, [])]) == 130
     assert capsys.readouterr().err == "timm-nrpm: stopped. Start the same command again.\n"
 

@@ -11,7 +11,7 @@ from timm_nrpm.cli.wording import called, message_of, worded
 
 def said(command, text):
     parser = cli._parsers()[1][command]
-    return worded(text, parser, {**cli.NAMES.get(command, {}), **(parser.get_default("names") or {})})
+    return worded(text, parser, parser.get_default("command").names)
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,12 @@ def said(command, text):
         ("evaluate", "a copy: checkpoint_path=FILE with pretrained=False, or pretrained_cfg_overlay=dict(file=FILE).",
          "a copy: --weights FILE."),
         ("evaluate", "timm_nrpm.list_models() lists all.", "timm-nrpm models lists all."),
-        ("push", "leave out revision='x'", "leave out --branch x"),
+        ("push", "leave out revision='x'", "leave out --revision x"),
         ("pull", "give local_files_only=True", "give --offline"),
         # What has no flag, and what is no argument, is left.
-        ("evaluate", "give input_size=(C, H, W), or as model= a timm model", None),
-        ("evaluate", "mean=(0.5,) and std=(0.5,)", None),
+        ("evaluate", "give input_size=(C, H, W), or as model= a timm model", "give --image-size H W"),
+        ("push", "mean=(0.5,) of model=x", None),
+        ("evaluate", "mean=(0.5,) and std=(0.5, 0.4)", "--mean 0.5 and --std 0.5 0.4"),
         ("evaluate", "gradient_masking at layer1.0.conv1 of tf_efficientnet_lite0", None),
         ("evaluate", "/data/batch_size/x and 'batch_size' and model.eps=3", None),
         ("models", "root= and samples=3", None),

@@ -504,11 +504,11 @@ def test_a_wrapper_changes_nothing(tmp_path):
 
 def test_the_bar_counts_images(capsys):
     certify(Line(), loader(), n0=1, n=10)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     certify(Line(), loader(5), n0=1, n=10, progress=True)
-    assert "5/5" in capsys.readouterr().out
+    assert "5/5" in capsys.readouterr().err
     certify(Line(), iter(loader(5)), n0=1, n=10, progress=True)  # of no known length
-    assert "5/" in capsys.readouterr().out
+    assert "5/" in capsys.readouterr().err
 
 
 def test_a_picture(tmp_path, monkeypatch):

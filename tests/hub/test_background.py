@@ -105,12 +105,12 @@ def test_a_hub_that_is_down_neither_ends_nor_changes_the_run(hub, tmp_path, faul
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert all(torch.equal(state[name], tensor) for name, tensor in alone.items())
     assert "me/run was not updated, and the run goes on" in done.stderr
-    assert f"timm-nrpm push {tmp_path}/run/variant me/run" in done.stderr
+    assert f"timm-nrpm push --variant {tmp_path}/run/variant me/run" in done.stderr
     assert len(timm_nrpm.lambdas(timm_nrpm.from_pretrained(tmp_path / "run" / "variant"))) == 10
     assert TOKEN not in done.stderr + done.stdout
     assert seconds < 150
     hub.clear()
-    command = [sys.executable, "-m", "timm_nrpm.cli", "push", str(tmp_path / "run" / "variant"), "me/run"]
+    command = [sys.executable, "-m", "timm_nrpm.cli", "push", "--variant", str(tmp_path / "run" / "variant"), "me/run"]
     pushed = subprocess.run(command, env=environment(hub, tmp_path), capture_output=True, text=True)
     assert pushed.returncode == 0, pushed.stderr
     assert on_hub(hub, tmp_path)

@@ -57,27 +57,27 @@ def command(hub, folder, *arguments, token=TOKEN, **more):
 
 
 def test_publish_look_and_fetch(hub, work, tmp_path):
-    said = command(hub, work, "push", "v", "me/digits", "--report", "report.json", "--dry-run")
+    said = command(hub, work, "push", "--variant", "v", "me/digits", "--report", "report.json", "--dry-run")
     assert said.startswith("Nothing was sent. me/digits would hold:\n")
     assert not hub.requests
-    said = command(hub, work, "push", "v", "me/digits", "--report", "report.json", "--message", "First")
+    said = command(hub, work, "push", "--variant", "v", "me/digits", "--report", "report.json", "--message", "First")
     assert "README.md" in said
     assert said.count(" sent\n") == 6
     repo = hub.repo("me/digits")
     assert repo.commits()[0].title == "First"
     assert repo.private
-    again = command(hub, work, "push", "v", "me/digits", "--report", "report.json")
+    again = command(hub, work, "push", "--variant", "v", "me/digits", "--report", "report.json")
     assert "holds all of it already" in again
     assert len(repo.commits()) == 2
 
     hub.requests.clear()
-    said = command(hub, work, "inspect", "me/digits", HF_HOME=str(tmp_path / "fresh"))
+    said = command(hub, work, "inspect", "--variant", "me/digits", HF_HOME=str(tmp_path / "fresh"))
     assert "base: resnet8_digits; weights untouched, not in it" in said
     assert "│ layer1.0.conv1        │ 0.500  │ ██████████ │" in said
     assert "Linf 0.2, 30 images (digits): clean" in said
     assert "flags: " in said
     assert not [r for r in hub.requests if "model.safetensors" in r.path]
-    of_folder = command(hub, work, "inspect", "v").splitlines()
+    of_folder = command(hub, work, "inspect", "--variant", "v").splitlines()
     assert of_folder[-1] == "Not evaluated."
     assert of_folder[1:-1] == said.splitlines()[1:-2]
 
@@ -87,84 +87,105 @@ def test_publish_look_and_fetch(hub, work, tmp_path):
     assert "me/plain" not in command(hub, work, "list", "me")  # it has not the tag
     assert "has published no variant" in command(hub, work, "list", "nobody")
 
-    said = command(hub, tmp_path, "pull", "me/digits")
-    assert "Load it by timm_nrpm.from_pretrained('digits')" in said
+    said = command(hub, tmp_path, "pull", "--variant", "me/digits")
+    assert "Evaluate it by timm-nrpm evaluate --variant digits" in said
     assert sorted(os.listdir(tmp_path / "digits")) == sorted([*os.listdir(work / "v"), *EXTRA])
     loaded, saved = (timm_nrpm.from_pretrained(path) for path in (tmp_path / "digits", work / "v"))
     x = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(loaded(x), saved(x))
-    pushed = command(hub, tmp_path, "push", "digits", "me/copy")  # its report comes along
+    pushed = command(hub, tmp_path, "push", "--variant", "digits", "me/copy")  # its report comes along
     assert "evaluation.json" in pushed
     assert "offline" not in pushed
-    said = command(hub, tmp_path, "inspect", "me/digits", "--offline")
+    said = command(hub, tmp_path, "inspect", "--variant", "me/digits", "--offline")
     assert "flags: " in said
+
+
+def test_every_command_of_the_hub_gives_json(hub, work, tmp_path):
+    pushed = json.loads(command(hub, work, "push", "--variant", "v", "me/json", "--json"))
+    assert pushed["commit"] == hub.repo("me/json").commits()[0].oid
+    about = json.loads(command(hub, work, "inspect", "--variant", "me/json", "--json"))
+    assert about["commit"] == pushed["commit"]
+    assert about["lams"] == timm_nrpm.lambdas(timm_nrpm.from_pretrained(work / "v"))
+    pulled = json.loads(command(hub, tmp_path, "pull", "--variant", "me/json", "--json", "--quiet"))
+    assert pulled["variant"] == "json"
+    listed = json.loads(command(hub, work, "list", "me", "--json"))["variants"]
+    assert {"me/json"} <= {one["repo_id"] for one in listed}
+    of_hub = ["--variant", "me/json", "--revision", pushed["commit"]]
+    drawn = json.loads(command(hub, tmp_path, "plot", *of_hub, "--output", "l.png", "--json"))
+    assert (tmp_path / drawn["picture"]).read_bytes().startswith(b"\x89PNG")
+    quick = ["--suite", "quick", "--first", "5", "--steps", "1", "--json"]
+    report = json.loads(command(hub, tmp_path, "evaluate", *of_hub, *quick))["reports"][0]
+    model = timm_nrpm.from_pretrained(work / "v")
+    assert report["sha256"] == timm_nrpm.models.reprogramming.model_sha256(model)
 
 
 EXTRA = ["README.md", "evaluation.json", "lambdas.png"]
 
 
 def test_pull_replaces_a_variant_and_nothing_else(hub, work, tmp_path):
-    command(hub, work, "push", "v", "me/pulled")
+    command(hub, work, "push", "--variant", "v", "me/pulled")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
-    status, message = command(hub, tmp_path, "pull", "me/pulled", "mine")
-    assert status == 1
+    status, message = command(hub, tmp_path, "pull", "--variant", "me/pulled", "--output", "mine")
+    assert status == 2
     assert "mine exists and holds no variant" in message
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
     shutil.copytree(work / "v", tmp_path / "v")
     (tmp_path / "v" / "evaluation.json").write_text("of the one before")
-    command(hub, tmp_path, "pull", "me/pulled", "v")
+    command(hub, tmp_path, "pull", "--variant", "me/pulled", "--output", "v")
     assert not (tmp_path / "v" / "evaluation.json").exists()
 
 
 def test_branches_and_pull_requests(hub, work, tmp_path):
-    command(hub, work, "push", "v", "me/branches", "--public")
+    command(hub, work, "push", "--variant", "v", "me/branches", "--public")
     repo = hub.repo("me/branches")
     assert not repo.private
-    command(hub, work, "push", "v", "me/branches", "--report", "report.json", "--branch", "next")
+    command(hub, work, "push", "--variant", "v", "me/branches", "--report", "report.json", "--revision", "next")
     assert "evaluation.json" in repo.files("next")
     assert "evaluation.json" not in repo.files()
-    said = command(hub, work, "push", "v", "me/branches", "--report", "report.json", "--pull-request")
+    said = command(hub, work, "push", "--variant", "v", "me/branches", "--report", "report.json", "--pull-request")
     assert "/discussions/1" in said
     assert repo.pull_requests == ["refs/pr/1"]
     for revision in ("next", "refs/pr/1"):
-        assert "30 images" in command(hub, work, "inspect", "me/branches", "--revision", revision, token=None)
-    assert "Not evaluated." in command(hub, work, "inspect", "me/branches", token=None)
+        of = ["--variant", "me/branches", "--revision", revision]
+        assert "30 images" in command(hub, work, "inspect", *of, token=None)
+    assert "Not evaluated." in command(hub, work, "inspect", "--variant", "me/branches", token=None)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "me/nothing"], "there is no such repository, or it is private: give token="),
-        (["pull", "me/nothing"], "there is no such repository, or it is private"),
-        (["push", "v", "other/digits"], "this token may not do that"),
-        (["push", "v", "digits"], "repo_id='digits' is not allowed (it names no owner): write owner/name."),
-        (["push", "nowhere", "me/digits"], "nowhere holds no nrpm_config.json"),
-        (["push", "v", "me/digits", "--report", "v/nrpm_config.json"], "is no report that `timm-nrpm evaluate` wrote"),
-        (["push", "v", "me/digits", "--license", "of my own"], "The Hub does not take the card"),
-        (["push", "v", "me/digits", "--branch", "b", "--pull-request"], "leave out --branch b"),
-        (["pull", "no owner"], "repo_id='no owner' is not allowed"),
+        (["inspect", "--variant", "me/nothing"], "there is no such repository, or it is private: log in by"),
+        (["pull", "--variant", "me/nothing"], "there is no such repository, or it is private"),
+        (["push", "--variant", "v", "other/digits"], "this token may not do that"),
+        (["push", "--variant", "v", "digits"], "REPO digits is not allowed (it names no owner)"),
+        (["push", "--variant", "nowhere", "me/digits"], "nowhere holds no nrpm_config.json"),
+        (["push", "--variant", "v", "me/x", "--report", "v/nrpm_config.json"], "is no report that timm-nrpm evaluate"),
+        (["push", "--variant", "v", "me/digits", "--license", "of my own"], "The Hub does not take the card"),
+        (["push", "--variant", "v", "me/digits", "--revision", "b", "--pull-request"], "leave out --revision b"),
+        (["pull", "--variant", "no owner"], "--variant 'no owner' is not allowed"),
     ],
 )
 def test_what_fails_says_why(hub, work, arguments, message):
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if "home" not in path.parts}
     status, said = command(hub, work, *arguments)
-    assert status == 1
+    assert status == 2
     assert said.startswith("timm-nrpm: ")
     assert message in said
     assert before == {path: path.stat().st_mtime_ns for path in work.rglob("*") if "home" not in path.parts}
 
 
 def test_a_wrong_token(hub, work):
-    assert "the token is not valid" in command(hub, work, "push", "v", "me/wrong", token="hf_wrong0123456789")[1]
+    call = ["push", "--variant", "v", "me/wrong"]
+    assert "the token is not valid" in command(hub, work, *call, token="hf_wrong0123456789")[1]
 
 
 def test_an_evaluation_of_another_model_says_nothing(work, tmp_path, capsys):
     shutil.copytree(work / "v", tmp_path / "v")
     told = json.loads((work / "report.json").read_text())
     (tmp_path / "v" / "evaluation.json").write_text(json.dumps({"reports": [{**told, "sha256": "0" * 64}]}))
-    assert main(["inspect", str(tmp_path / "v")]) == 0
+    assert main(["inspect", "--variant", str(tmp_path / "v")]) == 0
     assert "Its evaluation is of another model" in capsys.readouterr().out
     (tmp_path / "v" / "evaluation.json").write_text("[")
     about = timm_nrpm.inspect(tmp_path / "v")
@@ -189,7 +210,7 @@ def test_words_of_strangers_do_not_steer_the_terminal(work, tmp_path, capsys):
     told = json.loads((work / "report.json").read_text())
     hostile = {"data": "[/x] \x1b[31m", "flags": ["[bold]"]}
     (tmp_path / "v" / "evaluation.json").write_text(json.dumps({"reports": [{**told, **hostile}]}))
-    assert main(["inspect", str(tmp_path / "v")]) == 0
+    assert main(["inspect", "--variant", str(tmp_path / "v")]) == 0
     said = capsys.readouterr().out
     assert "([/x] \\x1b[31m)" in said
     assert "flags: [bold]" in said
@@ -217,14 +238,14 @@ def test_the_reports_of_a_folder_go_along(work, tmp_path):
 
 
 def test_what_is_not_in_the_cache_is_not_said_to_be_nowhere(hub, work, tmp_path):
-    command(hub, work, "push", "v", "me/cached", "--report", "report.json")
+    command(hub, work, "push", "--variant", "v", "me/cached", "--report", "report.json")
     load = "import timm_nrpm; timm_nrpm.from_pretrained('me/cached')"
     home = {"HF_HOME": str(tmp_path / "home")}
     ours = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0", **home}
     subprocess.run([sys.executable, "-c", load], env={**os.environ, **ours}, check=True)
-    said = command(hub, tmp_path, "inspect", "me/cached", "--offline", **home)
+    said = command(hub, tmp_path, "inspect", "--variant", "me/cached", "--offline", **home)
     assert "If it was evaluated, that is not in the cache." in said
-    assert "copy: " in command(hub, tmp_path, "pull", "me/cached", "copy", "--offline", **home)
+    assert "copy: " in command(hub, tmp_path, "pull", "--variant", "me/cached", "--output", "copy", "--offline", **home)
     assert sorted(os.listdir(tmp_path / "copy")) == sorted(os.listdir(work / "v"))
 
 

@@ -604,7 +604,7 @@ def test_a_model_that_is_not_timms_is_told_where_its_weights_are(tmp_path):
 
 def test_the_bar_shows_loss_accuracies_and_lambdas(capsys):
     tune(bundled(), loader(), TuneConfig(**FAST), validation=loader(20, split="test"), progress=True)
-    text = capsys.readouterr().out
+    text = capsys.readouterr().err
     for part in ("Tuning", "4/4", "loss ", "clean ", "quick attacks ", "attacked ", "lambda 0."):
         assert part in text
 

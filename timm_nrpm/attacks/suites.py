@@ -15,10 +15,9 @@ from timm_nrpm.attacks.evolution import HERD, PARTS, evolve
 from timm_nrpm.attacks.library import MOST_TARGETS, Run, auto_attack, fgsm, original_auto_attack, pgd, square
 from timm_nrpm.attacks.pursuit import Pursuit, ascend, likely_targets, search
 from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.checks import check_choice
+from timm_nrpm.config import SUITES
 from timm_nrpm.nn.pixel_model import PixelModel
-
-SUITES = ("quick", "paper", "standard", "autoattack", "adaptive")
-
 
 EXPECTATION = 8
 """Forwards for a gradient where the forward is random (expectation over transformation, arXiv 1707.07397)."""
@@ -108,8 +107,7 @@ def attacks_of(
         ValueError: A suite that is not known, or one that has no attacks in this norm.
         ImportError: The authors' AutoAttack is not installed.
     """
-    if suite not in SUITES:
-        raise ValueError(f"suite={suite!r} is not known: choose one of {', '.join(SUITES)}.")
+    check_choice("suite", suite, SUITES)
     library = threat.norm in ("Linf", "L2")
     if (suite in ("paper", "standard") and not library) or (suite == "autoattack" and threat.norm == "L0"):
         raise ValueError(f'suite={suite!r} has no attacks under {threat.norm}: choose suite="adaptive" or "quick".')

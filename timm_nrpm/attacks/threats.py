@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from timm_nrpm.checks import check_choice, check_integer, check_number
-
-NORMS = ("Linf", "L2", "L1", "L0")
+from timm_nrpm.config import NORMS
 
 SLACK = 1e-5
 """By how much float32 may overstep a bound, relative to it and in pixel units."""

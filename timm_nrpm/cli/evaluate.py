@@ -10,13 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_nrpm.attacks.suites import SUITES
-from timm_nrpm.attacks.threats import NORMS, Threat
 from timm_nrpm.cli import options
 from timm_nrpm.cli.given import Useless
-from timm_nrpm.cli.wording import called
-from timm_nrpm.data.readers import FOLDERS
-from timm_nrpm.models.reprogramming import lambdas, model_sha256, reprogrammed_layers
+from timm_nrpm.cli.terminal import Terminal
+from timm_nrpm.config import EFFORTS, SUITES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,40 +22,24 @@ if TYPE_CHECKING:
 SETTINGS = "settings.json"
 
 SAME = (
-    *("model", "lam", "iterations", "estimator_eps", "layers", "calibrate", "training_split"),
-    *("data", "split", "samples", "first", "batch_size"),
+    *("variant", "model", "image_size", "mean", "std", "lam", "iterations", "estimator_eps", "penalty", "layers"),
+    *("calibrate", "training_split", "data", "split", "samples", "first", "batch_size"),
 )
 """Options that are the same for everything in one folder; of the weights it is their hash."""
 
-SHOWN = (*SAME, "weights", "no_pretrained", "num_classes", "root", "class_map")
+SHOWN = (*SAME, "weights", "revision", "no_pretrained", "num_classes", "root", "class_map")
 """Options that a message names where another model or other images are evaluated into a folder."""
 
-
-def _is_plain(args: argparse.Namespace) -> bool:
-    return args.lam is None and not options.is_variant(args)
-
-
-RULES = (
-    *options.RULES,
-    *options.split_rules("split", "training_split"),
-    Useless(
-        ("calibrate", "training_split"),
-        options.is_variant,
-        "{model} is a variant, which brings its own statistics. Leave them out.",
-    ),
-    Useless(
-        ("iterations", "estimator_eps", "layers", "calibrate", "training_split", "no_control"),
-        _is_plain,
-        "with --lam none the model is plain. Leave them out, or give a number.",
-    ),
-    Useless(
-        ("training_split",),
-        lambda args: args.calibrate == 0 and not options.is_variant(args) and not _is_plain(args),
-        "--calibrate 0 takes no images.",
-    ),
+USELESS = (
+    *options.USELESS_FOR_MODELS,
+    *options.USELESS_FOR_IMAGES,
+    *options.useless_splits("split", "training_split"),
+    *options.USELESS_FOR_CALIBRATION,
+    *options.USELESS_FOR_PLAIN,
+    Useless(("no_control",), options.is_plain, "with --lam none the model is plain, and is its own control."),
     Useless(("queries",), lambda args: args.suite == "quick", "the suite quick has no random search."),
+    Useless(("effort",), lambda args: args.suite != "adaptive", "the suite {suite} has the numbers of its authors."),
 )
-"""Options that have no effect in some calls."""
 
 NAMES = {
     **options.NAMES,
@@ -66,57 +47,50 @@ NAMES = {
     "another file": "another folder as --output",
     "control=False": "--no-control",
 }
-"""Flags of arguments of another name, and phrases that are said otherwise."""
 
 
-def add_command(commands: Any) -> None:
-    """Add it to the subparsers of `timm-nrpm`."""
-    parser = commands.add_parser("evaluate", help="attack a model in every way there is, and report the worst case")
-    parser.description = (
-        "Evaluate a reprogrammed model, or a plain one with --lam none, under every attack of a suite; docs/attacks.md "
-        "says what they are. A run that was stopped goes on when it is started again. Several processes: as for tune."
-    )
+def add_evaluate(commands: Any) -> None:
+    """Add `timm-nrpm evaluate`."""
     stopped = "What is done is in {output}, and the same command goes on from it."
-    parser.set_defaults(run=_evaluate, useless=RULES, names=NAMES, stopped=stopped)
+    parser = options.add_command(
+        commands,
+        "evaluate",
+        options.Command(_evaluate, USELESS, NAMES, stopped),
+        "attack a model in every way there is, and report the worst case",
+        "Attack a reprogrammed model, or a plain one with --lam none, by every attack of a suite, and write a page, "
+        "pictures and a JSON report for each bound into a folder. A run that was stopped goes on when it is started "
+        "again. Several processes share the images: see timm-nrpm tune --help.",
+        "timm-nrpm evaluate --model resnet8_digits --lam 0.8 --eps 0.1 0.15 --samples 20 --effort fast",
+    )
     options.add_model(parser, 0.8, plain=True)
-    data = options.add_images(parser, batch_size=100)
-    data.add_argument("--split", default="test", help="to evaluate on (default: test)")
-    some = data.add_mutually_exclusive_group()
-    some.add_argument("--samples", type=int, default=500, help="at most, drawn at random (default: 500)")
-    some.add_argument("--first", type=int, help="the first so many images of the split, in their own order")
-    data.add_argument("--calibrate", type=int, default=1000, help="at most so many training images (default: 1000)")
-    data.add_argument("--training-split", default="train", help="where those are (default: train)")
+    options.add_calibration(options.add_images(parser, 100, "test", 500))
     attack = parser.add_argument_group("attacks")
-    attack.add_argument("--norm", default="Linf", choices=NORMS, help="what is bounded (default: Linf)")
-    attack.add_argument(
-        "--eps", type=options.number, nargs="+", default=[8 / 255], help="bounds in [0, 1] pixel units (default: 8/255)"
-    )
-    attack.add_argument("--suite", default="adaptive", choices=SUITES, help="(default: adaptive)")
-    attack.add_argument("--steps", type=int, help="of each ascent (default: the suite's)")
-    attack.add_argument("--queries", type=int, help="of each random search (default: the suite's)")
-    attack.add_argument("--seed", type=int, default=0, help="of everything random in the attacks (default: 0)")
+    options.add_threat(attack, several=True)
+    attack.add_argument("--suite", default="adaptive", choices=SUITES, help="which attacks (default: adaptive)")
+    effort = "how long the adaptive suite tries (default: default)"
+    attack.add_argument("--effort", default="default", choices=EFFORTS, help=effort)
+    attack.add_argument("--steps", type=int, metavar="N", help="steps of each ascent (default: the suite's)")
+    queries = "queries of each random search (default: the suite's)"
+    attack.add_argument("--queries", type=int, metavar="N", help=queries)
+    attack.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the attacks (default: 0)")
     attack.add_argument("--no-control", action="store_true", help="do not attack the plain model beside it")
-    attack.add_argument(
-        "--output", type=Path, default=Path("evaluated"), help="folder for reports (default: evaluated)"
-    )
+    options.add_output(parser, "folder of the reports", "evaluated")
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(args: argparse.Namespace, terminal: Terminal) -> None:
+    from timm_nrpm.attacks.threats import Threat
+    from timm_nrpm.cli import inputs
     from timm_nrpm.evaluation.evaluate import evaluate, together
     from timm_nrpm.figures.report_folder import show
 
     threats = [Threat(args.norm, eps) for eps in args.eps]
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--output {args.output} cannot be written to ({error}): give another folder.") from error
+    make_folder(args.output)
     with _processes() as (accelerator, device):
         main = accelerator is None or accelerator.is_main_process
-        model = options.model_of(args).to(device)
-        at_most = args.samples if args.first is None else None
-        loader = options.images_of(args, model, args.split, at_most=at_most, first=args.first)
-        _calibrate(args, model)
-        together(accelerator, lambda: _claim(args, model) if main else {})
+        model = inputs.model_of(args).to(device)
+        loader = inputs.chosen_images(args, model)
+        inputs.calibrate(args, model, terminal)
+        together(accelerator, lambda: _claim(args, model) if main else None)
         reports = []
         for threat in threats:
             stem = args.output / f"{args.suite}-{threat.norm}-{threat.eps:.6g}"
@@ -125,23 +99,36 @@ def _evaluate(args: argparse.Namespace) -> int:
                 loader,
                 threat,
                 args.suite,
+                effort=args.effort,
                 steps=args.steps,
                 queries=args.queries,
                 seed=args.seed,
-                data=_described_images(args),
+                data=inputs.described_images(args),
                 control=not args.no_control,
                 resume=f"{stem}.jsonl",
                 accelerator=accelerator,
-                progress=True,
+                progress=terminal.progress,
             )
             reports.append(report)
             if main:
                 Path(f"{stem}.json").write_text(json.dumps(report.to_dict()) + "\n")
-                print(report)
+                terminal.show(str(report))
         if main:
-            title = f"{args.model}, {_described_model(model)}"
-            print(f"Written: {show(reports, model, loader, args.output, title=title)}")
-    return 0
+            page = show(reports, model, loader, args.output, title=inputs.described_model(args, model))
+            terminal.show(f"Written: {page}")
+            terminal.give({"page": str(page), "reports": [report.to_dict() for report in reports]})
+
+
+def make_folder(output: Path) -> None:
+    """Make the folder of the results before anything is computed.
+
+    Raises:
+        OSError: It cannot be written to.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"--output {output} cannot be written to ({error}): give another folder.") from error
 
 
 @contextmanager
@@ -167,29 +154,16 @@ def _processes() -> Iterator[tuple[Accelerator | None, Any]]:
         accelerator.state.destroy_process_group()
 
 
-def _calibrate(args: argparse.Namespace, model: nn.Module) -> None:
-    """Calibrate a model that was reprogrammed just now on training images."""
-    from timm_nrpm.models.calibration import calibrate_
-
-    if not args.calibrate or options.is_variant(args) or not reprogrammed_layers(model):
-        return
-    with called(split="--training-split", samples="--calibrate"):
-        training = options.images_of(args, model, args.training_split, at_most=args.calibrate)
-    if options.is_undivided(args, args.training_split):
-        options.note(
-            f"{args.root} is not divided into splits, so the model is calibrated on images that are evaluated."
-        )
-    calibrate_(model, training)
-
-
-def _claim(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+def _claim(args: argparse.Namespace, model: nn.Module) -> None:
     """Note in the folder whose evaluation it holds.
 
     Raises:
         ValueError: It holds results of another model, or on other images.
     """
+    from timm_nrpm.models.reprogramming import model_sha256
+
     path = args.output / SETTINGS
-    now = {
+    now: dict[str, object] = {
         name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name in SHOWN
     }
     now["sha256"] = model_sha256(model)
@@ -202,10 +176,9 @@ def _claim(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
-    return {}
 
 
-def _compare(output: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+def _compare(output: Path, then: dict[str, object], now: dict[str, object]) -> None:
     """Raise a ValueError if the settings of two evaluations are not those of one."""
     if all(then.get(name) == now[name] for name in (*SAME, "sha256")):
         return
@@ -215,21 +188,3 @@ def _compare(output: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
         f"{output} holds an evaluation of something else ({'; '.join(listed) or 'the weights or statistics differ'}): "
         "give another folder as --output, or what it had."
     )
-
-
-def _described_images(args: argparse.Namespace) -> str:
-    """What is evaluated on, in words, for the report."""
-    name = args.data.removeprefix("torch/").removeprefix("hfds/")
-    if args.data.lower() in FOLDERS:
-        name = args.root.resolve().stem if args.root.is_file() else args.root.resolve().name
-    words = [name] if options.is_undivided(args, args.split) else [name, args.split]
-    return ", ".join(words if args.first is None else [*words, f"the first {args.first}"])
-
-
-def _described_model(model: nn.Module) -> str:
-    """The lambdas of a model, in words."""
-    if not reprogrammed_layers(model):
-        return "plain"
-    lams = sorted(lambdas(model).values())
-    low, high = (f"{lam:.3g}" for lam in (lams[0], lams[-1]))
-    return f"lambda {low}" if low == high else f"lambda {low} to {high}"

@@ -40,19 +40,21 @@ def keep_defaults_apart(parser: argparse.ArgumentParser) -> None:
         action.default = argparse.SUPPRESS
 
 
-def completed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+def completed(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, rules: Sequence[Useless] = ()
+) -> argparse.Namespace:
     """The arguments with the defaults of what was not given.
 
     Args:
         args: What `parser` gave after :func:`keep_defaults_apart`.
-        parser: The parser of the command. Its default `useless`, if there is one, holds the rules.
+        parser: The parser of the command.
+        rules: Options that have no effect in some calls.
 
     Raises:
         WrongCall: Options that were given and have no effect.
     """
-    given = set(vars(args))
+    given = args.defaults.keys() & vars(args).keys()
     args = argparse.Namespace(**{**args.defaults, **vars(args)})
-    rules: Sequence[Useless] = getattr(args, "useless", ())
     complaints = []
     for rule in rules:
         flags = [flag_of(parser, option) for option in rule.options if option in given]

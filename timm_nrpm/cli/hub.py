@@ -3,130 +3,194 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+import shtab
 from rich.table import Table
 from rich.text import Text
 
 from timm_nrpm.checks import printable
+from timm_nrpm.cli import options
+from timm_nrpm.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from timm_nrpm.evaluation.report import RobustnessReport
+    from timm_nrpm.hub.browsing import Description
 
 BAR = 20
 """Characters of a lambda of 1."""
 
+NAMES = {
+    "local_files_only": "--offline",
+    "datasets": "--dataset",
+    "reports": "--report",
+    "private=False": "--public",
+    "commit_message": "--message",
+    "repo_id": "--variant",
+    "folder": "--output",
+}
 
-def add_commands(commands: Any) -> None:
-    """Add them to the subparsers of `timm-nrpm`."""
-    push = commands.add_parser("push", help="publish a variant with its card")
-    push.add_argument("folder", type=Path, help="that holds it, such as tuned/variant")
-    push.add_argument("repo", help="owner/name on the Hub; made if it is not there, private")
-    push.add_argument(
-        "--report",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="JSON that `timm-nrpm evaluate` wrote of it (default: what is there of this very model)",
+
+def add_push(commands: Any) -> None:
+    """Add `timm-nrpm push`."""
+    push = options.add_command(
+        commands,
+        "push",
+        options.Command(_push, names={**NAMES, "repo_id": "REPO"}),
+        "publish a variant with its card",
+        "Publish a variant on the Hub with a card that is written from its reports, in one commit. The repository is "
+        "made, private, if it is not there.",
+        "timm-nrpm push --variant variant me/resnet8-nrpm --dry-run",
     )
-    push.add_argument("--license", help="an identifier that the Hub knows (default: the base's)")
-    push.add_argument("--dataset", nargs="+", default=[], help="on the Hub, that it was trained on")
-    push.add_argument(
-        "--public", action="store_true", help="let others see a new repository; refuse one that is private"
-    )
-    push.add_argument("--branch", help="commit to it, and make it if it is not there (default: main)")
-    push.add_argument("--pull-request", action="store_true", help="open one, instead of committing")
-    push.add_argument("--message", default="Publish a reprogrammed model", help="of the commit")
+    variant = "the folder of the variant, such as tuned/variant"
+    push.add_argument("--variant", type=Path, required=True, metavar="FOLDER", help=variant).complete = shtab.DIRECTORY
+    push.add_argument("repo", metavar="REPO", help="owner/name on the Hub")
+    reports = "JSON that timm-nrpm evaluate wrote of it (default: what is there of this very model)"
+    push.add_argument("--report", type=Path, nargs="+", default=[], metavar="FILE", help=reports).complete = shtab.FILE
+    push.add_argument("--license", metavar="ID", help="an identifier that the Hub knows (default: the base's)")
+    dataset = "datasets on the Hub that it was trained on"
+    push.add_argument("--dataset", nargs="+", default=[], metavar="NAME", help=dataset)
+    public = "let others see a new repository; a private one is refused"
+    push.add_argument("--public", action="store_true", help=public)
+    push.add_argument("--revision", help="branch to commit to, made if it is not there (default: main)")
+    push.add_argument("--pull-request", action="store_true", help="open a pull request instead of committing")
+    message = "first line of the commit"
+    push.add_argument("--message", default="Publish a reprogrammed model", metavar="TEXT", help=message)
     push.add_argument("--dry-run", action="store_true", help="show the files and send nothing")
-    push.set_defaults(run=_push)
-    pull = commands.add_parser("pull", help="copy a variant from the Hub into a folder")
-    pull.add_argument("repo", help="owner/name on the Hub")
-    pull.add_argument(
-        "folder", type=Path, nargs="?", help="made, or replaced if it holds a variant (default: its name)"
+    options.add_output(push)
+
+
+def add_pull(commands: Any) -> None:
+    """Add `timm-nrpm pull`."""
+    pull = options.add_command(
+        commands,
+        "pull",
+        options.Command(_pull, names=NAMES),
+        "copy a variant from the Hub into a folder",
+        "Copy a variant and its card from the Hub into a folder: all of it, of one commit, or nothing.",
+        "timm-nrpm pull --variant me/resnet8-nrpm --output copy",
     )
-    pull.set_defaults(run=_pull)
-    look = commands.add_parser("inspect", help="show lambdas, base and flags of a variant, without its weights")
-    look.add_argument("repo", help="owner/name on the Hub, or a folder")
-    look.set_defaults(run=_inspect)
-    for command in (pull, look):
-        command.add_argument("--revision", help="a branch, tag, commit or refs/pr/1 (default: main)")
-        command.add_argument("--offline", action="store_true", help="take what is in the cache, and ask nobody")
-    listing = commands.add_parser("list", help="variants that somebody published")
-    listing.add_argument("author", help="a user or an organization on the Hub")
-    listing.set_defaults(run=_list)
+    pull.add_argument("--variant", required=True, metavar="REPO", help="owner/name on the Hub")
+    options.add_hub(pull)
+    output = "folder, made, or replaced if it holds a variant (default: the repository's name)"
+    options.add_output(pull, output)
 
 
-def _push(args: argparse.Namespace) -> int:
-    from timm_nrpm.evaluation.report import RobustnessReport
+def add_inspect(commands: Any) -> None:
+    """Add `timm-nrpm inspect`."""
+    look = options.add_command(
+        commands,
+        "inspect",
+        options.Command(_inspect, names=NAMES),
+        "show lambdas, base and flags of a variant, without its weights",
+        "Show what a variant holds and what it was found to be worth, without its weights or those of its base.",
+        "timm-nrpm inspect --variant variant",
+    )
+    variant = "a folder, or owner/name on the Hub"
+    look.add_argument("--variant", required=True, metavar="VARIANT", help=variant).complete = shtab.DIRECTORY
+    options.add_hub(look)
+    options.add_output(look)
+
+
+def add_list(commands: Any) -> None:
+    """Add `timm-nrpm list`."""
+    listing = options.add_command(
+        commands,
+        "list",
+        options.Command(_list, names=NAMES),
+        "list the variants that somebody published",
+        "List the variants that a user or an organization has published on the Hub, as far as you may see them.",
+        "timm-nrpm list me",
+    )
+    listing.add_argument("author", metavar="AUTHOR", help="a user or an organization on the Hub")
+    options.add_output(listing)
+
+
+def _push(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.hub.publishing import push_to_hub
 
-    reports = [_read(path, RobustnessReport) for path in args.report] or None
-    options = {"license": args.license, "datasets": args.dataset, "private": False if args.public else None}
-    options |= {"revision": args.branch, "pull_request": args.pull_request, "commit_message": args.message}
-    print(push_to_hub(args.folder, args.repo, reports=reports, dry_run=args.dry_run, **options))
-    return 0
+    published = push_to_hub(
+        args.variant,
+        args.repo,
+        reports=[_read(path) for path in args.report] or None,
+        license=args.license,
+        datasets=args.dataset,
+        private=False if args.public else None,
+        revision=args.revision,
+        pull_request=args.pull_request,
+        commit_message=args.message,
+        dry_run=args.dry_run,
+    )
+    terminal.show(str(published))
+    terminal.give(asdict(published))
 
 
-def _read(path: Path, kind: Any) -> Any:
+def _read(path: Path) -> RobustnessReport:
+    from timm_nrpm.evaluation.report import RobustnessReport
+
     try:
-        return kind.from_json(path.read_text(encoding="utf-8"))
+        return RobustnessReport.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no report that `timm-nrpm evaluate` wrote: {error!r}.") from error
+        raise ValueError(f"{path} is no report that timm-nrpm evaluate wrote: {error!r}.") from error
 
 
-def _pull(args: argparse.Namespace) -> int:
+def _pull(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.hub.browsing import pull
 
-    folder = args.folder or Path(args.repo.rpartition("/")[2])
-    pull(args.repo, folder, revision=args.revision, local_files_only=args.offline)
+    folder = args.output or Path(args.variant.rpartition("/")[2])
+    pull(args.variant, folder, revision=args.revision, local_files_only=args.offline)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: {size:,} bytes. Load it by timm_nrpm.from_pretrained({str(folder)!r}).")
-    return 0
+    terminal.show(f"{folder}: {size:,} bytes. Evaluate it by timm-nrpm evaluate --variant {folder}")
+    terminal.give({"variant": str(folder), "bytes": size})
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _inspect(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.hub.browsing import inspect
 
-    about = inspect(args.repo, revision=args.revision, local_files_only=args.offline)
-    console, base = Console(markup=False), about.base
-    console.print(f"{about.name}{f' at {about.commit[:12]}' if about.commit else ''}", highlight=False)
+    about = inspect(args.variant, revision=args.revision, local_files_only=args.offline)
+    _show(about, terminal)
+    terminal.give({**asdict(about), "flags": about.flags, "reports": [report.to_dict() for report in about.reports]})
+
+
+def _show(about: Description, terminal: Terminal) -> None:
+    """A description as text."""
+    base = about.base
+    terminal.show(f"{about.name}{f' at {about.commit[:12]}' if about.commit else ''}")
     weights = "tuned weights" if base.tuned else "weights untouched"
     held = "in it" if about.is_full else "not in it"
-    said = base.name or f"{base.architecture}, weights without a public name"
-    console.print(
-        f"base: {said}{f' at {base.revision[:12]}' if base.revision else ''}; {weights}, {held}", highlight=False
-    )
-    shown = ", ".join(
-        f"{key} {value}" for key, value in about.settings.items() if key in ("iterations", "eps", "penalty")
-    )
-    console.print(f"estimate: {shown}", highlight=False)
+    name = base.name or f"{base.architecture}, weights without a public name"
+    revision = f" at {base.revision[:12]}" if base.revision else ""
+    terminal.show(f"base: {name}{revision}; {weights}, {held}")
+    settings = about.settings.items()
+    shown = ", ".join(f"{key} {value}" for key, value in settings if key in ("iterations", "eps", "penalty"))
+    terminal.show(f"estimate: {shown}")
     table = Table("layer", "lambda", "")
     for layer, lam in about.lams.items():
         table.add_row(Text(printable(layer)), f"{lam:.3f}", "█" * round(BAR * lam))
-    console.print(table)
+    terminal.show(table)
     for report in about.reports:
         low, high = (100 * share for share in report.interval())
-        console.print(
-            f"{report.threat}, {report.samples} images{f' ({printable(report.data)})' if report.data else ''}: clean "
-            f"{100 * report.accuracy():.1f} %, worst case {100 * report.worst_case:.1f} % ({low:.1f} to {high:.1f})"
-            + (f", at lambda 1 {100 * report.control.worst_case:.1f} %" if report.control else ""),
-            highlight=False,
+        data = f" ({printable(report.data)})" if report.data else ""
+        control = f", at lambda 1 {100 * report.control.worst_case:.1f} %" if report.control else ""
+        terminal.show(
+            f"{report.threat}, {report.samples} images{data}: clean {100 * report.accuracy():.1f} %, "
+            f"worst case {100 * report.worst_case:.1f} % ({low:.1f} to {high:.1f}){control}"
         )
-    said = f"flags: {', '.join(about.flags) or 'none'}" if about.reports else about.note
-    console.print(printable(said), highlight=False)
-    return 0
+    terminal.show(printable(f"flags: {', '.join(about.flags) or 'none'}" if about.reports else about.note))
 
 
-def _list(args: argparse.Namespace) -> int:
+def _list(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.hub.browsing import list_variants
 
-    found = list_variants(args.author)
-    if not found:
-        print(f"{args.author} has published no variant that you may see.")
-        return 0
-    table = Table("repository", "base", "seen by", "changed")
-    for listed in found:
-        table.add_row(
-            listed.repo_id, Text(printable(listed.base or "")), "some" if listed.private else "all", listed.modified
-        )
-    Console().print(table)
-    return 0
+    variants = list_variants(args.author)
+    if not variants:
+        terminal.show(f"{args.author} has published no variant that you may see.")
+    else:
+        table = Table("repository", "base", "seen by", "changed")
+        for one in variants:
+            seen = "some" if one.private else "all"
+            table.add_row(one.repo_id, Text(printable(one.base or "")), seen, one.modified)
+        terminal.show(table)
+    terminal.give({"variants": [asdict(one) for one in variants]})

@@ -1,32 +1,39 @@
-"""What `timm-nrpm tune` and `evaluate` both take: a model, and images."""
+"""Options that several commands share, one name for one thing. Nothing here imports torch, so that help is quick."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.utils.data import DataLoader
+import shtab
 
 from timm_nrpm.cli.given import Useless
-from timm_nrpm.cli.wording import called
-from timm_nrpm.config import NRPMConfig
-from timm_nrpm.data.classes import place_of
-from timm_nrpm.data.loaders import pixel_loader
-from timm_nrpm.data.readers import FOLDERS
-from timm_nrpm.models.backbones import load_published_
-from timm_nrpm.models.creation import create_plain
-from timm_nrpm.models.downloads import REPO_ID
-from timm_nrpm.models.loading import from_pretrained
-from timm_nrpm.models.registry import create_model
-from timm_nrpm.models.reprogramming import reprogram_
+from timm_nrpm.cli.terminal import Terminal
+from timm_nrpm.config import NORMS, PENALTIES
 
-NAMES = {"checkpoint_path": "--weights", " with pretrained=False": "", "name": "--data"}
-"""Flags of arguments of another name, and phrases that are said otherwise."""
+STOPPED = "Start the same command again."
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, beside its options.
+
+    Attributes:
+        run: The function that does it.
+        useless: Options that have no effect in some calls.
+        names: Flags of arguments of the library that have another name; and phrases, which are no identifiers, with
+            what messages say in their place.
+        stopped: How to go on after Ctrl-C; `{option}` stands for the value of an option.
+    """
+
+    run: Callable[[argparse.Namespace, Terminal], None]
+    useless: tuple[Useless, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
+    stopped: str = STOPPED
 
 
 def number(text: str) -> float:
@@ -42,59 +49,196 @@ def number_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else number(text)
 
 
-def add_model(parser: argparse.ArgumentParser, lam: float, *, plain: bool) -> None:
+def add_command(commands: Any, name: str, command: Command, summary: str, text: str, example: str) -> Any:
+    """Add a command to the subparsers of `timm-nrpm`.
+
+    Args:
+        commands: The subparsers.
+        name: Name of the command.
+        command: What it does.
+        summary: One line for the list of commands.
+        text: A paragraph for the command's own help.
+        example: Command lines that work as they stand.
+
+    Returns:
+        Its parser.
+    """
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=text,
+        epilog=f"example:\n  {example}",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+class _Help(argparse.HelpFormatter):
+    """Help whose paragraphs are filled, and whose example stays on its line, to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return f"{text}\n" if text.startswith("example:") else super()._fill_text(text, width, indent)
+
+
+def add_variant(group: Any) -> None:
+    """Add the options that name a variant."""
+    shown = "a reprogrammed model: a folder, or owner/name on the Hub"
+    group.add_argument("--variant", metavar="VARIANT", help=shown).complete = shtab.DIRECTORY
+    add_hub(group)
+
+
+def add_hub(group: Any) -> None:
+    """Add the options of whatever is read from the Hub."""
+    group.add_argument("--revision", help="branch, tag, commit or refs/pr/1 of it on the Hub (default: main)")
+    group.add_argument("--offline", action="store_true", help="read the cache of the Hub alone, without the network")
+
+
+def add_model(parser: argparse.ArgumentParser, lam: float, *, plain: bool = False, variant: bool = True) -> None:
     """Add the options of the model.
 
     Args:
         parser: The parser of a command.
         lam: The default of lambda.
         plain: Whether `--lam none` is a plain model.
+        variant: Whether a variant may be given in its place.
     """
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "model",
-        nargs="?",
-        default="resnet8_digits",
-        help="timm's name, or a variant: a folder, or owner/name on the Hub (default: the bundled one)",
-    )
-    model.add_argument(
-        "--weights", metavar="FILE", help="safetensors, a state dict, a checkpoint of timm's or of the paper's authors"
-    )
+    model: Any = parser.add_argument_group("model")
+    bundled = "timm's name of a model that is reprogrammed (default: resnet8_digits, the bundled one)"
+    model.add_argument("--model", metavar="NAME", default="resnet8_digits", help=bundled)
+    weights = "its weights: safetensors, a state dict, timm's .pth.tar, or a file of the paper's authors"
+    model.add_argument("--weights", metavar="FILE", help=weights).complete = shtab.FILE
     model.add_argument("--no-pretrained", action="store_true", help="start from random weights")
-    model.add_argument("--num-classes", type=int, help="give the model a new classifier")
+    model.add_argument("--num-classes", type=int, metavar="N", help="give it a new classifier with N classes")
+    size = "height, and width where it differs, of its images in pixels (default: the model's)"
+    model.add_argument("--image-size", type=int, nargs="+", metavar="N", help=size)
+    for name, what in (("--mean", "mean"), ("--std", "standard deviation")):
+        text = f"{what} that pixels in [0, 1] are normalised by, one number a channel (default: the model's)"
+        model.add_argument(name, type=number, nargs="+", metavar="X", help=text)
+    none = ", or none for the plain model" if plain else ""
     model.add_argument(
         "--lam",
         type=number_or_none if plain else number,
         default=lam,
-        help=f"lambda of every layer{', or none for the plain model' if plain else ', at first'} (default: {lam:g})",
+        metavar="LAMBDA",
+        help=f"lambda of every layer, from 0, the robust estimate, to 1, the plain layer{none} (default: {lam:g})",
     )
-    model.add_argument("--iterations", type=int, default=3, help="the paper's K (default: 3)")
-    model.add_argument("--estimator-eps", type=number, default=1e-3, help="eps of the estimate (default: 1e-3)")
     model.add_argument(
-        "--layers", nargs="+", metavar="GLOB", help="which layers; or first:N, the first N (default: all)"
+        "--iterations", type=int, default=3, metavar="K", help="the paper's K, steps of the estimate (default: 3)"
     )
+    model.add_argument(
+        "--estimator-eps",
+        type=number,
+        default=1e-3,
+        metavar="X",
+        help="what the estimate adds to every distance, in units of one product (default: 1e-3)",
+    )
+    model.add_argument("--penalty", default="l1", choices=PENALTIES, help="penalty of the estimate (default: l1)")
+    model.add_argument(
+        "--layers", nargs="+", metavar="GLOB", help="layers to reprogram; or first:N, the first N (default: all)"
+    )
+    if variant:
+        add_variant(parser.add_argument_group("or a variant, which has all of this"))
+    else:
+        parser.set_defaults(variant=None, revision=None, offline=False)
 
 
-def add_images(parser: argparse.ArgumentParser, batch_size: int) -> Any:
-    """Add the options of the images; the group, for what a command takes beside them."""
-    data = parser.add_argument_group("images")
+MODEL = (
+    *("model", "weights", "no_pretrained", "num_classes", "image_size", "mean", "std"),
+    *("lam", "iterations", "estimator_eps", "penalty", "layers"),
+)
+"""Options that a variant brings along."""
+
+
+def add_images(parser: argparse.ArgumentParser, batch_size: int, split: str, samples: int | None) -> Any:
+    """Add the options of the images.
+
+    Args:
+        parser: The parser of a command.
+        batch_size: The default of the batch size.
+        split: The default split.
+        samples: The default of the number of images drawn; None takes all.
+
+    Returns:
+        The group, for what a command takes beside them.
+    """
+    data: Any = parser.add_argument_group("images")
     data.add_argument("--data", default="digits", help="digits, folder, tar, torch/NAME or hfds/NAME (default: digits)")
-    data.add_argument("--root", type=Path, help="where they are")
-    data.add_argument("--class-map", metavar="FILE", help="labels of class folders: a .txt of names, or a .json object")
-    data.add_argument("--batch-size", type=int, default=batch_size, help=f"of one process (default: {batch_size})")
-    data.add_argument("--workers", type=int, default=0, help="processes that read, for each process (default: 0)")
-    data.add_argument("--download", action="store_true", help="let torch/ download what is not there")
+    root = "folder or tar that holds the images"
+    data.add_argument("--root", type=Path, metavar="PATH", help=root).complete = shtab.FILE
+    labels = "labels of class folders: a .txt with a name a line, or a .json object"
+    data.add_argument("--class-map", metavar="FILE", help=labels).complete = shtab.FILE
+    data.add_argument("--split", default=split, metavar="NAME", help=f"split that is read (default: {split})")
+    drawn = data.add_mutually_exclusive_group()
+    most = "all" if samples is None else f"{samples} at most"
+    drawn.add_argument(
+        "--samples", type=int, default=samples, metavar="N", help=f"number of images drawn at random (default: {most})"
+    )
+    drawn.add_argument("--first", type=int, metavar="N", help="take the first N images, in their order, instead")
+    data.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="N", help=f"images in a batch (default: {batch_size})"
+    )
+    data.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    data.add_argument("--download", action="store_true", help="let torch/NAME download what is not there")
     return data
 
 
-def is_variant(args: argparse.Namespace) -> bool:
-    """Whether the model is a variant: a folder, or a repository on the Hub."""
-    name = args.model
-    return (Path(name) / "nrpm_config.json").is_file() or (bool(REPO_ID.fullmatch(name)) and not Path(name).exists())
+def add_calibration(data: Any) -> None:
+    """Add the options of the images that a model is calibrated on."""
+    data.add_argument(
+        "--calibrate",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="number of training images, at most, that the model is calibrated on first; 0 for none (default: 1000)",
+    )
+    data.add_argument(
+        "--training-split", default="train", metavar="NAME", help="split that those are from (default: train)"
+    )
+
+
+def add_threat(group: Any, *, several: bool) -> None:
+    """Add the options of what an attacker may change.
+
+    Args:
+        group: Where they are added.
+        several: Whether `--eps` takes several bounds.
+    """
+    group.add_argument("--norm", default="Linf", choices=NORMS, help="norm of the change (default: Linf)")
+    bounds = "largest change, in pixels of [0, 1]; under L0 a number of pixels (default: 8/255)"
+    if several:
+        group.add_argument("--eps", type=number, nargs="+", default=[8 / 255], metavar="EPS", help=bounds)
+    else:
+        group.add_argument("--eps", type=number, default=8 / 255, metavar="EPS", help=bounds)
+
+
+def add_output(parser: argparse.ArgumentParser, text: str = "", default: str | None = None) -> None:
+    """Add `--output`, if the command writes anything, and what every command has.
+
+    Args:
+        parser: The parser of a command, which has all its other options.
+        text: What `--output` is; empty for a command that writes nothing.
+        default: Its default, which the help shows.
+    """
+    positional = [str(action.metavar) for action in parser._get_positional_actions()]
+    parser.usage = " ".join([parser.prog, "[OPTIONS]", *positional])
+    output: Any = parser.add_argument_group("output")
+    if text:
+        shown = "" if default is None else f" (default: {default})"
+        path = None if default is None else Path(default)
+        action = output.add_argument("--output", type=Path, default=path, metavar="PATH", help=text + shown)
+        action.complete = shtab.FILE
+    output.add_argument("--json", action="store_true", help="print the result as one JSON object, and no text")
+    output.add_argument("--quiet", action="store_true", help="show no progress bars and no notes")
+    output.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
 
 
 def is_undivided(args: argparse.Namespace, split: str) -> bool:
     """Whether the images are one folder or tar that is read whole, whatever the split."""
+    from timm_nrpm.data.classes import place_of
+    from timm_nrpm.data.readers import FOLDERS
+
     if args.data.lower() not in FOLDERS or args.root is None or not args.root.exists():
         return False
     try:
@@ -103,18 +247,32 @@ def is_undivided(args: argparse.Namespace, split: str) -> bool:
         return False
 
 
-RULES = (
+def is_plain(args: argparse.Namespace) -> bool:
+    """Whether the model is a plain one."""
+    return args.lam is None and args.variant is None
+
+
+USELESS_FOR_MODELS = (
     Useless(
-        ("weights", "no_pretrained", "num_classes", "lam", "iterations", "estimator_eps", "layers"),
-        is_variant,
-        "{model} is a variant, which has weights, layers and lambdas of its own. Leave them out, or name its base to "
-        "reprogram that anew.",
+        MODEL,
+        lambda args: args.variant is not None,
+        "{variant} is a variant, which has weights, layers and lambdas of its own. Leave them out, or give its base as "
+        "--model to reprogram that anew.",
     ),
     Useless(
         ("no_pretrained",),
-        lambda args: args.weights is not None and not is_variant(args),
+        lambda args: args.weights is not None and args.variant is None,
         "the weights are those of --weights. Leave one of them out.",
     ),
+    Useless(
+        ("revision", "offline"),
+        lambda args: args.variant is None,
+        "nothing is read from the Hub by its name. Give --variant with it.",
+    ),
+)
+"""Options of the model that have no effect in some calls."""
+
+USELESS_FOR_IMAGES = (
     Useless(
         ("root",),
         lambda args: args.data == "digits",
@@ -126,10 +284,33 @@ RULES = (
         "{data} is not among torchvision's datasets, torch/NAME.",
     ),
 )
-"""Options of the model and of the images that have no effect in some calls."""
+"""Options of the images that have no effect in some calls."""
+
+USELESS_FOR_CALIBRATION = (
+    Useless(
+        ("calibrate", "training_split"),
+        lambda args: args.variant is not None,
+        "{variant} is a variant, which brings its own statistics. Leave them out.",
+    ),
+    Useless(
+        ("training_split",),
+        lambda args: args.calibrate == 0 and args.variant is None and not is_plain(args),
+        "--calibrate 0 takes no images.",
+    ),
+)
+"""Options of calibration that have no effect in some calls."""
+
+USELESS_FOR_PLAIN = (
+    Useless(
+        ("iterations", "estimator_eps", "penalty", "layers", "calibrate", "training_split"),
+        is_plain,
+        "with --lam none the model is plain. Leave them out, or give a number.",
+    ),
+)
+"""Options that have no effect on a plain model."""
 
 
-def split_rules(*options: str) -> tuple[Useless, ...]:
+def useless_splits(*options: str) -> tuple[Useless, ...]:
     """The rule for every option that names a split: one folder without splits is read whole."""
     why = "{root} is one set of class folders, which is read whole. Give as --root the folder that holds the splits."
 
@@ -139,74 +320,15 @@ def split_rules(*options: str) -> tuple[Useless, ...]:
     return tuple(map(of, options))
 
 
-def model_of(args: argparse.Namespace) -> nn.Module:
-    """The reprogrammed model, or the plain one where lambda is none."""
-    if is_variant(args):
-        return from_pretrained(args.model)
-    options = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    pretrained = args.weights is None and not args.no_pretrained
-    with called(eps="--estimator-eps"):
-        config = None
-        if args.lam is not None:
-            layers = args.layers[0] if args.layers and len(args.layers) == 1 else args.layers  # "first:4" stands alone
-            config = NRPMConfig(args.lam, args.iterations, args.estimator_eps, layers=layers)
-        if args.weights is None and config is not None:
-            settings: dict[str, Any] = {"lam": config.lam, "iterations": config.iterations, "eps": config.eps}
-            return create_model(args.model, pretrained, layers=config.layers, **settings, **options)
-        plain = create_plain(args.model, pretrained=pretrained, **options)
-        if args.weights is not None:
-            load_published_(plain, args.weights)
-        return plain.eval() if config is None else reprogram_(plain, config)
-
-
-def images_of(
-    args: argparse.Namespace,
-    model: nn.Module,
-    split: str,
-    *,
-    samples: int | None = None,
-    at_most: int | None = None,
-    first: int | None = None,
-    training: bool = False,
-    augment: bool = False,
-    hflip: float = 0.0,
-    drop_last: bool = False,
-) -> DataLoader[Any]:
-    """The images of a split.
-
-    Args:
-        args: The arguments of the command.
-        model: The model, whose size and classes they get.
-        split: The name of the split.
-        samples, first, training, augment, hflip, drop_last: As for `pixel_loader`.
-        at_most: Number of images drawn at random if there are more.
-    """
-
-    def loader(samples: int | None) -> DataLoader[Any]:
-        return pixel_loader(
-            args.data,
-            args.root,
-            split=split,
-            model=model,
-            batch_size=args.batch_size,
-            training=training,
-            augment=augment,
-            hflip=hflip,
-            workers=args.workers,
-            samples=samples,
-            first=first,
-            class_map=args.class_map,
-            download=args.download,
-            drop_last=drop_last,
-        )
-
-    found = loader(samples)
-    if at_most is not None and (at_most < 1 or at_most < len(found.dataset)):  # type: ignore[arg-type]
-        return loader(at_most)
-    return found
-
-
-def note(text: str) -> None:
-    """Tell the user something on stderr; of several processes one speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"timm-nrpm: {text}", file=sys.stderr)
+NAMES = {
+    "checkpoint_path": "--weights",
+    " with pretrained=False": "",
+    "name": "--data",
+    "input_size": "--image-size",
+    "local_files_only": "--offline",
+    "a folder that save_pretrained wrote": "the folder of a variant, or owner/name on the Hub",
+    "Build that model and give it as base=.": "Save it with its weights: save_pretrained(model, folder, full=True).",
+    "(C, H, W)": "H W",
+    ", or as model= a timm model": "",
+}
+"""Flags of arguments of another name, and phrases that are said otherwise, where a model or images are given."""

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from timm_nrpm.cli import options
 from timm_nrpm.cli.given import Useless
+from timm_nrpm.cli.options import number, number_or_none
+from timm_nrpm.cli.terminal import Terminal
 from timm_nrpm.cli.wording import called
-from timm_nrpm.config import GRADIENTS, OBJECTIVES, PARADIGMS, PRECISIONS, TuneConfig
+from timm_nrpm.config import GRADIENTS, OBJECTIVES, OPTIMIZERS, PARADIGMS, PRECISIONS, SCHEDULES, TuneConfig
 
 if TYPE_CHECKING:
     from timm_nrpm.evaluation.history import History
 
-CHANGED = {"output": "tuned", "calibrate": 1000}
-"""Defaults of the command that are not the library's."""
-
-CHOICES = {"paradigm": PARADIGMS, "objective": OBJECTIVES, "gradient": GRADIENTS, "precision": PRECISIONS}
-PARSERS: dict[str, Callable[[str], Any]] = {"int": int, "float": options.number_or_none, "str": str, "tuple": str}
 ONE_STEP = ("clean", "fgsm", "clean+fgsm")
 
-RULES = (
-    *options.RULES,
-    *options.split_rules("split", "validation_split"),
+USELESS = (
+    *options.USELESS_FOR_MODELS,
+    *options.USELESS_FOR_IMAGES,
+    *options.useless_splits("split", "validation_split"),
     Useless(("hflip",), lambda args: not args.augment, "images are mirrored with --augment alone."),
     Useless(
         ("lr", "weight_decay"),
@@ -72,69 +67,145 @@ RULES = (
     ),
     Useless(("license",), lambda args: args.push_to is None, "nothing is pushed. Give --push-to with it."),
 )
-"""Options that have no effect in some calls."""
 
 NAMES = {**options.NAMES, "another output": "another folder as --output", "drop_last": "--drop-last"}
 
+TEXT = (
+    "Tune a reprogrammed model by adversarial training: lambda alone (paradigm 2) or everything (paradigm 3), and "
+    "write checkpoints, a history, a picture and the tuned variant into a folder. Several processes share the images: "
+    'start "accelerate launch -m timm_nrpm.cli tune ..." or "torchrun --nproc_per_node 2 -m timm_nrpm.cli tune ...", '
+    "on the CPU with ACCELERATE_USE_CPU=true before the latter."
+)
 
-def add_command(commands: Any) -> None:
-    """Add it to the subparsers of `timm-nrpm`."""
-    parser = commands.add_parser("tune", help="learn lambda, or everything, under attack (paradigms 2 and 3)")
-    parser.description = (
-        "Tune a reprogrammed model under attack. Several processes: accelerate launch or torchrun, with "
-        "-m timm_nrpm.cli tune in place of timm-nrpm tune; on the CPU, ACCELERATE_USE_CPU=true torchrun "
-        "--nproc_per_node 2 -m timm_nrpm.cli tune ..."
-    )
+
+def add_tune(commands: Any) -> None:
+    """Add `timm-nrpm tune`."""
     stopped = "The last checkpoint is in {output}, and the same command with --resume goes on from it."
-    parser.set_defaults(run=_tune, useless=RULES, names=NAMES, stopped=stopped)
-    options.add_model(parser, 0.5, plain=False)
-    data = options.add_images(parser, batch_size=64)
-    data.add_argument("--split", default="train", help="to tune on (default: train)")
-    data.add_argument("--samples", type=int, help="tune on so many images, drawn at random (default: all)")
-    data.add_argument("--validation-split", default="test", help="to evaluate on (default: test)")
-    some = data.add_mutually_exclusive_group()
-    some.add_argument("--validation-samples", type=int, default=500, help="at most, drawn at random (default: 500)")
-    some.add_argument("--validation-first", type=int, help="evaluate on the first so many images, in their order")
+    parser = options.add_command(
+        commands,
+        "tune",
+        options.Command(_tune, USELESS, NAMES, stopped),
+        "learn lambda, or everything, under attack",
+        TEXT,
+        "timm-nrpm tune --model resnet8_digits --epochs 1 --eps 0.15 --steps 2 --samples 128 --output tuned",
+    )
+    options.add_model(parser, 0.5)
+    data = options.add_images(parser, 64, "train", None)
+    validation = "split that is evaluated (default: test)"
+    data.add_argument("--validation-split", default="test", metavar="NAME", help=validation)
+    drawn = data.add_mutually_exclusive_group()
+    samples = "number of its images drawn at random (default: 500 at most)"
+    drawn.add_argument("--validation-samples", type=int, default=500, metavar="N", help=samples)
+    first = "take its first N images, in their order, instead"
+    drawn.add_argument("--validation-first", type=int, metavar="N", help=first)
     data.add_argument("--drop-last", action="store_true", help="leave out a last batch that is not full")
     data.add_argument("--augment", action="store_true", help="crop at random")
-    data.add_argument("--hflip", type=options.number, default=0.0, help="with --augment, share of images mirrored")
-    tuning = parser.add_argument_group("tuning")
-    tuning.add_argument("--resume", action="store_true", help="go on from the last good checkpoint, if there is one")
-    notes = _notes(TuneConfig)
-    for field in fields(TuneConfig):
-        default = CHANGED.get(field.name, field.default)
-        tuning.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=next(parse for start, parse in PARSERS.items() if str(field.type).startswith(start)),
-            default=default,
-            choices=CHOICES.get(field.name),
-            nargs="+" if str(field.type).startswith("tuple") else None,
-            help=notes.get(field.name, "") + ("" if default in (None, ()) else f" (default: {default})"),
-        )
+    hflip = "with --augment, share of images that are mirrored (default: 0)"
+    data.add_argument("--hflip", type=number, default=0.0, metavar="SHARE", help=hflip)
+    _add_objective(parser.add_argument_group("what is learned, and under which attack"))
+    _add_schedule(parser.add_argument_group("how it is learned"))
+    _add_run(parser.add_argument_group("what is kept"))
+    options.add_output(parser, "folder of the run", "tuned")
 
 
-def _notes(settings: type) -> dict[str, str]:
-    """The first sentence on every setting, from the docstring, so that both say the same."""
-    text = (settings.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
-    found = re.findall(r"^ {8}(\w+): (.*?)(?=^ {8}\w+: |\Z)", text, re.MULTILINE | re.DOTALL)
-    # Percent signs would be argparse's.
-    texts = {name: re.sub(r":\w+:`|`", "", " ".join(note.split())).split(". ")[0].rstrip(".") for name, note in found}
-    return {name: text.replace("%", "%%") for name, text in texts.items()}
+def _add_objective(group: Any) -> None:
+    group.add_argument(
+        "--paradigm",
+        default="lambda",
+        choices=PARADIGMS,
+        help="lambda: one number a layer, weights frozen (paradigm 2); all: lambda and weights (3) (default: lambda)",
+    )
+    group.add_argument(
+        "--trainable", nargs="+", metavar="GLOB", help="parameters that are tuned instead, as '*.lam' 'layer4.*'"
+    )
+    loss = "loss; clean+fgsm is the sum of the two (default: pgd)"
+    group.add_argument("--objective", default="pgd", choices=OBJECTIVES, help=loss)
+    eps = "largest change of a pixel of [0, 1] in the inner attack, Linf; 0 attacks nothing (default: 8/255)"
+    group.add_argument("--eps", type=number, default=8 / 255, metavar="EPS", help=eps)
+    group.add_argument("--steps", type=int, default=7, metavar="N", help="steps of the inner attack (default: 7)")
+    size = "size of one step, in pixels of [0, 1] (default: a quarter of eps; for one step, eps)"
+    group.add_argument("--step-size", type=number, metavar="X", help=size)
+    group.add_argument(
+        "--gradient",
+        default="own",
+        choices=GRADIENTS,
+        help="gradient that the inner attack follows: the model's own; bpda, of the linear maps behind the estimates; "
+        "plain, of the model at lambda 1; or a mixture of the three (default: own)",
+    )
+    beta = "weight of the second term of trades, mart and sat (default: 6)"
+    group.add_argument("--beta", type=number, default=6.0, metavar="X", help=beta)
+    awp = "size of awp's step in a weight, relative to its norm (default: 0.01)"
+    group.add_argument("--weight-perturbation", type=number, default=0.01, metavar="X", help=awp)
+    momentum = "share of a soft target of sat that stays at each update (default: 0.9)"
+    group.add_argument("--target-momentum", type=number, default=0.9, metavar="SHARE", help=momentum)
+    start = "epoch, from 0, at which sat's targets begin to move (default: 1)"
+    group.add_argument("--target-start", type=int, default=1, metavar="N", help=start)
 
 
-def _tune(args: argparse.Namespace) -> int:
+def _add_schedule(group: Any) -> None:
+    group.add_argument("--epochs", type=int, default=5, metavar="N", help="passes over the images (default: 5)")
+    optimizer = "optimizer, one of timm's (default: sgd)"
+    group.add_argument("--optimizer", default="sgd", choices=OPTIMIZERS, help=optimizer)
+    lr = "learning rate of everything but lambda (default: 0.01)"
+    group.add_argument("--lr", type=number, default=0.01, metavar="X", help=lr)
+    group.add_argument(
+        "--lam-lr", type=number, default=0.01, metavar="X", help="learning rate of lambda (default: 0.01)"
+    )
+    decay = "weight decay of weights, never of lambda (default: 5e-4)"
+    group.add_argument("--weight-decay", type=number, default=5e-4, metavar="X", help=decay)
+    calibrate = "training images that the model is calibrated on, first and after epochs; 0: none (default: 1000)"
+    group.add_argument("--calibrate", type=int, default=1000, metavar="N", help=calibrate)
+    schedule = "course of the learning rates (default: cosine)"
+    group.add_argument("--schedule", default="cosine", choices=SCHEDULES, help=schedule)
+    warmup = "epochs of linear warm-up (default: 0)"
+    group.add_argument("--warmup-epochs", type=int, default=0, metavar="N", help=warmup)
+    clip = "largest norm of the gradient, of lambda and of the rest each, or none (default: 1)"
+    group.add_argument("--clip", type=number_or_none, default=1.0, metavar="X", help=clip)
+    patience = "steps in a row whose gradient may be non-finite before the run is given up (default: 10)"
+    group.add_argument("--patience", type=int, default=10, metavar="N", help=patience)
+    accumulate = "batches whose mean gradient makes one step (default: 1)"
+    group.add_argument("--accumulate", type=int, default=1, metavar="N", help=accumulate)
+    precision = "no: float32; bf16: autocast, the estimate still in float32 (default: no)"
+    group.add_argument("--precision", default="no", choices=PRECISIONS, help=precision)
+    seed = "seed of the images' order, augmentation, attacks and dropout (default: 0)"
+    group.add_argument("--seed", type=int, default=0, metavar="N", help=seed)
+
+
+def _add_run(group: Any) -> None:
+    group.add_argument("--resume", action="store_true", help="go on from the last good checkpoint, if there is one")
+    every = "steps between two checkpoints (default: 100)"
+    group.add_argument("--checkpoint-every", type=int, default=100, metavar="N", help=every)
+    group.add_argument("--keep", type=int, default=3, metavar="N", help="checkpoints that are kept (default: 3)")
+    steps = "steps of PGD on the validation images (default: 10)"
+    group.add_argument("--evaluate-steps", type=int, default=10, metavar="N", help=steps)
+    eps = "largest change of their pixels (default: that of training, or 8/255)"
+    group.add_argument("--evaluate-eps", type=number, metavar="EPS", help=eps)
+    rows = "steps between two rows of the history (default: 1)"
+    group.add_argument("--log-every", type=int, default=1, metavar="N", help=rows)
+    trackers = "trackers that accelerate knows, such as tensorboard"
+    group.add_argument("--trackers", nargs="+", default=(), metavar="NAME", help=trackers)
+    push = "owner/name on the Hub that the variant is sent to with every checkpoint"
+    group.add_argument("--push-to", metavar="REPO", help=push)
+    group.add_argument(
+        "--license", metavar="ID", help="its licence, an identifier that the Hub knows (default: the base's)"
+    )
+
+
+def _tune(args: argparse.Namespace, terminal: Terminal) -> None:
     from accelerate import PartialState
 
+    from timm_nrpm.cli import inputs
     from timm_nrpm.models.reprogramming import lambdas
     from timm_nrpm.tuning.tune import tune
 
     config = TuneConfig(**{field.name: getattr(args, field.name) for field in fields(TuneConfig)})
-    model = options.model_of(args)
-    loader = options.images_of(
+    model = inputs.model_of(args)
+    loader = inputs.images_of(
         args,
         model,
         args.split,
         samples=args.samples,
+        first=args.first,
         training=True,
         augment=args.augment,
         hflip=args.hflip,
@@ -143,24 +214,24 @@ def _tune(args: argparse.Namespace) -> int:
     first = args.validation_first
     at_most = args.validation_samples if first is None else None
     with called(split="--validation-split", samples="--validation-samples", first="--validation-first"):
-        validation = options.images_of(args, model, args.validation_split, at_most=at_most, first=first)
+        validation = inputs.images_of(args, model, args.validation_split, at_most=at_most, first=first)
     if options.is_undivided(args, args.validation_split):
-        options.note(f"{args.root} is not divided into splits, so the validation images are among those tuned on.")
+        terminal.note(f"{args.root} is not divided into splits, so the validation images are among those tuned on.")
     before = lambdas(model)
-    history = tune(model, loader, config, validation=validation, resume=args.resume, progress=True)
+    history = tune(model, loader, config, validation=validation, resume=args.resume, progress=terminal.progress)
     if PartialState().is_main_process:
-        _report(history, before, lambdas(model), Console())
+        inputs.complete(model, args.output / "variant")
+        _report(history, before, lambdas(model), terminal)
     PartialState().destroy_process_group()
-    return 0
 
 
-def _report(history: History, before: dict[str, float], after: dict[str, float], console: Console) -> None:
+def _report(history: History, before: dict[str, float], after: dict[str, float], terminal: Terminal) -> None:
     """What tuning did, as two tables."""
     c = history.config
     table = Table("layer", "lambda before", "after", title=f"paradigm {c.paradigm}, {c.objective}, Linf {c.eps:.4g}")
     for name, lam in after.items():
         table.add_row(name, f"{before[name]:.3f}", f"{lam:.3f}")
-    console.print(table)
+    terminal.show(table)
     if history.evaluations:
         table = Table(
             "step", "clean", "PGD own", "quick", "flags", title=f"validation, Linf {c.validation_eps:.4g}, in %"
@@ -168,6 +239,6 @@ def _report(history: History, before: dict[str, float], after: dict[str, float],
         for row in history.evaluations:
             shares = (f"{100 * share:.1f}" for share in (row.clean, row.own, row.quick))
             table.add_row(str(row.step), *shares, ", ".join(row.flags))
-        console.print(table)
-    if c.output is not None:
-        console.print(f"Written: {c.output}/history.json, curves.png, variant/, checkpoints/", highlight=False)
+        terminal.show(table)
+    terminal.show(f"Written: {c.output}/history.json, curves.png, variant/, checkpoints/")
+    terminal.give({"variant": f"{c.output}/variant", "lambdas": after, "history": history.to_dict()})

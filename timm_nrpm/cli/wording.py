@@ -23,6 +23,7 @@ COMMON = {
     "timm_nrpm.list_models()": "timm-nrpm models",
     ", or pretrained_cfg_overlay=dict(file=FILE)": "",
     "8 / 255": "8/255",
+    "give token=, or log in by": "log in by",
 }
 """Phrases that are said otherwise in every command."""
 

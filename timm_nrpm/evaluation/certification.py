@@ -15,7 +15,6 @@ from typing import Any
 
 import timm
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from timm_nrpm.checks import check_integer, check_number
@@ -30,6 +29,7 @@ from timm_nrpm.evaluation.certificates import (
     lower_bound,
 )
 from timm_nrpm.jobs.journal import Journal, digest_of
+from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.base import weights_sha256
 from timm_nrpm.models.modes import evaluating
 from timm_nrpm.models.reprogramming import identity_of, lambdas
@@ -102,9 +102,8 @@ def certify(
         raise ValueError(f"{resume} does not hold each image once: give another file.")
     images = [Certificate(**row["certificate"]) for row in journal.rows.values()]
     seen = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # A DataLoader draws a seed from the global generator, which is put back.
-    with evaluating(model), torch.random.fork_rng(devices=[]), Progress(*columns, disable=not progress) as bar:
+    with evaluating(model), torch.random.fork_rng(devices=[]), progress_bar(progress, counted=True) as bar:
         task = bar.add_task(f"Certifying, sigma {smoothed.sigma:g}", total=None)
         for number, (pixels, label, total) in enumerate(smoothed.images(loader)):
             seen = number + 1

@@ -18,12 +18,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from timm_nrpm.checks import check_integer
 from timm_nrpm.data.images import check_batch, check_labels, check_pixels, count_of
 from timm_nrpm.evaluation.corruption_report import Answers, CorruptionReport
+from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.calibration import plain_of
 from timm_nrpm.models.modes import evaluating
 from timm_nrpm.models.reprogramming import reprogrammed_layers
@@ -160,7 +160,7 @@ def evaluate_corruptions(
         nets.append(plain_of(nets[0], loader))
     clean: list[list[bool]] = [[] for _ in nets]
     corrupted = [{kind: {s: list[bool]() for s in severities} for kind in kinds} for _ in nets]
-    with evaluating(nets[0]), evaluating(nets[-1]), Progress(disable=not progress) as bar:
+    with evaluating(nets[0]), evaluating(nets[-1]), progress_bar(progress) as bar:
         batches = count_of(loader)
         task = bar.add_task("Corrupting", total=batches and batches * len(kinds) * len(severities))
         for batch in loader:

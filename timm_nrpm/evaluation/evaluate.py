@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from timm_nrpm.attacks.efforts import EFFORTS, LEVELS, Effort
@@ -21,10 +21,13 @@ from timm_nrpm.attacks.flags import PLAIN_CHANGED, evidence_of, flags_of
 from timm_nrpm.attacks.sources import Source, sources_of
 from timm_nrpm.attacks.suites import attacks_of
 from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.checks import check_choice
+from timm_nrpm.config import SUITES
 from timm_nrpm.data.images import check_batch, check_labels, count_of, pixels_of
 from timm_nrpm.evaluation.judge import Judge
 from timm_nrpm.evaluation.report import GIVEN, REPROGRAMMED, TRAINED, AttackResult, RobustnessReport
 from timm_nrpm.jobs.journal import Journal, digest_of
+from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.base import weights_sha256
 from timm_nrpm.models.modes import attackable
 from timm_nrpm.models.reprogramming import (
@@ -40,6 +43,8 @@ from timm_nrpm.version import __version__
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+Part = TypeVar("Part")
 
 CALIBRATED = 1000
 """Images with which surrogates are calibrated."""
@@ -126,7 +131,7 @@ def evaluate(
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     with ExitStack() as stack:
         raised = stack.enter_context(_heard())
-        bar = stack.enter_context(_bar(progress and rank == 0))
+        bar = stack.enter_context(progress_bar(progress and rank == 0))
         for one in (model, base):
             if one is not None:
                 stack.enter_context(attackable(one))
@@ -267,14 +272,14 @@ def _report(rows: Sequence[dict[str, Any]], told: dict[str, Any], plain: str) ->
     )
 
 
-def together(accelerator: Accelerator | None, work: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+def together(accelerator: Accelerator | None, work: Callable[[], Part]) -> list[Part]:
     """What `work` gives in every process. Where it fails in one it fails in all, so that none waits for it."""
     if accelerator is None or accelerator.num_processes == 1:
         return [work()]
     from accelerate.utils import gather_object
 
     failure: Exception | None = None
-    mine: dict[str, Any] = {}
+    mine: Part | None = None
     try:
         mine = work()
     except Exception as error:
@@ -290,11 +295,8 @@ def together(accelerator: Accelerator | None, work: Callable[[], dict[str, Any]]
 
 
 def _effort(suite: str, effort: str, steps: int | None, queries: int | None) -> Effort:
-    if suite not in EFFORTS:
-        raise ValueError(f"suite={suite!r} is not known: choose one of {', '.join(EFFORTS)}.")
-    if effort not in LEVELS:
-        raise ValueError(f"effort={effort!r} is not known: choose one of {', '.join(LEVELS)}.")
-    settings = EFFORTS[suite]
+    check_choice("effort", effort, LEVELS)
+    settings = EFFORTS[check_choice("suite", suite, SUITES)]
     if suite == "adaptive":
         settings = LEVELS[effort]
     elif effort != "default":
@@ -331,11 +333,6 @@ def _heard() -> Iterator[list[str]]:
         told += dict.fromkeys(str(warning.message) for warning in caught)
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not shown)
 
 
 def _versions() -> dict[str, str]:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from timm_nrpm.attacks.threats import Threat
@@ -19,6 +18,7 @@ from timm_nrpm.checks import check_integer, check_number
 from timm_nrpm.data.images import check_batch, check_labels, pixels_of
 from timm_nrpm.evaluation.evaluate import evaluate
 from timm_nrpm.evaluation.pareto import Candidate, ParetoFront, best_of
+from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.calibration import calibrate_, plain_of
 from timm_nrpm.models.modes import evaluating
 from timm_nrpm.models.reprogramming import record_of, reprogrammed_layers, uncalibrate_
@@ -113,8 +113,7 @@ def search_lambda(
     share = min(MOST_GLOBAL, max(1, (budget - 1) // 3)) if layerwise else budget - 1
     trials: list[Candidate] = []
     samples = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not progress) as bar:
+    with progress_bar(progress, counted=True) as bar:
         task = bar.add_task("Searching lambda", total=budget)
         for kind, lams in _settings(list(layers), trials, share, bound, seed, optuna):
             with torch.no_grad():

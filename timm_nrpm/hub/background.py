@@ -78,7 +78,7 @@ class Publisher:
         )
         if failure:
             warnings.warn(
-                f"The last variant is not on the Hub: {failure} Push it later: timm-nrpm push "
+                f"The last variant is not on the Hub: {failure} Push it later: timm-nrpm push --variant "
                 f"{self.folder / 'variant'} {self.repo_id}",
                 PushWarning,
                 stacklevel=2,

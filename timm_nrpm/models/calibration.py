@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_nrpm.data.images import count_of, pixels_of
+from timm_nrpm.jobs.progress import CONSOLE
 from timm_nrpm.models.modes import check_gradients, evaluating
 from timm_nrpm.models.plain_statistics import KEPT, complete, norms_of
 from timm_nrpm.models.reprogramming import is_settled, plain_copy, record_of, reprogrammed_layers, settle_, uncalibrate_
@@ -196,7 +197,7 @@ def calibrate_(
     layers, norms = reprogrammed_layers(ours), norms_of(ours)
     if mode == "scratch" and not norms:
         raise ValueError('mode="scratch" re-estimates BatchNorm statistics, and this model has none: use "relative".')
-    images = track(pixels_of(loader), "Calibrating", total=count_of(loader), disable=not progress)
+    images = track(pixels_of(loader), "Calibrating", total=count_of(loader), disable=not progress, console=CONSOLE)
     if norms and not is_settled(ours):  # the loader may be one that gives its images once
         images = _Kept(images)
         settle_(ours, plain_of(net, images).model)

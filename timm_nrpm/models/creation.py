@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import shutil
@@ -51,12 +52,28 @@ def brings_weights(kwargs: Mapping[str, Any]) -> bool:
     )
 
 
+def check_name(name: str) -> None:
+    """Raise a ValueError for a name that timm does not know, with near ones."""
+    if ":" in name or "/" in name:
+        return  # a source, which timm checks itself
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(exclude_filters="nrpm_*"), n=3)
+        hint = f" Near names: {', '.join(near)}." if near else ""
+        raise ValueError(f"Unknown model {name!r}.{hint} timm_nrpm.list_models() lists all.")
+    tags = [n.partition(".")[2] for n in timm.list_models(architecture, include_tags=True)]
+    if tag and tag not in tags:
+        raise ValueError(f"Unknown tag {tag!r} for {architecture}. It has: {', '.join(filter(None, tags)) or 'none'}.")
+
+
 def create_plain(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, with one clear error where the weights cannot be had.
 
     Raises:
-        WeightsUnavailable: As it says.
+        ValueError: An unknown name; near ones are suggested.
+        WeightsUnavailable: The weights can be neither downloaded nor found on this machine.
     """
+    check_name(name)
     checkpoint = kwargs.get("checkpoint_path")
     if checkpoint and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"checkpoint_path={str(checkpoint)!r} is no file.")

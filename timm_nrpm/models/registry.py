@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import deque
 from functools import cache
@@ -110,7 +109,6 @@ def create_model(
     name = name.removeprefix("nrpm_")
     if isinstance(timm_kwargs.get("pretrained_cfg"), str):  # how timm hands on the tag of nrpm_resnet18.a1_in1k
         name = f"{name}.{timm_kwargs.pop('pretrained_cfg')}"
-    _check_name(name)
     model = create_plain(name, pretrained, **timm_kwargs)
     if reprogrammed_layers(model):
         raise ValueError(f"{name} is a variant already: load it by timm_nrpm.from_pretrained.")
@@ -144,20 +142,6 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
 @cache
 def _surveyed() -> frozenset[str]:
     return frozenset(json.loads((ASSETS / "architectures.json").read_text())["complete"])
-
-
-def _check_name(name: str) -> None:
-    """Raise a ValueError for a name that timm does not know, with near ones."""
-    if ":" in name or "/" in name:
-        return  # a source, which timm checks itself
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(exclude_filters="nrpm_*"), n=3)
-        hint = f" Near names: {', '.join(near)}." if near else ""
-        raise ValueError(f"Unknown model {name!r}.{hint} timm_nrpm.list_models() lists all.")
-    tags = [n.partition(".")[2] for n in timm.list_models(architecture, include_tags=True)]
-    if tag and tag not in tags:
-        raise ValueError(f"Unknown tag {tag!r} for {architecture}. It has: {', '.join(filter(None, tags)) or 'none'}.")
 
 
 def _register(architecture: str, tags: list[str]) -> None:

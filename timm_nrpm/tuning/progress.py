@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from timm_nrpm.evaluation.history import Evaluation, Step
+from timm_nrpm.jobs.progress import CONSOLE
 
 
 class Bar(Progress):
@@ -18,7 +19,12 @@ class Bar(Progress):
         count = TextColumn("{task.completed}/{task.total}")
         self.numbers = Text()
         super().__init__(
-            TextColumn("{task.description}"), BarColumn(None), count, TimeRemainingColumn(), disable=not shown
+            TextColumn("{task.description}"),
+            BarColumn(None),
+            count,
+            TimeRemainingColumn(),
+            console=CONSOLE,
+            disable=not shown,
         )
         self.task = self.add_task("Tuning", total=steps, completed=done)
         self.evaluation = evaluation

@@ -1,0 +1,185 @@
+"""The model and the images that the options of a command name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+from torch.utils.data import DataLoader
+
+from timm_nrpm.cli.options import is_undivided
+from timm_nrpm.cli.terminal import Terminal
+from timm_nrpm.cli.wording import called
+from timm_nrpm.config import NRPMConfig
+from timm_nrpm.data.loaders import pixel_loader
+from timm_nrpm.data.readers import FOLDERS
+from timm_nrpm.models.calibration import calibrate_
+from timm_nrpm.models.creation import create_plain
+from timm_nrpm.models.loading import find_variant, from_pretrained
+from timm_nrpm.models.registry import create_model
+from timm_nrpm.models.reprogramming import lambdas, reprogram_, reprogrammed_layers
+from timm_nrpm.models.saving import needs_weights, save_pretrained
+from timm_nrpm.models.weights import load_published_
+
+
+def model_of(args: argparse.Namespace) -> nn.Module:
+    """The variant, the model reprogrammed anew, or the plain one where lambda is none."""
+    if args.variant is not None:
+        return from_pretrained(args.variant, revision=args.revision, local_files_only=args.offline)
+    arguments = _arguments_of_timm(args)
+    pretrained = args.weights is None and not args.no_pretrained
+    with called(eps="--estimator-eps"):
+        config = None if args.lam is None else _config_of(args)
+        if args.weights is None and config is not None:
+            return create_model(
+                args.model,
+                pretrained,
+                lam=config.lam,
+                iterations=config.iterations,
+                eps=config.eps,
+                penalty=config.penalty,
+                layers=config.layers,
+                **arguments,
+            )
+        plain = create_plain(args.model, pretrained=pretrained, **arguments)
+        if args.weights is not None:
+            load_published_(plain, args.weights)
+        return plain.eval() if config is None else reprogram_(plain, config)
+
+
+def _config_of(args: argparse.Namespace) -> NRPMConfig:
+    layers = args.layers[0] if args.layers and len(args.layers) == 1 else args.layers  # "first:4" stands alone
+    return NRPMConfig(args.lam, args.iterations, args.estimator_eps, args.penalty, layers=layers)
+
+
+def _arguments_of_timm(args: argparse.Namespace) -> dict[str, Any]:
+    """What `timm.create_model` is given beside the name; images are described where a variant records it."""
+    images: dict[str, Any] = {}
+    if args.image_size is not None:
+        if len(args.image_size) > 2 or min(args.image_size) < 1:
+            raise ValueError(f"image_size={args.image_size} is not allowed: give a height, or a height and a width.")
+        known = timm.get_pretrained_cfg(args.model.removeprefix("nrpm_"))
+        channels = known.input_size[0] if known is not None else 3
+        images["input_size"] = (channels, args.image_size[0], args.image_size[-1])
+    images |= {name: tuple(getattr(args, name)) for name in ("mean", "std") if getattr(args, name) is not None}
+    arguments: dict[str, Any] = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    return {**arguments, "pretrained_cfg_overlay": images} if images else arguments
+
+
+def images_of(
+    args: argparse.Namespace,
+    model: nn.Module,
+    split: str,
+    *,
+    samples: int | None = None,
+    at_most: int | None = None,
+    first: int | None = None,
+    training: bool = False,
+    augment: bool = False,
+    hflip: float = 0.0,
+    drop_last: bool = False,
+) -> DataLoader[Any]:
+    """The images of a split.
+
+    Args:
+        args: The arguments of the command.
+        model: The model, whose size and classes they get.
+        split: The name of the split.
+        samples, first, training, augment, hflip, drop_last: As for `pixel_loader`.
+        at_most: Number of images drawn at random if there are more.
+    """
+
+    def loader(samples: int | None) -> DataLoader[Any]:
+        return pixel_loader(
+            args.data,
+            args.root,
+            split=split,
+            model=model,
+            batch_size=args.batch_size,
+            training=training,
+            augment=augment,
+            hflip=hflip,
+            workers=args.workers,
+            samples=samples,
+            first=first,
+            class_map=args.class_map,
+            download=args.download,
+            drop_last=drop_last,
+        )
+
+    images = loader(samples)
+    if at_most is not None and (at_most < 1 or at_most < len(images.dataset)):  # type: ignore[arg-type]
+        return loader(at_most)
+    return images
+
+
+def chosen_images(args: argparse.Namespace, model: nn.Module) -> DataLoader[Any]:
+    """The images of `--split` that `--samples` or `--first` chooses."""
+    at_most = args.samples if args.first is None else None
+    return images_of(args, model, args.split, at_most=at_most, first=args.first)
+
+
+def calibration_images(args: argparse.Namespace, model: nn.Module, terminal: Terminal) -> Iterable[Any] | None:
+    """The images that `--calibrate` and `--training-split` choose; None for a variant or a plain model."""
+    if not args.calibrate or args.variant is not None or not reprogrammed_layers(model):
+        return None
+    with called(split="--training-split", samples="--calibrate"):
+        images = images_of(args, model, args.training_split, at_most=args.calibrate)
+    if is_undivided(args, args.training_split):
+        terminal.note(
+            f"{args.root} is not divided into splits, so the model is calibrated on images that are evaluated."
+        )
+    return images
+
+
+def calibrate(args: argparse.Namespace, model: nn.Module, terminal: Terminal) -> None:
+    """Calibrate a model that was reprogrammed just now on training images."""
+    images = calibration_images(args, model, terminal)
+    if images is not None:
+        calibrate_(model, images, progress=terminal.progress)
+
+
+def save(model: nn.Module, folder: Path) -> bool:
+    """Save a variant, with its weights where no public name leads to them, so that it can be loaded anywhere.
+
+    Returns:
+        Whether the weights are in it.
+    """
+    save_pretrained(model, folder, full=needs_weights(model))
+    return complete(model, folder)
+
+
+def complete(model: nn.Module, folder: Path) -> bool:
+    """Add the weights to the variant of a model that was saved, if no public name leads to them.
+
+    Returns:
+        Whether the weights are in it.
+    """
+    variant = find_variant(folder, weights=False).variant
+    if not variant.is_full and not variant.base.is_public:
+        save_pretrained(model, folder, full=True)
+        return True
+    return variant.is_full
+
+
+def described_images(args: argparse.Namespace) -> str:
+    """What the images are, in words, for a report."""
+    name = args.data.removeprefix("torch/").removeprefix("hfds/")
+    if args.data.lower() in FOLDERS:
+        name = args.root.resolve().stem if args.root.is_file() else args.root.resolve().name
+    words = [name] if is_undivided(args, args.split) else [name, args.split]
+    return ", ".join(words if args.first is None else [*words, f"the first {args.first}"])
+
+
+def described_model(args: argparse.Namespace, model: nn.Module) -> str:
+    """The name of a model and its lambdas, in words."""
+    name = args.variant or args.model
+    if not reprogrammed_layers(model):
+        return f"{name}, plain"
+    lams = sorted(lambdas(model).values())
+    low, high = (f"{lam:.3g}" for lam in (lams[0], lams[-1]))
+    return f"{name}, lambda {low}" if low == high else f"{name}, lambda {low} to {high}"
