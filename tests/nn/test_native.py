@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -157,16 +158,18 @@ def test_what_others_could_have_written_is_not_executed(tmp_path, expected, comp
 
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 def test_without_a_home(tmp_path, monkeypatch):
-    def nowhere():
-        raise RuntimeError("Could not determine home directory.")
+    def nobody(_):
+        raise KeyError("getpwuid(): uid not found")
 
-    monkeypatch.setattr(compiling.Path, "home", nowhere)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
     monkeypatch.setattr(compiling.tempfile, "tempdir", str(tmp_path))
-    for name in ("TIMM_NRPM_CACHE", "XDG_CACHE_HOME"):
+    monkeypatch.chdir(tmp_path)
+    for name in ("TIMM_NRPM_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CXX", f"{compiling.compiler()[0]} -g0")  # a command with an argument
     assert native._loaded.__wrapped__() is not None
     assert list(tmp_path.glob("timm_nrpm-*/estimate-*.so"))
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -28,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.sha import git_hash
 
 from timm_nrpm.errors import HubError, NotOnHub, Unreachable
-from timm_nrpm.models.network import NoNetwork, network_error_of, patience, say
+from timm_nrpm.models.network import HTTP, NoNetwork, network_error_of, patience, say
 
 Result = TypeVar("Result")
 
@@ -38,21 +39,20 @@ WAITS = (1.0, 2.0, 4.0)
 PASSING = (408, 429, 500, 502, 503, 504)
 """Answers that may be others a moment later."""
 
-HTTP_LIBRARY = re.compile(r"(httpx2?|httpcore2?|requests|urllib3)\b")
 REPO_ID = re.compile(r"\w[\w.-]{0,99}/\w[\w.-]{0,99}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether a request failed before its answer was complete, so that nobody knows what became of it."""
-    names = {kind.__name__ for kind in type(error).__mro__ if HTTP_LIBRARY.match(kind.__module__)}
-    return bool(names & {"TransportError", "StreamError"}) or isinstance(error, (ConnectionError, TimeoutError))
+    return isinstance(error, (HTTP.TransportError, HTTP.StreamError, ConnectionError, TimeoutError))
 
 
 def is_garbled(error: BaseException) -> bool:
     """Whether the client stumbled over an answer that arrived damaged."""
+    # The client has no error of its own for this: a ValueError with these words.
     if isinstance(error, ValueError) and re.search("improperly formatted|[Mm]alformed response", str(error)):
-        return True  # so says the client
+        return True
     return isinstance(error, (LookupError, TypeError, AttributeError, json.JSONDecodeError))
 
 
@@ -63,6 +63,7 @@ def is_upload(error: BaseException) -> bool:
 
 def is_closed(error: BaseException) -> bool:
     """Whether the connection that all threads share was closed by another, which lost its own."""
+    # The HTTP library has no error of its own for this.
     return type(error) is RuntimeError and "client has been closed" in str(error)
 
 
@@ -126,7 +127,7 @@ def told(what: str, error: BaseException, token: str | bool | None = None) -> Hu
             why = f"{error}; check the network"
         elif network is not None:
             why = f"{network}, and the cache does not hold it: connect to the network once"
-        elif type(error.__cause__).__name__ == "FileMetadataError":
+        elif isinstance(error.__cause__, FileMetadataError):
             why = "what HF_ENDPOINT names does not answer like the Hub"
         else:
             why = "the Hub cannot be reached, and the cache does not hold it: connect to the network once"

@@ -15,12 +15,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any, TypeVar
 
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import are_progress_bars_disabled, get_session, tqdm
 
 Result = TypeVar("Result")
+
+HTTP: Any = import_module(HTTPError.__module__.partition(".")[0])
+"""The HTTP library of the Hub's client, whose errors its functions raise: httpx, or httpx2 in its later versions."""
 
 PATIENCE = 60.0
 """Seconds without a sign of the server after which a request has failed; TIMM_NRPM_TIMEOUT gives another number."""
@@ -46,16 +50,16 @@ class NoNetwork(OfflineModeIsEnabled):
 
 def why_no_network(error: BaseException) -> str | None:
     """Why no connection could be made: an unknown name, a refusal, no route; None for any other error."""
-    if type(error).__name__ not in ("ConnectError", "ConnectTimeout"):
+    if not isinstance(error, (HTTP.ConnectError, HTTP.ConnectTimeout)):
         return None
-    found: BaseException | None = error
-    while found is not None:
-        if type(found).__name__ == "ConnectTimeout":
+    reason: BaseException | None = error
+    while reason is not None:
+        if isinstance(reason, HTTP.ConnectTimeout):
             return f"no connection within {CONNECT:g} seconds"
-        refused = isinstance(found, (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError))
-        if refused or (isinstance(found, OSError) and found.errno in NO_ROUTE):
-            return str(getattr(found, "strerror", None) or found)
-        found = found.__cause__ or found.__context__
+        refused = isinstance(reason, (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError))
+        if refused or (isinstance(reason, OSError) and reason.errno in NO_ROUTE):
+            return str(getattr(reason, "strerror", None) or reason)
+        reason = reason.__cause__ or reason.__context__
     return None
 
 

@@ -23,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path
 
 from timm_nrpm.errors import CompilationError
 
@@ -41,10 +42,16 @@ def cache_folder() -> Path:
     """Where compiled kernels are kept: `TIMM_NRPM_CACHE`, or timm_nrpm in the user's cache folder.
 
     What lies there is executed. So a folder or file that others could have written does not count.
+
+    Raises:
+        RuntimeError: The user has no home.
     """
     if given := os.environ.get("TIMM_NRPM_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timm_nrpm"
+    folder = user_cache_path("timm_nrpm", appauthor=False)
+    if not folder.is_absolute():
+        raise RuntimeError(f"This user has no home, in which the cache would be: {folder}.")
+    return folder
 
 
 def folders() -> Iterator[Path]:
