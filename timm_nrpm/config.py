@@ -104,6 +104,11 @@ class NRPMConfig:
         for name, value in settings._asdict().items():
             object.__setattr__(self, name, value)
 
+    @property
+    def estimator(self) -> Estimator:
+        """The settings of the estimate, without those of its place in a model."""
+        return Estimator(self.iterations, self.eps, self.penalty, self.delta, self.gamma)
+
     def to_dict(self) -> dict[str, Any]:
         if callable(self.layers):
             raise ValueError(

@@ -469,7 +469,7 @@ def test_processes_that_see_different_images_are_told(monkeypatch):
     """As if accelerate had cut the loader in parts already; and a failure in one is one in all."""
     import accelerate.utils
 
-    from timm_nrpm.evaluation.evaluate import together
+    from timm_nrpm.evaluation.sharing import together
 
     model = small(0.5)
     data = labelled(model)

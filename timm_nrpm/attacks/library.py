@@ -26,7 +26,7 @@ Run = Callable[[PixelModel, Tensor, Tensor, list[int]], Tensor]
 
 def fgsm(eps: float) -> Run:
     """One signed gradient step of size `eps` (Goodfellow et al., arXiv 1412.6572)."""
-    return _library("FGSM", eps=eps)
+    return _library("FGSM", lambda make, net, _: make(net, eps=eps))
 
 
 def pgd(threat: Threat, steps: int, step_size: float | None = None) -> Run:
@@ -36,8 +36,8 @@ def pgd(threat: Threat, steps: int, step_size: float | None = None) -> Run:
         step_size: In pixel units; by default `eps / 4`, which at eps = 8/255 is the paper's 2/255.
     """
     size = threat.eps / 4 if step_size is None else step_size
-    options = {"eps": threat.eps, "alpha": size, "steps": steps, "random_start": True}
-    return _library("PGD" if threat.norm == "Linf" else "PGDL2", **options)
+    name = "PGD" if threat.norm == "Linf" else "PGDL2"
+    return _library(name, lambda make, net, _: make(net, eps=threat.eps, alpha=size, steps=steps, random_start=True))
 
 
 def square(threat: Threat, queries: int, restarts: int = 1, *, rescale: bool = True) -> Run:
@@ -46,8 +46,18 @@ def square(threat: Threat, queries: int, restarts: int = 1, *, rescale: bool = T
     Args:
         rescale: Whether the squares shrink as fast as the queries are few, or as if there were ten thousand.
     """
-    options = {"norm": threat.norm, "eps": threat.eps, "n_queries": queries, "n_restarts": restarts, "seed": ...}
-    search = _library("Square", **options, resc_schedule=rescale)
+    search = _library(
+        "Square",
+        lambda make, net, seed: make(
+            net,
+            norm=threat.norm,
+            eps=threat.eps,
+            n_queries=queries,
+            n_restarts=restarts,
+            seed=seed,
+            resc_schedule=rescale,
+        ),
+    )
 
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
         if threat.norm == "L2" and min(pixels.shape[2:]) < 5:
@@ -62,12 +72,16 @@ def auto_attack(threat: Threat, classes: int, steps: int = 100, queries: int = 5
     """AutoAttack's four (Croce and Hein, arXiv 2003.01690, section 6) by torchattacks, Linf or L2, with its authors'
     numbers: torchattacks' own ensemble takes ten steps where they take a hundred, and every class as a target where
     they take the nine most likely."""
-    options: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps, "n_restarts": 1, "seed": ..., "steps": steps}
-    runs = {"aa_apgd_ce": _library("APGD", **options, loss="ce")}
+    targets = min(classes, MOST_TARGETS + 1)
+
+    def once(make: Callable[..., Any], net: PixelModel, seed: int) -> Callable[..., Any]:
+        """An attack of one start under the threat, but for what each of the three takes besides."""
+        return partial(make, net, norm=threat.norm, eps=threat.eps, n_restarts=1, seed=seed, steps=steps)
+
+    runs = {"aa_apgd_ce": _library("APGD", lambda *given: once(*given)(loss="ce"))}
     if classes > 3:  # the targeted DLR loss takes the fourth largest logit
-        targets = min(classes, MOST_TARGETS + 1)
-        runs["aa_apgd_t"] = _library("APGDT", **options, n_classes=targets)
-        runs["aa_fab_t"] = _library("FAB", **options, multi_targeted=True, n_classes=targets)
+        runs["aa_apgd_t"] = _library("APGDT", lambda *given: once(*given)(n_classes=targets))
+        runs["aa_fab_t"] = _library("FAB", lambda *given: once(*given)(multi_targeted=True, n_classes=targets))
     return {**runs, "aa_square": square(threat, queries, rescale=False)}
 
 
@@ -92,8 +106,15 @@ def original_auto_attack(threat: Threat, classes: int, steps: int = 100, queries
         ) from error
 
     def run(name: str, net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
-        options = {"version": "standard", "seed": seeds[0], "verbose": False, "device": pixels.device}
-        attack = AutoAttack(net, norm=threat.norm, eps=threat.eps, **options)
+        attack = AutoAttack(
+            net,
+            norm=threat.norm,
+            eps=threat.eps,
+            version="standard",
+            seed=seeds[0],
+            verbose=False,
+            device=pixels.device,
+        )
         attack.attacks_to_run = [name]
         for part in (attack.apgd, attack.apgd_targeted, attack.fab):
             if steps != 100:
@@ -109,20 +130,30 @@ def original_auto_attack(threat: Threat, classes: int, steps: int = 100, queries
     return {ours: partial(run, theirs) for ours, theirs in ORIGINALS.items() if not (few and theirs.endswith("-t"))}
 
 
-def _library(name: str, **options: Any) -> Run:
-    """torchattacks' attack of that name; `...` stands for the seed."""
+Make = Callable[[Callable[..., Any], PixelModel, int], Any]
+"""A class of torchattacks, the model to attack and a seed, to the attack."""
+
+
+def _library(name: str, make: Make) -> Run:
+    """torchattacks' attack of that name.
+
+    Args:
+        name: Name of the class.
+        make: Function that makes the attack from the class.
+    """
 
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
         import torchattacks
 
-        given = {key: seeds[0] if value is ... else value for key, value in options.items()}
         # It draws from the global generator, and seeds it.
         with torch.random.fork_rng(devices=[pixels.device] if pixels.is_cuda else []):
             torch.manual_seed(seeds[0])
             default = torch.get_default_dtype()
             torch.set_default_dtype(pixels.dtype)
             try:
-                return getattr(torchattacks, name)(net, **given)(pixels, labels).detach()
+                attack = make(getattr(torchattacks, name), net, seeds[0])
+                attacked: Tensor = attack(pixels, labels).detach()
+                return attacked
             finally:
                 torch.set_default_dtype(default)
 
@@ -184,9 +215,17 @@ def perturb(
         for i, kind in enumerate(kinds):
             rows = (which == i).nonzero().squeeze(1)
             if len(rows):
-                some = (pixels[rows], labels[rows], start[rows])
-                options = {"eps": eps, "steps": steps, "step_size": step_size}
-                attacked[rows] = perturb(net, *some, **options, gradient=kind, divergence=divergence)  # type: ignore[arg-type]
+                attacked[rows] = perturb(
+                    net,
+                    pixels[rows],
+                    labels[rows],
+                    start[rows],
+                    eps=eps,
+                    steps=steps,
+                    step_size=step_size,
+                    gradient=kind,
+                    divergence=divergence,
+                )
         return attacked
     with attackable(net), gradient_source(net, gradient) as source:
         with torch.no_grad():

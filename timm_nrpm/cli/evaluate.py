@@ -80,7 +80,8 @@ def add_evaluate(commands: Any) -> None:
 def _evaluate(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.attacks.threats import Threat
     from timm_nrpm.cli import inputs
-    from timm_nrpm.evaluation.evaluate import evaluate, together
+    from timm_nrpm.evaluation.evaluate import evaluate
+    from timm_nrpm.evaluation.sharing import together
     from timm_nrpm.figures.report_folder import show
 
     threats = [Threat(args.norm, eps) for eps in args.eps]

@@ -163,9 +163,8 @@ def _show(about: Description, terminal: Terminal) -> None:
     name = base.name or f"{base.architecture}, weights without a public name"
     revision = f" at {base.revision[:12]}" if base.revision else ""
     terminal.show(f"base: {name}{revision}; {weights}, {held}")
-    settings = about.settings.items()
-    shown = ", ".join(f"{key} {value}" for key, value in settings if key in ("iterations", "eps", "penalty"))
-    terminal.show(f"estimate: {shown}")
+    estimate = about.estimator
+    terminal.show(f"estimate: iterations {estimate.iterations}, eps {estimate.eps}, penalty {estimate.penalty}")
     table = Table("layer", "lambda", "")
     for layer, lam in about.lams.items():
         table.add_row(Text(printable(layer)), f"{lam:.3f}", "█" * round(BAR * lam))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -92,11 +91,11 @@ def certify(
     n0, n = check_integer("n0", n0, least=1), check_integer("n", n, least=1)
     # Where all n agree, the bound is alpha ** (1 / n), which must exceed one half.
     _check_enough(n, smoothed.confidence, math.floor(-math.log2(alpha_of(smoothed.confidence))) + 1)
-    settings: dict[str, Any] = {"sigma": smoothed.sigma, "n0": n0, "n": n}
-    settings |= {"confidence": smoothed.confidence, "seed": smoothed.seed}
-    settings["versions"] = {"timm_nrpm": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
-    settings["weights"] = weights_sha256(model.state_dict())
-    journal = Journal(resume, {"format": FORMAT, **settings, **identity_of(smoothed.net)})
+    versions = {"timm_nrpm": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
+    weights = weights_sha256(model.state_dict())
+    settings = {"sigma": smoothed.sigma, "n0": n0, "n": n, "confidence": smoothed.confidence, "seed": smoothed.seed}
+    identity = {"format": FORMAT, **settings, "versions": versions, "weights": weights}
+    journal = Journal(resume, {**identity, **identity_of(smoothed.net)})
     before = len(journal.rows)
     if list(journal.rows) != list(range(before)):
         raise ValueError(f"{resume} does not hold each image once: give another file.")
@@ -141,7 +140,17 @@ def certify(
             f"{resume} holds {len(images)} images, and the loader gave {seen}: give the loader it was written with, or "
             "another file."
         )
-    return CertificationReport(name=_name(model) if name is None else name, images=tuple(images), **settings)
+    return CertificationReport(
+        name=_name(model) if name is None else name,
+        sigma=smoothed.sigma,
+        n0=n0,
+        n=n,
+        confidence=smoothed.confidence,
+        seed=smoothed.seed,
+        weights=weights,
+        versions=versions,
+        images=tuple(images),
+    )
 
 
 def smoothed_predict(

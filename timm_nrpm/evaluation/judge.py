@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from timm_nrpm.attacks.suites import EXPECTATION, Attack, attacks_of
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.data.images import check_labels
 from timm_nrpm.data.ordering import seed_of
+from timm_nrpm.evaluation.outcome import Outcome, Turn
 
 WITHOUT_GRADIENT = ("scores", "best")
 """Sources of attacks that follow no gradient; what they ask is the attacked model."""
@@ -29,28 +29,24 @@ class Judge:
         self.sources, self.threat, self.suite, self.effort, self.seed = sources, threat, suite, effort, seed
         self.net = sources["own"].net
 
-    def __call__(
-        self, images: Tensor, labels: Tensor, offset: int, tell: Callable[[float, str], None]
-    ) -> dict[str, Any]:
-        """What became of a batch, as JSON: `"1"` for an image still right, `"0"` wrong, `"-"` not attacked.
+    def __call__(self, images: Tensor, labels: Tensor, offset: int, tell: Callable[[float, str], None]) -> Outcome:
+        """Attack a batch.
 
         Args:
             images: Pixels `[B, C, H, W]` in [0, 1].
-            labels: Classes, `[B]`.
-            offset: How many images were before.
-            tell: Called with the share of the work that is done, and what is being done.
+            labels: Classes `[B]`.
+            offset: Number of images before this batch.
+            tell: Function that is called with the share of the work that is done, and a word on what is being done.
 
         Raises:
-            ValueError: Labels that are no classes.
+            ValueError: Labels are no classes of the model.
         """
         device = self.net.mean.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed_of(self.seed, -2, offset))  # for a forward that is random
             return self._judged(images.to(device), labels.to(device), offset, tell)
 
-    def _judged(
-        self, pixels: Tensor, labels: Tensor, offset: int, tell: Callable[[float, str], None]
-    ) -> dict[str, Any]:
+    def _judged(self, pixels: Tensor, labels: Tensor, offset: int, tell: Callable[[float, str], None]) -> Outcome:
         logits, again = self.logits(pixels), self.logits(pixels)
         classes = logits.shape[1]
         labels = check_labels(labels, classes, count=len(pixels))
@@ -58,7 +54,7 @@ class Judge:
         attacks = attacks_of(self.suite, self.threat, self.effort, self.sources, classes, random=random)
         pursuit = Pursuit(self.net, pixels, labels, self.threat, EXPECTATION if random else 1)
         right = pursuit.take(torch.arange(len(labels), device=pixels.device), pixels, logits)
-        outcomes: dict[str, list[Any]] = {}
+        turns: dict[str, Turn] = {}
         done = 0
         for place, attack in enumerate(attacks):
             rows = right.nonzero().squeeze(1) if attack.always else pursuit.near(attack.near)
@@ -66,29 +62,29 @@ class Judge:
             ahead = sum(later.passes * (len(right) if later.always else left[later.near]) for later in attacks[place:])
             tell(done / max(done + ahead, 1), f"{attack.name}, {int(pursuit.right.sum())} of {len(labels)} left")
             done += attack.passes * len(rows)
-            found = self.attack(attack, place, pursuit, rows, offset)
-            before = outcomes.get(attack.name)
-            outcomes[attack.name] = (
-                found if before is None else [*found[:2], *map(sum, zip(before[2:], found[2:], strict=True))]
-            )
-            if before is not None:  # what it broke in an earlier turn stays broken by it
-                outcomes[attack.name][1] = "".join(
-                    "0" if b == "0" else n for b, n in zip(before[1], found[1], strict=True)
-                )
+            turn = self.attack(attack, place, pursuit, rows, offset)
+            turns[attack.name] = turns[attack.name].then(turn) if attack.name in turns else turn
         probes: dict[str, float] = {}
         probed = right[: max(0, PROBED - offset)].nonzero().squeeze(1)
         if len(probed):
             tell(1.0, "looking for flags")
             seeds = [seed_of(self.seed, -1, offset + row) for row in probed.tolist()]
-            source, some = self.sources["own"], (pixels[probed], labels[probed])
             steps = self.effort.steps if self.suite == "adaptive" else 0
-            probes = probe(source, *some, self.threat, seeds, steps=steps)
+            probes = probe(self.sources["own"], pixels[probed], labels[probed], self.threat, seeds, steps=steps)
         clean = "".join(str(int(r)) for r in right.tolist())
         non_finite = any(source.net.non_finite for source in self.sources.values())
-        return {"clean": clean, "attacks": outcomes, "probes": probes, "non_finite": non_finite, "classes": classes}
+        return Outcome(clean, turns, probes, non_finite, classes)
 
-    def attack(self, attack: Attack, place: int, pursuit: Pursuit, rows: Tensor, offset: int) -> list[Any]:
-        """One turn of an attack: its source, what became of every image, passes forwards and backwards, seconds."""
+    def attack(self, attack: Attack, place: int, pursuit: Pursuit, rows: Tensor, offset: int) -> Turn:
+        """Let an attack have one turn.
+
+        Args:
+            attack: The attack.
+            place: Its place in the suite.
+            pursuit: The worst points so far.
+            rows: Numbers in the batch of the images that it attacks.
+            offset: Number of images before this batch.
+        """
         source = self.sources["own" if attack.source in WITHOUT_GRADIENT else attack.source]
         before, start = self.passes(source), time.perf_counter()
         code = ["-"] * len(pursuit.labels)
@@ -101,14 +97,14 @@ class Judge:
                 survived = attack.pursue(pursuit, rows, net, seeds)
             for row, survives in zip(rows.tolist(), survived.tolist(), strict=True):
                 code[row] = str(int(survives))
-        passes = [now - then for now, then in zip(self.passes(source), before, strict=True)]
-        return [attack.source, "".join(code), *passes, time.perf_counter() - start]
+        forwards, backwards = (now - then for now, then in zip(self.passes(source), before, strict=True))
+        return Turn(attack.source, "".join(code), forwards, backwards, time.perf_counter() - start)
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
         return self.net(pixels)
 
     def passes(self, source: Source) -> tuple[int, int]:
-        """Images that went forwards and backwards so far."""
+        """Number of images that went forwards so far, and of gradients that came back."""
         nets = {id(net): net for net in (self.net, source.net)}.values()
         return sum(net.forwards for net in nets), sum(net.backwards for net in nets)

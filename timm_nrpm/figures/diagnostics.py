@@ -162,13 +162,12 @@ def draw_embeddings(
                 continue
             height, length = cell.shape
             aspect = "equal" if height <= length <= 3 * height else "auto"
-            image = panel.imshow(
-                cell.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit, aspect=aspect, interpolation="nearest"
-            )
+            panel.imshow(cell.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit, aspect=aspect, interpolation="nearest")
             panel.set_facecolor("#DDDDDD")
             if aspect == "auto":
                 panel.set_box_aspect(0.3)
-        drawing.colorbar(image, ax=line[-1], fraction=1.0, shrink=0.9, format="%.2g")
+        picture = next(panel.images[0] for panel in line if panel.images)
+        drawing.colorbar(picture, ax=line[-1], fraction=1.0, shrink=0.9, format="%.2g")
         count = len(clean[next(iter(models))][0][layer])
         said = f"{layer}\n{len(shown)} of {count}" if count > len(shown) else layer
         line[0].set_ylabel(said, rotation=0, ha="right", va="center", fontsize=9)
@@ -272,7 +271,7 @@ def draw_landscape(landscapes: Mapping[str, LossLandscape], path: str | Path) ->
         edge = each.eps * (1 + 1 / (len(each.losses) - 1))  # a point is in the middle of its square
         grid = losses[name].where(losses[name].isfinite(), math.nan).T.numpy()  # the first direction goes to the right
         box = (-edge, edge, -edge, edge)
-        image = panel.imshow(grid, origin="lower", extent=box, cmap="viridis", vmin=low, vmax=high)
+        panel.imshow(grid, origin="lower", extent=box, cmap="viridis", vmin=low, vmax=high)
         panel.contour(each.steps, each.steps, grid, levels=levels, colors="black", linewidths=0.5, alpha=0.6)
         right = torch.tensor(each.accuracies).T.numpy()
         if right.min() < 0.5 < right.max():
@@ -282,7 +281,7 @@ def draw_landscape(landscapes: Mapping[str, LossLandscape], path: str | Path) ->
         panel.set(xlabel=f"{x}, pixel units", ylabel=f"{y}, pixel units")
         images = f"{each.samples} image{'s' if each.samples > 1 else ''}"
         panel.set_title(f"{name}\n{images}, clean {each.clean:.3g} nats, cosine {each.cosine:.2f}", fontsize=10)
-    drawing.colorbar(image, ax=list(panels), label="mean cross-entropy, nats", shrink=0.85)
+    drawing.colorbar(panels[0].images[0], ax=list(panels), label="mean cross-entropy, nats", shrink=0.85)
     drawing.suptitle("star: clean; white line: half of the images wrong", fontsize=9)
     drawing.savefig(file, dpi=120, bbox_inches="tight")
     return file

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
+from timm_nrpm.config import Estimator
 from timm_nrpm.errors import NotOnHub, Unreachable
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.hub.cards import CARD, EVALUATION, PICTURE, TAGS, parse_evaluation
@@ -36,7 +37,7 @@ class Description:
         commit: That was read, on the Hub.
         base: What it was made from.
         is_full: Whether the weights are in it.
-        settings: Of the estimates.
+        estimator: Settings of the estimates.
         lams: Of every layer.
         reports: Behind its card, if they are of this very model.
         note: What is to be said of them.
@@ -46,7 +47,7 @@ class Description:
     commit: str | None
     base: Base
     is_full: bool
-    settings: Mapping[str, Any]
+    estimator: Estimator
     lams: Mapping[str, float]
     reports: tuple[RobustnessReport, ...]
     note: str
@@ -82,8 +83,7 @@ def inspect(
         >>> inspect("me/resnet18-nrpm").flags
         ('gradient_masking',)
     """
-    options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
-    found = find_variant(source, revision=revision, **options, weights=False)
+    found = find_variant(source, revision=revision, token=token, local_files_only=local_files_only, weights=False)
     variant = found.variant
     reports: list[RobustnessReport] = []
     try:
@@ -101,8 +101,9 @@ def inspect(
     if any(report.sha256 != variant.model for report in reports):
         note, reports = "Its evaluation is of another model, and says nothing of this one.", []
     commit = found.repository.revision if found.repository else None
-    about = (variant.base, variant.is_full, variant.settings, variant.lams)
-    return Description(found.where, commit, *about, tuple(reports), note)
+    return Description(
+        found.where, commit, variant.base, variant.is_full, variant.config.estimator, variant.lams, tuple(reports), note
+    )
 
 
 def list_variants(author: str, *, token: str | bool | None = None) -> list[Listed]:
@@ -154,10 +155,11 @@ def pull(
         >>> pull("me/resnet18-nrpm", "resnet18-nrpm")
         PosixPath('resnet18-nrpm')
     """
-    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     folder, source = Path(folder), f"{PREFIX}{check_repo_id(repo_id)}"  # not a folder of that name
     with filling(folder) as draft:
-        found = find_variant(source, revision=revision, **options)
+        found = find_variant(
+            source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        )
         assert found.repository is not None
         for name in (CONFIG, *found.variant.files):
             shutil.copyfile(found.find(name), draft / name)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -35,9 +36,12 @@ LICENSE = ("license", "license_name", "license_link")
 OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
 """Metadata that is rewritten; the rest of an existing card stays."""
 
-EFFORT = ("suite", "steps", "queries", "rounds", "evolutions", "seed")
 HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-amlr", "apple-ascl", "gemma")
 """Of those that timm's models have, the ones that the Hub knows; others it wants as `other`, with a name."""
+
+
+Metadata: TypeAlias = "dict[str, Any]"
+"""What stands in a card between its first two lines of dashes, as YAML has it."""
 
 
 def render(
@@ -75,23 +79,23 @@ def render(
                 f"The report under {report.threat} is of another model ({report.sha256[:12]}... was attacked, and "
                 f"{variant.model[:12]}... is published): evaluate the model as it is now."
             )
-    before, after, metadata, base_before = _kept(existing, name)
-    data = {**metadata, **_metadata(variant, name, reports)}
-    of_same_base = existing is not None and base_before in (None, data.get("base_model"))
-    for key in () if of_same_base and license is None and metadata.get("license") else LICENSE:
-        data.pop(key, None)
-    if not of_same_base:
-        data.pop("datasets", None)  # that another base was trained on
-    if "license" not in data:
-        data |= _license(license, variant, folder)
-    data["tags"] = list(dict.fromkeys([*TAGS, *(metadata.get("tags") or [])]))
-    if datasets:
-        data["datasets"] = list(datasets)
+    kept = _kept(existing, name)
+    data = _metadata(variant, folder, name, reports, kept, license, datasets)
+    template = (files("timm_nrpm.hub_cards") / "template.md").read_text(encoding="utf-8")
+    content = _content(variant, folder, name, reports)
+    text = str(ModelCard.from_template(ModelCardData(**data), template_str=template, **content))
+    text = re.sub(r"\n{3,}", "\n\n", text)  # where the template left lines out, and not in what others wrote
+    text = text.replace(f"{BEFORE}\n", kept.before, 1).replace(AFTER, kept.after, 1)
+    return ModelCard(text.rstrip() + "\n")
+
+
+def _content(variant: Variant, folder: Path, name: str, reports: Sequence[RobustnessReport]) -> dict[str, Any]:
+    """What the template shows, by its names there."""
     lams = [(layer, f"{lam:.4g}") for layer, lam in variant.lams.items()]
     values = list(variant.lams.values())
     flags = dict.fromkeys(flag for report in reports for flag in report.flags)
     base = variant.base
-    content: dict[str, Any] = {
+    return {
         "name": name,
         "before": f"{BEFORE}\n",
         "after": f"{AFTER}\n",
@@ -100,7 +104,7 @@ def render(
         "full": variant.is_full,
         "base": _described(variant),
         "architecture": base.architecture,
-        "settings": variant.settings,
+        "settings": variant.config.estimator._asdict(),
         "public": base.is_public,
         "tuned": base.tuned,
         "quick": any(report.suite == "quick" for report in reports),
@@ -115,15 +119,13 @@ def render(
         "high": f"{max(values):.4g}",
         "mean": f"{sum(values) / len(values):.4g}",
         "picture": PICTURE if (folder / PICTURE).exists() else None,
-        "reports": [_told(report) for report in reports],
+        "reports": reports,
+        "percent": percent,
+        "one_line": one_line,
+        "own_accuracy": own_accuracy,
         "flags": [(f, MEANINGS.get(f, "")) for f in flags],
         "flagged": {f: ", ".join(str(r.threat) for r in reports if f in r.flags) for f in flags},
     }
-    template = (files("timm_nrpm.hub_cards") / "template.md").read_text(encoding="utf-8")
-    text = str(ModelCard.from_template(ModelCardData(**data), template_str=template, **content))
-    text = re.sub(r"\n{3,}", "\n\n", text)  # where the template left lines out, and not in what others wrote
-    text = text.replace(f"{BEFORE}\n", before, 1).replace(AFTER, after, 1)
-    return ModelCard(text.rstrip() + "\n")
 
 
 def write_card(
@@ -212,64 +214,65 @@ def _is_timms(architecture: str) -> bool:
     return known and timm.models.model_entrypoint(architecture).__module__.startswith("timm.")
 
 
-def _metadata(variant: Variant, name: str, reports: Sequence[RobustnessReport]) -> dict[str, Any]:
-    data: dict[str, Any] = {"library_name": "timm_nrpm", "pipeline_tag": "image-classification"}
+def _metadata(
+    variant: Variant,
+    folder: Path,
+    name: str,
+    reports: Sequence[RobustnessReport],
+    kept: Kept,
+    license: str | None,
+    datasets: Sequence[str],
+) -> Metadata:
+    """The metadata of a new card: that of the one before, but for what follows from the variant and its reports."""
+    data = {**kept.metadata, "library_name": "timm_nrpm", "pipeline_tag": "image-classification"}
     if repository := _repository(variant):
         data |= {"base_model": repository, "base_model_relation": "finetune" if variant.base.tuned else "adapter"}
     if reports:
         data["model_name"] = name.rpartition("/")[2]
         data["eval_results"] = [result for report in reports for result in _results(report)]
+    of_same_base = kept.existed and kept.base in (None, data.get("base_model"))
+    for key in () if of_same_base and license is None and kept.metadata.get("license") else LICENSE:
+        data.pop(key, None)
+    if not of_same_base:
+        data.pop("datasets", None)  # that another base was trained on
+    if "license" not in data:
+        data |= _license(license, variant, folder)
+    data["tags"] = list(dict.fromkeys([*TAGS, *(kept.metadata.get("tags") or [])]))
+    if datasets:
+        data["datasets"] = list(datasets)
     return data
 
 
 def _results(report: RobustnessReport) -> list[EvalResult]:
     """Clean, the paper's protocol and the worst case, for the Hub's model-index."""
-    shown = _told(report)
-    said = report.data or "unnamed images"
-    kind = re.sub(r"[^\w.-]+", "-", said.partition(",")[0].strip()).lower()
-    about: dict[str, Any] = {
-        "task_type": "image-classification",
-        "dataset_type": kind,
-        "dataset_name": said,
-        "metric_type": "accuracy",
+    data = report.data or "unnamed images"
+    kind = re.sub(r"[^\w.-]+", "-", data.partition(",")[0].strip()).lower()
+    labels = {
+        "clean accuracy, %": report.clean,
+        f"accuracy under PGD along its own gradient, {report.threat}, %": own_accuracy(report),
+        f"worst-case accuracy, {report.threat}, suite {report.suite}, {report.samples} images, %": report.worst_case,
     }
-    labels = {"clean": "clean accuracy, %", "own": f"accuracy under PGD along its own gradient, {report.threat}, %"}
-    labels["worst"] = f"worst-case accuracy, {report.threat}, suite {report.suite}, {report.samples} images, %"
     return [
-        EvalResult(**about, metric_name=label, metric_value=float(shown[key]))
-        for key, label in labels.items()
-        if shown[key] is not None
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=kind,
+            dataset_name=data,
+            metric_type="accuracy",
+            metric_name=label,
+            metric_value=float(percent(share)),
+        )
+        for label, share in labels.items()
+        if share is not None
     ]
 
 
-def _told(report: RobustnessReport) -> dict[str, Any]:
-    """The numbers of a report as a card has them."""
-    low, high = report.interval()
-    own = "pgd" if any(attack.name == "pgd" for attack in report.attacks) else None
-    attacks = [
-        {"name": a.name, "source": a.source, "accuracy": percent(report.accuracy(a.name)), "tried": a.tried}
-        | {"broke": a.broke}
-        for a in report.attacks
-    ]
-    return {
-        "verdict": report.verdict,
-        "samples": report.samples,
-        "threat": str(report.threat),
-        "data": one_line(report.data),
-        "clean": percent(report.accuracy()),
-        "worst": percent(report.worst_case),
-        "low": percent(low),
-        "high": percent(high),
-        "own": percent(report.accuracy(own)) if own else None,
-        "control": percent(report.control.worst_case) if report.control else None,
-        **{key: getattr(report, key) for key in EFFORT},
-        "versions": ", ".join(f"{package} {version}" for package, version in report.versions.items()),
-        "attacks": attacks,
-        "warnings": [one_line(warning) for warning in report.warnings],
-    }
+def own_accuracy(report: RobustnessReport) -> float | None:
+    """Accuracy under PGD along the model's own gradient, which is the paper's protocol; None if it was not run."""
+    return report.accuracy("pgd") if any(attack.name == "pgd" for attack in report.attacks) else None
 
 
 def percent(share: float) -> str:
+    """A share as a number of percent, without its sign."""
     return f"{100 * share:.1f}"
 
 
@@ -278,7 +281,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split()).replace("|", "/").replace("<", "&lt;")
 
 
-def _license(given: str | None, variant: Variant, folder: Path) -> dict[str, Any]:
+def _license(given: str | None, variant: Variant, folder: Path) -> Metadata:
     """The licence given, else that of the weights that the base's name leads to."""
     if given is not None:
         return {"license": given}
@@ -293,14 +296,36 @@ def _license(given: str | None, variant: Variant, folder: Path) -> dict[str, Any
     return {"license": inherited} if inherited in HUB_LICENSES else {"license": "other", "license_name": inherited}
 
 
-def _kept(existing: str | None, name: str) -> tuple[str, str, dict[str, Any], Any]:
-    """What stands before and after the generated part of a card, its metadata without ours, and the base it was of."""
+@dataclass(frozen=True)
+class Kept:
+    """What stays of a card that was there.
+
+    Attributes:
+        existed: Whether there was one.
+        before, after: Text before and after the generated part.
+        metadata: Metadata without that which is generated.
+        base: The base model that it named.
+    """
+
+    existed: bool
+    before: str
+    after: str
+    metadata: Metadata
+    base: object
+
+
+def _kept(existing: str | None, name: str) -> Kept:
+    """What stays of the card that was there.
+
+    Raises:
+        ValueError: Its metadata cannot be read.
+    """
     if existing is None:
-        return f"# {name.rpartition('/')[2]}\n\n", "", {}, None
+        return Kept(False, f"# {name.rpartition('/')[2]}\n\n", "", {}, None)
     try:
         card = ModelCard(existing)
-        found = card.data.to_dict()
-        metadata = {k: v for k, v in found.items() if k not in OURS}
+        content = card.data.to_dict()
+        metadata = {k: v for k, v in content.items() if k not in OURS}
     except Exception as error:  # whatever YAML makes of it
         raise ValueError(
             f"The {CARD} that is there has metadata that cannot be read ({error}): mend it first."
@@ -309,4 +334,4 @@ def _kept(existing: str | None, name: str) -> tuple[str, str, dict[str, Any], An
     after = rest.partition(END)[2] if END in rest else rest
     if not marked:
         before = before.rstrip() + "\n\n"
-    return before.lstrip("\n"), after.strip("\n"), metadata, found.get("base_model")
+    return Kept(True, before.lstrip("\n"), after.strip("\n"), metadata, content.get("base_model"))

@@ -233,22 +233,37 @@ class _Push:
         url = f"{self.api.endpoint}/{self.repo_id}"
         if not changed and not stale:
             return Published(self.repo_id, parent, f"{url}/tree/{parent}", self.sizes)
-        before = self._pull_requests() if pull_request else set()
         operations: list[Any] = [CommitOperationAdd(name, str(self.folder / name)) for name in changed]
         operations += [CommitOperationDelete(name) for name in stale]
-        options: dict[str, Any] = {"revision": self.revision, "parent_commit": parent, "create_pr": pull_request}
         what = f"Sending {', '.join(changed) or 'the commit'} to {self.repo_id}"
+        commit, address = self._send(what, operations, parent, message, pull_request)
+        return Published(self.repo_id, commit, f"{url}/tree/{commit}", self.sizes, changed, stale, address)
+
+    def _send(
+        self, what: str, operations: list[Any], parent: str, message: str, pull_request: bool
+    ) -> tuple[str, str | None]:
+        """Make one commit, however often that has to be tried.
+
+        Returns:
+            The commit, and the address of the pull request if there is one.
+        """
+        before = self._pull_requests() if pull_request else set()
         for wait in (*WAITS, None):
             try:
                 with patience():
-                    done = self.api.create_commit(self.repo_id, operations, commit_message=message, **options)
-                commit, address = str(done.oid), done.pr_url
-                break
+                    done = self.api.create_commit(
+                        self.repo_id,
+                        operations,
+                        commit_message=message,
+                        revision=self.revision,
+                        parent_commit=parent,
+                        create_pr=pull_request,
+                    )
+                return str(done.oid), done.pr_url
             except Exception as error:
                 landed = self._landed(parent, before, pull_request)
                 if landed is not None:
-                    commit, address = landed
-                    break
+                    return landed
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                 if status in (409, 412):
                     raise HubError(f"Somebody else committed to {self.repo_id} at the same time: push again.") from None
@@ -257,19 +272,25 @@ class _Push:
                 if wait is None or not (may_pass(error) or type(error) is RuntimeError):  # which xet raises
                     raise told(what, error, self.token) from None
                 if pull_request and is_lost_connection(error) and "/commit/" in _address(error):
-                    # Nothing makes a second request fail where the first comes through late.
-                    for later in WAITS:
-                        time.sleep(later)
-                        landed = landed or self._landed(parent, before, pull_request)
-                    if landed is not None:
-                        commit, address = landed
-                        break
-                    raise Unreachable(
-                        f"{what} as a pull request was not answered, and it may be open all the same: look at "
-                        f"{url}/discussions before you push again."
-                    ) from None
+                    return self._late_pull_request(what, parent, before)
                 time.sleep(wait)
-        return Published(self.repo_id, commit, f"{url}/tree/{commit}", self.sizes, changed, stale, address)
+        raise AssertionError("unreachable")
+
+    def _late_pull_request(self, what: str, parent: str, before: set[str]) -> tuple[str, str | None]:
+        """The commit and the pull request of a request whose answer was lost, once they are there.
+
+        Raises:
+            Unreachable: They did not come. Nothing makes a second request fail where the first comes through late.
+        """
+        for wait in WAITS:
+            time.sleep(wait)
+            landed = self._landed(parent, before, True)
+            if landed is not None:
+                return landed
+        raise Unreachable(
+            f"{what} as a pull request was not answered, and it may be open all the same: look at "
+            f"{self.api.endpoint}/{self.repo_id}/discussions before you push again."
+        )
 
     def difference(self, revision: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of files that the Hub has not or otherwise, and of those that it has and this variant has not."""

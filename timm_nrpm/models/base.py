@@ -225,8 +225,7 @@ class Base:
             )
         else:
             revision = self.revision or (hub_id.partition("@")[2] if source else None) or None
-            options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
-            repository = Repository(repo_id, revision, cache_dir=cache_dir, **options)
+            repository = Repository(repo_id, revision, cache_dir, token, local_files_only)
             try:
                 model = self._from_hub(repository, in_registry=not source)
             except HubError as error:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -218,12 +218,17 @@ class Repository:
         return replace(self, revision=commit) if COMMIT.fullmatch(commit) else self
 
     def _get(self, name: str, local: bool, force: bool) -> Path:
-        options: dict[str, Any] = {"cache_dir": self.cache_dir, "token": self.token, "revision": self.revision}
-        options |= {"local_files_only": local, "force_download": force}
-
         def download() -> str:
             try:
-                return hf_hub_download(self.repo_id, name, **options)
+                return hf_hub_download(
+                    self.repo_id,
+                    name,
+                    revision=self.revision,
+                    cache_dir=self.cache_dir,
+                    token=self.token,
+                    local_files_only=local,
+                    force_download=force,
+                )
             except RuntimeError as error:
                 if is_closed(error):
                     raise

@@ -46,16 +46,15 @@ class Variant:
 
     Attributes:
         base: The plain model.
-        settings: Of every estimate: the fields of :class:`timm_nrpm.NRPMConfig` but `lam` and `layers`.
-        lams: Of the reprogrammed layers, in the order the model calls them.
+        config: How the base is reprogrammed: the layers by name, in the order the model calls them, each with its
+            lambda.
         tensors: What else it adds to its base: corrections and moved statistics.
         model: :func:`timm_nrpm.models.reprogramming.model_sha256` of the whole.
         files: sha256 of every other file.
     """
 
     base: Base
-    settings: dict[str, Any]
-    lams: dict[str, float]
+    config: NRPMConfig
     tensors: dict[str, Tensor]
     model: str
     files: dict[str, str]
@@ -66,8 +65,10 @@ class Variant:
         return TIMM_FILES[1] in self.files
 
     @property
-    def config(self) -> NRPMConfig:
-        return NRPMConfig(**self.settings, lam=self.lams, layers=tuple(self.lams))
+    def lams(self) -> dict[str, float]:
+        """Lambda of every reprogrammed layer, in the order the model calls them."""
+        assert isinstance(self.config.lam, dict)
+        return self.config.lam
 
     @classmethod
     def read(cls, find: Callable[[str], Path], where: str, weights: bool = True) -> Variant:
@@ -95,12 +96,13 @@ class Variant:
             lams = {layer: _lam(tensors.pop(f"{layer}.lam", None), layer) for layer in content["layers"]}
             check_tensors(tensors, lams)
             base = Base.from_dict(content["base"])
-            found = cls(base, content["settings"], lams, tensors, content["model"], content["files"])
-            if checksum_of(found.settings) != checksum_of({name: getattr(found.config, name) for name in SETTINGS}):
-                raise ValueError(f"its settings {found.settings} hold whole numbers where others belong.")
+            settings = content["settings"]
+            config = NRPMConfig(**settings, lam=lams, layers=tuple(lams))
+            if checksum_of(settings) != checksum_of({name: getattr(config, name) for name in SETTINGS}):
+                raise ValueError(f"its settings {settings} hold whole numbers where others belong.")
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise BrokenVariant(f"{where} holds no variant that this version can read: {error}") from error
-        return found
+        return cls(base, config, tensors, content["model"], content["files"])
 
     def build(self, find: Callable[[str], Path], plain: Callable[[], nn.Module], where: str) -> nn.Module:
         """The model: the same layers, lambdas and statistics on the same weights.

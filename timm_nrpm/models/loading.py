@@ -74,15 +74,15 @@ def from_pretrained(
         >>> model = from_pretrained("my-variant")
         >>> model = from_pretrained("me/resnet18-nrpm", revision="v1")
     """
-    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    found = find_variant(source, revision=revision, **options)
+    found = find_variant(source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
     variant = found.variant
     if base is not None:
         if reprogrammed_layers(base):
             raise ValueError("base= is reprogrammed already: give the plain model, timm_nrpm.restore_(base).")
         variant.base.check(base)
         return variant.install(base, found.where)
-    return variant.build(found.find, lambda: variant.base.build(**options), found.where)
+    make_base = partial(variant.base.build, cache_dir, token, local_files_only)
+    return variant.build(found.find, make_base, found.where)
 
 
 def find_variant(
@@ -158,10 +158,10 @@ def from_timm(cfg: Mapping[str, Any], pretrained: bool, arguments: Mapping[str, 
             f"{', '.join(refused)}. Change the model afterwards, for example by model.reset_classifier(10)."
         )
     revision = str(cfg.get("hf_hub_id")).partition("@")[2] or None
-    options: dict[str, Any] = {"revision": revision, "cache_dir": arguments.get("cache_dir")}
+    cache_dir = arguments.get("cache_dir")
     if pretrained:
-        return from_pretrained(source, **options)
-    found = find_variant(source, **options)
+        return from_pretrained(source, revision=revision, cache_dir=cache_dir)
+    found = find_variant(source, revision=revision, cache_dir=cache_dir)
     variant = found.variant
     try:
         plain = timm.create_model(variant.base.architecture, pretrained=False, **variant.base.kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, cast
 
@@ -236,7 +237,7 @@ def model_sha256(model: nn.Module) -> str:
         if not isinstance(layer, Reprogrammed):
             continue
         state[f"{name}.lam".removeprefix(".")] = layer.lam.detach().float().clamp(0, 1)  # what counts
-        estimates[name] = {key: value for key, value in layer.settings().items() if key != "lam"}
+        estimates[name] = layer.config.estimator._asdict()
     return checksum_of({"state": weights_sha256(state), "estimates": estimates})
 
 
@@ -255,7 +256,7 @@ def record_of(model: nn.Module) -> Record:
     return record
 
 
-def identity_of(net: PixelModel) -> dict[str, Any]:
+def identity_of(net: PixelModel) -> Mapping[str, object]:
     """What weights do not tell of a model on pixels: the kinds of its modules, its estimates, the normalisation."""
     kinds = {name: type(module).__qualname__ for name, module in net.model.named_modules()}
     layers = reprogrammed_layers(net.model)

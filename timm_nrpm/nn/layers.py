@@ -119,18 +119,28 @@ class Reprogrammed(nn.Module):
         asked = self.lam if learned or graph or self.lam.is_meta else self.lam.cpu()
         return is_plain(asked, self.config.iterations, self.config.penalty)
 
-    def settings(self) -> dict[str, Any]:
-        """What `nrpm_linear` and `nrpm_conv2d` take beside the operation's own arguments."""
-        c = self.config
-        options = {"iterations": c.iterations, "eps": c.eps, "penalty": c.penalty, "delta": c.delta, "gamma": c.gamma}
-        return {"lam": _Clamp.apply(self.lam), **options}
-
     def mix(self, estimate: Callable[..., Tensor], linear: Callable[[], Tensor]) -> Tensor:
-        """The mixed sum, with its own gradient or with that of the linear map."""
+        """The mixed sum, with its own gradient or with that of the linear map.
+
+        Args:
+            estimate: `nrpm_linear` or `nrpm_conv2d` with the operation's own arguments, to be given those of the
+                estimate.
+            linear: The linear map with the same.
+        """
+        c = self.config
+        mixed = partial(
+            estimate,
+            lam=_Clamp.apply(self.lam),
+            iterations=c.iterations,
+            eps=c.eps,
+            penalty=c.penalty,
+            delta=c.delta,
+            gamma=c.gamma,
+        )
         if not self.linear_backward:
-            return estimate(**self.settings())
+            return mixed()
         with torch.no_grad():
-            value = estimate(**self.settings())
+            value = mixed()
         return _StraightThrough.apply(value, linear())
 
     def finish(self, z: Tensor, bias: Tensor | None) -> Tensor:
@@ -202,9 +212,13 @@ class NRPMConv2d(Reprogrammed, nn.Conv2d):
         if self.is_plain():
             return super().forward(input)
         x, weight, padding = self.operands(input)
-        shape: Any = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
-        z = self.mix(partial(nrpm_conv2d, x, weight, **shape), partial(F.conv2d, x, weight, **shape))
-        return self.finish(z, self.bias)
+        estimate, linear = (
+            partial(
+                operation, x, weight, stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups
+            )
+            for operation in (nrpm_conv2d, F.conv2d)
+        )
+        return self.finish(self.mix(estimate, linear), self.bias)
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Input, weight and zero padding of the convolution that the original class computes."""

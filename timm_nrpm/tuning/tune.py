@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
@@ -207,10 +207,9 @@ class _Run:
             loss, *right = result.detach()
             self.seen[:4] += torch.stack([loss * len(pixels), *right, torch.full_like(loss, len(pixels))])
             self.batch += 1
-            if self.accelerator.sync_gradients:
-                norms = self._step()
+            norms = self._step() if self.accelerator.sync_gradients else None
             self.optimizer.zero_grad()
-        if self.accelerator.sync_gradients:
+        if norms is not None:
             self._after_step(norms)
 
     def _step(self) -> tuple[float, float]:
@@ -331,7 +330,7 @@ class _Run:
         content = {"position": [self.step, self.epoch, self.batch, self.failed], "run": self._identity()}
         self.folder.save(self.step, state, content, self.history, self.model)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> Mapping[str, object]:
         """What must be the same for a run to be taken up."""
         settings = {k: v for k, v in asdict(self.config).items() if k not in MAY_DIFFER}
         same = {"batch of all processes": self.loader.total_batch_size, "images": len(self.numbered)}

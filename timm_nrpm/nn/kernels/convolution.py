@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Pair = tuple[int, int]
+Pair = tuple[int, ...]
 
 
 @dataclass(frozen=True)
