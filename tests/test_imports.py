@@ -1,5 +1,6 @@
 """Imports go one way: between the wings, and inside each (`[tool.importlinter]` in pyproject.toml)."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -57,3 +58,20 @@ def test_a_new_file_needs_a_place_in_the_list(copy):
     assert done.returncode == 1
     assert "inside attacks BROKEN" in done.stdout
     assert "another" in done.stdout
+
+
+def test_files_and_functions_stay_short():
+    """A file has at most 350 lines, and a function 60 beside its docstring."""
+    long = []
+    for path in (ROOT / "timm_nrpm").rglob("*.py"):
+        text = path.read_text()
+        if text.count("\n") > 350:
+            long.append(path.name)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                first = node.body[0]
+                documented = ast.get_docstring(node) is not None
+                lines = node.end_lineno - node.lineno + 1 - documented * (first.end_lineno - first.lineno + 1)
+                if lines > 60:
+                    long.append(f"{path.name}: {node.name}")
+    assert long == []

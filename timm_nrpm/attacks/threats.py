@@ -102,6 +102,14 @@ BOUNDS = {
 """What the bound of each norm is, for messages."""
 
 
+def check_threat(threat: Threat | None) -> Threat:
+    """The threat, by default Linf with eps 8/255, or a ValueError for what is none."""
+    threat = threat or Threat()
+    if not isinstance(threat, Threat):
+        raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')
+    return threat
+
+
 def _wide(values: Tensor, like: Tensor) -> Tensor:
     """`[B]` so that it multiplies `[B, C, H, W]`."""
     return values.view(-1, *[1] * (like.ndim - 1))

@@ -121,9 +121,6 @@ def pixel_loader(
     check_integer("batch_size", batch_size, least=1)
     check_integer("workers", workers, least=0)
     check_number("hflip", hflip, least=0, most=1)
-    for key, number in (("samples", samples), ("first", first)):
-        if number is not None and number < 1:
-            raise ValueError(f"{key}={number}: give a number of images of at least 1.")
     if name != "digits":
         kind_of(name)
     elif model is None and input_size is None:
@@ -138,17 +135,10 @@ def pixel_loader(
         dataset = _Digits(*digits(split), transform)
     else:
         dataset = read_dataset(name, root, split, transform, classes, class_map, download)
-    count = len(dataset)  # type: ignore[arg-type]
-    if not count:
+    if not len(dataset):  # type: ignore[arg-type]
         raise ValueError(f"split={split!r} of {name!r} in root={str(root)!r} holds no images.")
-    for key, number in (("samples", samples), ("first", first)):
-        if number is not None and number > count:
-            raise ValueError(f"{key}={number}, and split={split!r} of {name!r} holds {count} images: give fewer.")
-    if samples is not None:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        dataset, count = Subset(dataset, order[:samples].tolist()), samples
-    if first is not None:
-        dataset, count = Subset(dataset, range(first)), first
+    dataset = _chosen(dataset, f"split={split!r} of {name!r}", samples, first, seed)
+    count = len(dataset)  # type: ignore[arg-type]
     if drop_last and batch_size > count:
         raise ValueError(f"batch_size={batch_size} with drop_last=True leaves nothing of {count} images: give less.")
     return DataLoader(
@@ -159,6 +149,20 @@ def pixel_loader(
         drop_last=drop_last,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _chosen(dataset: Dataset[Any], where: str, samples: int | None, first: int | None, seed: int) -> Dataset[Any]:
+    """The images that `samples` or `first` of :func:`pixel_loader` choose, of those that are `where`."""
+    count = len(dataset)  # type: ignore[arg-type]
+    for key, number in (("samples", samples), ("first", first)):
+        if number is not None and number < 1:
+            raise ValueError(f"{key}={number}: give a number of images of at least 1.")
+        if number is not None and number > count:
+            raise ValueError(f"{key}={number}, and {where} holds {count} images: give fewer.")
+    if samples is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return Subset(dataset, order[:samples].tolist())
+    return dataset if first is None else Subset(dataset, range(first))
 
 
 @dataclass(frozen=True)

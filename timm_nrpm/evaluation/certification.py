@@ -96,11 +96,8 @@ def certify(
     settings = {"sigma": smoothed.sigma, "n0": n0, "n": n, "confidence": smoothed.confidence, "seed": smoothed.seed}
     identity = {"format": FORMAT, **settings, "versions": versions, "weights": weights}
     journal = Journal(resume, {**identity, **identity_of(smoothed.net)})
-    before = len(journal.rows)
-    if list(journal.rows) != list(range(before)):
-        raise ValueError(f"{resume} does not hold each image once: give another file.")
-    images = [Certificate(**row["certificate"]) for row in journal.rows.values()]
-    seen = 0
+    images = _certified(journal)
+    before, seen = len(images), 0
     # A DataLoader draws a seed from the global generator, which is put back.
     with evaluating(model), torch.random.fork_rng(devices=[]), progress_bar(progress, counted=True) as bar:
         task = bar.add_task(f"Certifying, sigma {smoothed.sigma:g}", total=None)
@@ -112,34 +109,13 @@ def certify(
             if number == before:
                 bar.reset(task, completed=number)  # the time left is reckoned from images certified, not skipped
             bar.update(task, total=total, completed=number)
-            begin = time.perf_counter()
-            noise = smoothed.noise(pixels, number)
-            selection, votes = (
-                smoothed.votes(pixels, noise, samples, lambda done: bar.advance(task, done / (n0 + n)))
-                for samples in (n0, n)
-            )
-            candidate = int(selection[:-1].argmax())
-            low = lower_bound(int(votes[candidate]), n, smoothed.confidence)
-            certificate = Certificate(
-                label=label,
-                predicted=candidate if low > 0.5 else None,
-                radius=certified_radius(low, smoothed.sigma),
-                candidate=candidate,
-                selected=int(selection[candidate]),
-                votes=int(votes[candidate]),
-                not_a_number=int(selection[-1] + votes[-1]),
-                seconds=time.perf_counter() - begin,
+            certificate = smoothed.certificate(
+                pixels, label, number, n0, n, lambda done: bar.advance(task, done / (n0 + n))
             )
             journal.add(number, {"images": digest, "certificate": asdict(certificate)})
             images.append(certificate)
             bar.update(task, completed=seen)
-    if not images:
-        raise ValueError("The loader gave no images: there is nothing to certify.")
-    if seen < len(images):
-        raise ValueError(
-            f"{resume} holds {len(images)} images, and the loader gave {seen}: give the loader it was written with, or "
-            "another file."
-        )
+    _check_given(seen, len(images), resume)
     return CertificationReport(
         name=_name(model) if name is None else name,
         sigma=smoothed.sigma,
@@ -151,6 +127,28 @@ def certify(
         versions=versions,
         images=tuple(images),
     )
+
+
+def _certified(journal: Journal) -> list[Certificate]:
+    """The certificates that a journal holds, in the order of their images.
+
+    Raises:
+        ValueError: It does not hold each image once, from the first on.
+    """
+    if list(journal.rows) != list(range(len(journal.rows))):
+        raise ValueError(f"{journal.path} does not hold each image once: give another file.")
+    return [Certificate(**row["certificate"]) for row in journal.rows.values()]
+
+
+def _check_given(given: int, certified: int, resume: str | Path | None) -> None:
+    """Raise a ValueError for a loader that gave no images, or fewer than the journal holds."""
+    if not certified:
+        raise ValueError("The loader gave no images: there is nothing to certify.")
+    if given < certified:
+        raise ValueError(
+            f"{resume} holds {certified} images, and the loader gave {given}: give the loader it was written with, or "
+            "another file."
+        )
 
 
 def smoothed_predict(
@@ -239,6 +237,33 @@ class _Smoothed:
         while True:
             # One call a sample: what a call for many gives depends on how many. On the CPU, the same for all devices.
             yield torch.randn(image.shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    def certificate(
+        self, image: Tensor, label: int, number: int, n0: int, n: int, done: Callable[[int], None]
+    ) -> Certificate:
+        """Certify one image (Cohen et al., section 3.2.2, CERTIFY).
+
+        Args:
+            image: Pixels `[C, H, W]`.
+            label: The right class.
+            number: Place of the image in the loader, which the noise depends on.
+            n0, n: Samples that choose the class, and samples that bound its probability.
+            done: Function that is called with the number of samples that have passed the model.
+        """
+        begin, noise = time.perf_counter(), self.noise(image, number)
+        selection, votes = (self.votes(image, noise, samples, done) for samples in (n0, n))
+        candidate = int(selection[:-1].argmax())
+        low = lower_bound(int(votes[candidate]), n, self.confidence)
+        return Certificate(
+            label=label,
+            predicted=candidate if low > 0.5 else None,
+            radius=certified_radius(low, self.sigma),
+            candidate=candidate,
+            selected=int(selection[candidate]),
+            votes=int(votes[candidate]),
+            not_a_number=int(selection[-1] + votes[-1]),
+            seconds=time.perf_counter() - begin,
+        )
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:

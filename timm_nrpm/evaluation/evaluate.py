@@ -17,12 +17,12 @@ from timm_nrpm.attacks.efforts import EFFORTS, LEVELS, Effort
 from timm_nrpm.attacks.flags import PLAIN_CHANGED, flags_of
 from timm_nrpm.attacks.sources import Source, sources_of
 from timm_nrpm.attacks.suites import attacks_of
-from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.attacks.threats import Threat, check_threat
 from timm_nrpm.checks import check_choice
 from timm_nrpm.config import SUITES
 from timm_nrpm.data.images import pixels_of
 from timm_nrpm.evaluation.judge import Judge
-from timm_nrpm.evaluation.outcome import join
+from timm_nrpm.evaluation.outcome import Joined, join
 from timm_nrpm.evaluation.report import GIVEN, REPROGRAMMED, TRAINED, RobustnessReport
 from timm_nrpm.evaluation.sharing import Share, in_order, judge_all, recorded_warnings, shard_of, together
 from timm_nrpm.jobs.journal import Journal
@@ -111,78 +111,63 @@ def evaluate(
         >>> report.worst_case, report.control.worst_case, report.flags
         (0.364, 0.354, ("gradient_masking", "attack_not_finished"))
     """
-    if isinstance(loader, Iterator):
-        raise ValueError(
-            f"The loader is a {type(loader).__name__}, which gives its images once: give a DataLoader, or list(loader)."
-        )
-    threat = threat or Threat()
-    if not isinstance(threat, Threat):
-        raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')
+    _check_lasting(loader)
+    threat = check_threat(threat)
     settings = _effort(suite, effort, steps, queries)
     attacks_of(suite, threat, settings, ("own",), 2)  # whether there are any, before anything is computed
     subject = subject_of(model, mean, std)
     model, net = subject.model, subject.on_pixels()
     base = None if base is None else unwrapped(base)
-    start, ours = time.perf_counter(), bool(reprogrammed_layers(model))
-    plain = _standing_beside(model, base) if ours and control else ""
+    start = time.perf_counter()
+    plain = _standing_beside(model, base) if control and reprogrammed_layers(model) else ""
     sha256 = model_sha256(model)
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     with ExitStack() as stack:
         raised = stack.enter_context(recorded_warnings())
         bar = stack.enter_context(progress_bar(progress and rank == 0))
-        for one in (model, base):
-            if one is not None:
-                stack.enter_context(attackable(one))
+        for one in (model,) if base is None else (model, base):
+            stack.enter_context(attackable(one))
 
         def work() -> Share:
-            identity: Mapping[str, object] = {}
-            if resume is not None:
-                nets = {"model": model, "plain model": plain_copy(model) if ours else None, "base": base}
-                identity = {
-                    "threat": [threat.norm, threat.eps],
-                    "suite": suite,
-                    "seed": seed,
-                    "control": control,
-                    **asdict(settings),
-                    "timm_nrpm": __version__,
-                    "processes": processes,
-                    **{f"the {name}": one and _model_identity(alike(one, net)) for name, one in nets.items()},
-                }
+            identity = {"threat": [threat.norm, threat.eps], "suite": suite, "seed": seed, "control": control}
+            identity |= {**asdict(settings), "timm_nrpm": __version__, "processes": processes}
+            if resume is not None:  # hashes of whole models take a while
+                identity |= _identities(net, base)
             journal = Journal(shard_of(resume, rank, processes), identity)
             judges = _judges(loader, net, base, plain, threat, suite, settings, seed)
             return judge_all(judges, loader, journal, bar, rank, processes)
 
-        shares = together(accelerator, work)
-    rows = in_order(shares)
-    texts = dict.fromkeys([*raised, *(text for row in rows for text in row.warnings)])
-    reports = []
-    for number in range(len(rows[0].outcomes)):
-        joined = join([row.outcomes[number] for row in rows])
-        if plain and number == 0:
-            joined.evidence[PLAIN_CHANGED] = float(plain == TRAINED)
-        report = RobustnessReport(
-            threat,
-            suite,
-            settings.steps,
-            settings.queries,
-            seed,
-            joined.correct,
-            joined.attacks,
-            flags=flags_of(joined.evidence, len(joined.correct)),
-            evidence=joined.evidence,
-            rounds=settings.rounds,
-            evolutions=settings.evolutions,
-            versions=_versions(),
-        )
-        reports.append(report)
+        rows = in_order(together(accelerator, work))
+    joined = [join(outcomes) for outcomes in zip(*(row.outcomes for row in rows), strict=True)]
+    if plain:
+        joined[0].evidence[PLAIN_CHANGED] = float(plain == TRAINED)
+    reports = [_report(one, threat, suite, settings, seed) for one in joined]
     return replace(
         reports[0],
         control=reports[1] if len(reports) > 1 else None,
         plain=plain or REPROGRAMMED,
-        warnings=tuple(texts),
+        warnings=tuple(dict.fromkeys([*raised, *(text for row in rows for text in row.warnings)])),
         seconds=time.perf_counter() - start,
         sha256=sha256,
         data=data,
+    )
+
+
+def _report(joined: Joined, threat: Threat, suite: str, effort: Effort, seed: int) -> RobustnessReport:
+    """The report of one model, without its control."""
+    return RobustnessReport(
+        threat,
+        suite,
+        effort.steps,
+        effort.queries,
+        seed,
+        joined.correct,
+        joined.attacks,
+        flags=flags_of(joined.evidence, len(joined.correct)),
+        evidence=joined.evidence,
+        rounds=effort.rounds,
+        evolutions=effort.evolutions,
+        versions=_versions(),
     )
 
 
@@ -208,6 +193,14 @@ def _judges(
     return judges
 
 
+def _check_lasting(loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Raise a ValueError for a loader that gives its images once."""
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"The loader is a {type(loader).__name__}, which gives its images once: give a DataLoader, or list(loader)."
+        )
+
+
 def _standing_beside(model: nn.Module, base: nn.Module | None) -> str:
     """Which plain model stands beside a reprogrammed one."""
     if is_as_reprogrammed(model):
@@ -215,9 +208,14 @@ def _standing_beside(model: nn.Module, base: nn.Module | None) -> str:
     return GIVEN if base is not None and base.state_dict().keys() == plain_copy(model).state_dict().keys() else TRAINED
 
 
-def _model_identity(net: PixelModel) -> Mapping[str, object]:
-    """What tells a model on pixels from others, as JSON."""
-    return {"sha256": weights_sha256(net.model.state_dict()), **identity_of(net)}
+def _identities(net: PixelModel, base: nn.Module | None) -> Mapping[str, object]:
+    """What tells the models of an evaluation from others, as JSON."""
+    plain = plain_copy(net.model) if reprogrammed_layers(net.model) else None
+    models = {"the model": net.model, "the plain model": plain, "the base": base}
+    return {
+        name: None if one is None else {"sha256": weights_sha256(one.state_dict()), **identity_of(alike(one, net))}
+        for name, one in models.items()
+    }
 
 
 def _effort(suite: str, effort: str, steps: int | None, queries: int | None) -> Effort:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.attacks.threats import Threat, check_threat
 from timm_nrpm.checks import check_integer, check_number
 from timm_nrpm.data.images import check_batch, check_labels, pixels_of
 from timm_nrpm.evaluation.evaluate import evaluate
@@ -94,9 +94,7 @@ def search_lambda(
         (0.628, 0.606, 30)
         >>> timm_nrpm.plot(front, "front.png")
     """
-    threat = threat or Threat()
-    if not isinstance(threat, Threat):
-        raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')
+    threat = check_threat(threat)
     budget = check_integer("budget", budget, least=2, why=" (the plain model is the first)")
     bound = check_number("bound", bound, least=0, why=" of nats")
     steps, seed = check_integer("steps", steps, least=1), check_integer("seed", seed, least=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,16 +157,7 @@ def draw_embeddings(
             cells += [a, b, b - a, None]
         limit = max(float(cell.nan_to_num(0.0, 0.0, 0.0).abs().max()) for cell in cells if cell is not None) or 1.0
         for panel, cell in zip(line, cells, strict=True):
-            panel.set(xticks=[], yticks=[])
-            if cell is None:
-                panel.axis("off")
-                continue
-            height, length = cell.shape
-            aspect = "equal" if height <= length <= 3 * height else "auto"
-            panel.imshow(cell.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit, aspect=aspect, interpolation="nearest")
-            panel.set_facecolor("#DDDDDD")
-            if aspect == "auto":
-                panel.set_box_aspect(0.3)
+            _draw_cell(panel, cell, limit)
         picture = next(panel.images[0] for panel in line if panel.images)
         drawing.colorbar(picture, ax=line[-1], fraction=1.0, shrink=0.9, format="%.2g")
         count = len(clean[next(iter(models))][0][layer])
@@ -178,6 +170,20 @@ def draw_embeddings(
         panels[0][4 * i + 1].annotate(name, (0.5, 1), fontsize=11, fontweight="bold", **above)
     drawing.savefig(file, dpi=120, bbox_inches="tight")
     return file
+
+
+def _draw_cell(panel: Any, cell: Tensor | None, limit: float) -> None:
+    """Draw a map `[H, W]` in colours from -limit to limit; None leaves the panel empty."""
+    panel.set(xticks=[], yticks=[])
+    if cell is None:
+        panel.axis("off")
+        return
+    height, length = cell.shape
+    aspect = "equal" if height <= length <= 3 * height else "auto"
+    panel.imshow(cell.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit, aspect=aspect, interpolation="nearest")
+    panel.set_facecolor("#DDDDDD")
+    if aspect == "auto":
+        panel.set_box_aspect(0.3)
 
 
 def _look_inside(net: PixelModel, pixels: Tensor, layers: str | Sequence[str] | None) -> tuple[dict[str, Tensor], str]:

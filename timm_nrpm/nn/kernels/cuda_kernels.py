@@ -70,6 +70,18 @@ def _block(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _keep_step(state, whole, valid, k, m, c, inverse, STEPS: tl.constexpr):
+    """Keep what the backward pass needs of step k: the mean `m`, `inverse` = 1 / S, and for earlier steps their product
+    with `c`, the derivative of this step by the mean before it."""
+    if k + 1 < STEPS:
+        tl.store(state + k * whole, m, mask=valid)
+    for earlier in range(k):
+        r = state + (STEPS - 1 + earlier) * whole
+        tl.store(r, tl.load(r, mask=valid) * c, mask=valid)
+    tl.store(state + (STEPS - 1 + k) * whole, inverse, mask=valid)
+
+
+@triton.jit
 def _slope_of_step(t, G, move, eps, scale, shift, low, high, GENERAL: tl.constexpr):
     """`G (omega(t) + (p - m_{k+1}) omega'(t))`, where `t = p - m_k` and `move = m_{k+1} - m_k`."""
     omega, slope = _omega(t, eps, scale, shift, low, high, GENERAL)
@@ -133,12 +145,7 @@ def forward(
         m += move
         if KEEP:
             c = (A - move * B) / S
-            if k + 1 < STEPS:
-                tl.store(state + k * whole + z, m, mask=valid)
-            for earlier in range(k):  # what the steps before have come to
-                r = state + (STEPS - 1 + earlier) * whole + z
-                tl.store(r, tl.load(r, mask=valid) * c, mask=valid)
-            tl.store(state + (STEPS - 1 + k) * whole + z, 1.0 / S, mask=valid)
+            _keep_step(state + z, whole, valid, k, m, c, 1.0 / S, STEPS)
             chain *= c
     total = m * depth
     if HAS_LAM:
