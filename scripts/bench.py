@@ -1,13 +1,14 @@
-"""How fast the estimator is, side by side with what it replaces and with what the machine can do.
+"""Measure how fast the estimator is, compared with what it replaces and with what the machine can do.
 
     python scripts/bench.py                  # everything, about ten minutes on two cores
     python scripts/bench.py --only operators # or: models, scaling
     python scripts/bench.py --device cuda
 
-Writes results/bench-DEVICE.json and results/bench-DEVICE.md. Everything is measured in this one run, since machines are
-shared: the reference that holds every product, the plain operation, and the limit, which is a loop over data in the
-first-level cache with the same number of |x|, additions, reciprocals and multiply-adds as one step has products. Times
-are medians. A product counts once, whatever K is: at K = 3 the limit in products is a third of that in steps.
+Writes results/bench-DEVICE.json and results/bench-DEVICE.md. Everything is measured in one run, since machines are
+shared: the estimator, the reference that holds every product in memory, the plain operation, and the limit. The limit
+is a loop over data in the first-level cache that does what a step does to each product: one |x|, an addition, a
+reciprocal and two multiply-adds. Times are medians. A product counts once, whatever K is: at K = 3 the limit in
+products is a third of that in steps.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from timm_nrpm.nn.kernels import compiling, native
 ROOT = Path(__file__).parents[1]
 K = 3
 Row = dict[str, Any]
-Memory = list[tuple[Row, str, Callable[[], Any]]]  # calls to measure at the end, and where to put what they take
+Memory = list[tuple[Row, str, Callable[[], Any]]]  # row, key in it, and the call whose memory is measured at the end
 
-# What is compared: batch, channels, outputs, size, kernel, stride, padding, groups; the first three are the targets.
+# By name: batch, channels, outputs, size, kernel, stride, padding, groups. The first three are the targets.
 CONVOLUTIONS = {
     "3x3, 16 to 16, 32x32, batch 8": (8, 16, 16, 32, 3, 1, 1, 1),
     "3x3, 64 to 64, 28x28, batch 1": (1, 64, 64, 28, 3, 1, 1, 1),
@@ -54,11 +55,12 @@ CONVOLUTIONS = {
     "depthwise 3x3, 256, 28x28, batch 8": (8, 256, 256, 28, 3, 1, 1, 256),
     "patchify 16x16, 3 to 192, 224x224, batch 1": (1, 3, 192, 224, 16, 16, 0, 1),
 }
-# Rows, inputs, outputs.
+# By name: rows, inputs, outputs.
 LINEARS = {
     "tokens 196 to 384, 512 rows": (512, 196, 384),
     "head 512 to 1000, 1 row": (1, 512, 1000),
 }
+# By name: batch size.
 MODELS = {"resnet18": 8, "resnet50": 8}
 
 
@@ -68,9 +70,10 @@ def _wait(device: str) -> None:
 
 
 def seconds(work: Callable[[], Any], device: str, at_least: float = 1.0) -> float:
-    """Median time of a call: after one to warm up, until `at_least` seconds are spent, three calls or more.
+    """Return the median time of a call in seconds.
 
-    A call that takes five seconds needs no warming up, and two of them are enough.
+    The first call is a warm-up. At least three more are timed, and more until `at_least` seconds are spent. Where a
+    call takes more than five seconds, two calls are enough and both are timed.
     """
     times: list[float] = []
     spent = 0.0
@@ -92,9 +95,9 @@ def _status(field: str) -> int:
 
 
 def peak_bytes(work: Callable[[], Any], device: str) -> int:
-    """Memory that a call takes on top of what is held before it.
+    """Return the bytes that a call takes on top of those held before it.
 
-    On the CPU what malloc kept from earlier calls would count as nothing: `forget_free_memory` first.
+    On the CPU, memory that malloc kept from earlier calls is not counted unless `forget_free_memory` is called first.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -103,22 +106,25 @@ def peak_bytes(work: Callable[[], Any], device: str) -> int:
         work()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
     work()
     return max(0, _status("VmHWM") - before)
 
 
 def forget_free_memory() -> None:
-    """From here on glibc returns what is freed to the system at once, which makes every later call slower."""
+    """Make glibc return freed memory to the system at once, which slows down every later call."""
     m_mmap_threshold = -3
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
 
 
 def limit(device: str) -> float:
-    """Steps (|x|, addition, reciprocal, two multiply-adds) a second that this machine can do."""
+    """Return the most steps (|x|, addition, reciprocal, two multiply-adds) that the machine can do per second.
+
+    It is NaN on a CPU without a compiled kernel.
+    """
     if device == "cuda":
-        # Per multiprocessor and clock, 16 reciprocals and 128 multiply-adds, of which a step takes 1 and about 8.
+        # A multiprocessor does 16 reciprocals and 128 multiply-adds per clock; a step takes 1 and about 8 of them.
         properties = torch.cuda.get_device_properties(0)
         clocks = properties.multi_processor_count * torch.cuda.clock_rate() * 1e6
         return min(16.0, 128 / 8) * clocks
@@ -129,6 +135,7 @@ def limit(device: str) -> float:
 
 
 def machine(device: str) -> Row:
+    """Return the versions, the processor and the compiler that the results depend on."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     field = lambda name: next((x.split(":")[1].strip() for x in info.splitlines() if x.startswith(name)), "")  # noqa: E731
     wanted = ("sse4_2", "avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_fp16", "amx_tile")
@@ -188,7 +195,7 @@ def _operator(
 
 
 def _reference(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
-    """What `nrpm_conv2d` computes, or `nrpm_linear`, with every product in memory; the shape is another."""
+    """Compute the sums of `nrpm_conv2d` or `nrpm_linear` with every product in memory, in another layout."""
     penalty = Penalty.named("l1", 1e-3)
     if x.ndim == 2:
         return robust_sum(x, weight, penalty, K)
@@ -221,7 +228,7 @@ def operators(device: str, progress: Progress, memory: Memory) -> list[Row]:
 
 
 def _profile(step: Callable[[], None], device: str) -> dict[str, float]:
-    """Shares of the time: the estimator forward and backward, and all the rest."""
+    """Return the shares of the time spent in the estimator forward, in the estimator backward and elsewhere."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
         step()
@@ -266,7 +273,7 @@ def models(device: str, progress: Progress, _: Memory) -> list[Row]:
 
 
 def scaling(device: str, progress: Progress, _: Memory) -> list[Row]:
-    """Time over work, relative to the middle of a range of 16x in each dimension, all else as in the base."""
+    """Measure the rate over a range of 16x in each dimension, with all other dimensions as in the base."""
     base = {"batch": 2, "channels": 128, "outputs": 128, "positions": 28 * 28, "K": 3}
     rows = []
     task = progress.add_task("scaling", total=5 * len(base))
@@ -309,7 +316,7 @@ def _times(value: float | None, by: float | None) -> str:
 
 
 def tables(result: Row) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, header and rows of every table."""
+    """Return the title, header and rows of every table that has rows."""
     made = []
     gpu = result["machine"]["gpu"]
     for kind, title in (("forward", "Forward"), ("both", "Forward and backward")):
@@ -369,8 +376,8 @@ def markdown(result: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", choices=["operators", "models", "scaling"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="device to measure (default: cpu)")
+    parser.add_argument("--only", choices=["operators", "models", "scaling"], help="measure this part alone")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for the JSON and the table")
     arguments = parser.parse_args()
     torch.manual_seed(0)

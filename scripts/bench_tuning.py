@@ -1,9 +1,9 @@
-"""How tuning scales: images a second of one process and of two, one thread each, beside the limit of the machine, which
-is two processes that know nothing of each other; and what a step costs beside the plain model's.
+"""Measure how tuning scales: images per second of one process and of two, one thread each, beside two independent
+processes, which are the limit of the machine; and the cost of a step beside the plain model's.
 
     python scripts/bench_tuning.py      # twelve minutes on two cores that do nothing else
 
-Writes results/bench-tuning.json and .md. The three take turns, since machines are shared; medians.
+Writes results/bench-tuning.json and .md. The three take turns, since machines are shared; the results are medians.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from timm_nrpm import NRPMConfig, TuneConfig, reprogram_, tune
 
 RESULTS = Path(__file__).parents[1] / "results"
 BATCH, ROUNDS = 32, 3
-FEW, MANY = 1, 5  # steps; the time of a step is that of the difference, without starting and ending a run
+FEW, MANY = 1, 5  # numbers of steps; the difference of their times leaves out starting and ending a run
 CASES: dict[str, dict[str, Any]] = {
     "paradigm 2, PGD of seven steps (the default)": {"paradigm": "lambda"},
     "paradigm 2, FGSM": {"paradigm": "lambda", "objective": "fgsm"},
@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def seconds(settings: dict[str, Any], lam: float, steps: int) -> float:
-    """How long so many steps take, with all that surrounds them."""
+    """Return the seconds that `steps` steps take, including the start and the end of the run."""
     count = BATCH * int(os.environ.get("WORLD_SIZE", "1")) * steps
     torch.manual_seed(0)
     data = TensorDataset(torch.rand(count, 3, 32, 32), torch.randint(10, (count,)))
@@ -49,16 +49,16 @@ def seconds(settings: dict[str, Any], lam: float, steps: int) -> float:
 
 
 def worker() -> None:
-    """Images a second of this process's group, for every case, as one line of JSON from the first process."""
+    """Measure images per second of this process group for every case; the first process prints them as JSON."""
     torch.set_num_threads(1)
     images = BATCH * int(os.environ.get("WORLD_SIZE", "1"))
     rates: dict[str, float] = {}
     for name, settings in CASES.items():
         runs = {name: (settings, 0.5)}
-        if settings["paradigm"] == "all":  # lambda = 1 and fixed: plain layers
+        if settings["paradigm"] == "all":  # lambda is fixed at 1: plain layers
             runs[f"{name}, plain"] = ({**settings, "trainable": ("*.weight", "*.bias")}, 1.0)
         for case, (options, lam) in runs.items():
-            seconds(options, lam, FEW)  # whatever is done once
+            seconds(options, lam, FEW)  # warm-up: what happens only once
             few = seconds(options, lam, FEW)
             rates[case] = images * (MANY - FEW) / (seconds(options, lam, MANY) - few)
     if os.environ.get("RANK", "0") == "0":
@@ -66,7 +66,7 @@ def worker() -> None:
 
 
 def measured(kind: str) -> dict[str, float]:
-    """Images a second of one process ("1"), of two that share a run ("2"), or of two runs at once ("apart")."""
+    """Return images per second of one process ("1"), two that share a run ("2") or two separate runs ("apart")."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if kind == "2" else []
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, __file__, "--worker"]
@@ -89,7 +89,7 @@ def main() -> None:
         worker()
         return
     runs: dict[str, list[dict[str, float]]] = {"1": [], "2": [], "apart": []}
-    for _ in track(range(ROUNDS), "One, two, and two apart"):
+    for _ in track(range(ROUNDS), "One process, two, and two separate runs"):
         for kind, results in runs.items():
             results.append(measured(kind))
     rates = {

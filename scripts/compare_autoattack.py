@@ -1,9 +1,9 @@
-"""AutoAttack by torchattacks' own class, by the suite `standard`, and by its authors' code, which is the suite
-`autoattack` and may be missing; beside them the suite `adaptive`. All on the bundled model.
+"""Compare AutoAttack by torchattacks' own class, by the suite `standard` and by its authors' code (the suite
+`autoattack`, left out where it is not installed) with the suite `adaptive`, on the bundled model.
 
     OMP_NUM_THREADS=1 python scripts/compare_autoattack.py      # four minutes on one core
 
-Writes results/autoattack.json and .md. The images are one batch.
+Writes results/autoattack.json and .md. All images are attacked in one batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SUITES = ("standard", "autoattack", "adaptive")
 
 
 def by_torchattacks(model: nn.Module, pixels: Tensor, labels: Tensor, threat: Threat) -> dict[str, Any]:
-    """What its own class leaves, and what it counted after each attack."""
+    """Return the accuracy under torchattacks' own class, its seconds, and the accuracy after each of its attacks."""
     net, start = PixelModel(model), time.perf_counter()
     attack = torchattacks.AutoAttack(net, norm=threat.norm, eps=threat.eps, n_classes=10, seed=0)
     four = attack._autoattack
@@ -51,7 +51,7 @@ def by_torchattacks(model: nn.Module, pixels: Tensor, labels: Tensor, threat: Th
 
 
 def by_suite(suite: str, model: nn.Module, pixels: Tensor, labels: Tensor, threat: Threat) -> dict[str, Any] | None:
-    """What a suite leaves after each of its attacks; None if it is not installed."""
+    """Return the same for a suite of this package; None if the suite is not installed."""
     if suite == "autoattack" and find_spec("autoattack") is None:
         return None
     report = evaluate(model, [(pixels, labels)], threat, suite, control=False, progress=True)
@@ -84,8 +84,8 @@ def markdown(content: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
-    parser.add_argument("--images", type=int, default=180, help="the first of the test set (default: 180)")
-    parser.add_argument("--eps", type=float, default=0.12, help="Linf, in pixel units (default: 0.12)")
+    parser.add_argument("--images", type=int, default=180, help="number of test images (default: the first 180)")
+    parser.add_argument("--eps", type=float, default=0.12, help="Linf bound in pixel units (default: 0.12)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the table")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

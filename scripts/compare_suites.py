@@ -1,10 +1,10 @@
-"""The adaptive suite beside that of an older checkout: what each leaves, in what time, by turns in one run.
+"""Compare the adaptive suite with that of an older checkout: what each leaves and its time, by turns in one run.
 
     OMP_NUM_THREADS=1 python scripts/compare_suites.py --old CHECKOUT    # two minutes on one core
 
-The bundled model at lambda 0.4 (K = 3, eps 1e-3), calibrated on the first 1000 training images, Linf 0.15, the first
-180 test images, its plain model beside it. CHECKOUT is a work tree of an older commit. Writes results/suites.json and
-.md.
+Both attack the bundled model at lambda 0.4 (K = 3, eps 1e-3), calibrated on the first 1000 training images, and its
+plain model, under Linf 0.15 on the first 180 test images. CHECKOUT is a work tree of an older commit. Writes
+results/suites.json and .md.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ torch.set_num_threads(1)
 (train, _), (pixels, labels) = digits("train"), digits("test")
 model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.4).eval()
 images = train[:1000]
-if "mean" not in inspect.signature(timm_nrpm.calibrate_).parameters:  # before it took pixels
+if "mean" not in inspect.signature(timm_nrpm.calibrate_).parameters:  # older versions took normalised images
     images = (images - 0.5) / 0.5
 timm_nrpm.calibrate_(model, [images])
 data = [(pixels[:%d], labels[:%d])]
 start = time.perf_counter()
 report = timm_nrpm.evaluate(model, data, timm_nrpm.Threat("Linf", 0.15))
 seconds = time.perf_counter() - start
-found = {"seconds": seconds, "worst_case": report.worst_case, "plain": report.control.worst_case}
-found["forwards"] = sum(attack.forwards for attack in report.attacks)
-found["backwards"] = sum(attack.backwards for attack in report.attacks)
-print(json.dumps(found))
+run = {"seconds": seconds, "worst_case": report.worst_case, "plain": report.control.worst_case}
+run["forwards"] = sum(attack.forwards for attack in report.attacks)
+run["backwards"] = sum(attack.backwards for attack in report.attacks)
+print(json.dumps(run))
 """
 
 
 def measured(checkout: Path, images: int) -> dict[str, Any]:
-    """What the package in a checkout finds, in a process of its own."""
+    """Return what the package of a checkout measures, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", MEASURE % (images, images)]
     done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    run: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return run
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -77,9 +77,9 @@ def markdown(content: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--old", type=Path, required=True, help="a work tree of an older commit")
-    parser.add_argument("--images", type=int, default=IMAGES)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--old", type=Path, required=True, help="work tree of an older commit")
+    parser.add_argument("--images", type=int, default=IMAGES, help="number of test images (default: 180)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of each suite (default: 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for the JSON and the table")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

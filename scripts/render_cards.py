@@ -1,8 +1,8 @@
 """Make variants of the bundled model, one for each paradigm, evaluate them and write what would be published.
 
     python scripts/render_cards.py              # ten minutes on two cores
-    python scripts/render_cards.py --evaluate   # after a change to an attack: the variants that are there, once more
-    python scripts/render_cards.py --cards      # after a change to the template: the cards alone
+    python scripts/render_cards.py --evaluate   # after a change to an attack: evaluates the existing variants again
+    python scripts/render_cards.py --cards      # after a change to the template: renders the cards only
 
 Writes hub_cards/resnet8_digits-{nrpm,lambda,tuned}/, folders that `from_pretrained` loads.
 """
@@ -31,11 +31,11 @@ CONFIGS = {
     "lambda": TuneConfig(paradigm="lambda", eps=THREAT.eps, epochs=5, calibrate=CALIBRATION),
     "tuned": TuneConfig(paradigm="all", eps=THREAT.eps, epochs=5, gradient="mixture"),
 }
-"""By the name of the variant: how it is tuned."""
+"""Settings of the tuning by name of the variant; None where lambda is fixed."""
 
 
 def make(config: TuneConfig | None) -> nn.Module:
-    """A variant of the bundled model."""
+    """Return a calibrated variant of the bundled model, tuned by `config` if there is one."""
     torch.manual_seed(0)
     pixels, labels = digits("train")
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=LAM).eval()
@@ -48,8 +48,8 @@ def make(config: TuneConfig | None) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cards", action="store_true", help="render the cards alone")
-    parser.add_argument("--evaluate", action="store_true", help="evaluate the variants that are there, and render")
+    parser.add_argument("--cards", action="store_true", help="only render the cards, from the existing reports")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate the existing variants again, then render")
     args = parser.parse_args()
     pixels, labels = (t[:IMAGES] for t in digits("test"))
     loader = list(zip(pixels.split(90), labels.split(90), strict=True))
@@ -61,8 +61,8 @@ def main() -> None:
             model = timm_nrpm.from_pretrained(folder) if args.evaluate else make(config)
             if not args.evaluate:
                 timm_nrpm.save_pretrained(model, folder, full=needs_weights(model))
-            said = "scikit-learn's digits, test"
-            reports = [timm_nrpm.evaluate(model, loader, THREAT, data=said, progress=True)]
+            dataset = "scikit-learn's digits, test"
+            reports = [timm_nrpm.evaluate(model, loader, THREAT, data=dataset, progress=True)]
             print(reports[0])
         print(write_card(folder, f"me/{folder.name}", reports))
 

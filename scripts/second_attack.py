@@ -1,12 +1,12 @@
-"""Whether the worst case of the suite `adaptive` can be believed: a second attack, which shares no code with it, on the
-images that the suite left.
+"""Test the worst case of the suite `adaptive` with a second attack, which shares no code with it, on the images that
+survive the suite.
 
-    OMP_NUM_THREADS=1 python scripts/second_attack.py --shared SHARED    # half an hour and six suites on one core
+    OMP_NUM_THREADS=1 python scripts/second_attack.py --shared SHARED    # on one core: half an hour, and six suites
 
 SHARED holds the authors' checkpoints/ and data/; without it only the bundled model is attacked. Everything here is
-plain torch: normalisation, losses, ascent, projection and the judgement of what counts. The attack is a random search
-over attacks. Each round draws surrogates of the target, a loss, steps and a start, and settings that worked are drawn
-more often. Writes results/second-attack.json and .md.
+plain torch: normalisation, losses, ascent, projection and the test of success. The attack is a random search over
+attacks. Each round draws surrogates of the target, a loss, a number of steps and a start; settings that worked are
+drawn more often. Writes results/second-attack.json and .md.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from timm_nrpm.models.backbones import load_published_
 RESULTS = Path(__file__).parents[1] / "results"
 CALIBRATION = 1000
 LOOK = 4
-"""Steps of an ascent between two looks at the target's prediction."""
+"""Number of steps of an ascent between two evaluations of the target."""
 
 
 # --- what is attacked -----------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ CASES = (
 
 @dataclass
 class Subject:
-    """A case brought to life.
+    """The model and the images of a case.
 
     Attributes:
         model: The reprogrammed and calibrated model, in evaluation mode.
@@ -106,6 +106,7 @@ class Subject:
 
 
 def subject_of(case: Case, shared: Path | None) -> Subject:
+    """Build the model of a case and load its images."""
     if case.backbone == "digits":
         model = create_model("resnet8_digits", pretrained=True, lam=1.0)
         train, test = digits("train"), digits("test")
@@ -114,7 +115,7 @@ def subject_of(case: Case, shared: Path | None) -> Subject:
         weights = shared / "checkpoints" / "tinyresnet18_cifar10_model.t7"
         model = load_published_(timm.create_model("resnet18_cifar_narrow"), weights)
         train = _every(50, model, shared, "train", CALIBRATION)
-        test = _every(160, model, shared, "test", case.images)  # an eighth of those of reproduce/worst_case.py
+        test = _every(160, model, shared, "test", case.images)  # every eighth image of reproduce/worst_case.py
     calibration = list(train[0][:CALIBRATION].split(250))
     reprogram_(model.eval(), case.config)
     calibrate_(model, calibration)
@@ -122,14 +123,14 @@ def subject_of(case: Case, shared: Path | None) -> Subject:
 
 
 def _every(distance: int, model: nn.Module, shared: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
-    """So many images of a split of CIFAR-10 at a distance, since its tar is ordered by class."""
+    """Return `count` images and labels of CIFAR-10, every `distance`-th of the split: its tar is ordered by class."""
     dataset: Any = pixel_loader("tar", shared / "data" / "cifar10-jpeg", split=split, model=model).dataset
     pixels, labels = zip(*(dataset[distance * i] for i in range(count)), strict=True)
     return torch.stack(pixels), torch.tensor(labels)
 
 
 class Pixels(nn.Module):
-    """A classifier of pixels in [0, 1], which counts the images that go forwards and backwards."""
+    """A classifier of pixels in [0, 1] that counts the images that go forwards and backwards."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -146,10 +147,10 @@ class Pixels(nn.Module):
 
 
 class Bank:
-    """The target and its surrogates by name, each made when it is first asked for.
+    """The target and its surrogates by name, each built at its first use.
 
-    A surrogate is the target with another lambda, a larger eps of the estimator, or fewer iterations, whose gradient is
-    smoother, calibrated on the same images as the target.
+    A surrogate is the target with another lambda, a larger eps of the estimator or fewer iterations, so that its
+    gradient is smoother. It is calibrated on the same images as the target.
     """
 
     def __init__(self, model: nn.Module, config: NRPMConfig, calibration: list[Tensor]) -> None:
@@ -167,7 +168,7 @@ class Bank:
         return self.made[name]
 
     def logits(self, name: str, pixels: Tensor) -> Tensor:
-        """Of one of the bank; those of `"linear"` have the gradient of the linear maps alone."""
+        """Return the logits `[B, classes]` of one model; the gradient of `"linear"` is that of the linear maps."""
         net = self[name]
         for layer in net.modules():
             if hasattr(layer, "linear_backward"):
@@ -175,14 +176,14 @@ class Bank:
         return net(pixels)
 
     def passes(self) -> tuple[int, int]:
-        """Images that went forwards and backwards."""
+        """Return the numbers of images that went forwards and backwards through all models."""
         nets = {id(net): net for net in self.made.values()}.values()
         return sum(net.forwards for net in nets), sum(net.backwards for net in nets)
 
 
 def surrogates_of(lams: dict[str, float], config: NRPMConfig) -> dict[str, NRPMConfig | None]:
-    """Name and config of every surrogate; None for the plain model, which is all that a plain model has."""
-    found: dict[str, NRPMConfig | None] = {"plain": None}
+    """Return the config of every surrogate by name; None is the plain model, the only surrogate of a plain target."""
+    configs: dict[str, NRPMConfig | None] = {"plain": None}
     mixes = {"same": lams, "halfway": {k: (1 + v) / 2 for k, v in lams.items()}, "0.9": dict.fromkeys(lams, 0.9)}
     mixes = {name: mix for name, mix in mixes.items() if any(v < 1 for v in lams.values())}
     for name, mix in mixes.items():
@@ -190,30 +191,30 @@ def surrogates_of(lams: dict[str, float], config: NRPMConfig) -> dict[str, NRPMC
             continue
         for factor in (10, 100, 1000):
             for iterations in sorted({config.iterations, min(1, config.iterations)}, reverse=True):
-                here = replace(config, lam=mix, layers=tuple(lams), eps=factor * config.eps, iterations=iterations)
-                found[f"lam {name}, eps x{factor}, K={iterations}"] = here
-    return found
+                surrogate = replace(config, lam=mix, layers=tuple(lams), eps=factor * config.eps, iterations=iterations)
+                configs[f"lam {name}, eps x{factor}, K={iterations}"] = surrogate
+    return configs
 
 
-# --- what counts ----------------------------------------------------------------------------------------------------
+# --- what counts as success -----------------------------------------------------------------------------------------
 
 
 def within(pixels: Tensor, moved: Tensor, eps: float) -> Tensor:
-    """`moved` brought back to within eps and [0, 1]; by a rounding error less, so that no sum oversteps the bound."""
+    """Project `moved` to within eps of `pixels` and [0, 1], less a rounding error, so that no sum exceeds the bound."""
     radius = eps - 2**-23
     return torch.minimum(torch.maximum(moved, pixels - radius), pixels + radius).clamp(0, 1)
 
 
 @torch.no_grad()
 def broken(target: nn.Module, pixels: Tensor, attacked: Tensor, label: int, eps: float) -> bool:
-    """Whether one attacked image `[C, H, W]` is a valid one that the target alone, in float32, gets wrong."""
+    """Whether an attacked image `[C, H, W]` is a valid float32 image that the target itself misclassifies."""
     logits = target(attacked.unsqueeze(0))[0]
     near = (attacked.double() - pixels.double()).abs().max() <= eps * (1 + 1e-6)
     image = attacked.dtype == torch.float32 and bool(((attacked >= 0) & (attacked <= 1)).all())
     return bool(image and near and logits.isfinite().all() and logits.argmax() != label)
 
 
-# --- losses, of each image [B], to be raised ------------------------------------------------------------------------
+# --- losses of each image, [B], which an attack raises --------------------------------------------------------------
 
 
 def _other(values: Tensor, labels: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ def targeted(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 
 def ratio(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """The margin as a share of the distance of the first logit to the third (arXiv 2003.01690, eq. 6)."""
+    """The margin divided by the distance between the first and the third logit (arXiv 2003.01690, eq. 6)."""
     top = logits.topk(3, 1).values
     return margin(logits, labels, targets) / (top[:, 0] - top[:, 2] + 1e-9)
 
@@ -279,15 +280,18 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a round does.
+    """The settings of one round.
 
     Attributes:
-        way: `"ascent"`, or the shape of what a random search changes: `"pixels"`, `"squares"` or `"stripes"`.
-        start: `"ball"` and `"corners"` are drawn within eps; `"best"` is, of each image, the point at which the
-            target's margin was the largest so far.
-        steps: Number of steps of an ascent; a search asks four times as often.
-        follow: The names of those whose losses are summed.
-        size: The first step's size as a share of eps.
+        way: `"ascent"`, or the shape that a random search changes: `"pixels"`, `"squares"` or `"stripes"`.
+        start: Where the round begins: at random within eps (`"ball"`, `"corners"`), or at each image's point with the
+            largest margin of the target so far (`"best"`).
+        steps: Number of steps of an ascent; a search makes four times as many queries.
+        follow: Names of the models in the bank whose losses are summed; empty for a search.
+        loss: Name of the loss, from `LOSSES`.
+        size: Size of the first step as a share of eps.
+        schedule: Name of the schedule of the step size, from `SCHEDULES`.
+        momentum: Factor of the earlier direction at every step.
     """
 
     way: str
@@ -300,7 +304,7 @@ class Settings:
     momentum: float = 0.0
 
     def options(self) -> Iterator[tuple[str, Any]]:
-        """What was drawn, as the bandit knows it."""
+        """Yield every option that was drawn, with its axis in the bandit."""
         yield "way", self.way
         yield "steps", self.steps
         yield ("ascent from" if self.follow else "search from"), self.start
@@ -312,7 +316,7 @@ class Settings:
 
 
 class Bandit:
-    """Draws settings, more often those that broke more images for their passes."""
+    """Draws settings; those that broke more images per pass are drawn more often."""
 
     def __init__(self, follow: list[str], seed: int) -> None:
         self.axes, self.random = {**AXES, "follow": tuple(follow)}, random.Random(seed)
@@ -321,8 +325,8 @@ class Bandit:
         self.rounds, self.cost = 0, 0.0
 
     def draw(self, axis: str, count: int = 1) -> list[Any]:
-        """So many different options of an axis."""
-        usual = 3 * self.cost / max(self.rounds, 1) + 1  # as if each had broken one image in three usual rounds
+        """Draw `count` different options of an axis, or all of them if there are fewer."""
+        usual = 3 * self.cost / max(self.rounds, 1) + 1  # prior: each has broken one image in three average rounds
         left, drawn = list(self.axes[axis]), []
         for _ in range(min(count, len(left))):
             keys = [(axis, option) for option in left]
@@ -332,6 +336,7 @@ class Bandit:
         return drawn
 
     def settings(self) -> Settings:
+        """Draw the settings of a round."""
         (way,), (steps,) = self.draw("way"), self.draw("steps")
         if way != "ascent":
             return Settings(way, self.draw("search from")[0], steps)
@@ -349,6 +354,7 @@ class Bandit:
         )
 
     def learn(self, used: Settings, gain: float, cost: float) -> None:
+        """Count the images that a round broke and the passes that it took."""
         for key in used.options():
             self.gains[key] = self.gains.get(key, 0.0) + gain
             self.costs[key] = self.costs.get(key, 0.0) + cost
@@ -361,9 +367,9 @@ class Hit:
     """An attacked image that the target gets wrong.
 
     Attributes:
-        attacked: `[C, H, W]`.
-        round: The number of the round that found it.
-        settings: Those of the round.
+        attacked: The attacked image `[C, H, W]`.
+        round: Number of the round that found it.
+        settings: Settings of that round.
     """
 
     attacked: Tensor = field(repr=False)
@@ -378,10 +384,10 @@ class SecondAttack:
         bank: The target and its surrogates.
         pixels, labels: The images `[B, C, H, W]` and their classes `[B]`.
         eps: Largest change of a pixel, Linf, in pixel units.
-        seed: Of everything random: of two runs, the longer begins like the shorter.
+        seed: Seed of everything random; a longer run begins with the rounds of a shorter one.
 
     Attributes:
-        hits: What was found, by the number of the image.
+        hits: Successful attacked images by the number of the image.
     """
 
     def __init__(self, bank: Bank, pixels: Tensor, labels: Tensor, eps: float, seed: int = 0) -> None:
@@ -394,7 +400,7 @@ class SecondAttack:
         self.over: Callable[[], bool] = lambda: False
 
     def run(self, over: Callable[[], bool]) -> None:
-        """Rounds until `over` says so or nothing stands."""
+        """Run rounds until `over` returns true or every image is broken."""
         self.over = over
         while not over() and len(self.hits) < len(self.pixels):
             settings, before, cost = self.bandit.settings(), len(self.hits), sum(self.bank.passes())
@@ -404,18 +410,21 @@ class SecondAttack:
             self.bandit.learn(settings, len(self.hits) - before, sum(self.bank.passes()) - cost)
 
     def _look(self, settings: Settings, rows: Tensor, moved: Tensor) -> Tensor:
-        """The target's margins `[B]` at these points, of which hits and the best are kept."""
+        """Return the target's margins `[B]` at these points; keep successful points and each image's best one."""
         with torch.no_grad():
             margins = margin(self.bank.logits("own", moved), self.labels[rows], self.labels[rows])
         for i in (margins >= 0).nonzero().flatten().tolist():
-            row, one = int(rows[i]), (self.pixels[rows[i]], moved[i], int(self.labels[rows[i]]))
-            if row not in self.hits and broken(self.bank.target, *one, self.eps):
+            row = int(rows[i])
+            if row not in self.hits and broken(
+                self.bank.target, self.pixels[row], moved[i], int(self.labels[row]), self.eps
+            ):
                 self.hits[row] = Hit(moved[i].clone(), self.bandit.rounds, settings)
         better = margins > self.margins[rows]
         self.best[rows[better]], self.margins[rows[better]] = moved[better], margins[better]
         return margins
 
     def _start(self, start: str, rows: Tensor) -> Tensor:
+        """Return the points `[B, C, H, W]` at which a round begins."""
         if start == "best":
             return self.best[rows]
         change = 2 * torch.rand(self.pixels[rows].shape, generator=self.noise) - 1
@@ -423,7 +432,7 @@ class SecondAttack:
         return within(self.pixels[rows], self.pixels[rows] + self.eps * change, self.eps)
 
     def _ascend(self, settings: Settings, rows: Tensor, moved: Tensor) -> None:
-        """Signed steps along the summed gradient of some of the bank."""
+        """Take signed steps along the gradient of the summed losses of the models in `settings.follow`."""
         pixels, labels, loss = self.pixels[rows], self.labels[rows], LOSSES[settings.loss]
         ranks = torch.randint(self.likely.shape[1], (len(rows), 1), generator=self.noise)
         targets = self.likely[rows].gather(1, ranks).squeeze(1)
@@ -442,19 +451,19 @@ class SecondAttack:
                     return
 
     def _search(self, settings: Settings, rows: Tensor, moved: Tensor) -> None:
-        """Random regions set to plus or minus eps, kept where the target's margin does not fall."""
+        """Set random regions to plus or minus eps; keep a change where the target's margin does not fall."""
         pixels, margins = self.pixels[rows], self._look(settings, rows, moved)
         for _ in range(4 * settings.steps):
             change = self._region(settings.way, pixels)
             tried = torch.where(change == 0, moved, within(pixels, pixels + self.eps * change, self.eps))
-            found = self._look(settings, rows, tried)
-            kept = found >= margins
-            moved, margins = torch.where(kept.view(-1, 1, 1, 1), tried, moved), torch.where(kept, found, margins)
+            reached = self._look(settings, rows, tried)
+            kept = reached >= margins
+            moved, margins = torch.where(kept.view(-1, 1, 1, 1), tried, moved), torch.where(kept, reached, margins)
             if self.over():
                 return
 
     def _region(self, shape: str, like: Tensor) -> Tensor:
-        """A rectangle of each image, a sign in each of its channels, and 0 around it, `[B, C, H, W]`."""
+        """Return a random rectangle for each image: a sign in each of its channels and 0 around it, `[B, C, H, W]`."""
         count, channels, height, width = like.shape
         high = wide = torch.ones(count, 1, 1, 1)
         if shape == "squares":
@@ -472,29 +481,32 @@ class SecondAttack:
 
 
 def suite_of(case: Case, subject: Subject, file: Path | None) -> RobustnessReport:
-    """What the library says, newly measured or from a file."""
+    """Return the library's report, newly measured or read from a file."""
     threat = Threat("Linf", case.eps)
     if file is None:
-        print(f"{case}: the suite")
+        print(f"{case}: running the suite")
         return evaluate(subject.model, [(subject.pixels, subject.labels)], threat, control=False, progress=True)
     report = RobustnessReport.from_json(file.read_text())
     if report.threat != threat or report.samples != len(subject.labels):
         raise SystemExit(
-            f"{file} is of {report.samples} images under {report.threat}, and {case} has {len(subject.labels)} under "
-            f"{threat}: give the report of that case, or none to have it measured."
+            f"{file} reports {report.samples} images under {report.threat}, and {case} has {len(subject.labels)} under "
+            f"{threat}: give the report of that case, or leave out --report to have it measured."
         )
     return report
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """A row of the table."""
+    """Attack one case and return its row of the table."""
     subject = subject_of(case, args.shared)
     report = suite_of(case, subject, args.report)
     rows = torch.tensor(report.survivors).nonzero().flatten()
     with torch.no_grad():
         right = Pixels(subject.model)(subject.pixels[rows]).argmax(1) == subject.labels[rows]
     if not right.all():
-        raise SystemExit(f"{case}: images that the report calls right are wrong when clean: it is of other images.")
+        raise SystemExit(
+            f"{case}: the model misclassifies clean images that the report counts as right, so it is of other images: "
+            "give the report of this case, or leave out --report to have it measured."
+        )
     attack = SecondAttack(
         Bank(subject.model, case.config, subject.calibration),
         subject.pixels[rows],
@@ -543,7 +555,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def counted(row: dict[str, Any]) -> str:
-    """Which settings broke images, and how many."""
+    """Describe which settings broke images, and how many."""
     counts: dict[str, int] = {}
     for hit in row["hits"]:
         way = f"{hit['way']} from {hit['start']}" + (f" ({hit['loss']})" if hit["follow"] else "")
@@ -572,17 +584,17 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
             *(second["passes"], f"{second['seconds']:.0f}", second["rounds"]),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    found = [f"- {name}: {counted(row)}." for name, row in rows.items() if row["hits"]]
-    return "\n".join([*lines, *(["", "What broke images:", "", *found] if found else [])]) + "\n"
+    causes = [f"- {name}: {counted(row)}." for name, row in rows.items() if row["hits"]]
+    return "\n".join([*lines, *(["", "What broke images:", "", *causes] if causes else [])]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--shared", type=Path, help="folder with checkpoints/ and data/; without it only the digits")
-    parser.add_argument("--only", default="", help=f"a case: {', '.join(map(str, CASES))}")
-    parser.add_argument("--seconds", type=float, default=240, help="of each attack (default: 240)")
+    parser.add_argument("--only", default="", help=f"attack this case alone: {', '.join(map(str, CASES))}")
+    parser.add_argument("--seconds", type=float, default=240, help="seconds of each attack (default: 240)")
     parser.add_argument("--report", type=Path, help="the suite's RobustnessReport of the case given as --only, as JSON")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the attack (default: 0)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the table")
     args = parser.parse_args()
     cases = [case for case in CASES if args.only in ("", str(case)) and (args.shared or case.backbone == "digits")]

@@ -1,4 +1,4 @@
-"""Which of timm's architectures can be reprogrammed whole: builds and runs every one, and writes the names.
+"""Find timm's architectures that can be reprogrammed completely: build and run each one, and write their names.
 
     python scripts/survey.py            # rewrites timm_nrpm/assets/architectures.json; about half an hour on one core
 
@@ -23,7 +23,7 @@ TARGET = Path(timm_nrpm.__file__).parent / "assets" / "architectures.json"
 
 
 def skipped_layers(name: str) -> dict[str, str]:
-    """What `reprogram_` leaves plain in the architecture, or one entry that says why it cannot be run."""
+    """Return the layers that `reprogram_` leaves plain and why, or one entry that says why the model cannot be run."""
     failures = []
     for device in ("meta", "cpu"):
         with warnings.catch_warnings(record=True) as caught:
@@ -52,7 +52,7 @@ def main() -> None:
         else:
             complete.append(name)
     TARGET.write_text(json.dumps({"timm": timm.__version__, "complete": complete, "partial": partial}, indent=0) + "\n")
-    print(f"{len(complete)} architectures whole, {len(partial)} in part: {TARGET.name}")
+    print(f"{len(complete)} architectures can be reprogrammed completely, {len(partial)} in part: {TARGET.name}")
 
 
 if __name__ == "__main__":

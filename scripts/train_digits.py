@@ -2,7 +2,8 @@
 
     python scripts/train_digits.py      # two minutes on two cores
 
-Real scans, 8x8 grey, that come with scikit-learn. The last fifth, other writers than the rest, is kept for testing.
+The images are real scans, 8x8 pixels in grey, that come with scikit-learn. The last fifth, by other writers than the
+rest, is kept for testing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from timm_nrpm.nn.pixel_model import PixelModel
 
 
 def shifted(pixels: torch.Tensor) -> torch.Tensor:
-    """Every image moved by up to one pixel."""
+    """Return every image shifted at random by up to one pixel, `[B, C, 8, 8]`."""
     padded = F.pad(pixels, (1, 1, 1, 1))
     rows, columns = torch.randint(0, 3, (2, len(pixels))).tolist()
     return torch.stack([x[:, r : r + 8, c : c + 8] for x, r, c in zip(padded, rows, columns, strict=True)])
@@ -30,8 +31,8 @@ def shifted(pixels: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--eps", type=float, default=0.1, help="train on FGSM examples of this size, in pixel units")
+    parser.add_argument("--epochs", type=int, default=60, help="number of epochs (default: 60)")
+    parser.add_argument("--eps", type=float, default=0.1, help="FGSM step in pixel units (default: 0.1)")
     args = parser.parse_args()
     torch.manual_seed(0)
     pixels, labels = digits("train")

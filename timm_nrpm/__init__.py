@@ -1,4 +1,4 @@
-"""Reprogram a pretrained timm model for robustness, and learn honestly what that is worth.
+"""Reprogram a pretrained timm model for robustness, and measure honestly what that is worth.
 
 >>> import timm_nrpm
 >>> model = timm_nrpm.create_model("resnet18", pretrained=True, lam=0.8)
@@ -93,13 +93,13 @@ _HOMES = {
     "smoothed_predict": "evaluation.certification",
     "tune": "tuning.tune",
 }
-"""The module of every name, which is imported when the name is first used."""
+"""The module that defines each public name; it is imported when the name is first used."""
 
-_WINGS = ("nn", "data", "models", "attacks", "evaluation", "tuning", "figures", "hub", "jobs", "cli")
-"""Where a module is looked for that is asked for without its wing, such as `timm_nrpm.flags`, in this order."""
+_SUBPACKAGES = ("nn", "data", "models", "attacks", "evaluation", "tuning", "figures", "hub", "jobs", "cli")
+"""The subpackages, in the order in which a name without its subpackage, such as `timm_nrpm.flags`, is looked up."""
 
 
-_module = modules_of(__name__, *(f"{__name__}.{wing}" for wing in _WINGS))
+_module = modules_of(__name__, *(f"{__name__}.{name}" for name in _SUBPACKAGES))
 
 
 def __getattr__(name: str) -> Any:
@@ -109,8 +109,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_WINGS})
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})
 
 
-if not is_command():  # whose help needs neither torch nor timm, and whose commands import what they use
+if not is_command():  # the command's help needs neither torch nor timm, and its subcommands import what they use
     import_module(f"{__name__}.models.registry")

@@ -1,7 +1,7 @@
-"""Checks of what a caller gives, one for each kind: a number, an integer, one of several words.
+"""Checks of arguments, one function for each kind: a number, an integer, one of several words.
 
-Each returns the plain Python value, so that settings are equal, hashable and JSON whichever library a number came from,
-or raises a ValueError that says what was given and what is allowed.
+Each returns the plain Python value, so that settings can be compared, hashed and written as JSON whichever library a
+number came from, or raises a ValueError that says what was given and what is allowed.
 """
 
 from __future__ import annotations
@@ -25,28 +25,31 @@ def check_number(
     """A finite number within its bounds, as a float.
 
     Args:
-        name: The argument, for the message.
-        value: Any real number, also NumPy's and torch's, such as a tensor without dimensions; no boolean.
-        least, most: The smallest and the largest value that is allowed.
-        above, below: Bounds that are not allowed themselves.
-        why: What the message adds to the range, such as a unit or an example.
+        name: Name of the argument in the error message.
+        value: Any real number, including those of NumPy and torch, such as a tensor without dimensions; a boolean is
+            refused.
+        least, most: The smallest and the largest allowed value.
+        above, below: Exclusive bounds: the value must be larger than `above` and smaller than `below`.
+        why: Text that the error message adds to the range, such as a unit or an example.
 
     Raises:
-        ValueError: It is no such number.
+        ValueError: `value` is not a finite number within the bounds.
 
     Example:
         >>> check_number("eps", np.float32(0.5), above=0)
         0.5
         >>> check_number("eps", 0, above=0, why=", in pixel units of [0, 1]")
+        Traceback (most recent call last):
+            ...
         ValueError: eps=0 is not allowed: give a number > 0, in pixel units of [0, 1].
     """
-    number = _plain(value, Real)
+    plain = _plain(value, Real)
     try:
-        found = math.nan if number is None else float(number)
+        number = math.nan if plain is None else float(plain)
     except OverflowError:  # an integer beyond all floats
-        found = math.inf
-    if math.isfinite(found) and least <= found <= most and above < found < below:
-        return found
+        number = math.inf
+    if math.isfinite(number) and least <= number <= most and above < number < below:
+        return number
     raise _refused(name, value, "number", least, most, above, below, why)
 
 
@@ -57,6 +60,8 @@ def check_integer(name: str, value: Any, *, least: float = -math.inf, most: floa
         >>> check_integer("steps", np.int64(20), least=1)
         20
         >>> check_integer("steps", 1.5, least=1)
+        Traceback (most recent call last):
+            ...
         ValueError: steps=1.5 is not allowed: give an integer >= 1.
     """
     number = _plain(value, Integral)
@@ -66,10 +71,12 @@ def check_integer(name: str, value: Any, *, least: float = -math.inf, most: floa
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """One of several words.
+    """Return `value` if it is one of the allowed words, or raise a ValueError that lists them.
 
     Example:
         >>> check_choice("norm", "L7", ("Linf", "L2"))
+        Traceback (most recent call last):
+            ...
         ValueError: norm='L7' is not known: choose one of Linf, L2.
     """
     allowed = tuple(allowed)
@@ -79,13 +86,13 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message repeats it: on one line, and not all of a long one."""
+    """The repr of a value for an error message: on one line, and shortened if it is long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _plain(value: Any, kind: type) -> Any:
-    """Python's number for a value of this kind or for an array without dimensions that holds one; None for others."""
+    """The Python number in `value`, a number of this kind or an array without dimensions; None for anything else."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     return value if isinstance(value, kind) and not isinstance(value, bool) else None
@@ -94,7 +101,7 @@ def _plain(value: Any, kind: type) -> Any:
 def _refused(
     name: str, value: Any, kind: str, least: float, most: float, above: float, below: float, why: str
 ) -> ValueError:
-    """The error for a number outside its range, which it names."""
+    """The error for a number outside its range, which the message names."""
     article = "an" if kind == "integer" else "a"
     if least > -math.inf and most < math.inf:
         allowed = f" from {least:g} to {most:g}"
@@ -105,5 +112,5 @@ def _refused(
 
 
 def printable(text: str) -> str:
-    """A stranger's words, which may otherwise steer a terminal."""
+    """Text of unknown origin with its unprintable characters escaped, since they could control a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

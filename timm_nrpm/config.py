@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses: validated on construction, JSON both ways."""
+"""Settings as frozen dataclasses, validated on construction and convertible to and from JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALLEST_EPS = 1e-15
 PENALTIES = ("l1", "huber", "mcp", "huber-mcp", "l2")
 
 Lambdas: TypeAlias = float | Sequence[float] | Mapping[str, float]
-"""One number for every layer, one number a layer in forward order, or ``{glob: number}``."""
+"""One number for all layers, a sequence with one number per layer in forward order, or ``{glob: number}``."""
 
 LayerSelection: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bool] | None"
 """``None`` (every supported layer), a glob, several globs, ``"first:N"``, or ``f(name, module) -> bool``."""
@@ -38,7 +38,7 @@ OPTIMIZERS = (
 
 
 def check_lam(value: Any, where: str = "lam") -> float:
-    """Return `value` as a float in [0, 1], or raise a ValueError that says what `where` may be."""
+    """Return `value` as a float in [0, 1], or raise a ValueError that names `where` and its range."""
     return check_number(where, value, least=0, most=1, why=", where 0 is the robust estimate and 1 the plain layer")
 
 
@@ -47,16 +47,19 @@ class NRPMConfig:
     """How a model is reprogrammed (NRPM, arXiv 2410.04577, Algorithm 1).
 
     Args:
-        lam: Lambda, in [0, 1]. 1 is the plain layer bit for bit, 0 the robust estimate alone. One number for every
-            layer, a sequence with one number for each chosen layer in the order the model calls them, or a mapping
-            from layer name or glob to number, in which a name beats a glob and a later glob an earlier one.
-        iterations: The paper's K >= 0, steps of reweighted least squares. 0 is the plain layer.
-        eps: Added to every distance before it is inverted, in units of one product `a_d * x_d`. > 0.
-        penalty: ``"l1"`` (the paper's), ``"huber"``, ``"mcp"``, ``"huber-mcp"`` or ``"l2"`` (the plain layer).
-        layers: Which layers, see :data:`LayerSelection`. Globs match names as `model.named_modules()` gives them;
-            ``"first:4"`` takes the first four convolutional or linear layers in the order the model calls them.
+        lam: Lambda in [0, 1], where 1 is the plain layer bit for bit and 0 the robust estimate alone: one number for
+            all layers, a sequence with one number for each chosen layer in the order in which the model calls them, or
+            a mapping from layer names or globs to numbers, in which a name takes precedence over a glob, and a later
+            glob over an earlier one.
+        iterations: Number of steps of reweighted least squares, the paper's K >= 0; 0 is the plain layer.
+        eps: Number > 0 that is added to every distance before it is inverted, in units of one product `a_d * x_d`.
+        penalty: Name of the penalty: ``"l1"`` (the paper's), ``"huber"``, ``"mcp"``, ``"huber-mcp"`` or ``"l2"`` (the
+            plain layer).
+        layers: Layers to reprogram, see :data:`LayerSelection`. Globs match the names in `model.named_modules()`;
+            ``"first:4"`` takes the first four convolutional or linear layers in the order in which the model calls
+            them.
         delta: Width of the quadratic zone of the Huber penalties, in units of one product.
-        gamma: Distance from which the MCP penalties stop growing, in units of one product; above `delta` for
+        gamma: Distance beyond which the MCP penalties are constant, in units of one product; must be above `delta` for
             `"huber-mcp"`.
         learnable: Whether lambda takes gradients (paradigms 2 and 3) or is frozen (paradigm 1).
 
@@ -81,8 +84,8 @@ class NRPMConfig:
 
     def __post_init__(self) -> None:
         lam: Any = self.lam
-        lam = lam.tolist() if hasattr(lam, "tolist") else lam  # NumPy's and torch's numbers and arrays
-        # One canonical form each, so that a config equals its own JSON round trip.
+        lam = lam.tolist() if hasattr(lam, "tolist") else lam  # numbers and arrays of NumPy and torch
+        # Every setting has one canonical form, so that a config equals its own JSON round trip.
         if isinstance(lam, Mapping):
             lam = {str(k): check_lam(v, f"lam[{k!r}]") for k, v in lam.items()}
         elif isinstance(lam, Sequence) and not isinstance(lam, str):
@@ -106,7 +109,7 @@ class NRPMConfig:
 
     @property
     def estimator(self) -> Estimator:
-        """The settings of the estimate, without those of its place in a model."""
+        """The settings of the estimate alone, without those that say where and how it is used in a model."""
         return Estimator(self.iterations, self.eps, self.penalty, self.delta, self.gamma)
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,57 +156,62 @@ def check_estimator(iterations: int, eps: float, penalty: str, delta: float = 3.
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """How lambda, or everything, is tuned: adversarial training (NRPM, arXiv 2410.04577, section 4, paradigms 2 and 3).
+    """How a model is tuned by adversarial training (NRPM, arXiv 2410.04577, section 4, paradigms 2 and 3).
 
     Args:
-        paradigm: What trains: `"lambda"`, one number a layer, every weight frozen (paradigm 2), or `"all"`, these and
-            every weight that is not frozen (paradigm 3). What you froze by `requires_grad_(False)` stays frozen, also
-            a lambda of a model that was reprogrammed with `learnable=True`; without it all lambdas are frozen, and
-            train all the same.
-        trainable: In place of the paradigm, globs of parameter names: `("*.lam", "layer4.*", "fc.*")`. What they match
-            trains even if it was frozen. In either case what does not train stays as it is, the statistics of a
-            BatchNorm whose weight and bias are frozen and the dropout of a frozen block included.
-        objective: The loss, see :mod:`timm_nrpm.tuning.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
+        paradigm: Parameters that train: with `"lambda"` one lambda per layer, while every weight is frozen (paradigm
+            2); with `"all"` the lambdas and every weight that is not frozen (paradigm 3). Parameters that you froze by
+            `requires_grad_(False)` stay frozen, including a lambda of a model that was reprogrammed with
+            `learnable=True`. With `learnable=False` every lambda starts frozen, and trains all the same.
+        trainable: Globs of parameter names that replace the paradigm, such as `("*.lam", "layer4.*", "fc.*")`. Matching
+            parameters train even if they were frozen. With or without it, frozen parts stay as they are: a BatchNorm
+            whose weight and bias are frozen keeps its statistics, and a frozen block has no dropout.
+        objective: Training loss, see :mod:`timm_nrpm.tuning.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
             sum of the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"` or `"awp"`.
-        eps: Largest change of a pixel in the inner attack, Linf, in pixel units of [0, 1]; 0 attacks nothing.
+        eps: Largest change of a pixel in the inner attack (Linf), in pixel units of [0, 1]; 0 attacks nothing.
         steps: Number of steps of the inner attack; FGSM always takes one.
-        step_size: Step size of the inner attack, in pixel units. The default is `eps / 4`, the paper's 2/255 at 8/255;
-            for one step `eps`.
-        gradient: Gradient that the inner attack follows: the model's `"own"` as in the paper; `"bpda"`, the estimate
-            forward and the linear map backward; `"plain"`, that of the model at lambda = 1; or a `"mixture"`, each for
-            every third image. The own gradient of the estimate misleads an attack, and training against a misled attack
-            learns to mislead it.
+        step_size: Step size of the inner attack, in pixel units. The default is `eps / 4` (the paper's 2/255 at 8/255),
+            or `eps` for an attack of one step.
+        gradient: Gradient that the inner attack follows: `"own"`, the model's own, as in the paper; `"bpda"`, with
+            the estimate forward and the linear map backward; `"plain"`, that of the model at lambda = 1; or
+            `"mixture"`, each of the three for every third image. The estimate's own gradient misleads an attack, and a
+            model that trains against a misled attack learns to mislead it.
         beta: Weight of the second term of TRADES, MART and SAT; their authors' default is 6.
-        weight_perturbation: Size of AWP's adversarial step in a weight, relative to its norm.
-        target_momentum: Share of a target of SAT that stays when the model's prediction is mixed in.
-        target_start: Epoch, counted from 0, from which the targets of SAT move.
-        epochs: Passes over the loader.
-        optimizer: One of timm's whose whole state a checkpoint holds: `"sgd"`, `"momentum"`, `"adam"`, `"adamw"`,
-            `"nadamw"`, `"adafactor"`, `"adopt"`, `"lamb"`, `"lars"`, `"lion"`, `"laprop"`, `"mars"` or `"muon"`.
-        lr: Learning rate of everything but lambda.
+        weight_perturbation: Size of AWP's adversarial step in a weight, relative to the weight's norm.
+        target_momentum: Share of the previous target that SAT keeps when it mixes in the model's prediction.
+        target_start: First epoch, counted from 0, in which SAT updates its targets.
+        epochs: Number of passes over the loader.
+        optimizer: Name of a timm optimizer whose whole state a checkpoint can hold: `"sgd"`, `"momentum"`, `"adam"`,
+            `"adamw"`, `"nadamw"`, `"adafactor"`, `"adopt"`, `"lamb"`, `"lars"`, `"lion"`, `"laprop"`, `"mars"` or
+            `"muon"`.
+        lr: Learning rate of all parameters but lambda.
         lam_lr: Learning rate of lambda, which has no weight decay.
-        weight_decay: Weight decay of everything with more than one dimension but lambda.
-        calibrate: Number of training images that :func:`timm_nrpm.calibrate_` sees before the first epoch and, while
-            no weight trains, after every epoch, since lambdas that moved leave statistics stale; 0 for none.
-        schedule: Schedule of the learning rates: `"cosine"`, `"tanh"` or `"poly"` to zero, or `"constant"`.
+        weight_decay: Weight decay of all parameters with more than one dimension, lambda excepted.
+        calibrate: Number of training images for :func:`timm_nrpm.calibrate_`, which runs before the first epoch and, if
+            no weight trains, after every epoch, since statistics are stale once lambdas have changed; 0 for none.
+        schedule: Schedule of the learning rates: `"cosine"`, `"tanh"` or `"poly"`, which decay to zero, or
+            `"constant"`.
         warmup_epochs: Number of epochs of linear warm-up of the learning rates.
-        clip: Largest norm of the gradient, of lambda and of the rest each; None lets any gradient pass.
-        patience: Steps in a row whose gradient may be non-finite before :class:`timm_nrpm.errors.Diverged` is raised.
-            Such a step changes nothing.
-        accumulate: Batches whose mean gradient makes one step; at the end of an epoch those that are left.
+        clip: Largest norm of the gradient, for the lambdas and for the other parameters separately; None lets any
+            gradient pass.
+        patience: Number of consecutive steps with a non-finite gradient after which
+            :class:`timm_nrpm.errors.Diverged` is raised. Such a step changes nothing.
+        accumulate: Number of batches whose mean gradient makes one step; the last step of an epoch takes those that
+            are left.
         precision: `"no"` for float32, or `"bf16"`, under which the estimate is still computed in float32.
         seed: Seed of the order of the images, their augmentation, the start of the attack, and dropout.
-        output: Folder for checkpoints, history, plots and the tuned variant; None keeps nothing.
-        checkpoint_every: Steps between checkpoints.
-        keep: Number of the last checkpoints that stay.
-        evaluate_steps: Steps of PGD when the validation images are attacked, before the first and after every epoch.
-        evaluate_eps: Their largest change of a pixel; by default that of training, or 8/255 if that is 0.
-        log_every: Steps between two rows of the history.
-        trackers: Names that accelerate knows, like `("tensorboard",)`.
-        push_to: A repository on the Hub, `owner/name`, that the variant is sent to with every checkpoint, beside the
-            run and by the main process. A Hub that is down does not stop the run, and holds it up at its end alone, for
-            two minutes at most.
-        license: Licence of what is pushed, an id that the Hub knows; by default the base's.
+        output: Folder for checkpoints, history, plots and the tuned variant; None writes none of them.
+        checkpoint_every: Number of steps between checkpoints.
+        keep: Number of most recent checkpoints to keep.
+        evaluate_steps: Number of steps of PGD on the validation images, before the first and after every epoch.
+        evaluate_eps: Largest change of a pixel of the validation images, in pixel units; by default `eps`, or 8/255 if
+            that is 0.
+        log_every: Number of steps between two rows of the history.
+        trackers: Names of trackers that accelerate knows, such as `("tensorboard",)`.
+        push_to: Repository on the Hub, `owner/name`, to which the main process sends the variant with every checkpoint,
+            in the background. If the Hub is down, the run goes on, and waits for it only at its end, for two minutes at
+            most.
+        license: Licence of the pushed variant, an id that the Hub knows; by default that of the base model.
 
     Raises:
         ValueError: A value is outside its range; the message names the range.
@@ -261,12 +269,12 @@ class TuneConfig:
             object.__setattr__(self, "output", str(self.output))
         self._check_numbers()
         if self.push_to is not None and self.output is None:
-            raise ValueError(f"push_to={self.push_to!r} needs output, the folder where variants wait to be sent.")
+            raise ValueError(f"push_to={self.push_to!r} needs output=, the folder in which variants wait to be sent.")
         if self.evaluate_eps == 0:
             raise ValueError("evaluate_eps=0 attacks nothing: give the change of a pixel, like 8 / 255.")
 
     def _check_numbers(self) -> None:
-        """Make every number a plain one, or raise a ValueError that names its range."""
+        """Convert every number to a plain Python number, or raise a ValueError that names its range."""
         counts = ("steps", "epochs", "patience", "accumulate", "keep")
         least = dict.fromkeys((*counts, "checkpoint_every", "evaluate_steps", "log_every"), 1)
         least |= dict.fromkeys(("warmup_epochs", "seed", "target_start", "calibrate"), 0)
@@ -284,19 +292,19 @@ class TuneConfig:
 
     @property
     def attack_steps(self) -> int:
-        """Steps of the inner attack that are taken."""
+        """Number of steps that the inner attack takes."""
         return 1 if self.objective in ("fgsm", "clean+fgsm") else self.steps
 
     @property
     def attack_step_size(self) -> float:
-        """Step size of the inner attack that is taken, in pixel units."""
+        """Step size that the inner attack takes, in pixel units."""
         if self.step_size is not None:
             return self.step_size
         return self.eps if self.attack_steps == 1 else self.eps / 4
 
     @property
     def validation_eps(self) -> float:
-        """Largest change of a pixel when the validation images are attacked."""
+        """Largest change of a pixel in attacks on the validation images, in pixel units."""
         return (self.eps or 8 / 255) if self.evaluate_eps is None else self.evaluate_eps
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""The errors and warnings that this package raises, beside Python's own."""
+"""The errors and warnings that this package raises, in addition to Python's own."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from timm_nrpm.checks import printable
 
 
 class ReprogrammingWarning(UserWarning):
-    """Layers stay plain that one might think reprogrammed."""
+    """Some layers stay plain although one might expect them to be reprogrammed."""
 
 
 class SlowPathWarning(UserWarning):
-    """The CPU kernels could not be compiled, so the slow path serves."""
+    """The CPU kernels could not be compiled, so a slower implementation is used."""
 
 
 class CompilationError(RuntimeError):
-    """There is no compiler, or it failed."""
+    """There is no C++ compiler, or it failed."""
 
 
 class HubError(RuntimeError):
-    """The Hub did not do what it was asked; the message says why and what to do."""
+    """A request to the Hub failed; the message says why and what to do."""
 
 
 class NotOnHub(HubError):
-    """The Hub has no such repository, revision or file, or shows it to others only."""
+    """The Hub has no such repository, revision or file, or does not give access to it."""
 
 
 class Unreachable(HubError):
-    """The Hub does not answer, or not now."""
+    """The Hub does not answer, or is temporarily unavailable."""
 
 
 class WeightsUnavailable(HubError):
@@ -34,28 +34,28 @@ class WeightsUnavailable(HubError):
 
 
 class WrongBase(ValueError):
-    """A model is not the one that a variant was made for."""
+    """The model is not the one that the variant was made for."""
 
 
 class BrokenVariant(ValueError):
-    """Something that does not hold what `save_pretrained` writes, damaged or made up."""
+    """The content of a variant is damaged, or is not what `save_pretrained` writes."""
 
     def __init__(self, text: str) -> None:
-        text = printable(text)  # a stranger's words in it may be long, too
+        text = printable(text)  # it may quote a stranger's file at any length
         super().__init__(text if len(text) <= 1000 else f"{text[:700]} ... {text[-200:]}")
 
 
 class MissingFile(BrokenVariant, FileNotFoundError):
-    """A folder lacks a file."""
+    """A file of a variant is missing from its folder."""
 
 
 class Diverged(RuntimeError):
-    """The gradient was not finite, too many steps in a row."""
+    """The gradient was not finite in too many consecutive steps."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint is broken, and the one before it is taken."""
+    """A checkpoint is broken, so the one before it is used."""
 
 
 class PushWarning(UserWarning):
-    """A variant did not get to the Hub; the run goes on, and it can be pushed later."""
+    """A variant could not be sent to the Hub; the run goes on, and the variant can be pushed later."""

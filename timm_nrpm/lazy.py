@@ -1,4 +1,4 @@
-"""Modules that are imported when they are first asked for, so that `import timm_nrpm` is light and every path works."""
+"""Lazy import of submodules, so that `import timm_nrpm` is light and every dotted path works."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def modules_of(package: str, *places: str) -> Callable[[str], ModuleType]:
 
     Args:
         package: Name of the package, its `__name__`.
-        places: Names of other packages in which a module is looked for as well, in this order.
+        places: Names of further packages that are searched for a module, in this order.
 
     Returns:
-        A function from a module's name to the module, which raises AttributeError where there is none.
+        A function that maps the name of a module to the module, and raises AttributeError if there is none.
 
     Example:
         >>> modules_of("timm_nrpm.attacks")("flags")
@@ -37,6 +37,6 @@ def modules_of(package: str, *places: str) -> Callable[[str], ModuleType]:
 
 
 def is_command() -> bool:
-    """Whether this process is the command `timm-nrpm`, or `python -m timm_nrpm.cli`, and no program of a user's."""
+    """Whether this process runs the command `timm-nrpm` or `python -m timm_nrpm.cli`, rather than a user's program."""
     script = any(Path(word).stem == "timm-nrpm" for word in sys.orig_argv[:2])
     return script or ("-m", "timm_nrpm.cli") in pairwise(sys.orig_argv)

@@ -1,4 +1,4 @@
-"""What the paper leaves out: eps, the penalty and the width, on MLPs, MNIST, FGSM.
+"""Ablations that the paper leaves out: eps, the penalty and the width, on MLPs, MNIST, FGSM.
 
     python scripts/reproduce/ablations.py --data DATA --checkpoints CHECKPOINTS
 
@@ -14,7 +14,7 @@ from table1 import COLUMNS, NAME
 LAM = 0.5
 EPSILONS = (5e-2, 5e-3, 5e-4, 5e-5, 5e-6)
 PENALTIES = {"huber": {"delta": 1e-3}, "mcp": {"gamma": 1e-2}, "huber-mcp": {"delta": 1e-3, "gamma": 1e-2}}
-"""Widths in units of one product, most of which are below a hundredth here."""
+"""Penalties and their thresholds, in units of one product; most products are below 0.01 here."""
 WIDTHS = (16, 64)
 
 

@@ -1,9 +1,9 @@
-"""Every table and figure that this machine can measure, and results/README.md.
+"""Measure every table and figure that this machine can, and write results/README.md.
 
     python scripts/reproduce/all.py --quick --resume --data DATA --checkpoints CHECKPOINTS --authors CHECKOUT
-    python scripts/reproduce/all.py --render    # the page alone, from the JSON files that are there
+    python scripts/reproduce/all.py --render    # only the page, from the JSON files that are there
 
-What cannot be had here is written down as not run, with its reason.
+What cannot be measured here is listed as not run, with the reason.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ MODULES = {
     "ablations": "ablations",
     "parity": "parity",
 }
-"""Files of results, and what measures them; Figures 1 and 2 are drawings of the method."""
+"""Modules by the key of their result; Figures 1 and 2 are drawings of the method."""
 
 
 def main() -> None:
     parser = arguments(__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", default=list(MODULES), choices=MODULES, metavar="KEY", help="like table-4")
-    parser.add_argument("--render", action="store_true", help="measure nothing, write results/README.md")
+    parser.add_argument(
+        "--only", nargs="+", default=list(MODULES), choices=MODULES, metavar="KEY", help="run these alone, like table-4"
+    )
+    parser.add_argument("--render", action="store_true", help="measure nothing, only write results/README.md")
     args = parser.parse_args()
     lab = lab_of(args)
     for key in () if args.render else args.only:

@@ -1,9 +1,9 @@
-"""What ImageNet-C's corruptions cost the published narrow ResNet-18, reprogrammed and plain.
+"""Measure the published narrow ResNet-18, reprogrammed and plain, under ImageNet-C's corruptions.
 
-    python scripts/reproduce/corruptions.py --weights tinyresnet18_cifar10_model.t7 --root CIFAR    # some minutes
+    python scripts/reproduce/corruptions.py --weights tinyresnet18_cifar10_model.t7 --root CIFAR    # a few minutes
 
-CIFAR holds train.tar and test.tar. Writes corruptions-resnet18.json and .png. The paper has no such numbers, and those
-of CIFAR-10-C are others: its severities were chosen for 32 pixels.
+CIFAR holds train.tar and test.tar. Writes corruptions-resnet18.json and .png. The paper has no such numbers. They are
+not comparable with CIFAR-10-C, whose severities were chosen for images of 32 pixels.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ BATCH = 250
 
 
 def images(root: Path, split: str, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Batches of so many pixels and labels, evenly from the whole split: its tar is ordered by class."""
+    """Return `count` images and labels in batches, chosen evenly from the split, since its tar is ordered by class."""
     dataset = pixel_loader("tar", root, split=split, input_size=(3, SIDE, SIDE)).dataset
-    size = len(dataset)  # type: ignore[arg-type]  # of all datasets, these have one
+    size = len(dataset)  # type: ignore[arg-type]  # these datasets have a length
     pairs = [dataset[i * size // count] for i in range(count)]
-    # The layout decides the order of sums.
+    # The memory layout decides the order of sums, and so their rounding.
     pixels = torch.stack([pixels for pixels, _ in pairs]).contiguous(memory_format=torch.channels_last)
     labels = torch.tensor([label for _, label in pairs])
     return list(zip(pixels.split(BATCH), labels.split(BATCH), strict=True))
@@ -48,9 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=Path, required=True, help="the authors' tinyresnet18_cifar10_model.t7")
     parser.add_argument("--root", type=Path, required=True, help="folder that holds train.tar and test.tar")
-    parser.add_argument("--images", type=int, default=100, help="test images, evenly from all (default: 100)")
-    parser.add_argument("--severities", type=int, nargs="+", default=[1, 3, 5], choices=SEVERITIES)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--images", type=int, default=100, help="number of test images, chosen evenly (default: 100)")
+    parser.add_argument(
+        "--severities", type=int, nargs="+", default=[1, 3, 5], choices=SEVERITIES, help="severities (default: 1 3 5)"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     plain = load_published_(timm.create_model(NAME), args.weights)

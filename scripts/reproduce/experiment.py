@@ -1,4 +1,4 @@
-"""One table or figure of the paper (arXiv 2410.04577): rows, measured once and kept, claims, and a JSON file."""
+"""One table or figure of the paper (arXiv 2410.04577): rows that are measured once and kept, claims, a JSON file."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ RESULTS = Path(__file__).parents[2] / "results"
 PACKAGES = ("timm_nrpm", "torch", "timm", "torchattacks", "accelerate")
 
 Measured = dict[str, Any]
-"""What a row gives: under "ours" a number for each column, in % or in the unit of the table; perhaps the same under
-"worst case"; and whatever else is worth keeping."""
+"""Result of a row: under "ours" a number for each column, in % or in the unit of the table; where it was measured, the
+same under "worst case"; and further values to keep."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Row:
     """A row of a table.
 
     Attributes:
-        name: As the paper calls it, or what we add to it.
-        measure: Its numbers; raises `Missing` where they cannot be had.
-        paper: The paper's numbers, one a column, None where it has none.
-        full: Why full mode alone measures it; empty where quick mode does, too.
-        why: Why it is not the paper's, as far as is known; shown where it is not.
+        name: The paper's name of the row, or ours for a row that the paper does not have.
+        measure: Function that returns the row's numbers; it raises `Missing` if images or weights are missing.
+        paper: The paper's numbers, one for each column, None where it has none.
+        full: Reason why only full mode measures the row; empty if quick mode does, too.
+        why: Known reason why our numbers differ from the paper's; shown where they do.
     """
 
     name: str
@@ -50,17 +50,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of its numbers.
+    """A statement of the paper about its numbers, or one of ours.
 
     Attributes:
-        holds: From the numbers by row, whether it does.
+        text: The statement.
+        holds: Function that takes the numbers by row and returns whether the statement holds.
     """
 
     text: str
     holds: Callable[[Mapping[str, Sequence[float]]], bool]
 
     def judged(self, rows: Mapping[str, Measured], kind: str) -> bool | None:
-        """Under one kind of numbers, "ours" or "worst case"; None where they are missing."""
+        """Return whether it holds for one kind of numbers, "ours" or "worst case"; None where they are missing."""
         try:
             return self.holds({name: row[kind] for name, row in rows.items() if row.get(kind) is not None})
         except (KeyError, ValueError, TypeError):  # a row that is not there, the largest of none, an empty cell
@@ -72,15 +73,17 @@ class Experiment:
     """A table or a figure.
 
     Attributes:
-        key: Such as `"table-4"`, the name of its file.
-        title: What it is about.
-        families: Of the backbones, see :data:`lab.FAMILIES`.
+        key: Name of the result's file, such as `"table-4"`.
+        title: Title of the experiment's section.
+        families: Families of the backbones, keys of :data:`lab.FAMILIES`.
         columns: Headings of the numbers.
-        unit: Of the numbers.
-        settings: All that decides them, beside the mode.
-        about: How it was measured, in words.
-        draw: Makes a picture of the finished result, if there is one.
-        draws: The table whose numbers these are, if that is all it does.
+        rows: Rows in the order of the table.
+        claims: Statements to judge by the numbers.
+        unit: Unit of the numbers.
+        settings: Everything beside the mode that decides the numbers.
+        about: Description of the measurement.
+        draw: Function that draws the finished result into a file; None for no picture.
+        draws: Key of the table that a figure draws; empty if the experiment has numbers of its own.
     """
 
     key: str
@@ -96,11 +99,13 @@ class Experiment:
     draws: str = ""
 
     def run(self, lab: Lab, out: Path, *, resume: bool = False) -> dict[str, Any]:
-        """Measure whatever is missing, and write it down row by row.
+        """Measure all missing rows and write each to the result's file at once.
 
         Args:
-            resume: Whether to keep the rows that an earlier run with the same settings has measured; without it, all
-                are measured anew.
+            lab: Source of images, models and measurements.
+            out: Folder of the results.
+            resume: Whether to keep rows that an earlier run with the same settings measured; otherwise all are
+                measured again.
 
         Raises:
             ValueError: The earlier run had other settings. Its file is untouched.
@@ -114,7 +119,7 @@ class Experiment:
             before = json.loads(file.read_text())
             if any(before[key] != value for key, value in same.items()):
                 raise ValueError(
-                    f"{file} is of a run with other settings or versions: leave out --resume to measure anew, or give "
+                    f"{file} is of a run with other settings or versions: leave out --resume to measure again, or give "
                     "another --out."
                 )
             kept = {name: row for name, row in before["rows"].items() if "not run" not in row}
@@ -128,9 +133,9 @@ class Experiment:
             task, done = bar.add_task(self.key, total=len(self.rows)), dict[str, Measured]()
             for row in self.rows:
                 bar.update(task, description=f"{self.key}: {row.name}")
-                found = kept.get(row.name) or self._measured(row, lab)
+                measured = kept.get(row.name) or self._measured(row, lab)
                 stated = {"paper": list(row.paper) or None, "why": row.why}
-                done[row.name] = {**stated, **{k: v for k, v in found.items() if k not in stated}}
+                done[row.name] = {**stated, **{k: v for k, v in measured.items() if k not in stated}}
                 result["rows"] = {**done, **{name: row for name, row in kept.items() if name not in done}}
                 _write(file, result)
                 bar.advance(task)
@@ -144,7 +149,7 @@ class Experiment:
             picture = out / f"{self.key}.png"
             picture.unlink(missing_ok=True)
             self.draw(result, picture)
-            if picture.exists():  # of nothing there is none
+            if picture.exists():  # `draw` may find nothing to draw
                 result["picture"] = picture.name
         _write(file, result)
         return result
@@ -154,19 +159,21 @@ class Experiment:
             return {"not run": row.full}
         start = time.perf_counter()
         try:
-            found = row.measure()
+            measured = row.measure()
         except Missing as error:
             return {"not run": str(error)}
         except Diverged as error:
             return {"not run": f"tuning diverged: {error}"}
-        short = len(found["ours"]) != len(self.columns) or len(row.paper) not in (0, len(self.columns))
+        short = len(measured["ours"]) != len(self.columns) or len(row.paper) not in (0, len(self.columns))
         if short:
-            raise ValueError(f"{self.key}, {row.name}: {len(self.columns)} columns, and not as many numbers.")
-        return {**found, "seconds": round(time.perf_counter() - start, 1)}
+            raise ValueError(
+                f"{self.key}, {row.name}: {len(self.columns)} columns, and not as many numbers: return one for each."
+            )
+        return {**measured, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def hardware(lab: Lab) -> dict[str, Any]:
-    """What it ran on."""
+    """Return the hardware of the run."""
     gpu = torch.cuda.get_device_name() if lab.device == "cuda" else None
     return {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
@@ -178,12 +185,12 @@ def _write(file: Path, result: Mapping[str, Any]) -> None:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """What every experiment takes."""
+    """Return a parser of the options of every experiment."""
     parser = argparse.ArgumentParser(description=description)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="minutes on two cores, on a part of the images (default)")
     mode.add_argument("--full", action="store_true", help="the paper's images and epochs, for a GPU")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that an earlier run has measured")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that an earlier run measured")
     parser.add_argument("--data", type=Path, default=Path("data"), help=f"folder of datasets: {DATA} (default: data)")
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of published weights")
     parser.add_argument("--authors", type=Path, help="checkout of the authors' repository, for parity.py alone")
@@ -193,7 +200,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def lab_of(args: argparse.Namespace) -> Lab:
-    """Where the experiments are made."""
+    """Return the lab that the options describe."""
     mode = "full" if args.full else "quick"
     folders = (args.data, args.checkpoints, args.out / ".kept")
     return Lab(mode, *folders, authors=args.authors, resume=args.resume, download=args.download)
@@ -208,6 +215,6 @@ def main(make: Callable[[Lab], Experiment]) -> None:
         result = make(lab).run(lab, args.out, resume=args.resume)
     except ValueError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    from verdicts import section  # which reads what was written
+    from verdicts import section  # it reads what this module writes
 
     print(section(result))

@@ -1,4 +1,4 @@
-"""Figure 10: Table 8, drawn, a panel for each lambda.
+"""Figure 10: picture of Table 8, with a panel for each lambda.
 
 python scripts/reproduce/figure10.py --resume --data DATA --checkpoints CHECKPOINTS
 """

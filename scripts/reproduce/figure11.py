@@ -1,4 +1,4 @@
-"""Figure 11: the embeddings of another image, as Figure 5 has them.
+"""Figure 11: the same as Figure 5 for another image.
 
 python scripts/reproduce/figure11.py --data DATA
 """

@@ -1,4 +1,4 @@
-"""Figure 12: Table 11, drawn.
+"""Figure 12: picture of Table 11.
 
 python scripts/reproduce/figure12.py --resume --data DATA --checkpoints CHECKPOINTS
 """

@@ -19,7 +19,7 @@ LAM, EPS = 0.3, 0.3
 TUNE: dict[str, Any] = {"paradigm": "all", "objective": "clean+fgsm", "eps": EPS, "optimizer": "momentum", "lr": 0.01,
                         "lam_lr": 0.001, "schedule": "constant", "epochs": 1}  # fmt: skip
 QUICK = (3, 10_000)
-"""Epochs and images of each."""
+"""Numbers of epochs and of images per epoch."""
 
 
 def experiment(lab: Lab) -> Experiment:
@@ -41,10 +41,10 @@ def experiment(lab: Lab) -> Experiment:
         figure = canvas.figure(8.4, 3.8)
         for panel, column in zip(figure.subplots(1, 2), (0, -1), strict=True):
             for kind, (colour, marker, _) in zip(("LPM", "NRPM"), canvas.STYLES, strict=False):
-                found = [result["rows"][f"{kind}, epoch {e}"] for e in range(epochs + 1)]
+                measured = [result["rows"][f"{kind}, epoch {e}"] for e in range(epochs + 1)]
                 for measure, line in (("ours", "-"), ("worst case", "--")):
                     label = kind if measure == "ours" else f"{kind}, worst case"
-                    heights = [row[measure][column] if measure in row else float("nan") for row in found]
+                    heights = [row[measure][column] if measure in row else float("nan") for row in measured]
                     panel.plot(range(epochs + 1), heights, line, color=colour, marker=marker, markersize=4, label=label)
             panel.set(title=f"budget {result['columns'][column]}", xlabel="epoch", ylabel="accuracy, %", ylim=(-2, 102))
             panel.set_xticks(range(epochs + 1))

@@ -19,11 +19,11 @@ from timm_nrpm.figures.diagnostics import draw_embeddings
 from timm_nrpm.nn.pixel_model import PixelModel
 
 ROWS = {"LPM": "LPM", "NRPM": "NRPM", "NRPM, attacked on the plain model": "LPM"}
-"""The models, and on which of them the attack is made."""
+"""For each row, the model on which its attack is made."""
 
 
 def experiment(lab: Lab, key: str = "figure-5", number: int = 0) -> Experiment:
-    """The `number`-th image of those whose prediction the attack changes in the plain model and not in the other."""
+    """Return the experiment. It draws the `number`-th image that the attack breaks in LPM and not in NRPM."""
 
     def models() -> dict[str, nn.Module]:
         return {name: lab.reprogrammed("lenet", NAME, lam) for name, lam in (("LPM", 1.0), ("NRPM", LAM))}

@@ -1,4 +1,4 @@
-"""Figure 7: Table 12, drawn.
+"""Figure 7: picture of Table 12.
 
 python scripts/reproduce/figure7.py --resume --data DATA --checkpoints CHECKPOINTS
 """

@@ -1,4 +1,4 @@
-"""Figure 8: Table 6, drawn.
+"""Figure 8: picture of Table 6.
 
 python scripts/reproduce/figure8.py --resume --data DATA
 """

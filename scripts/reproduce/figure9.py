@@ -19,7 +19,7 @@ from timm_nrpm.attacks.suites import alone, attacks_of
 
 NAME = "mlp3_mnist"
 BUDGETS: dict[str, tuple[float, ...]] = {"L0": (5, 10, 20, 40), "L2": (0.5, 1, 2, 3), "Linf": (0.05, 0.1, 0.2, 0.3)}
-"""In pixels, and in pixel units of [0, 1]."""
+"""Bounds: numbers of pixels for L0, pixel units of [0, 1] for the others."""
 
 
 def experiment(lab: Lab) -> Experiment:
@@ -29,8 +29,8 @@ def experiment(lab: Lab) -> Experiment:
         threats = [Threat(norm, eps) for eps in BUDGETS[norm]]
         attacks = [attacks_of("quick", threat, EFFORTS["quick"], ("own",), 10) for threat in threats]
         direct = [
-            next(alone(attack, threat) for attack in found if attack.name == "pgd")
-            for found, threat in zip(attacks, threats, strict=True)
+            next(alone(attack, threat) for attack in suite if attack.name == "pgd")
+            for suite, threat in zip(attacks, threats, strict=True)
         ]
         ours = [lab.under("mlp", model, run) for run in (None, *direct)]
         return {"ours": ours, "worst case": lab.worst("mlp", model, threats)}

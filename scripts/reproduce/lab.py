@@ -1,4 +1,4 @@
-"""Images and models for the paper's experiments: read or trained once, measured as the paper does and adaptively."""
+"""Images and models of the paper's experiments, read or trained once, and their accuracies under attack."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from timm_nrpm.version import __version__
 DATA = "MNIST/ and cifar10/ as torchvision or class folders in tars keep them, svhn/, imagenet10/ with train/ and val/"
 BATCH = 250
 USEFUL = {"resnet": 30.0}
-"""Clean accuracy in % below which quick mode does not ask for the worst case, where that takes minutes."""
+"""By family: the clean accuracy in % below which quick mode leaves out the worst case, which takes minutes."""
 
 
 class Missing(Exception):
-    """Images or weights that are not here, and where they would have to be."""
+    """Images or weights are missing; the message says where they have to be."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Backbones that the paper measures alike.
+    """Backbones that the paper measures in the same way.
 
     Attributes:
-        dataset: One of `READERS`.
-        budgets: Of the attack, Linf, in pixel units.
-        attack: `"fgsm"`, or `"pgd"`: 20 steps of 2/255.
-        estimate: Of :class:`timm_nrpm.NRPMConfig`: the paper's K = 1, and eps and layers of its authors' code.
-        train: Of :class:`timm_nrpm.TuneConfig`, to train a plain model from nothing.
-        published: The authors' weights, by backbone.
-        wrong_stays: Whether an image that is wrong when clean counts as wrong whatever the attack makes of it, as in
-            the authors' code for MNIST; in that for CIFAR-10 an attack may put it right.
+        dataset: Name of the dataset, a key of `READERS`.
+        budgets: Linf bounds of the attack, in pixel units of [0, 1].
+        attack: `"fgsm"`, or `"pgd"` for PGD with 20 steps of 2/255.
+        estimate: Arguments of :class:`timm_nrpm.NRPMConfig`: the paper's K = 1, eps and layers of its authors' code.
+        train: Arguments of :class:`timm_nrpm.TuneConfig` for training a plain model from scratch.
+        published: File names of the authors' weights by backbone.
+        wrong_stays: Whether an image that is misclassified when clean counts as wrong under attack too, as in the
+            authors' code for MNIST. In their code for CIFAR-10 only the attacked image counts.
     """
 
     dataset: str
@@ -97,7 +97,7 @@ READERS = {
     "svhn": (("torch/svhn", "svhn"),),
     "imagenet10": (("folder", "imagenet10"),),
 }
-"""Of each dataset, how it may be read and in which folder; those of torchvision may be downloaded."""
+"""By dataset: readers and their folders, in the order in which they are tried. torchvision's can be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class Effort:
     """How much is measured and trained.
 
     Attributes:
-        images: Test images under the paper's attack; None for all.
-        worst: Of them, those that the adaptive suite attacks.
-        steps, queries: Of that suite.
-        samples: Training images; None for all.
-        epochs: Of training from nothing.
-        tuning: Epochs of paradigms 2 and 3, and of their control.
+        images: Number of test images under the paper's attack; None for all.
+        worst: Number of those images that the adaptive suite attacks.
+        steps, queries: Numbers of steps and queries of that suite.
+        samples: Number of training images; None for all.
+        epochs: Number of epochs of training from scratch.
+        tuning: Number of epochs of paradigms 2 and 3, and of their control.
     """
 
     images: int | None
@@ -132,7 +132,7 @@ EFFORTS: dict[str, dict[str, Effort]] = {
         "resnet": Effort(1000, 25, samples=5000),
     },
     "full": {
-        "mlp": Effort(1000, 1000, 50, 300, epochs=50, tuning=5),  # the first thousand, as the authors' code has it
+        "mlp": Effort(1000, 1000, 50, 300, epochs=50, tuning=5),  # the first thousand, as in the authors' code
         "lenet": Effort(1000, 1000, 50, 300, epochs=50, tuning=5),
         "svhn": Effort(None, 1000, 50, 300, epochs=50, tuning=5),
         "imagenet10": Effort(None, 500, 50, 300, epochs=50, tuning=5),
@@ -143,16 +143,16 @@ EFFORTS: dict[str, dict[str, Effort]] = {
 
 
 class Lab:
-    """Where experiments are made.
+    """Reads images, makes models and measures them, for all experiments.
 
     Args:
         mode: `"quick"` or `"full"`, see `EFFORTS`.
         data: Folder of datasets.
         checkpoints: Folder of the authors' published weights.
-        kept: Folder of what was trained and measured, so that another experiment, or a run that was stopped, has it.
-        authors: A checkout of their repository, for the comparison with their code.
-        resume: Whether to take numbers from there; models are taken in any case.
-        download: Whether torchvision may download.
+        kept: Folder of trained models and measured numbers, for other experiments and resumed runs.
+        authors: Checkout of the authors' repository, for the comparison with their code.
+        resume: Whether to reuse the numbers in `kept`; models are reused in any case.
+        download: Whether torchvision may download datasets.
     """
 
     seed = 0
@@ -174,14 +174,14 @@ class Lab:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._images: dict[tuple[str, str, int | None], tuple[Tensor, Tensor]] = {}
         self._plain: dict[str, nn.Module] = {}
-        self._found: dict[str, Any] = {}
+        self._results: dict[str, Any] = {}
 
     def settings(self, families: Sequence[str]) -> dict[str, Any]:
-        """Of what is measured on backbones of these families."""
+        """Return the settings of everything that is measured on backbones of these families."""
         return {name: {**asdict(FAMILIES[name]), **asdict(self.efforts[name])} for name in families}
 
     def described(self, family: str) -> str:
-        """How much is measured, in words."""
+        """Describe how much is measured."""
         effort, own = self.efforts[family], FAMILIES[family]
         which = f"the first {effort.images} test images" if effort.images else "all test images"
         if own.dataset == "cifar10" and effort.images:
@@ -198,10 +198,10 @@ class Lab:
     # Images
 
     def loader(self, dataset: str, split: str, **options: Any) -> DataLoader[Any]:
-        """Of pixels and labels.
+        """Return a loader of batches of pixels in [0, 1] and labels.
 
         Raises:
-            Missing: The dataset is not here.
+            Missing: The dataset is not in the folder of data.
         """
         size = {"mnist": (1, 28, 28), "imagenet10": (3, 224, 224)}.get(dataset, (3, 32, 32))
         split = "validation" if (dataset, split) == ("imagenet10", "test") else split
@@ -218,12 +218,14 @@ class Lab:
         raise Missing(f"{dataset} is not here ({reasons[-1].split('(')[0].strip().rstrip('.')}): --data holds {DATA}.")
 
     def images(self, dataset: str, split: str = "test", count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Pixels and labels, always the same: the first, as the authors' code takes them, and where the files are in
-        the order of ten classes, the first of each."""
+        """Return pixels `[N, C, H, W]` and labels `[N]`, always of the same images.
+
+        They are the first images, as in the authors' code, or the first of each class where files are ordered by class.
+        """
         key = (dataset, split, count)
         if key not in self._images:
             every = self.loader(dataset, split).dataset
-            size = len(every)  # type: ignore[arg-type]  # these datasets have one
+            size = len(every)  # type: ignore[arg-type]  # these datasets have a length
             count = min(count or size, size)
             blocks = 10 if isinstance(every, ImageDataset) else 1
             each, block = math.ceil(count / blocks), size // blocks
@@ -235,9 +237,9 @@ class Lab:
     # Models
 
     def plain(self, family: str, name: str, **build: Any) -> nn.Module:
-        """A plain model: the published weights where the authors published some, else trained from nothing."""
-        known = f"{name} {build}"
-        if known not in self._plain:
+        """Return a plain model with the authors' published weights, or trained from scratch if there are none."""
+        key = f"{name} {build}"
+        if key not in self._plain:
             file = FAMILIES[family].published.get(name)
             model = timm.create_model(name, **build)
             if file is None:
@@ -246,8 +248,8 @@ class Lab:
                 load_published_(model, self.checkpoints / file)
             else:
                 raise Missing(f"{file} is not in the folder of --checkpoints: it is in the authors' repository")
-            self._plain[known] = model.eval().to(self.device)
-        return copy.deepcopy(self._plain[known])
+            self._plain[key] = model.eval().to(self.device)
+        return copy.deepcopy(self._plain[key])
 
     def reprogrammed(
         self,
@@ -259,26 +261,26 @@ class Lab:
         build: Mapping[str, Any] | None = None,
         **estimate: Any,
     ) -> nn.Module:
-        """The plain model at one lambda, with the estimate of its family where `estimate` says nothing else."""
+        """Return the plain model reprogrammed at one lambda; `estimate` overrides settings of its family's estimate."""
         model = self.plain(family, name, **(build or {}))
         reprogram_(model, NRPMConfig(lam=lam, **{**FAMILIES[family].estimate, **estimate}))
         return self.calibrated(family, model) if calibrated else model
 
     def calibrated(self, family: str, model: nn.Module) -> nn.Module:
-        """On a thousand training images."""
+        """Calibrate a model on a thousand training images."""
         pixels, _ = self.images(FAMILIES[family].dataset, "train", 1000)
         return calibrate_(model, pixels.split(BATCH))
 
     def tuned(
         self, family: str, model: nn.Module, settings: Mapping[str, Any], samples: int | None = None
     ) -> nn.Module:
-        """Tuned on the training images, or what an earlier run has tuned from the same start in the same way."""
+        """Tune a model, or load what an earlier run tuned from the same start with the same settings."""
         effort = self.efforts[family]
         settings = {"epochs": effort.tuning, **settings}
         return self._tuned(family, model, settings, samples or effort.samples)
 
     def trained(self, family: str, name: str, settings: Mapping[str, Any], **build: Any) -> nn.Module:
-        """A plain model trained from nothing, as its family is but for `settings`."""
+        """Train a plain model from scratch; `settings` override those of its family."""
         torch.manual_seed(self.seed)
         model = reprogram_(timm.create_model(name, **build), NRPMConfig(lam=1.0))
         settings = {"epochs": self.efforts[family].epochs, "objective": "clean", **FAMILIES[family].train, **settings}
@@ -286,34 +288,34 @@ class Lab:
         return restore_(self._tuned(family, model, settings, self.efforts[family].samples))
 
     def _tuned(self, family: str, model: nn.Module, settings: Mapping[str, Any], samples: int | None) -> nn.Module:
-        """By a run that is kept: one that was stopped goes on, one that is done gives its model back."""
+        """Tune in a run folder that is kept: a run that was stopped goes on, a finished one gives its model back."""
         dataset = FAMILIES[family].dataset
         augment: dict[str, Any] = {"augment": True, "hflip": 0.5} if dataset in ("cifar10", "imagenet10") else {}
         loader = self.loader(dataset, "train", training=True, batch_size=128, samples=samples, **augment)
-        seen = digest_of(*self.images(dataset, "train", 100))
-        what = {"start": model_sha256(model), "settings": dict(settings), "images": [seen, samples]}
-        run = self.kept / f"{family}-{self._key(what)}"
+        digest = digest_of(*self.images(dataset, "train", 100))
+        identity = {"start": model_sha256(model), "settings": dict(settings), "images": [digest, samples]}
+        run = self.kept / f"{family}-{self._key(identity)}"
         config = TuneConfig(**settings, output=str(run), checkpoint_every=1000, keep=1)
         tune(model.to(self.device), loader, config, resume=True, progress=True)
         return model.eval()
 
-    # Numbers
+    # Accuracies
 
     def attack(self, family: str, eps: float) -> Run:
-        """The paper's, on the model's own gradient."""
+        """Return the paper's attack, which follows the model's own gradient."""
         own = FAMILIES[family]
         return fgsm(eps) if own.attack == "fgsm" else pgd(Threat("Linf", eps), 20, 2 / 255)
 
     def right(self, family: str, model: nn.Module, run: Run | None, count: int | None = None) -> Tensor:
-        """Which images are right under one attack, or clean, `[N]`.
+        """Return which images are classified correctly under one attack, or clean if `run` is None, `[N]`.
 
         Args:
-            count: Of images, see :meth:`some`.
+            count: Number of images, which :meth:`some` chooses.
         """
-        # In evaluation mode as a whole: torchattacks puts a model back into the mode of its outermost module.
+        # The wrapper is in evaluation mode, too: torchattacks puts all modules back into the mode of the outermost.
         net = PixelModel(model).to(self.device).eval()
         pixels, labels = self.some(family, count)
-        found = []
+        correct = []
         with attackable(model):  # no gradient of the weights
             for number, (x, y) in enumerate(zip(pixels.split(BATCH), labels.split(BATCH), strict=True)):
                 attacked = x if run is None else run(net, x, y, list(range(number * BATCH, number * BATCH + len(x))))
@@ -321,22 +323,22 @@ class Lab:
                     hits = net(attacked).argmax(1) == y
                     if FAMILIES[family].wrong_stays and run is not None:
                         hits &= net(x).argmax(1) == y
-                found.append(hits)
-        return torch.cat(found)
+                correct.append(hits)
+        return torch.cat(correct)
 
     def under(self, family: str, model: nn.Module, run: Run | None, count: int | None = None) -> float:
-        """Accuracy in % under one attack, or clean."""
+        """Return the accuracy in % under one attack, or clean if `run` is None."""
         return round(100 * float(self.right(family, model, run, count).float().mean()), 2)
 
     def some(self, family: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Test images of the effort, or so many of them: the first, or, of those in the order of classes, evenly."""
+        """Return the effort's test images, or `count` of them: the first, or evenly chosen if ordered by class."""
         pixels, labels = self.images(FAMILIES[family].dataset, "test", self.efforts[family].images)
         count = min(count or len(labels), len(labels))
         step = 1 if FAMILIES[family].dataset == "mnist" else len(labels) // count
         return pixels[::step][:count], labels[::step][:count]
 
     def worst(self, family: str, model: nn.Module, threats: Sequence[Threat]) -> list[float]:
-        """Accuracies in %, clean and in the worst case: over the adaptive suite, on the images of the effort for it."""
+        """Return accuracies in %, clean and over the adaptive suite under each threat, on `Effort.worst` images."""
         return self.surviving(family, model, threats, count=self.efforts[family].worst)
 
     def surviving(
@@ -350,18 +352,18 @@ class Lab:
         steps: int | None = None,
         queries: int | None = None,
     ) -> list[float]:
-        """Accuracies in %, clean and, image by image, over all attacks of a suite.
+        """Return accuracies in %, clean and, image by image, over all attacks of a suite under each threat.
 
         Args:
-            threats: Of one norm, each wider than the one before, so that it takes what that one broke as broken.
-            count: Of images.
-            steps, queries: Of the suite, in place of the effort's.
+            threats: Threats of one norm, each wider than the one before: what one breaks, the next need not attack.
+            count: Number of images.
+            steps, queries: Numbers of steps and queries of the suite, in place of the effort's.
         """
         effort = self.efforts[family]
         options: dict[str, Any] = {"steps": steps or effort.steps, "queries": queries or effort.queries}
-        what = {"model": model_sha256(model), "family": asdict(FAMILIES[family]), "suite": suite, **options}
-        what |= {"images": digest_of(*self.some(family, count)), "threats": [[t.norm, t.eps] for t in threats]}
-        return self._once(what, lambda: self._surviving(family, model, threats, suite, count, options))
+        identity = {"model": model_sha256(model), "family": asdict(FAMILIES[family]), "suite": suite, **options}
+        identity |= {"images": digest_of(*self.some(family, count)), "threats": [[t.norm, t.eps] for t in threats]}
+        return self._once(identity, lambda: self._surviving(family, model, threats, suite, count, options))
 
     def _surviving(
         self,
@@ -390,14 +392,16 @@ class Lab:
         return [round(share, 1) for share in shares]
 
     def measured(self, family: str, model: nn.Module, count: int | None = None) -> dict[str, Any]:
-        """A row: clean and at every budget, under the paper's attack and, if it is of any use, in the worst case.
+        """Return a row: accuracies clean and at every budget, under the paper's attack and in the worst case.
+
+        Quick mode leaves out the worst case where the clean accuracy is below `USEFUL`.
 
         Args:
-            count: Of images under the paper's attack; by default those of the effort.
+            count: Number of images under the paper's attack; by default that of the effort.
         """
-        what = {"measured": self.settings([family]), "images": digest_of(*self.some(family, count))}
-        what |= {"model": model_sha256(model)}
-        return self._once(what, lambda: self._row(family, model, count))
+        identity = {"measured": self.settings([family]), "images": digest_of(*self.some(family, count))}
+        identity |= {"model": model_sha256(model)}
+        return self._once(identity, lambda: self._row(family, model, count))
 
     def _row(self, family: str, model: nn.Module, count: int | None) -> dict[str, Any]:
         budgets = FAMILIES[family].budgets
@@ -412,21 +416,21 @@ class Lab:
             row["worst case"] = self.worst(family, model, [Threat("Linf", eps) for eps in budgets])
         return row
 
-    def _once(self, what: Mapping[str, Any], work: Callable[[], Any]) -> Any:
-        """What `work` gives, which JSON can hold, or what it gave when it was asked the same before."""
-        key = self._key(what)
+    def _once(self, identity: Mapping[str, Any], work: Callable[[], Any]) -> Any:
+        """Return the result of `work`, which JSON can hold, or the kept result of the same identity."""
+        key = self._key(identity)
         file = self.kept / f"{key}.json"
-        if key not in self._found:
+        if key not in self._results:
             if self.resume and file.exists():
-                self._found[key] = json.loads(file.read_text())
+                self._results[key] = json.loads(file.read_text())
             else:
-                self._found[key] = work()
+                self._results[key] = work()
                 self.kept.mkdir(parents=True, exist_ok=True)
                 draft = file.with_suffix(f".{os.getpid()}")
-                draft.write_text(json.dumps(self._found[key]))
+                draft.write_text(json.dumps(self._results[key]))
                 draft.replace(file)
-        return copy.deepcopy(self._found[key])
+        return copy.deepcopy(self._results[key])
 
-    def _key(self, what: Mapping[str, Any]) -> str:
+    def _key(self, identity: Mapping[str, Any]) -> str:
         versions = {"timm_nrpm": __version__, "torch": torch.__version__}
-        return checksum_of({**json.loads(json.dumps(what)), **versions})[:16]
+        return checksum_of({**json.loads(json.dumps(identity)), **versions})[:16]

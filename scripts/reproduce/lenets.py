@@ -1,4 +1,4 @@
-"""LeNet, plain and reprogrammed, on one more dataset: what Tables 9 and 10 have in common."""
+"""The common part of Tables 9 and 10: LeNet, plain and reprogrammed, on one dataset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TUNE: dict[str, Any] = {"paradigm": "all", "objective": "clean", "optimizer": "a
 def plain_and_tuned(
     lab: Lab, key: str, title: str, family: str, name: str, columns: Sequence[str], paper: Mapping[str, Sequence[float]]
 ) -> Experiment:
-    """Two rows, LPM and NRPM: trained naturally, then reprogrammed and fine-tuned on clean images."""
+    """Return a table of two rows: LPM, trained naturally, and NRPM, reprogrammed and fine-tuned on clean images."""
 
     def row(reprogrammed: bool) -> Measured:
         if not reprogrammed:

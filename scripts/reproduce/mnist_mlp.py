@@ -1,13 +1,13 @@
-"""Tables 1 and 2 taken further: three paradigms on the published MNIST MLP, each tuned under every budget.
+"""Extend Tables 1 and 2: three paradigms on the published MNIST MLP, each tuned under every budget.
 
     python scripts/reproduce/mnist_mlp.py --weights mlp3_mnist_model.pth --root DATA    # half an hour on two cores
 
 DATA holds MNIST in torchvision's layout. Writes results/mnist-mlp.json, .md and .png; a run that was interrupted goes
 on.
 
-The paper's protocol is FGSM on the model's own gradient, K = 1. Beside it stands the worst case, image by image, of
-FGSM and PGD on the own gradient and PGD from the plain model; and beside the paradigms their control, the plain model
-tuned just as long under the same attack.
+The paper's protocol is FGSM on the model's own gradient, K = 1. It is compared with the worst case, image by image,
+of FGSM and PGD on the own gradient and PGD from the plain model. The paradigms are compared with their control: the
+plain model, tuned just as long under the same attack.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from timm_nrpm.models.backbones import load_published_
 RESULTS = Path(__file__).parents[2] / "results"
 BUDGETS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 LAMBDAS = tuple(i / 10 for i in range(10, -1, -1))
-K, EPS, START = 1, 5e-5, 0.5  # the paper's K; its code's eps; its first lambda
-STEPS = 10  # of PGD in the worst case
+K, EPS, START = 1, 5e-5, 0.5  # the paper's K, eps of its code, and its initial lambda
+STEPS = 10  # steps of PGD in the worst case
 
-# One setting for every budget. Lambda moves slowly, since the cross-entropy of images that are lost in any case falls
-# with the logits, and so with lambda, without end.
+# The same settings for every budget. Lambda's learning rate is low: the cross-entropy of images that are misclassified
+# in any case falls with the logits, and so with lambda, without end.
 PARADIGM_2: dict[str, Any] = {"paradigm": "lambda", "lam_lr": 0.001}
 PARADIGM_3: dict[str, Any] = {"paradigm": "all", "optimizer": "adamw", "lr": 0.001, "lam_lr": 0.0005}
 MIXTURE = {**PARADIGM_3, "gradient": "mixture"}  # not in the paper: an inner attack that the estimate misleads less
@@ -83,7 +83,7 @@ class Study:
             self.rows = kept["rows"] if kept["settings"] == self.settings else {}
         images: dict[str, Any] = {"input_size": (1, 28, 28), "batch_size": 250}
         count = args.images // 250
-        # The first thousand of each, as the paper's tables have it.
+        # The first thousand of each split, as in the paper's tables.
         self.test, self.train = (
             list(islice(pixel_loader("torch/mnist", args.root, split=split, **images), count))
             for split in ("test", "train")
@@ -94,7 +94,7 @@ class Study:
         return reprogram_(plain, NRPMConfig(lam=lam, iterations=iterations, eps=eps)).eval()
 
     def measured(self, model: torch.nn.Module) -> Row:
-        """Accuracies in % at every budget, the first of them clean."""
+        """Return lambdas and accuracies in %, first clean and then at every budget."""
         reports = [
             evaluate(model, self.test, Threat("Linf", eps), "quick", steps=STEPS, control=False) for eps in BUDGETS[1:]
         ]
@@ -106,14 +106,14 @@ class Study:
         }
 
     def fgsm_on_training_images(self, model: torch.nn.Module) -> list[float]:
-        """By which the budget to tune at is chosen, without a look at the test images."""
+        """Return FGSM accuracies by which :meth:`chosen` picks a row without looking at the test images."""
         reports = [
             evaluate(model, self.train, Threat("Linf", eps), "quick", steps=1, control=False) for eps in BUDGETS[1:]
         ]
         return [round(100 * report.accuracy("fgsm"), 1) for report in reports]
 
     def tuned(self, lam: float, budget: float, settings: Row, **reprogramming: Any) -> Row:
-        """Tuned under FGSM of the budget, then measured."""
+        """Tune a model under FGSM of the budget, then measure it."""
         model = self.model(lam, **reprogramming)
         settings = {"samples": self.args.samples, **settings}
         options: dict[str, Any] = {"samples": settings.pop("samples"), "training": True, "batch_size": 128}
@@ -133,7 +133,7 @@ class Study:
         }
 
     def plan(self) -> dict[str, Callable[[], Row]]:
-        """Every row, by name."""
+        """Return the function that measures each row, by the row's name."""
         plan: dict[str, Callable[[], Row]] = {}
         for lam in LAMBDAS:
             plan[f"paradigm 1, {lam}"] = lambda lam=lam: self.measured(self.model(lam))  # type: ignore[misc]
@@ -151,7 +151,7 @@ class Study:
         return plan
 
     def run(self, only: str) -> None:
-        """Whatever rows are missing."""
+        """Measure the missing rows whose names start with `only`."""
         missing = {name: work for name, work in self.plan().items() if name not in self.rows and name.startswith(only)}
         for name in track(missing, "Measuring"):
             self.rows[name] = missing[name]()
@@ -166,8 +166,11 @@ class Study:
             draft.replace(self.file)
 
     def chosen(self, name: str) -> list[str]:
-        """For each budget, the row that is best at it under FGSM: of paradigm 1 even on the test images, of what was
-        tuned on training images. The first budget is none, and so is that of the row for it."""
+        """Return, for each budget, the name of the row that is best at it under FGSM.
+
+        Rows of paradigm 1 are compared on the test images, tuned rows on training images. At the first budget, 0, the
+        tuned row is the one tuned at 0.
+        """
         if name == "paradigm 1":
             rows = [f"{name}, {lam}" for lam in LAMBDAS]
             return [max(rows, key=lambda row: self.rows[row]["fgsm"][i]) for i in range(len(BUDGETS))]
@@ -176,11 +179,11 @@ class Study:
         return [rows[0], *(max(rows, key=lambda row: self.rows[row]["fgsm, training images"][i]) for i in seen)]
 
     def best(self, name: str, kind: str = "fgsm") -> list[float]:
-        """Accuracies of the chosen rows, each at its budget."""
+        """Return the accuracies of the chosen rows, each at its budget."""
         return [self.rows[row][kind][i] for i, row in enumerate(self.chosen(name))]
 
     def verdicts(self) -> dict[str, bool]:
-        """What the paper says, and whether it holds here."""
+        """Return the paper's statements and whether they hold here."""
         one, two, three = (self.best(f"paradigm {i}") for i in (1, 2, 3))
         means = [mean(self.rows[f"paradigm 2, {eps}"]["lambda"]) for eps in BUDGETS]
         steep = [name for name in self.rows if name.startswith("steep") and "diverged" not in self.rows[name]]
@@ -193,7 +196,7 @@ class Study:
         }
 
     def markdown(self) -> str:
-        """The tables."""
+        """Return the tables in Markdown."""
         budgets = ["natural", *(f"{eps:g}" for eps in BUDGETS[1:])]
 
         def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -258,7 +261,7 @@ class Study:
         return "\n".join(lines) + "\n"
 
     def draw(self, path: Path) -> None:
-        """Accuracy over the budget, as the paper measures it and in the worst case; learned lambdas over the budget."""
+        """Draw accuracies over the budget, under the paper's attack and in the worst case, and the learned lambdas."""
         looks = {"paradigm 1": ("#56B4E9", "o"), "paradigm 2": ("#E69F00", "^"), "paradigm 3": ("#D55E00", "s"),
                  MIXED: ("#CC79A7", "D"), "control": ("#000000", "x")}  # fmt: skip
         figure = canvas.figure(14, 4.4)
@@ -286,11 +289,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=Path, required=True, help="the authors' mlp3_mnist_model.pth")
     parser.add_argument("--root", type=Path, required=True, help="folder that holds MNIST/raw")
-    parser.add_argument("--images", type=int, default=1000, help="to evaluate on, a multiple of 250 (default: 1000)")
-    parser.add_argument("--samples", type=int, help="to tune on (default: all 60000)")
-    parser.add_argument("--epochs", type=int, default=1, help="(default: 1)")
-    parser.add_argument("--only", default="", help="rows whose name starts so; several processes can share the work")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--images", type=int, default=1000, help="test images, a multiple of 250 (default: 1000)")
+    parser.add_argument("--samples", type=int, help="training images to tune on (default: all 60000)")
+    parser.add_argument("--epochs", type=int, default=1, help="number of epochs (default: 1)")
+    parser.add_argument("--only", default="", help="rows whose names start so; several processes can share the work")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args)

@@ -1,4 +1,4 @@
-"""Our layer and the authors', on the same weights and inputs: differences of values and gradients, time and memory.
+"""Compare our layer with the authors' on the same weights and inputs: values, gradients, time and memory.
 
     python scripts/reproduce/parity.py --authors CHECKOUT    # of github.com/chris-hzc/Robustness-Reprogramming
 
@@ -37,7 +37,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Case:
-    """A layer: input `[N, C, H, W]`, outputs, kernel, stride and padding, and how it estimates."""
+    """A layer and its estimate. `shape` is that of the input, `[N, C, H, W]`; `kernel` is the side of the kernel."""
 
     shape: tuple[int, int, int, int]
     outputs: int
@@ -64,13 +64,13 @@ CASES = {
 }
 THEIRS = {"l1": "L12", "huber": "Huber", "mcp": "MCP", "huber-mcp": "HM"}
 ZONES = {"delta": 0.01, "gamma": 0.02}
-"""Of the penalties, so that products fall on both sides of them."""
+"""Thresholds of the penalties, chosen so that products fall on both sides of them."""
 
 Layer = Callable[[Tensor, Tensor], Tensor]
 
 
 def theirs(case: Case, checkout: Path) -> Layer:
-    """Their convolution, whose forward leaves the bias out."""
+    """Return the authors' convolution, whose forward leaves the bias out."""
     spec = importlib.util.spec_from_file_location("authors_conv2d", checkout / "models" / "conv2d.py")
     assert spec is not None
     assert spec.loader is not None
@@ -92,40 +92,41 @@ def theirs(case: Case, checkout: Path) -> Layer:
 
 
 def ours(case: Case) -> Layer:
+    """Return our convolution."""
     options: dict[str, Any] = {"stride": case.stride, "padding": case.padding, "lam": case.lam, "eps": case.eps,
                                "iterations": case.iterations, "penalty": case.penalty, **ZONES}  # fmt: skip
     return lambda x, weight: nrpm_conv2d(x, weight, **options)
 
 
 def step(layer: Layer, case: Case, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], float]:
-    """Output and both gradients, and the median time of a forward and backward in seconds."""
+    """Return the output and both gradients, and the median seconds of a forward and backward."""
     draw = torch.Generator().manual_seed(0)
     fan_in = case.shape[1] * case.kernel**2
     x = torch.randn(case.shape, generator=draw).to(dtype).requires_grad_()
     weight = torch.randn(case.outputs, case.shape[1], case.kernel, case.kernel, generator=draw) / fan_in**0.5
     weight = weight.to(dtype).requires_grad_()
-    found, times = [], []
+    tensors, times = [], []
     for number in range(ROUNDS + 1):
         start = time.perf_counter()
         y = layer(x, weight)
         slope = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        found = [y.detach(), *torch.autograd.grad((y * slope).sum(), (x, weight))]
+        tensors = [y.detach(), *torch.autograd.grad((y * slope).sum(), (x, weight))]
         times += [time.perf_counter() - start] if number else []
-    return found, median(times)
+    return tensors, median(times)
 
 
-def gap(found: list[Tensor], reference: list[Tensor]) -> float:
-    """The largest difference, relative to the largest entry."""
-    pairs = zip(found, reference, strict=True)
+def gap(tensors: list[Tensor], reference: list[Tensor]) -> float:
+    """Return the largest difference, relative to the largest entry of the reference."""
+    pairs = zip(tensors, reference, strict=True)
     return float(f"{max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs):.2g}")
 
 
 def peak(name: str, checkout: Path | None) -> int:
-    """By how many bytes one step raises the memory of a process of its own; their layer if there is a checkout."""
+    """Return the bytes by which a step raises its process's memory; of the authors' layer if `checkout` is given."""
     case = CASES[name]
     layer = ours(case) if checkout is None else theirs(case, checkout)
-    step(layer, replace(case, shape=(1, *case.shape[1:])))  # what the library itself takes
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark so far is forgotten
+    step(layer, replace(case, shape=(1, *case.shape[1:])))  # warm-up: memory of the libraries
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
     step(layer, case)
     return _status("VmHWM") - before

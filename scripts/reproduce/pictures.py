@@ -1,4 +1,4 @@
-"""Pictures of results: bars over lambda or models, the deeper the larger the budget, as the paper draws them."""
+"""Pictures of results: bars over lambda or models, darker for larger budgets as in the paper, and lines."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ KINDS = {"ours": "the paper's attack", "worst case": "worst case"}
 
 
 def bars(result: Mapping[str, Any], path: Path) -> None:
-    """A group of bars for each row, a bar for each column; the worst case beside, where it was measured."""
-    found = {name: row for name, row in result["rows"].items() if "ours" in row}
-    kinds = [kind for kind in KINDS if any(row.get(kind) for row in found.values())]
-    figure = canvas.figure(max(5.0, 0.75 * len(found)) * len(kinds), 4.2)
+    """Draw a group of bars for each row, a bar for each column; the worst case has a panel where it was measured."""
+    rows = {name: row for name, row in result["rows"].items() if "ours" in row}
+    kinds = [kind for kind in KINDS if any(row.get(kind) for row in rows.values())]
+    figure = canvas.figure(max(5.0, 0.75 * len(rows)) * len(kinds), 4.2)
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     columns = [str(column) for column in result["columns"]]
     for panel, kind in zip(panels, kinds, strict=True):
         for i, column in enumerate(columns):
-            heights = [row[kind][i] if row.get(kind) else float("nan") for row in found.values()]
-            places = [place + (i - (len(columns) - 1) / 2) * 0.8 / len(columns) for place in range(len(found))]
+            heights = [row[kind][i] if row.get(kind) else float("nan") for row in rows.values()]
+            places = [place + (i - (len(columns) - 1) / 2) * 0.8 / len(columns) for place in range(len(rows))]
             panel.bar(places, heights, 0.8 / len(columns), color=SHADES[i % len(SHADES)], label=column)
-        panel.set_xticks(range(len(found)), list(found), rotation=35, ha="right", fontsize=8)
+        panel.set_xticks(range(len(rows)), list(rows), rotation=35, ha="right", fontsize=8)
         panel.set_title(KINDS[kind], fontsize=10)
         panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("accuracy, %" if result["unit"] == "%" else result["unit"])
@@ -38,12 +38,15 @@ def lines(
     groups: Mapping[str, Mapping[str, str]],
     columns: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """A panel for each group, with a line for each of its rows over the columns: the paper's attack solid, the worst
-    case dashed.
+    """Draw a panel for each group, with a line over the columns for each of its rows.
+
+    Lines of the paper's attack are solid, those of the worst case dashed.
 
     Args:
-        groups: By heading, the names of lines and their rows.
-        columns: By heading, what stands below, in place of the columns of the table.
+        result: Finished result of an experiment.
+        path: File of the picture.
+        groups: For each panel's heading, the rows to draw by their labels.
+        columns: For each panel's heading, labels of the x axis in place of the table's columns.
     """
     figure = canvas.figure(3.6 * len(groups) + 0.4, 3.9)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
@@ -54,8 +57,8 @@ def lines(
             row = result["rows"].get(name, {})
             for kind, look in (("ours", "-"), ("worst case", "--")):
                 if row.get(kind):
-                    said = label if kind == "ours" else f"{label}, worst case"
-                    panel.plot(below, row[kind], look, color=colour, marker="o", markersize=3, label=said)
+                    legend = label if kind == "ours" else f"{label}, worst case"
+                    panel.plot(below, row[kind], look, color=colour, marker="o", markersize=3, label=legend)
         panel.set_title(heading, fontsize=10)
         panel.grid(alpha=0.3)
         panel.tick_params(axis="x", labelsize=7)

@@ -12,7 +12,7 @@ from lab import FAMILIES, Lab
 
 NAME = "mlp3_mnist"
 COLUMNS = ("natural", *(f"{eps:g}" for eps in FAMILIES["mlp"].budgets))
-START, BUDGET = 0.5, 0.3  # the paper's first lambda, and the budget at which it tunes for this table
+START, BUDGET = 0.5, 0.3  # the paper's initial lambda, and its budget of tuning for this table
 PAPER: dict[float, tuple[float, ...]] = {
     1.0: (90.8, 31.8, 2.6, 0.0, 0.0, 0.0, 0.0), 0.9: (90.8, 56.6, 17.9, 8.5, 4.6, 3.0, 2.3),
     0.8: (90.4, 67.1, 30.8, 17.4, 10.6, 6.5, 4.5), 0.7: (89.7, 73.7, 43.5, 25.5, 16.9, 11.7, 9.2),
@@ -25,7 +25,7 @@ CONTROL = (76.4, 66.0, 57.6, 46.9, 35.0, 23.0, 9.1)
 PARADIGM_2 = (81.5, 75.3, 61.2, 44.7, 33.7, 26.0, 20.1)
 PARADIGM_3 = (86.1, 81.7, 75.8, 66.7, 58.7, 50.1, 39.8)
 
-# The authors' code sums the gradients of the clean and of the attacked images; its optimizer is another.
+# As in the authors' code, gradients of clean and of attacked images are summed; the optimizer differs from theirs.
 TUNE_2: dict[str, Any] = {"paradigm": "lambda", "objective": "clean+fgsm", "lam_lr": 0.001}
 TUNE_3: dict[str, Any] = {
     "paradigm": "all", "objective": "clean+fgsm", "optimizer": "adamw", "lr": 0.001, "lam_lr": 0.0005
@@ -38,7 +38,7 @@ OTHER = (
 
 
 def tuned(lab: Lab, lam: float, settings: dict[str, Any], budget: float, name: str = NAME) -> dict[str, Any]:
-    """A row of a model tuned under FGSM of one budget."""
+    """Return the row of a model tuned under FGSM of one budget."""
     model = lab.tuned("mlp", lab.reprogrammed("mlp", name, lam), {**settings, "eps": budget})
     return lab.measured("mlp", model)
 

@@ -19,7 +19,7 @@ NEEDED = "no weights of this depth are published; 200 epochs of adversarial trai
 
 
 def model_of(lab: Lab, title: str) -> nn.Module:
-    """The plain model, or paradigm 3 of it."""
+    """Return the plain model (LPM), or the model tuned by paradigm 3 (NRPM)."""
     kind, depth = title.split("-ResNet")
     name = f"resnet{depth}_cifar_narrow"
     if kind == "LPM":
@@ -28,7 +28,7 @@ def model_of(lab: Lab, title: str) -> nn.Module:
 
 
 def claims_of(columns: int) -> tuple[Claim, ...]:
-    """NRPM beats LPM, depth by depth."""
+    """Return the claims that NRPM beats LPM, one for each depth."""
     return tuple(
         Claim(f"NRPM-ResNet{depth} beats LPM-ResNet{depth}, clean and at every budget",
               lambda r, d=depth: all(r[f"NRPM-ResNet{d}"][i] > r[f"LPM-ResNet{d}"][i] for i in range(columns)))  # type: ignore[misc]

@@ -18,7 +18,7 @@ PAPER = {
     "LPM-ResNet34": (72.54, 33.90, 9.20, 0.30), "NRPM-ResNet34": (74.55, 54.20, 45.00, 28.90),
 }  # fmt: skip
 QUICK, FULL = (25, 20, 200), (1000, 100, 5000)
-"""Images, steps and queries; the authors' code attacks a thousand images."""
+"""Numbers of images, steps and queries; the authors' code attacks a thousand images."""
 
 
 def experiment(lab: Lab) -> Experiment:

@@ -25,14 +25,14 @@ LAMS = "mean lambda x 100"
 
 
 def experiment(lab: Lab) -> Experiment:
-    def row(budget: float) -> Measured:
-        found = tuned(lab, START, TUNE_2, budget)
-        learned = 100 * mean(found["lambda"])
-        # Lambda is no accuracy, and so has no worst case.
-        return {**found, "ours": [*found["ours"], round(learned, 1)], "worst case": [*found["worst case"], None]}
+    def measured(budget: float) -> Measured:
+        row = tuned(lab, START, TUNE_2, budget)
+        learned = 100 * mean(row["lambda"])
+        # Lambda is not an accuracy and has no worst case.
+        return {**row, "ours": [*row["ours"], round(learned, 1)], "worst case": [*row["worst case"], None]}
 
     rows = [
-        Row(f"tuned at {eps:g}", lambda eps=eps: row(eps), (*numbers, round(100 * mean(lams), 1)),  # type: ignore[misc]
+        Row(f"tuned at {eps:g}", lambda eps=eps: measured(eps), (*numbers, round(100 * mean(lams), 1)),  # type: ignore[misc]
             why=f"{OTHER}; and the optimizer is another than the authors'")
         for eps, (numbers, lams) in PAPER.items()
     ]  # fmt: skip

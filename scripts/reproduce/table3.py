@@ -14,7 +14,7 @@ from timm_nrpm.attacks.library import fgsm
 from timm_nrpm.evaluation.diagnostics import embedding_differences
 from timm_nrpm.nn.pixel_model import PixelModel
 
-NAME, LAM, EPS = "lenet_mnist", 0.3, 0.3  # lambda is the default of the authors' code; the paper does not say which
+NAME, LAM, EPS = "lenet_mnist", 0.3, 0.3  # lambda is the default of the authors' code; the paper does not state it
 NORMS = ("L1", "L2^2", "Linf")
 EMBEDDINGS = {"x": "pixels", "z1": "conv1 output", "z2": "conv2 output", "z3": "fc2 input", "z4": "fc2 output"}
 PAPER = {
@@ -32,8 +32,8 @@ def experiment(lab: Lab) -> Experiment:
         pixels, labels = pixels[:BATCH], labels[:BATCH]
         source = net if attacked_by == "own" else lab.reprogrammed("lenet", NAME, 1.0)
         attacked = fgsm(EPS)(PixelModel(source).eval(), pixels, labels, [0] * len(pixels))
-        found = embedding_differences(net, pixels, attacked, ("conv1", "conv2", "fc1", "fc2"))
-        moved = found.of(EMBEDDINGS[embedding])
+        differences = embedding_differences(net, pixels, attacked, ("conv1", "conv2", "fc1", "fc2"))
+        moved = differences.of(EMBEDDINGS[embedding])
         relative = [round(100 * moved.mean(norm, relative=True), 1) for norm in NORMS]
         return {"ours": [*(round(moved.mean(norm), 2) for norm in NORMS), *relative], "images": BATCH}
 
@@ -52,10 +52,10 @@ def experiment(lab: Lab) -> Experiment:
             pairs = ((r[f"NRPM, {z}{suffix}"][part], r[f"LPM, {z}"][part]) for z in ("z1", "z2", "z3", "z4"))
             return all(ours < plain for both in pairs for ours, plain in zip(*both, strict=True))
 
-        said = ", relative to the clean ones" if relative else ""
+        scale = ", relative to the clean ones" if relative else ""
         ours = "(ours) " if suffix or relative else ""
         return Claim(
-            f"{ours}the embeddings of NRPM{suffix} differ less than LPM's in every layer and norm{said}", holds
+            f"{ours}the embeddings of NRPM{suffix} differ less than LPM's in every layer and norm{scale}", holds
         )
 
     return Experiment(

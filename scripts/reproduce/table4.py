@@ -21,29 +21,29 @@ PAPER: dict[float, tuple[float, ...]] = {
 PARADIGM_2 = (69.08, 44.09, 24.94, 12.63)
 PARADIGM_3 = (71.79, 50.89, 39.58, 30.03)
 
-START = 0.5  # the paper's; calibrated, since otherwise the model starts at 16 %
+START = 0.5  # the paper's; the model is calibrated, since it starts at 16 % otherwise
 SAME = "the plain model, on the images of the rows below"
 ATTACK: dict[str, Any] = {"objective": "pgd", "eps": 8 / 255, "steps": 7, "step_size": 2 / 255}
 TUNE_2: dict[str, Any] = {**ATTACK, "paradigm": "lambda", "lam_lr": 0.005, "calibrate": 1000}
 TUNE_3: dict[str, Any] = {**ATTACK, "paradigm": "all", "optimizer": "momentum", "lr": 0.01, "lam_lr": 0.001}
 TUNED_COUNT, LAMBDA_ON = 250, 2000
-"""Images that quick mode attacks in tuned models, and with which it tunes lambda alone."""
+"""Numbers of images in quick mode: attacked in tuned models, and used to tune lambda alone."""
 TUNE_CONTROL: dict[str, Any] = {**TUNE_3, "trainable": ("*.weight", "*.bias")}
 
 
 def paradigm_2(lab: Lab) -> nn.Module:
-    """Lambda alone, tuned."""
+    """Return the model with only lambda tuned."""
     start = lab.reprogrammed("resnet", NAME, START, calibrated=True)
     return lab.tuned("resnet", start, TUNE_2, LAMBDA_ON if lab.mode == "quick" else None)
 
 
 def paradigm_3(lab: Lab) -> nn.Module:
-    """Everything tuned."""
+    """Return the model with lambda and weights tuned."""
     return lab.tuned("resnet", lab.reprogrammed("resnet", NAME, START, calibrated=True), TUNE_3)
 
 
 def control(lab: Lab) -> nn.Module:
-    """The plain model, tuned like paradigm 3."""
+    """Return the plain model, tuned like paradigm 3."""
     return lab.tuned("resnet", lab.reprogrammed("resnet", NAME, 1.0), TUNE_CONTROL)
 
 

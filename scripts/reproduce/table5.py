@@ -34,7 +34,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "MART": {"objective": "mart"}, "SAT": {"objective": "sat", "target_start": 70}, "AWP": {"objective": "awp"},
 }  # fmt: skip
 QUICK = (25, Effort(20, 200, auto=20))
-"""Images, and how hard the attacks try."""
+"""Number of images, and the effort of the attacks."""
 
 
 def experiment(lab: Lab) -> Experiment:
@@ -43,9 +43,9 @@ def experiment(lab: Lab) -> Experiment:
     def row(model: nn.Module) -> Measured:
         attacks = attacks_of("paper", THREAT, effort, ("own",), 10)
         clean = lab.right("resnet", model, None, count)
-        found = {attack.name: lab.right("resnet", model, alone(attack, THREAT), count) & clean for attack in attacks}
-        auto = reduce(torch.logical_and, (right for name, right in found.items() if name.startswith("aa_")))
-        four = [100 * float(right.float().mean()) for right in (found["pgd"], found["fgsm"], found["cw"], auto)]
+        correct = {attack.name: lab.right("resnet", model, alone(attack, THREAT), count) & clean for attack in attacks}
+        auto = reduce(torch.logical_and, (right for name, right in correct.items() if name.startswith("aa_")))
+        four = [100 * float(right.float().mean()) for right in (correct["pgd"], correct["fgsm"], correct["cw"], auto)]
         worst = lab.worst("resnet", model, [THREAT])[1]
         return {"ours": [round(x, 1) for x in (100 * float(clean.float().mean()), *four, mean(four), worst)],
                 "images": count}  # fmt: skip

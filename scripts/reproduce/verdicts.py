@@ -1,4 +1,4 @@
-"""What became of the paper's numbers: a verdict for every cell, and the page that shows them all."""
+"""Verdicts on our numbers beside the paper's, cell by cell, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 POINTS, ENOUGH = 2.0, 500
-"""How far an accuracy may be from the paper's and still count as reproduced, and on how many images at least."""
+"""Largest distance of a reproduced accuracy from the paper's, in points, and the fewest images that can show it."""
 
 STEPS = (0.5, 1.0, 1.5, 2.0)
 KINDS = ("reproduced", "not reproduced", "undecided", "not run")
@@ -17,10 +17,10 @@ Result = Mapping[str, Any]
 
 
 def verdict(ours: float | None, paper: float | None, unit: str = "%", images: int | None = None) -> str:
-    """One of KINDS, or empty where the paper has no number.
+    """Return one of KINDS, or an empty text where the paper has no number.
 
-    Accuracies may be POINTS apart, other numbers a tenth of the paper's. On fewer than ENOUGH images an accuracy can
-    only fail, by more than two standard deviations; otherwise it is undecided.
+    Accuracies may be POINTS apart, other numbers a tenth of the paper's. On fewer than ENOUGH images an accuracy is not
+    reproduced if it is more than two standard deviations away, and otherwise undecided.
     """
     if paper is None:
         return ""
@@ -37,48 +37,48 @@ def verdict(ours: float | None, paper: float | None, unit: str = "%", images: in
 
 
 def verdicts_of(result: Result, row: Mapping[str, Any]) -> list[str]:
-    """Of every cell of a row."""
+    """Return the verdict of every cell of a row."""
     paper = row["paper"] or [None] * len(result["columns"])
     ours = row.get("ours") or [None] * len(paper)
     return [verdict(o, p, result["unit"], row.get("images")) for o, p in zip(ours, paper, strict=True)]
 
 
 def verdicts(result: Result) -> dict[str, int]:
-    """How many cells there are of each verdict."""
-    found = [cell for row in result["rows"].values() for cell in verdicts_of(result, row)]
-    return {kind: found.count(kind) for kind in KINDS}
+    """Return the number of cells with each verdict."""
+    cells = [cell for row in result["rows"].values() for cell in verdicts_of(result, row)]
+    return {kind: cells.count(kind) for kind in KINDS}
 
 
 def within(result: Result) -> float | None:
-    """The smallest of STEPS within which every reproduced accuracy is."""
+    """Return the smallest of STEPS, in points, that all reproduced accuracies keep; None if there is none."""
     gaps = [
         abs(ours - paper)
         for row in result["rows"].values()
         if row["paper"] and "ours" in row
-        for ours, paper, found in zip(row["ours"], row["paper"], verdicts_of(result, row), strict=True)
-        if found == "reproduced"
+        for ours, paper, kind in zip(row["ours"], row["paper"], verdicts_of(result, row), strict=True)
+        if kind == "reproduced"
     ]
     return next((step for step in STEPS if gaps and max(gaps) <= step + 1e-9), None) if result["unit"] == "%" else None
 
 
 def summary(result: Result) -> str:
-    """All cells in a line."""
+    """Describe the verdicts of all cells in a line."""
     counts, close = verdicts(result), within(result)
-    said = []
+    parts = []
     if counts["reproduced"]:
         how = f"within {close:g} points" if close else "within a tenth"
-        said.append(f"{counts['reproduced']} reproduced {how}")
+        parts.append(f"{counts['reproduced']} reproduced {how}")
     if counts["not reproduced"]:
-        said.append(f"**{counts['not reproduced']} not reproduced**")
+        parts.append(f"**{counts['not reproduced']} not reproduced**")
     if counts["undecided"]:
-        said.append(f"{counts['undecided']} undecided on so few images")
+        parts.append(f"{counts['undecided']} undecided on so few images")
     if counts["not run"]:
-        said.append(f"{counts['not run']} not run")
-    return ", ".join(said) or "no numbers in the paper's text"
+        parts.append(f"{counts['not run']} not run")
+    return ", ".join(parts) or "no numbers in the paper's text"
 
 
 def section(result: Result) -> str:
-    """An experiment in Markdown."""
+    """Return an experiment's section in Markdown."""
     lines = [f"## {heading(result)}", ""]
     if result["about"]:
         lines += [result["about"], ""]
@@ -99,9 +99,9 @@ def section(result: Result) -> str:
                 lines.append(_line(name, "the paper's", [_number(p) for p in paper]))
             lines.append(_line("" if row["paper"] else name, "not run", [""] * len(columns)))
             continue
-        found = verdicts_of(result, row)
+        kinds = verdicts_of(result, row)
         marks = {"reproduced": " ✓", "not reproduced": " ✗", "undecided": " ?", "": ""}
-        cells = [f"{_number(o)}{marks[f]}" for o, f in zip(row["ours"], found, strict=True)]
+        cells = [f"{_number(o)}{marks[kind]}" for o, kind in zip(row["ours"], kinds, strict=True)]
         if row["paper"]:
             lines.append(_line(name, "the paper's", [_number(p) for p in paper]))
         lines.append(_line("" if row["paper"] else name, "ours", cells))
@@ -109,7 +109,7 @@ def section(result: Result) -> str:
             lines.append(
                 _line("", "worst case", [f"**{_number(w)}**" if w is not None else "" for w in row["worst case"]])
             )
-        if "not reproduced" in found:
+        if "not reproduced" in kinds:
             reasons.setdefault(f"Not reproduced: {row['why'] or unexplained(result)}", []).append(name)
     lams = {name: row["lambda"] for name, row in result["rows"].items() if len(set(row.get("lambda") or [])) > 1}
     if lams:
@@ -119,19 +119,20 @@ def section(result: Result) -> str:
         lines += ["", "Why:", ""] + [f"- {reason} ({_listed(names)})" for reason, names in reasons.items()]
     if result["claims"]:
         lines += ["", "| what the paper says | under its attack | in the worst case |", "|---|---|---|"]
-        lines += [f"| {c['text']} | {_said(c['ours'])} | {_said(c['worst case'])} |" for c in result["claims"]]
+        lines += [f"| {c['text']} | {_answer(c['ours'])} | {_answer(c['worst case'])} |" for c in result["claims"]]
     if "picture" in result:
         lines += ["", f"![{result['title']}]({result['picture']})"]
     return "\n".join(lines)
 
 
 def heading(result: Result) -> str:
+    """Return the heading of an experiment's section, such as "Table 4: three paradigms"."""
     kind, _, number = result["experiment"].partition("-")
     return f"{kind.capitalize()} {number}".strip() + f": {result['title']}"
 
 
 def unexplained(result: Result) -> str:
-    """Why a number may differ when nothing more is known."""
+    """Return why a number may differ if the row gives no reason."""
     return {
         "quick": "measured and trained on a part of what the paper used (quick mode)",
         "full": "other optimizers, schedules and augmentation than the authors'",
@@ -139,7 +140,7 @@ def unexplained(result: Result) -> str:
 
 
 def page(results: Sequence[Result], missing: Sequence[str]) -> str:
-    """results/README.md: a table of the tables, and each of them."""
+    """Return the text of results/README.md: an overview of the experiments, then a section for each."""
     lines = [
         "# The paper's tables and figures, and what became of them",
         "",
@@ -175,13 +176,13 @@ def page(results: Sequence[Result], missing: Sequence[str]) -> str:
 
 
 def read(folder: Path, keys: Sequence[str]) -> tuple[list[Result], list[str]]:
-    """Results that are there, in order, and the names of those that are not."""
-    there = [key for key in keys if (folder / f"{key}.json").exists()]
-    return [json.loads((folder / f"{key}.json").read_text()) for key in there], [k for k in keys if k not in there]
+    """Read the results in a folder, in order; return them and the names of those that are missing."""
+    present = [key for key in keys if (folder / f"{key}.json").exists()]
+    return [json.loads((folder / f"{key}.json").read_text()) for key in present], [k for k in keys if k not in present]
 
 
 def _anchor(text: str) -> str:
-    """As GitHub makes one of a heading."""
+    """Return the anchor that GitHub gives to a heading."""
     return "".join(c for c in text.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
@@ -198,12 +199,12 @@ def _number(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 or value == round(value, 1) else f"{value:.2f}"
 
 
-def _said(holds: bool | None) -> str:
+def _answer(holds: bool | None) -> str:
     return {True: "yes", False: "**no**", None: ""}[holds]
 
 
-def _tally(found: Sequence[bool | None]) -> str:
-    judged = [holds for holds in found if holds is not None]
+def _tally(claims: Sequence[bool | None]) -> str:
+    judged = [holds for holds in claims if holds is not None]
     return f"{sum(judged)} of {len(judged)} hold" if judged else ""
 
 

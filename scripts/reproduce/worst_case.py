@@ -1,10 +1,10 @@
-"""Why there are two numbers: the paper's published models (arXiv 2410.04577) under its attack and in the worst case.
+"""Measure the paper's published models (arXiv 2410.04577) under the paper's attack and in the worst case.
 
     python scripts/reproduce/worst_case.py --shared SHARED    # an hour and a half on two cores
 
 SHARED holds the authors' checkpoints/ and data/, with CIFAR-10 as class folders in tars and MNIST in torchvision's
-layout. Writes results/worst-case.json, .md and an HTML report for each model; a run that was interrupted goes on, from
-the folder results/.journals.
+layout. Writes results/worst-case.json, .md and an HTML report for each model. A run that was interrupted goes on from
+its journals in results/.journals.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Case:
     """A row of the table.
 
     Attributes:
-        name: Of the model.
-        lam: Of every layer.
-        calibrated: On training images.
-        paper: Its accuracy in %, clean and under the attack of its protocol.
+        name: Name of the model, a key of `MODELS`.
+        lam: Lambda of every layer.
+        calibrated: Whether the model is calibrated on training images.
+        paper: The paper's accuracies in %, clean and under its attack; None if it has none.
     """
 
     name: str
@@ -75,7 +75,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "title": "The published MLP 784-256-64-10 (MNIST)",
         "backbone": ("mlp3_mnist", "mlp3_mnist_model.pth"),
         "data": ("torch/mnist", "data"),
-        "every": {"train": 60, "test": 1},  # the first thousand, as the paper has it
+        "every": {"train": 60, "test": 1},  # the first thousand, as in the paper
         "images": 1000,
         "batch": 500,
         "estimate": {"iterations": 1, "eps": 5e-5},
@@ -86,7 +86,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def images(name: str, shared: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
-    """Every so many-th image of a split, since CIFAR's tar is ordered by class."""
+    """Return `count` images and labels of a split, at an even distance, since CIFAR's tar is ordered by class."""
     reader, root = MODELS[name]["data"]
     model = timm.create_model(MODELS[name]["backbone"][0])
     dataset = pixel_loader(reader, shared / root, split=split, model=model).dataset
@@ -96,7 +96,7 @@ def images(name: str, shared: Path, split: str, count: int) -> tuple[Tensor, Ten
 
 
 def model_of(case: Case, shared: Path) -> nn.Module:
-    """As published, reprogrammed, calibrated if it is to be."""
+    """Return the published model, reprogrammed and, if the case says so, calibrated."""
     settings = MODELS[case.name]
     backbone, file = settings["backbone"]
     model = load_published_(timm.create_model(backbone), shared / "checkpoints" / file).eval()
@@ -107,7 +107,7 @@ def model_of(case: Case, shared: Path) -> nn.Module:
 
 
 def measure(case: Case, args: argparse.Namespace) -> RobustnessReport:
-    """The report; of one reprogrammed model each, a page too."""
+    """Evaluate a case; write an HTML page of the calibrated one at lambda 0.5."""
     count, size = args.images or MODELS[case.name]["images"], MODELS[case.name]["batch"]
     pixels, labels = images(case.name, args.shared, "test", count)
     loader = list(zip(pixels.split(size), labels.split(size), strict=True))
@@ -123,7 +123,7 @@ def measure(case: Case, args: argparse.Namespace) -> RobustnessReport:
 
 
 def row_of(case: Case, report: RobustnessReport) -> dict[str, Any]:
-    """What the table has of a report."""
+    """Return the values of a report that the table shows."""
     control = report.control
     assert control is not None
     key = MODELS[case.name]["protocol"][0]
@@ -195,11 +195,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shared", type=Path, required=True, help="folder with checkpoints/ and data/")
-    parser.add_argument("--images", type=int, help="of each model (default: 500 of CIFAR-10, 1000 of MNIST)")
+    parser.add_argument("--images", type=int, help="number of test images (default: 500 of CIFAR-10, 1000 of MNIST)")
     parser.add_argument(
-        "--only", default="", help="cases whose name starts so, like resnet18-0.5; several processes can share the work"
+        "--only", default="", help="run the cases whose names start so, like resnet18-0.5; processes can share the work"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     args = parser.parse_args()
     (args.out / ".journals").mkdir(parents=True, exist_ok=True)
     file = args.out / "worst-case.json"
@@ -208,7 +208,7 @@ def main() -> None:
             continue
         report = measure(case, args)
         print(report)
-        rows = json.loads(file.read_text()) if file.exists() else {}  # another process may have added to it
+        rows = json.loads(file.read_text()) if file.exists() else {}  # another process may have added rows
         rows[str(case)] = row_of(case, report)
         rows = {str(c): rows[str(c)] for c in CASES if str(c) in rows}
         file.write_text(json.dumps(rows, indent=1) + "\n")

@@ -176,7 +176,7 @@ def test_a_model_that_does_not_say_is_believed(tmp_path, net):
 
 def test_folders_0_to_9_are_told_about(tmp_path):
     write(tmp_path, *map(str, range(10)))
-    with pytest.warns(UserWarning, match=r"the folders 0 to 9, which are taken for those classes of the model's 1000"):
+    with pytest.warns(UserWarning, match=r"the folders 0 to 9, which are taken for classes 0 to 9 of the model's 1000"):
         labels = found("folder", tmp_path, model=model(1000))
     assert labels == {str(i): i for i in range(10)}
 
@@ -189,7 +189,7 @@ TEN = [f"class{i}" for i in range(10)]
     [
         (TEN, 1000, r"has 10 classes \(class0, class1, class2, class3, ...\), and the model has 1000.* num_classes=10"),
         (["a"], 1000, r"has 1 class \(a\), and the model has 1000"),
-        (TEN[:9], 10, r"has 9 classes .* the model has 10, .* the folder that holds all of its splits, or "),
+        (TEN[:9], 10, r"has 9 classes .* the model has 10, .* the folder that holds all of its splits as root=, or "),
         (["0001", "1000"], 1000, "has 2 classes"),  # 1000 is no class index
         (["1", "01"], 1000, "has 2 classes"),  # twice the same
         (["0001", "cat"], 1000, "has 2 classes"),
@@ -256,11 +256,11 @@ def test_a_class_map_decides(tmp_path, name, kind):
         ({"a": 0, "b": -1}, ValueError, "label of 'b'=-1"),
         ({"a": 0, "b": "1"}, ValueError, "label of 'b'='1'"),
         ({"a": 0, "b": True}, ValueError, "label of 'b'=True"),
-        ("map.pkl", ValueError, r"map.pkl' is of a kind that is not read: give a .txt with one name a line"),
+        ("map.pkl", ValueError, r"map.pkl' is neither .txt nor .json: give a .txt with one name per line"),
         ("nowhere.txt", FileNotFoundError, "nowhere.txt' does not exist"),
-        ("twice.txt", ValueError, "has a name twice, or a line that is empty"),
-        ("bad.json", ValueError, "is no JSON"),
-        ("list.json", ValueError, "holds no object"),
+        ("twice.txt", ValueError, "has a name twice, or an empty line"),
+        ("bad.json", ValueError, "is not valid JSON"),
+        ("list.json", ValueError, "holds no JSON object"),
     ],
 )
 def test_a_wrong_class_map_is_refused(tmp_path, content, error, message):

@@ -77,9 +77,9 @@ def test_floating_point_images_are_taken_as_they_are(loaded, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.full((8, 8), 200.0, np.float32), "mode 'F' has values from 200 to 200, .* 1 for white"),
+        (np.full((8, 8), 200.0, np.float32), "mode 'F' has values from 200 to 200, .* 1 as white"),
         (np.full((8, 8), np.nan, np.float32), "mode 'F' has values from nan"),
-        (np.full((8, 8), -1, np.int32), "mode 'I' has values from -1 to -1, .* 65535 for white"),
+        (np.full((8, 8), -1, np.int32), "mode 'I' has values from -1 to -1, .* 65535 as white"),
         (np.full((8, 8), 70000, np.int32), "save it with 8 or 16 bits"),
     ],
 )

@@ -359,7 +359,7 @@ def reordered(data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sigma": 0.25}, r"was another: sigma: 0.5 then, 0.25 now. Give what it had, or another file"),
+        ({"sigma": 0.25}, r"another run \(sigma: 0.5 then, 0.25 now\): give its settings, or another file"),
         ({"n": 41, "seed": 4}, "n: 40 then, 41 now; seed: 3 then, 4 now"),
         ({"confidence": 0.99}, "confidence: 0.999 then, 0.99 now"),
         ({"mean": (0.5,)}, r"mean: \[0.0\] then, \[0.5\] now"),
@@ -384,7 +384,7 @@ def test_another_estimate_of_the_same_weights_is_refused(tmp_path):
     pixels, labels = (t[:1] for t in digits("test"))
     certify(model, [(pixels, labels)], n0=1, n=10, resume=path)
     reprogram_(model, NRPMConfig(lam=0.9, iterations=2))
-    with pytest.raises(ValueError, match="was another: modules: "):
+    with pytest.raises(ValueError, match=r"another run \(modules: "):
         certify(model, [(pixels, labels)], n0=1, n=10, resume=path)
 
 
@@ -394,7 +394,7 @@ def test_another_estimate_of_the_same_weights_is_refused(tmp_path):
 def test_a_file_of_something_else_is_left_alone(tmp_path, content):
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"is no journal|was another"):
+    with pytest.raises(ValueError, match=r"is no journal|holds another run"):
         certify(Line(), loader(), **SETTINGS, resume=path)
     assert path.read_bytes() == content
 

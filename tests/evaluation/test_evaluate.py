@@ -328,7 +328,7 @@ def test_warnings_are_in_the_report_and_still_raised(tmp_path):
         (lambda: evaluate(nn.Flatten(0), one(0.5)), r"The model gives \[1\] for 1 images"),
         (
             lambda: evaluate(linear([[1.0], [0.0]]), [(torch.rand(0, 1, 1, 1), torch.zeros(0))]),
-            "a batch without images",
+            "a batch that holds no images",
         ),
         (lambda: evaluate(linear([[1.0], [0.0]]), [(torch.rand(2, 1, 1, 1), torch.tensor([0]))]), "give 2 integers"),
         (lambda: evaluate(linear([[1.0], [0.0]]), [{"image": 0}]), "give pairs of pixels"),
@@ -494,9 +494,9 @@ def test_as_many_processes_as_before(tmp_path):
     model = small(0.5)
     (tmp_path / "a.0").write_text("")
     (tmp_path / "b").write_text("")
-    with pytest.raises(ValueError, match="was of several processes"):
+    with pytest.raises(ValueError, match="was started with several processes"):
         evaluate(model, labelled(model), EIGHTH, "quick", resume=tmp_path / "a")
-    with pytest.raises(ValueError, match="was of one process"):
+    with pytest.raises(ValueError, match="was started with one process"):
         evaluate(model, labelled(model), EIGHTH, "quick", resume=tmp_path / "b", accelerator=Rank(0))
 
 

@@ -369,7 +369,7 @@ def one(pixels=0.5, labels=(0, 1)):
         ({"loader": [torch.zeros(2, 1, 3, 3)]}, "The loader gives Tensor: give pairs of pixels"),
         ({"calibration": iter([])}, "calibration is a list_iterator"),
         ({"calibration": []}, "calibration gave no images"),
-        ({"calibration": [torch.zeros(0, 1, 3, 3)]}, "calibration gives a batch without images"),
+        ({"calibration": [torch.zeros(0, 1, 3, 3)]}, "calibration gives a batch that holds no images"),
         ({"calibration": [torch.full((2, 1, 3, 3), -2.0)]}, "from -2 to -2"),
         ({"calibration": [{"image": 1}]}, "calibration gives dict"),
     ],

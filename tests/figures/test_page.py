@@ -149,7 +149,7 @@ def test_no_flag_and_flags_of_another_version(tmp_path):
     assert "No flag is raised." in page.source
     page = page_of(tmp_path, made(flags=("new_flag", ZERO), evidence={}))
     assert [e["text"].count("its number is not in the report") for e in page.all("article")] == [1, 1]
-    assert "This version does not know it." in page.all("article")[0]["text"]
+    assert "This version of timm_nrpm does not know this flag." in page.all("article")[0]["text"]
 
 
 def test_the_headline_is_beside_the_control(tmp_path):
@@ -244,7 +244,7 @@ def test_several_reports(tmp_path):
     assert headings.index("Curves") == headings.index("Attacks") + 1
     assert len(page.all("img")) == 1  # of the model with two bounds
     assert page.all("img")[0]["alt"].endswith("worst case 90.0 % at 0, 50.0 % at 0.1, 50.0 % at 0.2.")
-    rows = page.table("Share that no attack broke")[1:]
+    rows = page.table("Share of the images that no attack broke")[1:]
     assert [row[0] for row in rows] == ["Linf 0.2, adaptive", "2. Linf 0.1, adaptive", "3. Linf 0.1, adaptive"]
     assert [row[-1] for row in rows] == [MASKED, "none", MASKED]
     assert all(row[1].startswith("50.0 (95 %: ") and row[2].startswith("70.0 (95 %: ") for row in rows)

@@ -162,7 +162,7 @@ def test_branches_and_pull_requests(hub, work, tmp_path):
         (["push", "--variant", "v", "digits"], "REPO digits is not allowed (it names no owner)"),
         (["push", "--variant", "nowhere", "me/digits"], "nowhere holds no nrpm_config.json"),
         (["push", "--variant", "v", "me/x", "--report", "v/nrpm_config.json"], "is no report that timm-nrpm evaluate"),
-        (["push", "--variant", "v", "me/digits", "--license", "of my own"], "The Hub does not take the card"),
+        (["push", "--variant", "v", "me/digits", "--license", "of my own"], "The Hub refuses the card"),
         (["push", "--variant", "v", "me/digits", "--revision", "b", "--pull-request"], "leave out --revision b"),
         (["pull", "--variant", "no owner"], "--variant 'no owner' is not allowed"),
     ],
@@ -244,7 +244,7 @@ def test_what_is_not_in_the_cache_is_not_said_to_be_nowhere(hub, work, tmp_path)
     ours = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0", **home}
     subprocess.run([sys.executable, "-c", load], env={**os.environ, **ours}, check=True)
     said = command(hub, tmp_path, "inspect", "--variant", "me/cached", "--offline", **home)
-    assert "If it was evaluated, that is not in the cache." in said
+    assert "If it was evaluated, the evaluation is not in the cache." in said
     assert "copy: " in command(hub, tmp_path, "pull", "--variant", "me/cached", "--output", "copy", "--offline", **home)
     assert sorted(os.listdir(tmp_path / "copy")) == sorted(os.listdir(work / "v"))
 

@@ -166,13 +166,13 @@ def test_what_was_written_by_hand_stays(hub, worker, repo):
 
 def test_a_card_that_cannot_be_read(hub, worker, repo):
     hub.create(repo).commit({"README.md": b"---\nlicense: [mit\n---\n"})
-    with pytest.raises(Failed, match=r"^ValueError: The README.md that is there has metadata that cannot be read"):
+    with pytest.raises(Failed, match=r"^ValueError: The existing README.md has metadata that cannot be read"):
         worker.push(repo)
     assert len(hub.repo(repo).commits()) == 2
 
 
 def test_a_card_that_the_hub_does_not_take(hub, worker, repo):
-    with pytest.raises(Failed, match=r'^ValueError: The Hub does not take the card: .*"license" must be one of'):
+    with pytest.raises(Failed, match=r'^ValueError: The Hub refuses the card: .*"license" must be one of'):
         worker.push(repo, license="mine")
     assert len(hub.repo(repo).commits()) == 1
 
@@ -309,7 +309,7 @@ def test_the_numbers_of_the_same_model_stay(hub, worker, repo):
     before = evaluated(hub, worker, repo)
     done = worker.push(repo)
     assert (done["uploaded"], done["deleted"]) == ([], [])
-    assert done["notes"] == ["The evaluation that is there is of this same model, and stays."]
+    assert done["notes"] == ["The evaluation in the repository is of this same model, and was kept."]
     assert "evaluation.json" in done["files"]
     done = worker.push(repo, "'small'", license="bsd-3-clause")  # from a folder, and something changes
     assert (done["uploaded"], done["deleted"]) == (["README.md"], [])
@@ -333,7 +333,7 @@ def test_numbers_of_another_model_go_and_it_is_said(hub, worker, repo):
     done = worker.push(repo, "variant(0.9)")
     assert done["deleted"] == ["evaluation.json"]
     assert len(done["notes"]) == 1
-    assert "is of another model, and went with its numbers" in done["notes"][0]
+    assert "is of another model, and was removed with its numbers" in done["notes"][0]
     card = hub.repo(repo).files()["README.md"].decode()
     assert "**Not evaluated.**" in card
     assert "model-index" not in card
@@ -409,4 +409,4 @@ def test_a_picture_stays_where_there_is_nothing_to_draw_it(hub, worker, small, r
 
 def test_a_dry_run_says_what_it_cannot_know(worker, repo):
     said = worker(f"str(nrpm.push_to_hub(small, {repo!r}, dry_run=True))")
-    assert "evaluation of this same model that is there would stay" in said
+    assert "evaluation in the repository is kept if it is of this same model" in said

@@ -93,7 +93,7 @@ def test_checkpointing_gives_the_same_gradients(name):
 def test_a_few_layers_have_nothing_to_checkpoint(name):
     model = timm.create_model(name)
     model.set_grad_checkpointing(False)
-    with pytest.raises(ValueError, match=r"nothing to gain in a \w+ of a few layers: leave it off"):
+    with pytest.raises(ValueError, match=r"saves hardly any memory in a \w+ of a few layers: leave it off"):
         model.set_grad_checkpointing()
 
 

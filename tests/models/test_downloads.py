@@ -222,7 +222,7 @@ def answered(status, kind=errors.HfHubHTTPError, message="it says"):
 
 
 TOLD = {
-    "gated": (answered(403, errors.GatedRepoError), NotOnHub, "its owner lets in who asked"),
+    "gated": (answered(403, errors.GatedRepoError), NotOnHub, "its owner grants access on request"),
     "no revision": (answered(404, errors.RevisionNotFoundError), NotOnHub, "there is no such revision"),
     "no repository": (answered(404, errors.RepositoryNotFoundError), NotOnHub, "there is no such repository, or it is"),
     "no file": (answered(404, errors.RemoteEntryNotFoundError), NotOnHub, "there is no such file"),
@@ -236,8 +236,8 @@ TOLD = {
     "broken off": (http.ReadError("x"), Unreachable, r"the connection broke or no answer came \(ReadError\)"),
     "silent": (http.ReadTimeout("x"), Unreachable, r"the connection broke or no answer came \(ReadTimeout\)"),
     "reset": (ConnectionResetError(), Unreachable, r"the connection broke .* \(ConnectionResetError\)"),
-    "garbled": (KeyError("sha"), Unreachable, "its answer arrived damaged"),
-    "malformed": (ValueError("preupload_info is improperly formatted"), Unreachable, "its answer arrived damaged"),
+    "garbled": (KeyError("sha"), Unreachable, "the Hub's answer arrived damaged"),
+    "malformed": (ValueError("preupload_info is improperly formatted"), Unreachable, "Hub's answer arrived damaged"),
     "full disk": (OSError(28, "No space left on device"), HubError, r"failed: \[Errno 28\] No space left on device\.$"),
 }
 
@@ -390,7 +390,7 @@ def test_a_long_wait_is_not_silent(hub, tmp_path):
     patient.push("me/slow")
     patient.kill()
     log = (tmp_path / "patient" / "log").read_text()
-    assert "INFO:timm_nrpm:Waiting for an answer of 127.0.0.1 ..." in log
+    assert "INFO:timm_nrpm:Waiting for an answer from 127.0.0.1 ..." in log
 
 
 def test_who_sits_at_a_terminal_reads_it_and_a_file_does_not(monkeypatch, caplog):
@@ -409,7 +409,7 @@ def test_a_second_try_is_announced(monkeypatch, caplog):
     monkeypatch.setattr(transfers, "WAITS", (0.0,))
     with pytest.raises(HubError):
         insist("Sending it", lambda: (_ for _ in ()).throw(answered(503)))
-    assert [r.getMessage() for r in caplog.records] == ["Sending it failed for now, and is tried again in 0 s."]
+    assert [r.getMessage() for r in caplog.records] == ["Sending it failed, and is tried again in 0 s."]
 
 
 @pytest.mark.parametrize(

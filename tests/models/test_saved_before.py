@@ -1,6 +1,6 @@
 """Variants that earlier versions wrote, one of each kind, load as what they were.
 
-Beside each folder lies what that version computed with it: lambdas, statistics and corrections, and logits of some pixels.
+Beside each folder lies what that version computed: lambdas, statistics and corrections, and logits of some pixels.
 """
 
 from pathlib import Path

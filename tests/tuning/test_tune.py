@@ -413,7 +413,7 @@ def test_a_run_is_not_overwritten_and_not_mixed_with_another(tmp_path):
     tune(small(), loader(), config)
     with pytest.raises(ValueError, match="holds a run: go on with it by resume=True"):
         tune(small(), loader(), config)
-    with pytest.raises(ValueError, match=r"was another: eps: 0.1 then, 0.2 now"):
+    with pytest.raises(ValueError, match=r"had other settings: eps: 0.1 then, 0.2 now"):
         tune(small(), loader(), replace(config, eps=0.2), resume=True)
     with pytest.raises(ValueError, match="batch of all processes: 16 then, 8 now"):
         tune(small(), loader(batch=8), config, resume=True)

@@ -1,4 +1,4 @@
-"""What an attacker may do, and does; and the flags that say where a number flatters."""
+"""Threats, attacks within them, and flags that say where an accuracy under attack is misleading."""
 
 from timm_nrpm.lazy import modules_of
 

@@ -1,7 +1,7 @@
 """Attacks that climb a loss within any threat, made for models whose own gradient misleads.
 
-What they follow and whom they fool may be two models. Each image's randomness is its own, so that its result depends
-neither on the batch nor on how many processes share the images.
+The model that an attack follows and the model that it is meant to fool may differ. Each image has random draws of its
+own, so that its result depends neither on the batch nor on how many processes share the images.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from torch import Tensor
 from timm_nrpm.attacks.threats import Threat
 
 Forward = Callable[[Tensor], Tensor]
-"""Pixels `[B, C, H, W]` to logits `[B, N]`."""
+"""Function from pixels `[B, C, H, W]` to logits `[B, N]`."""
 
 LOSSES = ("cross_entropy", "margin")
 
 MOMENTUM = 0.75
-"""Of a step, the rest is inertia (arXiv 2003.01690, eq. 2)."""
+"""Weight of the new step; the rest is the weight of the previous step (arXiv 2003.01690, eq. 2)."""
 
 DENSE = 0.2
-"""Share of the values that the first steps move under L1, those with the largest gradient (arXiv 2103.01208)."""
+"""Share of the values, those with the largest gradient, that the first steps under L1 move (arXiv 2103.01208)."""
 
 RISES = 0.75
-"""Share of the steps that must have raised the loss, for a step not to halve (arXiv 2003.01690, condition 1)."""
+"""Share of the steps since the last checkpoint that must have raised the loss; with fewer, the step size is halved
+(arXiv 2003.01690, condition 1)."""
 
 
 def losses(logits: Tensor, labels: Tensor, loss: str, target: Tensor | None = None) -> Tensor:
-    """What an attack climbs, of each image, `[B]`.
+    """Return the loss that an attack climbs for each image, `[B]`.
 
-    The margin is that of the strongest other class, or of `target`, over the label's (Carlini and Wagner,
-    arXiv 1608.04644): unlike the cross-entropy of a confident model it never has a gradient of zero.
+    The margin is the logit of the strongest other class, or of `target`, minus that of the label (Carlini and Wagner,
+    arXiv 1608.04644): unlike the cross-entropy of a confident model, it never has a gradient of zero.
     """
     if loss == "cross_entropy":
         return F.cross_entropy(logits, labels, reduction="none")
@@ -45,15 +46,18 @@ def losses(logits: Tensor, labels: Tensor, loss: str, target: Tensor | None = No
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One for each image."""
+    """Return one random generator for each image, on the CPU, seeded by the image's seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def slope(
     follow: Forward, x: Tensor, labels: Tensor, loss: str, target: Tensor | None, average: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `[B, N]`, losses `[B]` and their gradient `[B, C, H, W]`, of the mean over `average` forwards (expectation
-    over transformation, arXiv 1707.07397, for a forward that is random)."""
+    """Return the logits `[B, N]`, the losses `[B]` and the gradient of the losses `[B, C, H, W]` at images `x`.
+
+    The logits are the mean over `average` forwards (expectation over transformation, arXiv 1707.07397, for a forward
+    that is random). Entries of the gradient that are not finite are set to 0.
+    """
     x = x.detach().requires_grad_()
     logits = torch.stack([follow(x) for _ in range(average)]).mean(0)
     values = losses(logits, labels, loss, target)
@@ -62,8 +66,11 @@ def slope(
 
 
 def direction(gradient: Tensor, threat: Threat, x: Tensor, share: Tensor) -> Tensor:
-    """The steepest step of length 1 in the threat's norm, from images `x`; under L1 along a share `[B]` of the values
-    at once, none of which is at its end already, where a step would go nowhere (arXiv 2103.01208, section 3)."""
+    """Return the steepest step `[B, C, H, W]` of length 1 in the threat's norm, from images `x`.
+
+    Under L1 the step is spread over a share `[B]` of the values. Values that cannot move further in the direction of
+    the gradient without leaving [0, 1] are left out (arXiv 2103.01208, section 3).
+    """
     if threat.norm == "Linf":
         return gradient.sign()
     if threat.norm == "L2":
@@ -76,13 +83,14 @@ def direction(gradient: Tensor, threat: Threat, x: Tensor, share: Tensor) -> Ten
 
 
 def checkpoints(steps: int, norm: str = "Linf") -> set[int]:
-    """Steps after which APGD looks whether to shorten its step (arXiv 2003.01690, section 3.1; of L1 2103.01208)."""
+    """Return the steps at which Auto-PGD decides whether to reduce its step size (arXiv 2003.01690, section 3.1; for L1
+    arXiv 2103.01208)."""
     if norm == "L1":
         return set(range(0, steps, max(1, int(0.04 * steps)))) - {0}
     shares = [0.0, 0.22]
     while shares[-1] < 1:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-    return {math.ceil(round(share * steps, 6)) for share in shares[1:]}  # 0.7 * 100 is above 70 in floats
+    return {math.ceil(round(share * steps, 6)) for share in shares[1:]}  # in floats, 0.7 * 100 may exceed 70
 
 
 def climb(
@@ -99,65 +107,71 @@ def climb(
     average: int = 1,
     fooled: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Auto-PGD: projected ascent with inertia, whose step halves where it no longer helps and which then goes on from
-    the best point so far (Croce and Hein, arXiv 2003.01690, Algorithm 1). Under L1 it has no inertia, and moves the
-    fewer values at once the fewer the best point has changed (arXiv 2103.01208, Algorithm 1).
+    """Auto-PGD: projected gradient ascent with momentum that halves its step size where it no longer makes progress and
+    then continues from the best point so far (Croce and Hein, arXiv 2003.01690, Algorithm 1).
+
+    Under L1 it has no momentum, and moves fewer values at once the fewer values the best point has changed
+    (arXiv 2103.01208, Algorithm 1).
 
     Args:
-        follow: Whose loss is climbed.
-        pixels, labels: `[B, C, H, W]` in [0, 1], and `[B]`.
-        threat: Linf, L2 or L1.
-        seeds: One for each image, of where it starts; `start` is used instead where it is given, `[B, C, H, W]`.
-        loss: One of `LOSSES`.
-        target: Of the margin, a class for each image, `[B]`.
-        average: Forwards for each gradient.
-        fooled: Whether `follow` predicts what the attacked model does, so that an image it gets wrong is done.
+        follow: Model whose loss is climbed.
+        pixels, labels: Images `[B, C, H, W]` in [0, 1], and their classes `[B]`.
+        threat: Norm and bound of the change; the norm is Linf, L2 or L1.
+        seeds: One seed for each image, which decides its random start. They are not used where `start` is given.
+        steps: Number of steps.
+        loss: Loss to climb, one of `LOSSES`.
+        target: Target class of the margin for each image, `[B]`; by default the strongest other class.
+        start: Images to start from, `[B, C, H, W]`; by default random images within the threat.
+        average: Number of forwards that are averaged for each gradient.
+        fooled: Whether `follow` makes the same predictions as the attacked model. An image that `follow` gets wrong is
+            then finished, and its attack stops.
 
     Returns:
-        Attacked pixels `[B, C, H, W]`, wrong ones where there were any, else those with the highest loss; and the
-        highest loss so far of each image after each step, `[steps + 1, B]`, NaN once it is done.
+        Attacked pixels `[B, C, H, W]`, for a finished image those that `follow` got wrong and for any other those with
+        the highest loss; and the highest loss of each image up to each step, `[steps + 1, B]`, NaN after the image is
+        finished.
     """
     x = threat.around(pixels, generators(seeds)) if start is None else threat.project(pixels, start)
     result, trace = x.clone(), x.new_full((steps + 1, len(x)), math.nan)
-    rows = torch.arange(len(x), device=x.device)  # of the images still attacked
+    rows = torch.arange(len(x), device=x.device)  # indices of the images still attacked
     sparse = threat.norm == "L1"
     size = x.new_full((len(x),), (1.0 if sparse else 2.0) * threat.eps)
     best = x.new_full((len(x),), -math.inf)
-    at, gradient_at, before = x.clone(), torch.zeros_like(x), x.clone()
+    best_x, best_gradient, before = x.clone(), torch.zeros_like(x), x.clone()
     rises, last_best, halved = torch.zeros_like(size), best.clone(), torch.ones_like(size, dtype=torch.bool)
-    previous, looked = best.clone(), 0
-    share, spread = torch.full_like(size, DENSE), torch.full_like(size, x[0].numel())  # under L1 alone
+    previous, last_checkpoint = best.clone(), 0
+    share, spread = torch.full_like(size, DENSE), torch.full_like(size, x[0].numel())  # only used under L1
     due = checkpoints(steps, threat.norm)
     for step in range(steps + 1):
-        picked = None if target is None else target[rows]
-        logits, values, gradient = slope(follow, x, labels[rows], loss, picked, average)
+        targets = None if target is None else target[rows]
+        logits, values, gradient = slope(follow, x, labels[rows], loss, targets, average)
         better = values > best
-        best, at = torch.where(better, values, best), torch.where(_wide(better, x), x, at)
-        gradient_at = torch.where(_wide(better, x), gradient, gradient_at)
+        best, best_x = torch.where(better, values, best), torch.where(_wide(better, x), x, best_x)
+        best_gradient = torch.where(_wide(better, x), gradient, best_gradient)
         rises, previous = (rises + (values > previous) if step else rises), values
-        result[rows], trace[step, rows] = at, best
+        result[rows], trace[step, rows] = best_x, best
         if fooled:
             right = logits.argmax(1) == labels[rows]
             result[rows[~right]] = x[~right]
-            kept = (x, rows, size, best, at, gradient_at, before, rises, last_best, halved, previous, gradient)
-            x, rows, size, best, at, gradient_at, before, rises, last_best, halved, previous, gradient = (
-                state[right] for state in kept
+            states = (x, rows, size, best, best_x, best_gradient, before, rises, last_best, halved, previous, gradient)
+            x, rows, size, best, best_x, best_gradient, before, rises, last_best, halved, previous, gradient = (
+                state[right] for state in states
             )
             share, spread = share[right], spread[right]
         if step == steps or not len(rows):
             break
         if step in due and sparse:
-            changed = (at != pixels[rows]).flatten(1).sum(1).to(size)
+            changed = (best_x != pixels[rows]).flatten(1).sum(1).to(size)
             fewer, spread = changed < 0.95 * spread, changed
             share = changed / x[0].numel() / 1.5
             size = torch.where(fewer, threat.eps, (size / 1.5).clamp(min=threat.eps / 10))
-            x, gradient = torch.where(_wide(fewer, x), at, x), torch.where(_wide(fewer, x), gradient_at, gradient)
+            x, gradient = torch.where(_wide(fewer, x), best_x, x), torch.where(_wide(fewer, x), best_gradient, gradient)
         elif step in due:
-            stuck = rises < RISES * (step - looked)
+            stuck = rises < RISES * (step - last_checkpoint)
             stuck |= ~halved & (last_best >= best)
             size = torch.where(stuck, size / 2, size)
-            x, gradient = torch.where(_wide(stuck, x), at, x), torch.where(_wide(stuck, x), gradient_at, gradient)
-            rises, last_best, halved, looked = torch.zeros_like(rises), best.clone(), stuck, step
+            x, gradient = torch.where(_wide(stuck, x), best_x, x), torch.where(_wide(stuck, x), best_gradient, gradient)
+            rises, last_best, halved, last_checkpoint = torch.zeros_like(rises), best.clone(), stuck, step
         moved = threat.project(pixels[rows], x + _wide(size, x) * direction(gradient, threat, x, share))
         if step and not sparse:
             moved = threat.project(pixels[rows], x + MOMENTUM * (moved - x) + (1 - MOMENTUM) * (x - before))
@@ -175,8 +189,15 @@ def greedy_pixels(
     average: int = 1,
     fooled: bool = True,
 ) -> Tensor:
-    """L0: pixel after pixel, set to the corner of the colour cube that the gradient of the margin points to, those
-    first whose change it says is worth most (after JSMA, Papernot et al., arXiv 1511.07528).
+    """Attack under L0 along the gradient: set pixels to the corner of the colour cube that the gradient of the margin
+    points to, beginning with those where it predicts the largest gain (after JSMA, Papernot et al., arXiv 1511.07528).
+
+    Args:
+        follow: Model whose margin is climbed.
+        pixels, labels: Images `[B, C, H, W]` in [0, 1], and their classes `[B]`.
+        threat: Threat under L0; its bound is the number of positions that may change.
+        rounds: Number of gradients. The positions are shared evenly among them.
+        average, fooled: The same as in :func:`climb`.
 
     Returns:
         Attacked pixels `[B, C, H, W]`, at most `threat.eps` of whose positions changed.
@@ -185,19 +206,19 @@ def greedy_pixels(
     x, free = pixels.clone(), torch.ones_like(pixels[:, 0]).flatten(1)  # [B, H * W]
     active = torch.arange(len(x), device=x.device)
     for part in torch.arange(count).tensor_split(min(rounds, count)):
-        now = x[active]
-        logits, _, gradient = slope(follow, now, labels[active], "margin", None, average)
+        images = x[active]
+        logits, _, gradient = slope(follow, images, labels[active], "margin", None, average)
         if fooled:
             right = logits.argmax(1) == labels[active]
-            active, now, gradient = active[right], now[right], gradient[right]
+            active, images, gradient = active[right], images[right], gradient[right]
         if not len(active):
             break
-        corner = (gradient > 0).to(now)
-        worth = (gradient * (corner - now)).sum(1).flatten(1) * free[active]
-        chosen = torch.zeros_like(worth).scatter_(1, worth.topk(len(part)).indices, 1.0)
+        corner = (gradient > 0).to(images)
+        gain = (gradient * (corner - images)).sum(1).flatten(1) * free[active]
+        chosen = torch.zeros_like(gain).scatter_(1, gain.topk(len(part)).indices, 1.0)
         free[active] = free[active] * (1 - chosen)
-        mask = chosen.view(len(now), 1, *now.shape[2:])
-        x[active] = torch.where(mask > 0, corner, now)
+        mask = chosen.view(len(images), 1, *images.shape[2:])
+        x[active] = torch.where(mask > 0, corner, images)
     return threat.project(pixels, x)
 
 
@@ -205,8 +226,15 @@ def greedy_pixels(
 def random_pixels(
     follow: Forward, pixels: Tensor, labels: Tensor, threat: Threat, seeds: Sequence[int], *, queries: int
 ) -> Tensor:
-    """L0 without gradients: random pixels in random corners of the colour cube, of which ever fewer are drawn anew,
-    kept where the margin grows (Sparse-RS, Croce et al., arXiv 2006.12834).
+    """Attack under L0 without gradients: set random pixels to random corners of the colour cube, draw ever fewer of
+    them anew, and keep a draw where the margin grows (Sparse-RS, Croce et al., arXiv 2006.12834).
+
+    Args:
+        follow: Attacked model.
+        pixels, labels: Images `[B, C, H, W]` in [0, 1], and their classes `[B]`.
+        threat: Threat under L0; its bound is the number of positions that may change.
+        seeds: One seed for each image, which decides its draws.
+        queries: Largest number of forwards for each image after the first one.
 
     Returns:
         Attacked pixels `[B, C, H, W]`, at most `threat.eps` of whose positions changed.
@@ -231,23 +259,23 @@ def random_pixels(
         rows = (margin <= 0).nonzero().squeeze(1)
         if not len(rows):
             break
-        anew = max(1, round(count * 0.3 * (1 - query / queries) ** 2))
-        tried = []
+        redrawn = max(1, round(count * 0.3 * (1 - query / queries) ** 2))
+        proposals = []
         for row in rows.tolist():
             place, colour, g = places[row].clone(), colours[row].clone(), draws[row]
-            slots = torch.randperm(count, generator=g)[:anew]
+            slots = torch.randperm(count, generator=g)[:redrawn]
             outside = torch.ones(total, dtype=torch.bool)
             outside[place.cpu()] = False
-            fresh = outside.nonzero().squeeze(1)
-            if len(fresh) >= anew:
-                place[slots] = fresh[torch.randperm(len(fresh), generator=g)[:anew]].to(place)
-            colour[:, slots] = torch.randint(2, (len(colour), anew), generator=g)
-            tried.append((place, colour))
-        images = painted(rows, [p for p, _ in tried], [c for _, c in tried])
+            free = outside.nonzero().squeeze(1)
+            if len(free) >= redrawn:
+                place[slots] = free[torch.randperm(len(free), generator=g)[:redrawn]].to(place)
+            colour[:, slots] = torch.randint(2, (len(colour), redrawn), generator=g)
+            proposals.append((place, colour))
+        images = painted(rows, [p for p, _ in proposals], [c for _, c in proposals])
         values = losses(follow(images), labels[rows], "margin")
         for i, (row, better) in enumerate(zip(rows.tolist(), (values > margin[rows]).tolist(), strict=True)):
             if better:
-                places[row], colours[row] = tried[i]
+                places[row], colours[row] = proposals[i]
                 result[row], margin[row] = images[i], values[i]
     return result
 
@@ -255,11 +283,19 @@ def random_pixels(
 def carlini_wagner(
     follow: Forward, pixels: Tensor, labels: Tensor, *, steps: int, searches: int = 9, rate: float = 0.01
 ) -> Tensor:
-    """The smallest L2 change that fools, with a binary search over c for each image (arXiv 1608.04644, section VI.A).
+    """Attack under L2 with the smallest change that fools the model, found by a binary search over the constant c for
+    each image (Carlini and Wagner, arXiv 1608.04644, section VI.A).
+
+    Args:
+        follow: Attacked model, whose gradient is followed.
+        pixels, labels: Images `[B, C, H, W]` in [0, 1], and their classes `[B]`.
+        steps: Number of steps of Adam for each value of c.
+        searches: Number of values of c that are tried.
+        rate: Learning rate of Adam.
 
     Returns:
-        Attacked pixels `[B, C, H, W]`, those nearest to the images among those that fool; the images themselves where
-        none did. No bound is kept: a threat decides which count.
+        Attacked pixels `[B, C, H, W]`: of the points that fool the model the one nearest to the image, or the image
+        itself where there is none. The change is not bounded, so the caller has to check it against a threat.
     """
     low, c = pixels.new_zeros(len(pixels)), pixels.new_full((len(pixels),), 1e-2)
     high = torch.full_like(low, 1e10)
@@ -288,5 +324,5 @@ def carlini_wagner(
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """`[B]` so that it goes with `[B, C, H, W]`."""
+    """Reshape `[B]` so that it broadcasts with `[B, C, H, W]`."""
     return values.view(-1, *[1] * (like.ndim - 1))

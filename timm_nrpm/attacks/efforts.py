@@ -10,9 +10,10 @@ class Stage:
     """A part of the adaptive suite.
 
     Attributes:
-        near: Which of the images that stand it is for: those with at most this share of their clean margin left.
-        rounds: Ascents, each with its search.
-        evolution: The search of a herd at the end, by how much it is longer than that of a round; 0 for none.
+        near: Largest share of its clean margin that an unbroken image may have left to be attacked in this stage.
+        rounds: Number of rounds, each an ascent followed by a random search.
+        evolution: Queries for each point of the evolution that ends the stage, as a multiple of the queries of a
+            round's random search; 0 for no evolution.
     """
 
     near: float
@@ -25,11 +26,11 @@ class Effort:
     """How hard the attacks of a suite try.
 
     Attributes:
-        steps: Gradients of one ascent; of the adaptive suite, twice as many where it starts anew.
-        queries: Forwards of one random search.
-        pgd: Steps of PGD, the paper's.
-        auto: Steps of AutoAttack, its authors'.
-        stages: Of the adaptive suite.
+        steps: Number of gradients of one ascent; in the adaptive suite twice as many where the ascent starts anew.
+        queries: Number of forwards of one random search.
+        pgd: Number of steps of PGD; the default is the paper's.
+        auto: Number of steps of AutoAttack; the default is its authors'.
+        stages: Stages of the adaptive suite; empty for the other suites.
     """
 
     steps: int
@@ -40,12 +41,12 @@ class Effort:
 
     @property
     def rounds(self) -> int:
-        """Of all stages together."""
+        """Number of rounds in all stages together."""
         return sum(stage.rounds for stage in self.stages)
 
     @property
     def evolutions(self) -> int:
-        """How many stages end with one."""
+        """Number of stages that end with an evolution."""
         return sum(stage.evolution > 0 for stage in self.stages)
 
 
@@ -53,8 +54,8 @@ FAST = (Stage(1.0), Stage(1 / 2))
 
 
 NEAR = (Stage(1 / 3, 2, 8), Stage(1 / 6, 2, 12), Stage(1 / 12, 2, 20), Stage(1 / 4))
-"""More of the same rarely breaks what many attacks have hardly moved, so stages are for fewer and fewer images; the
-last climbs from where evolutions have ended."""
+"""Stages that follow `FAST`. Images that many attacks have hardly moved are rarely broken by more of the same, so that
+these stages attack fewer and fewer images; the last one climbs from where the evolutions have ended."""
 
 
 EFFORTS = {
@@ -71,4 +72,4 @@ LEVELS = {
     "default": EFFORTS["adaptive"],
     "exhaustive": replace(EFFORTS["adaptive"], stages=20 * (Stage(1.0, 12, 10),)),
 }
-"""Of the adaptive suite, by the effort a user asks for."""
+"""Settings of the adaptive suite, by the name of the effort that a user chooses."""

@@ -1,6 +1,7 @@
-"""Attacks on pixels in [0, 1]: torchattacks', given the model whose gradient they follow, and our own.
+"""Attacks on pixels in [0, 1], along the gradient of a model that is given: those of torchattacks, and our own.
 
-The only importer of torchattacks, and only where it is called: it takes SciPy and a second to import.
+This is the only module that imports torchattacks, and it does so only when an attack runs, since torchattacks needs
+SciPy and takes a second to import.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from timm_nrpm.models.reprogramming import plain_copy, reprogrammed_layers
 from timm_nrpm.nn.pixel_model import PixelModel, alike
 
 Run = Callable[[PixelModel, Tensor, Tensor, list[int]], Tensor]
-"""The model to follow, pixels `[B, C, H, W]`, labels `[B]` and a seed for each image, to attacked pixels."""
+"""Function from the model to follow, pixels `[B, C, H, W]`, labels `[B]` and one seed for each image to attacked
+pixels."""
 
 
 def fgsm(eps: float) -> Run:
@@ -33,7 +35,9 @@ def pgd(threat: Threat, steps: int, step_size: float | None = None) -> Run:
     """Projected gradient ascent from a random start (Madry et al., arXiv 1706.06083), Linf or L2.
 
     Args:
-        step_size: In pixel units; by default `eps / 4`, which at eps = 8/255 is the paper's 2/255.
+        threat: Threat under Linf or L2.
+        steps: Number of steps.
+        step_size: Step size in pixel units; by default `eps / 4`, which at eps = 8/255 is the paper's 2/255.
     """
     size = threat.eps / 4 if step_size is None else step_size
     name = "PGD" if threat.norm == "Linf" else "PGDL2"
@@ -41,10 +45,14 @@ def pgd(threat: Threat, steps: int, step_size: float | None = None) -> Run:
 
 
 def square(threat: Threat, queries: int, restarts: int = 1, *, rescale: bool = True) -> Run:
-    """Random search by the scores alone (Andriushchenko et al., arXiv 1912.00049), Linf or L2.
+    """Random search that sees only the scores (Andriushchenko et al., arXiv 1912.00049), Linf or L2.
 
     Args:
-        rescale: Whether the squares shrink as fast as the queries are few, or as if there were ten thousand.
+        threat: Threat under Linf or L2.
+        queries: Number of queries for each image and restart.
+        restarts: Number of restarts.
+        rescale: Whether the schedule by which the squares shrink is scaled to `queries`, instead of being that of ten
+            thousand queries.
     """
     search = _library(
         "Square",
@@ -61,7 +69,7 @@ def square(threat: Threat, queries: int, restarts: int = 1, *, rescale: bool = T
 
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
         if threat.norm == "L2" and min(pixels.shape[2:]) < 5:
-            warnings.warn("Square under L2 needs images of 5 x 5 pixels: it was left out.", stacklevel=2)
+            warnings.warn("Square under L2 needs images of at least 5 x 5 pixels: it was left out.", stacklevel=2)
             return pixels
         return search(net, pixels, labels, seeds)
 
@@ -69,33 +77,46 @@ def square(threat: Threat, queries: int, restarts: int = 1, *, rescale: bool = T
 
 
 def auto_attack(threat: Threat, classes: int, steps: int = 100, queries: int = 5000) -> dict[str, Run]:
-    """AutoAttack's four (Croce and Hein, arXiv 2003.01690, section 6) by torchattacks, Linf or L2, with its authors'
-    numbers: torchattacks' own ensemble takes ten steps where they take a hundred, and every class as a target where
-    they take the nine most likely."""
+    """The four attacks of AutoAttack (Croce and Hein, arXiv 2003.01690, section 6) by torchattacks, Linf or L2, with
+    the settings of AutoAttack's authors: torchattacks' own ensemble takes ten steps where they take a hundred, and
+    every class as a target where they take the nine most likely.
+
+    Args:
+        threat: Threat under Linf or L2.
+        classes: Number of classes of the model; with three or fewer the targeted attacks are left out.
+        steps: Number of steps of every attack but Square.
+        queries: Number of queries of Square for each image.
+    """
     targets = min(classes, MOST_TARGETS + 1)
 
-    def once(make: Callable[..., Any], net: PixelModel, seed: int) -> Callable[..., Any]:
-        """An attack of one start under the threat, but for what each of the three takes besides."""
+    def configured(make: Callable[..., Any], net: PixelModel, seed: int) -> Callable[..., Any]:
+        """An attack with one start under the threat, without the arguments that only one of the three attacks takes."""
         return partial(make, net, norm=threat.norm, eps=threat.eps, n_restarts=1, seed=seed, steps=steps)
 
-    runs = {"aa_apgd_ce": _library("APGD", lambda *given: once(*given)(loss="ce"))}
+    runs = {"aa_apgd_ce": _library("APGD", lambda *args: configured(*args)(loss="ce"))}
     if classes > 3:  # the targeted DLR loss takes the fourth largest logit
-        runs["aa_apgd_t"] = _library("APGDT", lambda *given: once(*given)(n_classes=targets))
-        runs["aa_fab_t"] = _library("FAB", lambda *given: once(*given)(multi_targeted=True, n_classes=targets))
+        runs["aa_apgd_t"] = _library("APGDT", lambda *args: configured(*args)(n_classes=targets))
+        runs["aa_fab_t"] = _library("FAB", lambda *args: configured(*args)(multi_targeted=True, n_classes=targets))
     return {**runs, "aa_square": square(threat, queries, rescale=False)}
 
 
 MOST_TARGETS = 9
-"""Of AutoAttack's targeted attacks."""
+"""Largest number of target classes of AutoAttack's targeted attacks."""
 
 ORIGINALS = {"aa_apgd_ce": "apgd-ce", "aa_apgd_t": "apgd-t", "aa_fab_t": "fab-t", "aa_square": "square"}
+"""Our names of AutoAttack's four attacks, and the names that its authors' code has for them."""
 
 
 def original_auto_attack(threat: Threat, classes: int, steps: int = 100, queries: int = 5000) -> dict[str, Run]:
-    """The same four by their authors' own code, Linf, L2 or L1.
+    """The four attacks of AutoAttack by their authors' own code, Linf, L2 or L1.
+
+    Args:
+        threat: Threat under Linf, L2 or L1.
+        classes, steps, queries: The same as in :func:`auto_attack`.
 
     Raises:
-        ImportError: It is not installed; it is in no package index, only at github.com/fra31/auto-attack.
+        ImportError: The authors' code is not installed. It is not in a package index, only at
+            github.com/fra31/auto-attack.
     """
     try:
         from autoattack import AutoAttack
@@ -131,21 +152,21 @@ def original_auto_attack(threat: Threat, classes: int, steps: int = 100, queries
 
 
 Make = Callable[[Callable[..., Any], PixelModel, int], Any]
-"""A class of torchattacks, the model to attack and a seed, to the attack."""
+"""Function from a class of torchattacks, the model to attack and a seed to the attack."""
 
 
 def _library(name: str, make: Make) -> Run:
-    """torchattacks' attack of that name.
+    """Return an attack of torchattacks.
 
     Args:
-        name: Name of the class.
+        name: Name of its class in torchattacks.
         make: Function that makes the attack from the class.
     """
 
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
         import torchattacks
 
-        # It draws from the global generator, and seeds it.
+        # torchattacks seeds the global generator and draws from it.
         with torch.random.fork_rng(devices=[pixels.device] if pixels.is_cuda else []):
             torch.manual_seed(seeds[0])
             default = torch.get_default_dtype()
@@ -162,8 +183,13 @@ def _library(name: str, make: Make) -> Run:
 
 @contextmanager
 def gradient_source(net: PixelModel, gradient: str) -> Iterator[PixelModel]:
-    """The model whose gradient an attack follows: `net` with its "own" or, as "bpda", that of its linear maps; or the
-    "plain" model, lambda = 1 with its statistics from before calibration."""
+    """Yield the model whose gradient an attack follows.
+
+    Args:
+        net: The attacked model.
+        gradient: `"own"` for `net` itself; `"bpda"` for `net` with the gradient of its linear maps; or `"plain"` for
+            the plain model, with lambda = 1 and the statistics from before calibration.
+    """
     if gradient == "plain":
         yield alike(plain_copy(net.model, kept=True), net)
         return
@@ -190,23 +216,26 @@ def perturb(
     divergence: bool = False,
     turns: Tensor | None = None,
 ) -> Tensor:
-    """Examples to train on: projected gradient ascent in the Linf ball (Madry et al., arXiv 1706.06083).
+    """Return examples to train on, by projected gradient ascent in the Linf ball (Madry et al., arXiv 1706.06083).
 
-    torchattacks' attacks draw their start from the global generator, so that two processes would start elsewhere than
-    one; and they know neither the linear gradient nor mixtures.
+    This is not an attack of torchattacks: those draw their start from the global generator, so that two processes would
+    start elsewhere than one, and they know neither the linear gradient nor mixtures.
 
     Args:
-        net: In any mode; the attack sees it in evaluation mode, and leaves it as it was.
-        pixels, labels: `[B, C, H, W]` in [0, 1], and `[B]`.
-        start: What is added to the pixels at first, `[B, C, H, W]`.
-        eps, step_size: In pixel units.
-        gradient: `"own"`, `"bpda"`, `"plain"`, or `"mixture"`, in which an image follows one of these.
+        net: Model in any mode. The attack runs it in evaluation mode, and restores its mode afterwards.
+        pixels, labels: Images `[B, C, H, W]` in [0, 1], and their classes `[B]`.
+        start: First change of the pixels, `[B, C, H, W]`.
+        eps, step_size: Bound and step size, in pixel units of [0, 1].
+        steps: Number of steps.
+        gradient: Gradient to follow: `"own"`, `"bpda"` or `"plain"`, see :func:`gradient_source`; or `"mixture"`, in
+            which each image follows one of these three.
         divergence: Whether to climb the Kullback-Leibler divergence from the clean prediction, as TRADES does, rather
             than the cross-entropy of the labels.
-        turns: Of a mixture, integers `[B]`: an image whose turn is t follows the (t mod 3)-th; by default its place.
+        turns: Integers `[B]` for a mixture: an image with integer t follows gradient number t mod 3 of the above; by
+            default t is the place of the image in the batch.
 
     Returns:
-        Pixels `[B, C, H, W]` in [0, 1], at most `eps` from `pixels`. A gradient that is not a number moves nothing.
+        Pixels `[B, C, H, W]` in [0, 1], at most `eps` from `pixels`. Pixels whose gradient is NaN are not moved.
     """
     kinds = ("own", "bpda", "plain")
     if gradient == "mixture":

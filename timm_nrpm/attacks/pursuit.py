@@ -1,10 +1,10 @@
-"""A pursuit: for each image the worst point that any attack has found, and two ways to make it worse.
+"""A pursuit keeps the worst point that any attack has found for each image, and offers two ways to make it worse.
 
-An attack on a reprogrammed model is lost where it starts from nowhere and follows one gradient: the model's own is
-erratic, and those of models like it point elsewhere. So what all attacks visit is shown to the attacked model, the
-point with the largest margin is kept for each image, and the next attack goes on from there: a few steps up the loss of
-another model that is smoother, or a random search by the attacked model's scores. What one of them cannot leave another
-can.
+An attack on a reprogrammed model fails where it starts from scratch and follows a single gradient: the model's own
+gradient is erratic, and the gradients of similar models point elsewhere. So every point that an attack visits is shown
+to the attacked model, the point with the largest margin is kept for each image, and the next attack continues from
+there: a few steps up the loss of another, smoother model, or a random search by the attacked model's scores. A point
+that stops one of them need not stop the other.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from timm_nrpm.attacks.ascent import DENSE, Forward, direction, generators, loss
 from timm_nrpm.attacks.threats import Threat
 
 LARGEST = 3
-"""The squares of a search are at most this part of the shorter side of an image."""
+"""The side of a search's squares is at most the shorter side of an image divided by this number."""
 
 HERITAGE = 0.6
-"""Share of the queries of a herd in which a square comes from another of the herd instead of chance."""
+"""Share of a herd's queries in which a square is copied from another point of the herd instead of drawn at random."""
 
 
 class Pursuit:
-    """Images under attack.
+    """Images under attack, and the worst point found so far of each.
 
     Args:
-        victim: The attacked model on pixels.
+        victim: Attacked model, from pixels to logits.
         pixels, labels: Images `[B, C, H, W]` in [0, 1], and their classes `[B]`.
         threat: What an attacker may change.
-        average: Forwards whose mean logits count, more than one where the forward is random.
+        average: Number of forwards whose mean logits count; more than one where the forward is random.
 
     Attributes:
-        best: The worst point found so far of each image, `[B, C, H, W]`; at first the image itself.
-        margin: By how much the strongest other class exceeds the label's there, in logits, `[B]`.
-        first: The first margin that each image had, `[B]`; that of the image itself, if it was shown first.
-        right: Whether the model was right on everything it was shown, `[B]`.
+        best: Worst point found so far of each image, `[B, C, H, W]`; at first the image itself.
+        margin: Logit of the strongest other class minus that of the label at this point, `[B]`.
+        first: Margin at the first point of each image that the model was shown, `[B]`, NaN before; the clean margin, if
+            that point was the image itself.
+        right: Whether the model was right on every point of each image that it was shown, `[B]`.
     """
 
     def __init__(self, victim: Forward, pixels: Tensor, labels: Tensor, threat: Threat, average: int = 1) -> None:
@@ -47,29 +48,29 @@ class Pursuit:
         self.margin = pixels.new_full((len(pixels),), -math.inf)
         self.first = pixels.new_full((len(pixels),), math.nan)
         self.right = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
-        self.targets: dict[int, Tensor] = {}  # of each model that was followed
+        self.targets: dict[int, Tensor] = {}  # likely targets, by the id of the followed model
 
     @property
     def standing(self) -> Tensor:
-        """Numbers of the images that nothing has broken yet."""
+        """Indices of the images that no attack has broken yet."""
         return self.near(1.0)
 
     def near(self, share: float) -> Tensor:
-        """Numbers of the images that stand with at most this share of their first margin left; all that stand with 1.
-        Images that many attacks have hardly moved are rarely broken by more of the same."""
-        far = self.margin < share * self.first  # not where nothing was shown yet
+        """Return the indices of the unbroken images with at most this share of their first margin left; with a share of
+        1, of all unbroken images. Images that many attacks have hardly moved are rarely broken by more of the same."""
+        far = self.margin < share * self.first  # False where no point was shown yet, since NaN compares as False
         return (self.right & ~far).nonzero().squeeze(1)
 
     @torch.no_grad()
     def look(self, rows: Tensor, images: Tensor) -> Tensor:
-        """Show the attacked model points of some images, and keep those that are worse than the worst so far.
+        """Show the attacked model a point of each of some images, and keep it where it is worse than the worst so far.
 
         Args:
-            rows: Numbers of the images, `[n]`.
-            images: A point of each, `[n, C, H, W]`; one outside the threat is brought back within it first.
+            rows: Indices of the images, `[n]`.
+            images: A point of each image, `[n, C, H, W]`; points outside the threat are projected into it first.
 
         Returns:
-            Whether the model is right on each, `[n]`; where logits are no numbers it is not.
+            Whether the model is right on each point, `[n]`; where a logit is not finite it counts as wrong.
         """
         allowed = self.threat.allows(self.pixels[rows], images)
         if not bool(allowed.all()):
@@ -82,11 +83,11 @@ class Pursuit:
 
     @torch.no_grad()
     def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> Tensor:
-        """What `look` does with logits `[n, N]` of the attacked model that are known already."""
+        """Do what :meth:`look` does, with logits `[n, N]` of the attacked model that are already known."""
         finite = logits.isfinite().all(1)
         margin = torch.where(finite, losses(logits, self.labels[rows], "margin"), math.inf).to(self.margin)
         right = finite & (logits.argmax(1) == self.labels[rows])
-        # Equal margins count as worse, so that a search drifts over a plain instead of standing still on it.
+        # Equal margins count as worse, so that a search drifts over a plateau instead of standing still on it.
         worse = margin >= self.margin[rows]
         self.best[rows[worse]], self.margin[rows[worse]] = images[worse].detach(), margin[worse]
         self.first[rows] = torch.where(self.first[rows].isnan(), margin, self.first[rows])
@@ -110,23 +111,24 @@ def ascend(
     every: int = 2,
     predicts: bool = False,
 ) -> None:
-    """Projected ascent with momentum (arXiv 1710.06081, Algorithm 1) whose steps shorten to nothing, from the worst
-    points so far, each of which the attacked model is shown on the way.
+    """Projected gradient ascent with momentum (arXiv 1710.06081, Algorithm 1) from the worst points so far, with a step
+    size that shrinks to zero. The attacked model is shown the points on the way.
 
     Args:
-        pursuit: Where points come from and go to.
-        rows: Numbers of the images to attack, `[n]`.
-        follow: The model whose loss is climbed.
-        seeds: A seed for each of the rows.
+        pursuit: Pursuit that the starting points come from, and that keeps the worst points found.
+        rows: Indices of the images to attack, `[n]`.
+        follow: Model whose loss is climbed.
+        seeds: One seed for each of the rows, which decides its random start.
         steps: Number of gradients.
-        loss: One of `timm_nrpm.attacks.ascent.LOSSES`.
-        size: The first step, in units of the threat's eps.
-        momentum: Share of the last direction that goes into the next.
-        target: Of the margin, a class for each image of the pursuit, `[B]`.
-        fresh: Whether to start anywhere within the threat instead.
-        average: Forwards for each gradient.
-        every: Steps between two looks of the attacked model.
-        predicts: Whether `follow` has the attacked model's logits, so that each gradient is a look, too.
+        loss: Loss to climb, one of `timm_nrpm.attacks.ascent.LOSSES`.
+        size: Size of the first step, in units of the threat's eps.
+        momentum: Factor of the previous direction when the gradient is added to it.
+        target: Target class of the margin for each image of the pursuit, `[B]`; by default the strongest other class.
+        fresh: Whether to start from random points within the threat instead of the worst points so far.
+        average: Number of forwards that are averaged for each gradient.
+        every: Number of steps after which the attacked model is shown the points.
+        predicts: Whether `follow` has the attacked model's logits, so that the forward of each gradient shows it the
+            points, too.
     """
     if not len(rows):
         return
@@ -154,20 +156,21 @@ def ascend(
 
 @torch.no_grad()
 def search(pursuit: Pursuit, rows: Tensor, seeds: Sequence[int], *, queries: int, herd: int = 1) -> None:
-    """Random search from the worst points so far: squares of random place and size are pushed to the bound, and stay so
-    where the margin does not fall (after Square, Andriushchenko et al., arXiv 1912.00049, which starts from stripes).
+    """Random search from the worst points so far: squares of random place and size are pushed to the bound, and are
+    kept where the margin does not fall (after Square, Andriushchenko et al., arXiv 1912.00049, which starts from
+    stripes).
 
     Args:
-        pursuit: Where points come from and go to.
-        rows: Numbers of the images to attack, `[n]`.
-        seeds: A seed for each of the rows.
-        queries: Forwards of the attacked model for each image.
-        herd: How many consecutive numbers of the pursuit are points of one image. Squares are then often copied from
-            another of them, which an evolutionary search calls crossover.
+        pursuit: Pursuit that the starting points come from, and that keeps the worst points found.
+        rows: Indices of the images to attack, `[n]`.
+        seeds: One seed for each of the rows.
+        queries: Number of forwards of the attacked model for each image.
+        herd: Number of consecutive rows of the pursuit that are points of one image. If it is more than 1, squares are
+            often copied from another of these points, which an evolutionary search calls crossover.
     """
     if not len(rows):
         return
-    # An image's draws are its own, whichever images are beside it.
+    # Each image has its own draws, whichever images are beside it.
     channels = pursuit.pixels.shape[1]
     draws = [torch.rand(queries, 5 + channels, generator=g, dtype=torch.float32) for g in generators(seeds)]
     table = torch.stack(draws, 1).to(pursuit.pixels)  # [queries, n, 5 + C]
@@ -176,17 +179,18 @@ def search(pursuit: Pursuit, rows: Tensor, seeds: Sequence[int], *, queries: int
         places = places[pursuit.right[rows[places]]]
         if not len(places):
             return
-        now = rows[places]
-        tried = _pushed(pursuit, now, draw[places])
+        active = rows[places]
+        proposals = _pushed(pursuit, active, draw[places])
         if herd > 1:
             inherits = draw[places, 3] < HERITAGE
-            tried = torch.where(_wide(inherits, tried), _inherited(pursuit, now, draw[places], herd), tried)
-        pursuit.look(now, pursuit.threat.project(pursuit.pixels[now], tried))
+            copies = _inherited(pursuit, active, draw[places], herd)
+            proposals = torch.where(_wide(inherits, proposals), copies, proposals)
+        pursuit.look(active, pursuit.threat.project(pursuit.pixels[active], proposals))
 
 
 def _pushed(pursuit: Pursuit, rows: Tensor, draw: Tensor) -> Tensor:
-    """The worst points with a random square of each pushed to the bound, `[n, C, H, W]`. Small squares are more often
-    drawn than large ones."""
+    """Return the worst points with a random square of each pushed to the bound, `[n, C, H, W]`. Small squares are drawn
+    more often than large ones."""
     channels, height, width = pursuit.pixels.shape[1:]
     most = max(2, min(height, width) // LARGEST)
     side = torch.exp(draw[:, 0] * math.log(most + 1)).long().clamp(1, most).view(-1, 1, 1)
@@ -198,9 +202,9 @@ def _pushed(pursuit: Pursuit, rows: Tensor, draw: Tensor) -> Tensor:
 
 
 def _inherited(pursuit: Pursuit, rows: Tensor, draw: Tensor, herd: int) -> Tensor:
-    """The worst points with a square of each from another of its herd, `[n, C, H, W]`. Squares of all sizes are drawn
-    as often, and may lie partly beyond the edge: half of an image is a good share to inherit, and most of it is,
-    too."""
+    """Return the worst points with a square of each copied from another point of its herd, `[n, C, H, W]`. Squares of
+    all sizes are drawn equally often and may extend beyond the edge, since half of an image, or even most of it, is
+    also a good share to copy."""
     height, width = pursuit.pixels.shape[2:]
     most = max(height, width)
     side = 1 + (draw[:, 0] * most).long().clamp(max=most - 1).view(-1, 1, 1)
@@ -211,7 +215,7 @@ def _inherited(pursuit: Pursuit, rows: Tensor, draw: Tensor, herd: int) -> Tenso
 
 
 def _inside(pursuit: Pursuit, top: Tensor, left: Tensor, side: Tensor) -> Tensor:
-    """Which pixels are within squares whose places and sides are `[n, 1, 1]`, `[n, 1, H, W]`."""
+    """Return the mask `[n, 1, H, W]` of the squares whose top left corners and sides are given, each `[n, 1, 1]`."""
     height, width = pursuit.pixels.shape[2:]
     down = torch.arange(height, device=side.device).view(1, -1, 1)
     across = torch.arange(width, device=side.device).view(1, 1, -1)
@@ -219,8 +223,8 @@ def _inside(pursuit: Pursuit, top: Tensor, left: Tensor, side: Tensor) -> Tensor
 
 
 def _amplitude(threat: Threat, channels: int, side: Tensor) -> Tensor:
-    """By how much a square is pushed: under Linf across the whole bound, under L2 by half of it, under L1 to black or
-    white, which the projection then pays for elsewhere; `[n, 1, 1, 1]`."""
+    """Return how far a square is pushed, `[n, 1, 1, 1]`: under Linf across the whole bound, under L2 by half of the
+    bound, under L1 to black or white, for which the projection then reduces the change elsewhere."""
     side = side.unsqueeze(1).float()
     if threat.norm == "Linf":
         return torch.full_like(side, 2 * threat.eps)
@@ -230,22 +234,23 @@ def _amplitude(threat: Threat, channels: int, side: Tensor) -> Tensor:
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """`[B]` so that it goes with `[B, C, H, W]`."""
+    """Reshape `[B]` so that it broadcasts with `[B, C, H, W]`."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def likely_targets(pursuit: Pursuit, rows: Tensor, follow: Forward, most: int = 9) -> Tensor:
-    """Other classes, those first whose logit is nearest for the gradient's length (MALT, Melamed et al.,
-    arXiv 2407.02240, eq. 3); worked out once for each image and model that is followed.
+    """Return the other classes, ordered by the gap of their logit to the label's over the length of the gap's gradient,
+    the smallest ratio first (MALT, Melamed et al., arXiv 2407.02240, eq. 3). They are computed once for each image and
+    followed model.
 
     Args:
-        pursuit: The images.
-        rows: Numbers of the images to attack.
-        follow: The model.
-        most: How many classes, at most.
+        pursuit: Pursuit that holds the images.
+        rows: Indices of the images to attack, `[n]`.
+        follow: Model whose logits and gradients count.
+        most: Largest number of classes.
 
     Returns:
-        Classes of every image of the pursuit, `[B, min(most, N - 1)]`; -1 where it is not yet worked out.
+        Classes for every image of the pursuit, `[B, min(most, N - 1)]`; -1 where they are not computed yet.
     """
     known = pursuit.targets.get(id(follow))
     new = rows if known is None else rows[known[rows, 0] < 0]
@@ -257,13 +262,13 @@ def likely_targets(pursuit: Pursuit, rows: Tensor, follow: Forward, most: int = 
     own = logits.gather(1, labels).squeeze(1)
     others = logits.detach().scatter(1, labels, -math.inf)
     classes = others.topk(min(most, logits.shape[1] - 1), 1).indices
-    far = []
+    ratios = []
     for i in range(classes.shape[1]):
         gap = own - logits.gather(1, classes[:, i : i + 1]).squeeze(1)
         (gradient,) = torch.autograd.grad(gap.sum(), x, retain_graph=True)
-        far.append(gap.detach() / gradient.flatten(1).abs().sum(1).clamp(min=1e-30))
+        ratios.append(gap.detach() / gradient.flatten(1).abs().sum(1).clamp(min=1e-30))
     if known is None:
         known = classes.new_full((len(pursuit.pixels), classes.shape[1]), -1)
-    known[new] = classes.gather(1, torch.stack(far, 1).argsort(dim=1, stable=True))
+    known[new] = classes.gather(1, torch.stack(ratios, 1).argsort(dim=1, stable=True))
     pursuit.targets[id(follow)] = known
     return known

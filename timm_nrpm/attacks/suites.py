@@ -1,4 +1,4 @@
-"""Which attacks belong together: the paper's, AutoAttack as its authors define it, and those made for this defence."""
+"""Suites of attacks: the paper's, AutoAttack as its authors define it, and the attacks made for this defence."""
 
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ from timm_nrpm.config import SUITES
 from timm_nrpm.nn.pixel_model import PixelModel
 
 EXPECTATION = 8
-"""Forwards for a gradient where the forward is random (expectation over transformation, arXiv 1707.07397)."""
+"""Number of forwards for each gradient of a model whose forward is random (expectation over transformation,
+arXiv 1707.07397)."""
 
 CYCLE = ("soft", "plain", "soft_short", "halfway", "base")
-"""Sources in the order in which rounds take turns with them; of a model that has no plain one beside it, its own."""
+"""Sources that the rounds follow in turn. A model without a plain model is attacked along its own gradient."""
 
 TURNS = ("margin", "cross_entropy")
-"""What ascents climb, by turns."""
+"""Losses that the ascents climb in turn."""
 
 SIZES = (0.25, 1.0, 0.5, 2.0)
-"""First steps of ascents that go on from the worst points, in units of eps, by turns."""
+"""Sizes of the first step, in units of eps, that the ascents from the worst points take in turn."""
 
 EVERY = 3
-"""Steps of an ascent along another model between two looks of the attacked one."""
+"""Number of steps of an ascent along another model after which the attacked model is shown the points."""
 
 SQUARE = 100
-"""Queries of Square, which starts from nowhere: what it breaks alone, gradients have missed."""
+"""Number of queries of Square, which starts from scratch: an image that it breaks was missed along gradients."""
 
 Pursue = Callable[[Pursuit, Tensor, PixelModel, list[int]], Tensor]
-"""A pursuit, the numbers of the images to attack, the model to follow and a seed for each image, to whether the
-attacked model was right on all that this attack showed it, `[n]`."""
+"""Function from a pursuit, the indices of the images to attack `[n]`, the model to follow and one seed for each image,
+to whether the attacked model was right on every point of each image that this attack showed it, `[n]`."""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A named attack. Several may have one name: they count as one that takes several turns.
+    """A named attack. Attacks of the same name count as one attack that takes several turns.
 
     Attributes:
-        name: What a report calls it.
-        source: Whose gradient it follows, see :func:`timm_nrpm.sources.sources_of`; `"scores"` for none, and `"best"`
-            for none either, but from the worst points that the others found.
-        pursue: The attack.
-        passes: About how many forwards and backwards it takes for an image.
-        always: Whether it is there for comparison, so that also images already broken are attacked.
-        near: Which of the images that stand are attacked: those with at most this share of their clean margin left.
+        name: Name of the attack in a report.
+        source: Source whose gradient it follows, see :func:`timm_nrpm.sources.sources_of`; `"scores"` for an attack
+            without gradients, and `"best"` for one that starts from the worst points that the others found.
+        pursue: Function that runs the attack.
+        passes: Approximate number of forwards and backwards for each image.
+        always: Whether the attack serves for comparison, so that it also attacks images that are already broken.
+        near: Largest share of its clean margin that an unbroken image may have left to be attacked.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Attack:
 
 
 def once(run: Run) -> Pursue:
-    """An attack that shows the attacked model what it ends with, and nothing before."""
+    """Return an attack that shows the attacked model only its final points."""
 
     def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
         return pursuit.look(rows, run(net, pursuit.pixels[rows], pursuit.labels[rows], seeds))
@@ -74,7 +75,7 @@ def once(run: Run) -> Pursue:
 
 
 def alone(attack: Attack, threat: Threat) -> Run:
-    """An attack by itself, on images that nothing else has attacked, along the model it is given."""
+    """Return an attack that runs by itself, on images that no other attack has seen, along the model it is given."""
 
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
         pursuit = Pursuit(net, pixels, labels, threat)
@@ -87,88 +88,92 @@ def alone(attack: Attack, threat: Threat) -> Run:
 def attacks_of(
     suite: str, threat: Threat, effort: Effort, sources: Collection[str], classes: int, *, random: bool = False
 ) -> list[Attack]:
-    """The attacks of a suite, in the order in which they are tried.
+    """Return the attacks of a suite, in the order in which they run.
 
-    `"quick"`: FGSM and PGD on the own gradient, and PGD from the plain model. `"paper"`: FGSM, PGD, the margin loss of
-    Carlini and Wagner, and AutoAttack (NRPM, Table 5). `"standard"`: AutoAttack by torchattacks; `"autoattack"`: by its
-    authors' code, if that is installed. `"adaptive"`: PGD along every gradient that can be compared, then rounds of a
-    pursuit, each an ascent along another source and a random search, from the worst points found so far, and stages of
-    rounds and evolutions for the images that are nearer and nearer to breaking.
+    - `"quick"`: FGSM and PGD along the model's own gradient, and PGD along the plain model's.
+    - `"paper"`: FGSM, PGD, the margin loss of Carlini and Wagner, and AutoAttack (NRPM, Table 5).
+    - `"standard"`: AutoAttack by torchattacks.
+    - `"autoattack"`: AutoAttack by its authors' code, if that is installed.
+    - `"adaptive"`: PGD along every gradient that can be compared, and then stages of a pursuit. Each stage has rounds,
+      an ascent along another source and a random search from the worst points so far, and may end with an evolution.
+      Later stages attack the images that are nearest to breaking.
 
     Args:
-        suite: One of `SUITES`.
+        suite: Name of the suite, one of `timm_nrpm.config.SUITES`.
         threat: What an attacker may change.
-        effort: How hard they try.
-        sources: Whose gradients there are.
-        classes: Of the model.
-        random: Whether its forward is, so that gradients are averaged.
+        effort: Numbers of steps, queries and stages.
+        sources: Names of the sources whose gradients can be followed.
+        classes: Number of classes of the model.
+        random: Whether the model's forward is random, so that gradients have to be averaged.
 
     Raises:
-        ValueError: A suite that is not known, or one that has no attacks in this norm.
+        ValueError: `suite` is not known, or has no attacks under the norm of `threat`.
         ImportError: The authors' AutoAttack is not installed.
     """
     check_choice("suite", suite, SUITES)
     library = threat.norm in ("Linf", "L2")
     if (suite in ("paper", "standard") and not library) or (suite == "autoattack" and threat.norm == "L0"):
         raise ValueError(f'suite={suite!r} has no attacks under {threat.norm}: choose suite="adaptive" or "quick".')
-    found: list[Attack] = []
+    attacks: list[Attack] = []
     if suite not in ("standard", "autoattack"):
         if threat.norm == "Linf":
-            found.append(Attack("fgsm", "own", once(fgsm(threat.eps)), 2, always=True))
-        first, passes = once(pgd(threat, effort.pgd) if library else _direct(threat, effort)), 2 * effort.pgd
-        found.append(Attack("pgd", "own", first, passes, always=True))
-        # The same on every image from elsewhere: where it breaks more, the own gradient misleads.
+            attacks.append(Attack("fgsm", "own", once(fgsm(threat.eps)), 2, always=True))
+        pursue, passes = once(pgd(threat, effort.pgd) if library else _direct(threat, effort)), 2 * effort.pgd
+        attacks.append(Attack("pgd", "own", pursue, passes, always=True))
+        # The same attack on every image along other gradients: if they break more, the model's own gradient misleads.
         compared = {"quick": ("plain",), "adaptive": ("plain", "base", "bpda")}.get(suite, ())
-        found += [Attack(f"pgd_{name}", name, first, passes, always=True) for name in compared if name in sources]
+        attacks += [Attack(f"pgd_{name}", name, pursue, passes, always=True) for name in compared if name in sources]
     if suite == "paper":
-        found.append(Attack("cw", "own", once(_carlini_wagner(threat, effort.steps)), 2 * effort.steps))
+        attacks.append(Attack("cw", "own", once(_carlini_wagner(threat, effort.steps)), 2 * effort.steps))
     if suite in ("paper", "standard", "autoattack"):
-        made_by = original_auto_attack if suite == "autoattack" else auto_attack
-        for name, run in made_by(threat, classes, effort.auto, effort.queries).items():
+        make_runs = original_auto_attack if suite == "autoattack" else auto_attack
+        for name, run in make_runs(threat, classes, effort.auto, effort.queries).items():
             scores = name == "aa_square"
             cost = effort.queries if scores else 2 * effort.auto * (1 if name == "aa_apgd_ce" else MOST_TARGETS)
-            found.append(Attack(name, "scores" if scores else "own", once(run), cost))
+            attacks.append(Attack(name, "scores" if scores else "own", once(run), cost))
     if suite == "adaptive":
         average = EXPECTATION if random else 1
-        found += (
+        attacks += (
             _sparse(threat, effort, sources, average)
             if threat.norm == "L0"
             else _pursuit(effort, sources, classes, average)
         )
         if library and effort.queries:
-            found.append(Attack("square", "scores", once(square(threat, SQUARE)), SQUARE))
-    return found
+            attacks.append(Attack("square", "scores", once(square(threat, SQUARE)), SQUARE))
+    return attacks
 
 
 def _pursuit(effort: Effort, sources: Collection[str], classes: int, average: int) -> Iterator[Attack]:
-    """Rounds of an ascent and a search, and stages of rounds with an evolution. Of three ascents two go on from the
-    worst points, with the margin and with the cross-entropy, and one starts anew, up the margin of the strongest class
-    or, by turns, of the next likely target."""
-    beside = [name for name in CYCLE if name in sources] if "plain" in sources else ["own"]
-    # Those without an estimate first: they are cheap, and leave fewer images to the others.
+    """Yield first ascents, and then the stages: rounds of an ascent and a random search, and evolutions.
+
+    Of every three ascents two continue from the worst points, one up the margin and one up the cross-entropy. The third
+    starts anew, alternately up one of these losses and up the margin of the next most likely target.
+    """
+    followed = [name for name in CYCLE if name in sources] if "plain" in sources else ["own"]
+    # Sources without an estimate come first: they are cheap, and leave fewer images to the others.
     starts = [name for name in ("plain", "base", "bpda") if name in sources] if "plain" in sources else ["own"]
     for name in starts:
         yield _ascent(effort, name, "margin", average, size=0.5, momentum=0.75, fresh=name in ("plain", "own"))
     targets = count()
-    turns = [(stage, left) for stage in effort.stages for left in reversed(range(stage.rounds))]
+    turns = [(stage, rounds_left) for stage in effort.stages for rounds_left in reversed(range(stage.rounds))]
     herds = count()
-    for turn, (stage, left) in enumerate(turns):
-        third, kind = divmod(turn, 3)
+    for turn, (stage, rounds_left) in enumerate(turns):
+        group, kind = divmod(turn, 3)
         if kind < 2:
             loss = TURNS[kind]
             size = SIZES[turn % len(SIZES)]
-            ascent = _ascent(effort, beside[turn % len(beside)], loss, average, size=size, momentum=0.5)
+            ascent = _ascent(effort, followed[turn % len(followed)], loss, average, size=size, momentum=0.5)
         else:
-            rank = next(targets) % min(MOST_TARGETS, classes - 1) if third % 2 and classes > 2 else None
-            loss = TURNS[third // 2 % 2] if rank is None else "margin"
-            name = beside[third % len(beside)]
+            rank = next(targets) % min(MOST_TARGETS, classes - 1) if group % 2 and classes > 2 else None
+            loss = TURNS[group // 2 % 2] if rank is None else "margin"
+            name = followed[group % len(followed)]
             ascent = _ascent(effort, name, loss, average, size=2.0, momentum=0.75, fresh=True, rank=rank)
         yield replace(ascent, near=stage.near)
         if effort.queries:
             yield Attack("search", "best", _search(effort.queries), effort.queries, near=stage.near)
-        if effort.queries and stage.evolution and not left:
-            # Where herds begin matters: three from the smoothest source before one from the next.
-            name = beside[next(herds) // 3 % len(beside)]
+        if effort.queries and stage.evolution and not rounds_left:
+            # The start of a herd matters: three herds follow the smoothest source before one follows the next source.
+            name = followed[next(herds) // 3 % len(followed)]
             evolution = _evolution(2 * effort.steps, stage.evolution * effort.queries // average, name, average)
             yield replace(evolution, near=stage.near)
 
@@ -184,8 +189,20 @@ def _ascent(
     fresh: bool = False,
     rank: int | None = None,
 ) -> Attack:
+    """Return an attack by :func:`timm_nrpm.attacks.pursuit.ascend`.
+
+    Args:
+        effort: Number of steps; an ascent that starts anew takes twice as many.
+        source: Name of the source whose gradient it follows.
+        loss: Loss to climb, one of `timm_nrpm.attacks.ascent.LOSSES`.
+        average: Number of forwards that are averaged for each gradient.
+        size: Size of the first step, in units of the threat's eps.
+        momentum: Factor of the previous direction when the gradient is added to it.
+        fresh: Whether to start anew, from random points within the threat.
+        rank: Place of the target class among the likely targets; None for the strongest other class.
+    """
     steps = effort.steps * (2 if fresh else 1)
-    predicts = source in ("own", "bpda") and average == 1  # where the forward is random, one look means little
+    predicts = source in ("own", "bpda") and average == 1  # a single forward of a random model tells little
 
     def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
         target = None if rank is None else likely_targets(pursuit, rows, net)[:, rank]
@@ -227,7 +244,7 @@ def _evolution(steps: int, queries: int, source: str, average: int) -> Attack:
 
 
 def _climb(threat: Threat, steps: int, loss: str) -> Run:
-    """Auto-PGD to its end, whatever the model that is followed makes of the images meanwhile."""
+    """Return Auto-PGD that takes all of its steps, even after the followed model gets an image wrong."""
 
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
         return climb(net, pixels, labels, threat, seeds, steps=steps, loss=loss, fooled=False)[0]
@@ -236,14 +253,14 @@ def _climb(threat: Threat, steps: int, loss: str) -> Run:
 
 
 def _direct(threat: Threat, effort: Effort) -> Run:
-    """What stands for PGD where torchattacks has none: Auto-PGD under L1, greedy pixels under L0."""
+    """Return the attack that replaces PGD where torchattacks has none: Auto-PGD under L1, greedy pixels under L0."""
     if threat.norm == "L1":
         return _climb(threat, effort.pgd, "cross_entropy")
     return _greedy(threat, effort.pgd, predicts=False)
 
 
 def _sparse(threat: Threat, effort: Effort, sources: Collection[str], average: int) -> Iterator[Attack]:
-    """Under L0: greedy pixels on every source, and random pixels."""
+    """Yield the attacks of the adaptive suite under L0: greedy pixels along every source, and random pixels."""
     for source in ("plain", "base", "own", "bpda", "soft", "soft_short", "halfway"):
         if source in sources:
             predicts = source in ("own", "bpda") and average == 1
@@ -262,8 +279,6 @@ def _greedy(threat: Threat, steps: int, *, average: int = 1, predicts: bool) -> 
 
 
 def _random_pixels(threat: Threat, queries: int) -> Run:
-    """Random pixels in random colours."""
-
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
         return random_pixels(net, pixels, labels, threat, seeds, queries=queries)
 
@@ -271,8 +286,9 @@ def _random_pixels(threat: Threat, queries: int) -> Run:
 
 
 def _carlini_wagner(threat: Threat, steps: int) -> Run:
-    """Under L2 the attack of the paper, with its binary search over c, whose result counts if it is near enough; under
-    Linf projected ascent of its loss, since what it finds is near in L2 alone."""
+    """Return the attack of Carlini and Wagner: under L2 with their binary search over c, whose result is kept where it
+    is within the bound; under Linf projected ascent of their loss, since the points that their search finds are near
+    only in L2."""
     if threat.norm == "Linf":
 
         def climbed(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an attacker may change: a norm, a bound, and the nearest images within it."""
+"""What an attacker may change: a norm and a bound, and the projection of images into it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from timm_nrpm.checks import check_choice, check_integer, check_number
 from timm_nrpm.config import NORMS
 
 SLACK = 1e-5
-"""By how much float32 may overstep a bound, relative to it and in pixel units."""
+"""Largest excess over a bound that counts as float32 rounding: relative to the bound and, except under L0, also in
+pixel units."""
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,17 @@ class Threat:
     """What an attacker may change.
 
     Args:
-        norm: `"Linf"`, the largest change of a pixel; `"L2"` or `"L1"`, the length of the change of a whole image;
-            `"L0"`, the number of positions that change, all of whose channels may take any value.
-        eps: The bound: in pixel units of [0, 1], 8/255 is usual for CIFAR under Linf, 0.5 under L2, 12 under L1; under
-            L0 a number of pixels.
+        norm: Norm of the change: `"Linf"`, the largest change of a pixel; `"L2"` or `"L1"`, the length of the change of
+            a whole image; or `"L0"`, the number of positions that change, all of whose channels may take any value.
+        eps: Bound of the norm, in pixel units of [0, 1]; under L0 a number of positions. For CIFAR 8/255 is usual under
+            Linf, 0.5 under L2 and 12 under L1.
 
     Raises:
-        ValueError: Another norm, or a bound outside its range.
+        ValueError: `norm` is not known, or `eps` is outside its range.
 
     Example:
-        >>> Threat("Linf", 8 / 255), Threat("L0", 10)
+        >>> str(Threat("Linf", 8 / 255)), str(Threat("L0", 10))
+        ('Linf 0.03137', 'L0 10')
     """
 
     norm: str = "Linf"
@@ -47,7 +49,7 @@ class Threat:
         return f"{self.norm} {self.eps:.4g}"
 
     def distance(self, pixels: Tensor, attacked: Tensor) -> Tensor:
-        """How far each image was moved, `[B]`, in the units of `eps`."""
+        """Return how far each image was moved, `[B]`, in the units of `eps`."""
         change = (attacked - pixels).double()
         if self.norm == "L0":
             return (change != 0).flatten(2).any(1).sum(1)
@@ -57,14 +59,14 @@ class Threat:
         return flat.abs().sum(1) if self.norm == "L1" else flat.norm(dim=1)
 
     def allows(self, pixels: Tensor, attacked: Tensor) -> Tensor:
-        """Which attacked images `[B]` are images at all, pixels in [0, 1], and within the bound."""
-        inside = ((attacked >= 0) & (attacked <= 1)).flatten(1).all(1)  # which a NaN is not
+        """Return whether each attacked image, `[B]`, has all its pixels in [0, 1] and is within the bound."""
+        inside = ((attacked >= 0) & (attacked <= 1)).flatten(1).all(1)  # a NaN is not
         return inside & (self.distance(pixels, attacked) <= self.eps * (1 + SLACK) + SLACK * (self.norm != "L0"))
 
     def project(self, pixels: Tensor, moved: Tensor) -> Tensor:
-        """`moved`, brought back to within the bound and to [0, 1], `[B, C, H, W]`.
+        """Return `moved`, brought back within the bound and to [0, 1], `[B, C, H, W]`.
 
-        The nearest such images, but under L2, where the change is shortened and then cut off at 0 and 1.
+        These are the nearest such images, except under L2, where the change is scaled down and then clamped to [0, 1].
         """
         change = moved - pixels
         if self.norm == "Linf":
@@ -80,13 +82,13 @@ class Threat:
         return pixels + change * kept.view(len(change), 1, *change.shape[2:])
 
     def around(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Images drawn within the bound, each by its own generator on the CPU, `[B, C, H, W]`."""
+        """Draw images within the bound, each by its own generator on the CPU, `[B, C, H, W]`."""
         if self.norm == "Linf":
             draws = [2 * torch.rand(pixels.shape[1:], generator=g, dtype=torch.float32) - 1 for g in generators]
             return self.project(pixels, pixels + self.eps * torch.stack(draws).to(pixels))
         draws = [torch.randn(pixels.shape[1:], generator=g, dtype=torch.float32) for g in generators]
         change = torch.stack(draws).to(pixels)
-        if self.norm != "L0":  # of the full length
+        if self.norm != "L0":  # scale the change to the full length
             flat = change.flatten(1)
             length = flat.norm(dim=1) if self.norm == "L2" else flat.abs().sum(1)
             change = change * _wide(self.eps / length.clamp(min=1e-12), change)
@@ -99,11 +101,11 @@ BOUNDS = {
     "L1": "the sum of the changes in pixel units, like 12",
     "L0": "a whole number of pixels",
 }
-"""What the bound of each norm is, for messages."""
+"""Meaning of the bound under each norm, for error messages."""
 
 
 def check_threat(threat: Threat | None) -> Threat:
-    """The threat, by default Linf with eps 8/255, or a ValueError for what is none."""
+    """Return the threat, by default Linf with eps 8/255, or raise a ValueError if it is not a :class:`Threat`."""
     threat = threat or Threat()
     if not isinstance(threat, Threat):
         raise ValueError(f'threat={threat!r} is no Threat: write Threat("Linf", 8 / 255).')
@@ -111,14 +113,15 @@ def check_threat(threat: Threat | None) -> Threat:
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """`[B]` so that it multiplies `[B, C, H, W]`."""
+    """Reshape `[B]` so that it broadcasts with `[B, C, H, W]`."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def _within_l1(change: Tensor, low: Tensor, high: Tensor, eps: float) -> Tensor:
-    """The nearest change with an L1 norm of at most `eps` between `low` and `high`.
+    """Return the nearest change that has an L1 norm of at most `eps` and lies between `low` and `high`.
 
-    It is `clip(soft(change, t))` for the least threshold t >= 0 that makes it short enough, found by bisection.
+    It is `clip(soft(change, t))`, where t >= 0 is the smallest threshold that makes it short enough. The threshold is
+    found by bisection.
     """
 
     def cut(threshold: Tensor) -> Tensor:

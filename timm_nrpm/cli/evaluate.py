@@ -25,10 +25,10 @@ SAME = (
     *("variant", "model", "image_size", "mean", "std", "lam", "iterations", "estimator_eps", "penalty", "layers"),
     *("calibrate", "training_split", "data", "split", "samples", "first", "batch_size"),
 )
-"""Options that are the same for everything in one folder; of the weights it is their hash."""
+"""Options that must agree for all results in one folder; weights must agree by their hash."""
 
 SHOWN = (*SAME, "weights", "revision", "no_pretrained", "num_classes", "root", "class_map")
-"""Options that a message names where another model or other images are evaluated into a folder."""
+"""Options that the message names if another model or other images are evaluated into a folder."""
 
 USELESS = (
     *options.USELESS_FOR_MODELS,
@@ -156,10 +156,10 @@ def _processes() -> Iterator[tuple[Accelerator | None, Any]]:
 
 
 def _claim(args: argparse.Namespace, model: nn.Module) -> None:
-    """Note in the folder whose evaluation it holds.
+    """Write into the output folder what is evaluated there.
 
     Raises:
-        ValueError: It holds results of another model, or on other images.
+        ValueError: The folder holds results of another model or on other images.
     """
     from timm_nrpm.models.reprogramming import model_sha256
 

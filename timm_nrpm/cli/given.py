@@ -1,4 +1,4 @@
-"""What was given on the command line and what is a default, and options that have no effect, which are refused."""
+"""Which options were given and which have their default; options without effect are refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class WrongCall(ValueError):
-    """Options that do not go together."""
+    """Options were given that do not go together."""
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Useless:
     """Options that have no effect in some calls.
 
     Args:
-        options: The names under which argparse keeps them.
-        when: Whether they have none, of the arguments of a call, defaults included.
-        why: The reason, in the error message; `{name}` stands for an argument.
+        options: Names under which argparse keeps the options.
+        when: Function of the arguments of a call, defaults included, that tells whether the options have no effect.
+        why: Reason, for the error message; `{name}` stands for the value of an argument.
     """
 
     options: tuple[str, ...]
@@ -27,12 +27,12 @@ class Useless:
 
 
 def flag_of(parser: argparse.ArgumentParser, option: str) -> str:
-    """How an option is written on the command line."""
+    """The flag of an option, such as `--batch-size`."""
     return next(action.option_strings[-1] for action in parser._actions if action.dest == option)
 
 
 def keep_defaults_apart(parser: argparse.ArgumentParser) -> None:
-    """Let the parser give the options that were given alone, and remember the defaults for :func:`completed`."""
+    """Make the parser return only options that were given, and keep the defaults for :func:`completed`."""
     # argparse would parse the mark of an absent positional argument as if somebody had typed it.
     actions = [a for a in parser._actions if a.option_strings and a.default is not argparse.SUPPRESS]
     parser.set_defaults(defaults={action.dest: action.default for action in actions})
@@ -43,15 +43,15 @@ def keep_defaults_apart(parser: argparse.ArgumentParser) -> None:
 def completed(
     args: argparse.Namespace, parser: argparse.ArgumentParser, rules: Sequence[Useless] = ()
 ) -> argparse.Namespace:
-    """The arguments with the defaults of what was not given.
+    """Fill in the defaults of options that were not given.
 
     Args:
-        args: What `parser` gave after :func:`keep_defaults_apart`.
-        parser: The parser of the command.
-        rules: Options that have no effect in some calls.
+        args: Arguments from a parser that :func:`keep_defaults_apart` has changed.
+        parser: Parser of the command.
+        rules: Rules for options that have no effect in some calls.
 
     Raises:
-        WrongCall: Options that were given and have no effect.
+        WrongCall: Options were given that have no effect.
     """
     given = args.defaults.keys() & vars(args).keys()
     args = argparse.Namespace(**{**args.defaults, **vars(args)})

@@ -28,20 +28,21 @@ from timm_nrpm.errors import HubError, Unreachable, WeightsUnavailable
 from timm_nrpm.version import __version__
 
 WRONG, FAILED = 2, 1
-"""Exit statuses: what was given has to change; something failed that the same command may get past."""
+"""Exit status where what was given has to change, and where something failed that may not fail again."""
 
 PACKAGES = ("torch", "timm", "huggingface_hub", "accelerate", "torchattacks", "numpy")
-"""What a report of a fault has to tell the versions of."""
+"""Packages whose versions a report of a fault has to state."""
 
-ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+UNUSABLE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+"""Errors of the operating system about a path that was given."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point.
 
     Returns:
-        The exit status: 0; 2 where what was given has to change; 1 where something failed that the same command may get
-        past; and, as shells have it, 130 after Ctrl-C, 143 after SIGTERM, and 141 where nobody reads the output.
+        The exit status: 0; 2 where what was given has to change; 1 where something failed that may not fail again; and,
+        as shells have it, 130 after Ctrl-C, 143 after SIGTERM, and 141 where nobody reads the output.
     """
     parser, commands = _parsers()
     args, unknown = parser.parse_known_args(arguments)
@@ -124,7 +125,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _about(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
-    """What to say of words that a command does not know."""
+    """A message about words on the command line that a command does not know."""
     known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
     parts = []
     for before, word in pairwise(["", *unknown]):
@@ -144,11 +145,11 @@ def _is_users(error: Exception) -> bool:
     """Whether what was given has to change, rather than the network, the disk or the machine."""
     if isinstance(error, HubError):
         return not isinstance(error, (Unreachable, WeightsUnavailable))
-    return isinstance(error, (WrongCall, ValueError, ImportError, *ABSENT))
+    return isinstance(error, (WrongCall, ValueError, ImportError, *UNUSABLE))
 
 
 def _explained(error: Exception, parser: argparse.ArgumentParser, names: Mapping[str, str]) -> str:
-    """What an error says, in the words of the command; of one that nothing here foresaw, what to do with it."""
+    """The message of an error in the terms of the command; for an unforeseen one, how to report it."""
     if isinstance(error, (ValueError, RuntimeError, ImportError, OSError)):
         return message_of(error, parser, names)
     return (
@@ -184,12 +185,12 @@ def _demo(args: argparse.Namespace, terminal: Terminal) -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM arrived."""
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Meanwhile, SIGTERM ends a command as Ctrl-C does, unless somebody else waits for it or ignores it."""
+    """Let SIGTERM end a command as Ctrl-C does, unless it has another handler or is ignored."""
 
     def stop(number: int, _: Any) -> None:
         raise _Terminated(number)
@@ -207,7 +208,7 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def _worded_warnings(command: argparse.ArgumentParser, names: Mapping[str, str]) -> Iterator[None]:
-    """Meanwhile, warnings of this package are one line in the words of the command."""
+    """Print warnings of this package on one line, in the terms of the command."""
     shown, package = warnings.showwarning, str(Path(__file__).parents[1])
 
     def show(

@@ -1,4 +1,4 @@
-"""Messages of the library in the words of the command line: flags instead of the names of Python's arguments."""
+"""Messages of the library in the terms of the command line: flags in place of the names of Python's arguments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ TEXT = r"'[^']*'|\"[^\"]*\""
 NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?: / \d+)?"
 SEVERAL = r"\([^()]*\)|\[[^\[\]]*\]"
 ARGUMENT = re.compile(rf"(?<![\w./-])(\w+)=({WORD}|{TEXT}|{NUMBER}|{SEVERAL})?(?![\w(\[{{<])")
-"""An argument of Python in a message, with its value or without."""
+"""Pattern of a Python argument in a message, with its value or without."""
 
 BARE = re.compile(r"(?<![\w./='\"-])([a-z]+(?:_[a-z]+)+)(?![\w=/(]|\.\w)")
-"""A name of several words in the middle of a sentence."""
+"""Pattern of a bare argument name of several words in a sentence."""
 
 COMMON = {
     "timm_nrpm.list_models()": "timm-nrpm models",
@@ -25,15 +25,15 @@ COMMON = {
     "8 / 255": "8/255",
     "give token=, or log in by": "log in by",
 }
-"""Phrases that are said otherwise in every command."""
+"""Phrases that every command replaces, and what it replaces them by."""
 
 
 @contextmanager
 def called(**names: str) -> Iterator[None]:
-    """Meanwhile, arguments of the library come from these flags, which the message of an error names.
+    """Note on errors raised inside which flags the arguments of the library came from, so that messages name these.
 
     Args:
-        **names: The flag of each argument, as `eps="--estimator-eps"`.
+        **names: Flag of each argument, as in `eps="--estimator-eps"`.
     """
     try:
         yield
@@ -43,22 +43,23 @@ def called(**names: str) -> Iterator[None]:
 
 
 def worded(text: str, parser: argparse.ArgumentParser, names: Mapping[str, str]) -> str:
-    """A message in the words of a command.
+    """A message in the terms of a command.
 
     Args:
-        text: The message.
-        parser: The parser of the command, whose options are the flags of the arguments of the same name.
-        names: Flags of arguments of another name; and phrases, which are no names, with what stands in their place.
+        text: Message of the library.
+        parser: Parser of the command. An argument with the name of an option becomes that option's flag.
+        names: Flags of arguments that have another name; and phrases, which are no identifiers, with their
+            replacements.
 
     Example:
         >>> parser = argparse.ArgumentParser()
         >>> _ = parser.add_argument("--batch-size")
-        >>> worded("batch_size=0 is too small, and root=. is missing", parser, {"root": "--images"})
+        >>> worded("batch_size=0 is too small, and root= is missing", parser, {"root": "--images"})
         '--batch-size 0 is too small, and --images is missing'
     """
-    phrases = {phrase: said for phrase, said in {**COMMON, **names}.items() if not phrase.isidentifier()}
-    for phrase, said in phrases.items():
-        text = text.replace(phrase, said)
+    phrases = {phrase: words for phrase, words in {**COMMON, **names}.items() if not phrase.isidentifier()}
+    for phrase, words in phrases.items():
+        text = text.replace(phrase, words)
     flags = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
     flags |= {name: flag for name, flag in names.items() if name.isidentifier()}
 
@@ -77,17 +78,17 @@ def worded(text: str, parser: argparse.ArgumentParser, names: Mapping[str, str])
 
 
 def _written(value: str) -> str:
-    """A value of Python as it is written on the command line."""
+    """A Python value as one types it on the command line."""
     try:
-        found = ast.literal_eval(value)
+        parsed = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value.replace(" ", "")  # 8 / 255, or FILE
-    values = found if isinstance(found, (list, tuple)) else [found]
-    return " ".join(shlex.quote(str(one)) for one in values)
+    values = parsed if isinstance(parsed, (list, tuple)) else [parsed]
+    return " ".join(shlex.quote(str(item)) for item in values)
 
 
 def message_of(error: BaseException, parser: argparse.ArgumentParser, names: Mapping[str, str]) -> str:
-    """What an error says, in the words of a command, without the traceback of a process that read images."""
+    """The message of an error in the terms of a command, without the traceback of a worker process that read images."""
     text = str(error) or repr(error)
     if "Original Traceback" in text:
         text = text.strip().splitlines()[-1].partition(": ")[2]

@@ -1,4 +1,4 @@
-"""Images and labels: where they are read, their contract and their order."""
+"""Images and labels: how they are read, what they must be, and their order."""
 
 from timm_nrpm.data.loaders import digits, pixel_loader
 from timm_nrpm.lazy import modules_of

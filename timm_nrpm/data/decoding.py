@@ -14,12 +14,13 @@ DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 def decoded(image: Image.Image, mode: str) -> Image.Image | Tensor:
     """The image upright, opaque, and in the mode that the model takes.
 
-    - Greyscale of 16 bits is divided by 65535 and stays that precise; floating-point greyscale is taken as it is, in
-      [0, 1].
+    - Greyscale of 16 bits is divided by 65535 and keeps its precision; floating-point greyscale, which must be in
+      [0, 1], is taken as it is.
     - An image with an alpha channel, or with a transparent colour, is composed over white, as most viewers show it;
-      otherwise the colours that nobody was meant to see would come out.
+      otherwise the hidden colours of its transparent pixels would show.
     - The EXIF orientation is applied, so that photographs stand upright.
-    - A palette, 1 bit and CMYK become grey or RGB by Pillow's own formulas. Colour profiles (ICC) are not applied.
+    - Images with a palette, of 1 bit and in CMYK become grey or RGB by Pillow's own formulas. Colour profiles (ICC) are
+      not applied.
     - Pillow reads 16-bit colour, and 16-bit grey with alpha, with 8 bits a channel; the lower 8 are lost.
 
     Args:
@@ -27,10 +28,11 @@ def decoded(image: Image.Image, mode: str) -> Image.Image | Tensor:
         mode: `"L"` for grey or `"RGB"`.
 
     Returns:
-        An image of that mode or, of greyscale with more than 8 bits, a tensor `[1, H, W]` of float32 in [0, 1].
+        An image of that mode or, for greyscale with more than 8 bits, a tensor `[1, H, W]` of float32 in [0, 1].
 
     Raises:
-        ValueError: The values of a deep image are outside the range of its mode, so that nobody knows what is white.
+        ValueError: The values of a greyscale image with more than 8 bits are outside the range of its mode, so that
+            it is unknown which value is white.
 
     Example:
         >>> decoded(Image.new("RGBA", (2, 2), (255, 0, 0, 0)), "RGB").getpixel((0, 0))
@@ -45,10 +47,10 @@ def decoded(image: Image.Image, mode: str) -> Image.Image | Tensor:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF data say."""
+    """The image with its EXIF orientation applied."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF data that are broken in any way say nothing, and the image is fine without them
+    except Exception:  # EXIF data that are broken in any way are ignored: the image is fine without them
         return image
 
 
@@ -58,8 +60,8 @@ def _scaled(image: Image.Image) -> Tensor:
     low, high, white = float(values.min()), float(values.max()), 1.0 if image.mode == "F" else 65535.0
     if not 0.0 <= low <= high <= white:
         raise ValueError(
-            f"An image of mode {image.mode!r} has values from {low:g} to {high:g}, and is read as 0 for black and "
-            f"{white:g} for white: save it with 8 or 16 bits, or as floating-point numbers in [0, 1]."
+            f"An image of mode {image.mode!r} has values from {low:g} to {high:g}, and is read with 0 as black and "
+            f"{white:g} as white: save it with 8 or 16 bits, or as floating-point numbers in [0, 1]."
         )
     pixels = torch.from_numpy(values / white)
     transparent = image.info.get("transparency")

@@ -1,4 +1,4 @@
-"""Images as pixels in [0, 1], with labels: the bundled digits, and whatever timm reads in any order."""
+"""Loaders of pixels in [0, 1] with labels: the bundled digits, and every dataset that timm reads in any order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from timm_nrpm.data.readers import NO_CLASS_MAP, kind_of, read_dataset
 from timm_nrpm.nn.wrappers import unwrapped
 
 TEST = 360
-"""Images at the end of the digits that the bundled model was not trained on; other people wrote them."""
+"""Number of test images at the end of the digits: other people wrote them, and the bundled model never saw them."""
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
         split: `"train"`, 1437 images, or `"test"`, 360 by other writers.
 
     Raises:
-        ValueError: Another split.
+        ValueError: `split` is neither of these.
         ImportError: scikit-learn is not installed.
     """
     if split not in ("train", "test"):
@@ -67,52 +67,55 @@ def pixel_loader(
 ) -> DataLoader[Any]:
     """A loader of pixels `[B, C, H, W]`, float32 in [0, 1] and not normalised, and labels `[B]`, int64.
 
-    Images that have the size already come through bit for bit; others are resized and cropped as the model's own
-    preprocessing does, or, without a model, scaled until they cover `input_size` and cropped to its middle. An image
-    that cannot be decoded is, as everywhere in timm, replaced by the next, which a log says. Greyscale of 16 bits keeps
-    its precision, transparent images lie on white, and the EXIF orientation is applied, see
+    Images that already have the right size pass through bit for bit; others are resized and cropped by the model's own
+    preprocessing or, without a model, scaled until they cover `input_size` and cropped to its middle. An image that
+    cannot be decoded is replaced by the next one, as everywhere in timm, and a log message says so. Greyscale of 16
+    bits keeps its precision, transparent images are composed over white, and the EXIF orientation is applied; see
     :func:`timm_nrpm.data.decoding.decoded`.
 
-    Class folders, in a folder or a tar, are numbered over all splits of the root together, so that a class without
-    images in one of them changes no label, in the order in which timm sorts their names. With a `model`, labels are its
-    classes: folders named as the model's config names its classes, or by the ids of ImageNet, get the label of that
-    name; as many folders as the model has classes keep their numbers; and folders named by class indices of the model,
-    like `0340`, are those classes. Anything else is refused, or decided by `class_map`. Images in a folder without any
-    class folders have the label -1, which `calibrate_` does not look at and `evaluate` refuses.
+    Class folders, in a folder or a tar, are numbered over all splits of the root together, in the order in which timm
+    sorts their names, so that a class without images in one split changes no label. With a `model`, labels are its
+    classes: folders named by the class names in the model's config, or by ImageNet ids, get the label of that name; as
+    many folders as the model has classes keep their numbers; and folders named by class indices of the model, such as
+    `0340`, are those classes. A `class_map` replaces these rules; without one, anything else is refused. Images outside
+    of any class folder have the label -1, which `calibrate_` ignores and `evaluate` refuses.
 
     Args:
-        name: `"digits"`, or a name that `timm.data.create_dataset` reads in any order: `"folder"` or `"tar"`,
-            `"torch/..."` for torchvision's, SVHN too, or `"hfds/..."`.
-        root: Where the images are. A folder or a .tar of class folders is read as it is, whatever the split; in a
-            folder that holds one for each split (`train/` or `train.tar`), the split is looked up.
-        split: `"train"`, `"test"`, `"validation"`, or what else the dataset has.
-        model: A timm model, whose number of channels, size, crop and interpolation the images get, and whose classes
-            the labels are.
-        input_size: C, H, W in pixels, in place of the model's; C is 1 for grey or 3. The digits have (1, 8, 8).
-        training: Whether to shuffle anew each epoch.
-        augment: Whether to crop at random, 0.8 to 1 of the area at nearly the same aspect, with no change of colours.
-        hflip: Share of the images that `augment` mirrors: 0.5 suits photographs, 0 digits and letters.
-        workers: Processes that read; 0 reads in this one.
-        samples: Number of images, drawn at random (a tar is often ordered by class) and always the same for a seed;
-            of fewer, the same come first. None takes all, in their order.
+        name: Name of the dataset: `"digits"`, or one that `timm.data.create_dataset` reads in any order: `"folder"` or
+            `"tar"`, `"torch/..."` for torchvision's datasets, including SVHN, or `"hfds/..."` for the Hub's.
+        root: Path of the images. A folder or a .tar of class folders is read as it is, whatever the split; in a folder
+            that holds one for each split (`train/` or `train.tar`), the split is looked up.
+        split: Name of the split: `"train"`, `"test"`, `"validation"`, or another that the dataset has.
+        model: Timm model, which sets the number of channels, size, crop and interpolation of the images, and whose
+            classes the labels are.
+        input_size: Size (C, H, W) of the images in pixels, in place of the model's; C is 1 for grey or 3 for RGB. The
+            digits have (1, 8, 8).
+        batch_size: Number of images in a batch.
+        training: Whether to shuffle the images anew in each epoch.
+        augment: Whether to crop images at random, to 0.8 to 1 of their area at nearly the same aspect ratio; colours
+            do not change.
+        hflip: Probability with which `augment` mirrors an image: 0.5 suits photographs, 0 digits and letters.
+        workers: Number of processes that read images; 0 reads them in this process.
+        samples: Number of images drawn at random, since a tar is often ordered by class. The same seed draws the same
+            images, and a smaller number takes the first of them. None takes all images in their order.
         first: Number of images from the beginning, in their order, in place of `samples`.
-        class_map: The label of each class by name, for `"folder"`, `"tar"` and `"hfds/..."`: a mapping, a .txt with one
-            name a line in the order of the labels, or a .json object.
-        seed: Of the samples and of the order.
-        download: Whether `torch/` may download what is not there.
+        class_map: Label of each class by name, for `"folder"`, `"tar"` and `"hfds/..."`: a mapping, a .txt with one
+            name per line in the order of the labels, or a .json object.
+        seed: Seed of the draw of `samples` and of the shuffling.
+        download: Whether a `torch/...` dataset that is missing may be downloaded.
         drop_last: Whether to leave out a last batch that is not full.
 
     Raises:
-        ValueError: A dataset, split or size that there is not, one without images, a stream, or classes that are not
-            those of the model.
-        FileNotFoundError: A root that does not exist.
-        ImportError: What reads it is not installed.
+        ValueError: The dataset, split or size does not exist, the dataset has no images or is a stream, or its classes
+            are not those of the model.
+        FileNotFoundError: `root` does not exist.
+        ImportError: The package that reads the dataset is not installed.
 
     Example:
-        >>> loader = pixel_loader("torch/cifar10", "data", split="test", model=model, samples=1000)
+        >>> loader = pixel_loader("digits", split="test", model=model, samples=100, batch_size=64)
         >>> pixels, labels = next(iter(loader))
         >>> pixels.shape, labels.shape
-        (torch.Size([64, 3, 32, 32]), torch.Size([64]))
+        (torch.Size([64, 1, 8, 8]), torch.Size([64]))
     """
     if hflip and not augment:
         raise ValueError(f"hflip={hflip} without augment=True mirrors nothing: give both or neither.")
@@ -140,7 +143,7 @@ def pixel_loader(
     dataset = _chosen(dataset, f"split={split!r} of {name!r}", samples, first, seed)
     count = len(dataset)  # type: ignore[arg-type]
     if drop_last and batch_size > count:
-        raise ValueError(f"batch_size={batch_size} with drop_last=True leaves nothing of {count} images: give less.")
+        raise ValueError(f"batch_size={batch_size} with drop_last=True drops all {count} images: give a smaller size.")
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -152,7 +155,7 @@ def pixel_loader(
 
 
 def _chosen(dataset: Dataset[Any], where: str, samples: int | None, first: int | None, seed: int) -> Dataset[Any]:
-    """The images that `samples` or `first` of :func:`pixel_loader` choose, of those that are `where`."""
+    """The images that `samples` or `first` of :func:`pixel_loader` choose; `where` names the dataset in messages."""
     count = len(dataset)  # type: ignore[arg-type]
     for key, number in (("samples", samples), ("first", first)):
         if number is not None and number < 1:
@@ -167,12 +170,12 @@ def _chosen(dataset: Dataset[Any], where: str, samples: int | None, first: int |
 
 @dataclass(frozen=True)
 class _Transform:
-    """An image, PIL's or a tensor `[1, H, W]`, to pixels `[C, H, W]`.
+    """A transform of images, PIL's or tensors `[1, H, W]`, to pixels `[C, H, W]`.
 
     Attributes:
-        size: C, H, W.
-        resize: timm's transform.
-        always: Whether `resize` also sees images of that size.
+        size: Size (C, H, W) of the pixels.
+        resize: timm's transform to that size.
+        always: Whether `resize` is applied even to images that have that size already.
     """
 
     size: tuple[int, int, int]
@@ -196,17 +199,17 @@ class _Transform:
 def _transform(
     model: nn.Module | None, input_size: tuple[int, int, int] | None, augment: bool, hflip: float
 ) -> _Transform:
-    """What brings images to the size of the model, or to the one given."""
+    """The transform of images to the size of the model, or to `input_size`."""
     data: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
     model = None if model is None else unwrapped(model)
     if model is not None and hasattr(model, "pretrained_cfg"):
-        known = resolve_model_data_config(model)
-        data = {key: known[key] for key in data}
-        # What the model was built with, where that is not what its weights were published with.
+        model_data = resolve_model_data_config(model)
+        data = {key: model_data[key] for key in data}
+        # The size that the model was built with, which may differ from that of its published weights.
         input_size = input_size or tuple(get_model_input_config(model)["input_size"])
     if input_size is None:
         raise ValueError(
-            "The size of the images is not known: give input_size=(C, H, W), or as model= a timm model"
+            "The size of the images is not known: give input_size=(C, H, W), or model= with a timm model"
             + (f", which {type(model).__name__} is not." if model is not None else ".")
         )
     if len(input_size) != 3 or input_size[0] not in (1, 3) or min(input_size) < 1:
@@ -219,7 +222,7 @@ def _transform(
 
 
 class _Digits(Dataset[tuple[Tensor, int]]):
-    """The digits, transformed."""
+    """The digits, with a transform applied to each image."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, transform: _Transform) -> None:
         self.pixels, self.labels, self.transform = pixels, labels.tolist(), transform

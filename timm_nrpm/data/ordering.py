@@ -1,7 +1,7 @@
 """The order of the images, and their augmentation, as a function of the seed, the epoch and the image alone.
 
-So a run that was killed goes on in the middle of an epoch as if nothing had happened, and two processes see what one
-would have seen.
+So a run that was killed resumes in the middle of an epoch as if nothing had happened, and two processes together see
+what one would have seen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed of 32 bits from several numbers, such that neighbours have nothing in common."""
+    """A 32-bit seed from several numbers; neighbouring numbers give unrelated seeds."""
     mixed = 0x9E3779B97F4A7C15
     for number in numbers:  # splitmix64
         mixed = (mixed + number * 0xBF58476D1CE4E5B9) % 2**64
@@ -29,10 +29,10 @@ def seed_of(*numbers: int) -> int:
 
 
 class Numbered(Dataset[Any]):
-    """A dataset that also gives each image's number, and whose randomness depends on nothing before.
+    """A dataset that also gives each image's number, and whose randomness depends on seed, epoch and number alone.
 
     Attributes:
-        epoch: Shared memory, so that workers that live on hear of the next.
+        epoch: Number of the epoch, in shared memory, so that persistent workers see it change.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
@@ -46,18 +46,20 @@ class Numbered(Dataset[Any]):
         seed = seed_of(self.seed, int(self.epoch), index)
         random.seed(seed)
         np.random.seed(seed)
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed looks for every kind of device, half a millisecond
+        # torch.manual_seed would also look for every kind of device, which takes half a millisecond.
+        torch.default_generator.manual_seed(seed)
         return self.dataset[index], index
 
 
 class Order(Sampler[int]):
-    """What a sampler gives in an epoch, without the first `skip`.
+    """The indices that a sampler gives in an epoch, without the first `skip`.
 
     Attributes:
-        multiple: How many images all processes take at once; from its own beginning an epoch is filled up to whole
-            multiples, as accelerate would do, which after a restart knows another beginning.
+        epoch: Number of the epoch, which decides the order.
+        skip: Number of indices to leave out at the beginning.
+        multiple: Number of images that all processes take at once. An epoch is filled up to a multiple of it with its
+            own first images, as accelerate would do; but accelerate would take others after a restart, when it sees an
+            epoch without the skipped ones.
     """
 
     def __init__(self, sampler: Sampler[int], seed: int) -> None:
@@ -66,23 +68,23 @@ class Order(Sampler[int]):
         self.multiple = 1
 
     def __len__(self) -> int:
-        whole = -(-len(self.sampler) // self.multiple) * self.multiple  # type: ignore[arg-type]
-        return max(0, whole - self.skip)
+        filled = -(-len(self.sampler) // self.multiple) * self.multiple  # type: ignore[arg-type]
+        return max(0, filled - self.skip)
 
     def __iter__(self) -> Iterator[int]:
         seed = seed_of(self.seed, self.epoch)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            own = getattr(self.sampler, "generator", None)
-            if isinstance(own, torch.Generator):
-                own.manual_seed(seed)
+            generator = getattr(self.sampler, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
             order = list(self.sampler)
         missing = -len(order) % self.multiple
         yield from islice(chain(order, islice(cycle(order), missing)), self.skip, None)
 
 
 class _Collate:
-    """A batch as the dataset's own loader makes it, and the images' numbers."""
+    """A collate function that adds the images' numbers to the batch of another one."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
@@ -92,20 +94,23 @@ class _Collate:
 
 
 def ordered(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], Order, Numbered]:
-    """The same images as `loader` gives, each batch as `(batch, numbers [B])`, in an order that can be taken up again.
+    """A loader of the same images in an order that can be resumed, each batch as `(batch, numbers [B])`.
+
+    Returns:
+        The loader, its sampler and its dataset.
 
     Raises:
-        ValueError: Not a DataLoader over numbered images in batches of a fixed size.
+        ValueError: `loader` is not a DataLoader over a dataset of known length in batches of a fixed size.
     """
     if not isinstance(loader, DataLoader):
         raise ValueError(
             f"The loader is a {type(loader).__name__}: give a torch DataLoader, which processes can share and a run "
-            "can take up again; for tensors, DataLoader(TensorDataset(pixels, labels), batch_size=64, shuffle=True)."
+            "can resume; for tensors, DataLoader(TensorDataset(pixels, labels), batch_size=64, shuffle=True)."
         )
-    own = type(loader.batch_sampler)
-    if own not in (BatchSampler, type(None)):
+    batch_sampler = type(loader.batch_sampler)
+    if batch_sampler not in (BatchSampler, type(None)):
         raise ValueError(
-            f"The loader has a batch sampler of its own, {own.__name__}, which tuning would have to replace: give "
+            f"The loader has a batch sampler of its own, {batch_sampler.__name__}, which tuning would replace: give "
             "batch_size= and, if need be, sampler=."
         )
     if hasattr(loader.sampler, "num_replicas"):
@@ -115,11 +120,11 @@ def ordered(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], Order,
         )
     if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         raise ValueError(
-            "The loader reads a stream, or makes its batches itself: a run over it could not be taken up again. Give a "
+            "The loader reads a stream, or makes its batches itself: a run over it could not be resumed. Give a "
             "DataLoader with a batch_size over a dataset with a length, such as timm's folder, tar and torch/ readers."
         )
     dataset, order = Numbered(loader.dataset, seed), Order(loader.sampler, seed)  # type: ignore[arg-type]
-    again: DataLoader[Any] = DataLoader(
+    resumable: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=loader.batch_size,
         sampler=order,
@@ -133,4 +138,4 @@ def ordered(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], Order,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
-    return again, order, dataset
+    return resumable, order, dataset

@@ -1,4 +1,4 @@
-"""Datasets of numbered images, as timm and torchvision read them: class folders, tars, torchvision's and the Hub's."""
+"""Datasets whose images can be read in any order: class folders, tars, torchvision's datasets and the Hub's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 from torchvision.datasets import SVHN, ImageFolder
 
-from timm_nrpm.data.classes import SAME_SPLIT, Classes, class_names, labels_of, place_of, read_class_map, some
+from timm_nrpm.data.classes import SAME_SPLIT, Classes, class_names, first_of, labels_of, place_of, read_class_map
 
 STREAMS = ("hfids", "tfds", "wds")
 TOP_FOLDERS = ("torch/folder", "torch/image_folder")
@@ -26,7 +26,7 @@ TWO_SPLITS = tuple(
     f"torch/{name}" for name in ("mnist", "kmnist", "qmnist", "fashion_mnist", "cifar10", "cifar100", "svhn")
 )
 READERS = (
-    "'digits', which come along; 'folder' or 'tar', class folders of images; 'torch/NAME', like 'torch/cifar10'; "
+    "'digits', which are bundled; 'folder' or 'tar', class folders of images; 'torch/NAME', like 'torch/cifar10'; "
     "'hfds/NAME', from the Hub"
 )
 ADVICE = {
@@ -38,18 +38,18 @@ ADVICE = {
 }
 NO_CLASS_MAP = "class_map= gives labels to the classes of folders, tars and 'hfds/NAME': {!r} has labels of its own."
 ATTEMPTS = 10
-"""Images in a row that cannot be decoded before reading fails."""
+"""Number of consecutive images that cannot be decoded after which reading fails."""
 
 _log = logging.getLogger(__name__)
 
 
 class _Images(ImageDataset):
-    """timm's dataset, whose images keep their own mode: timm converts them, and Pillow then clips 16 bits at 255.
+    """timm's dataset without its conversion of images to RGB, in which Pillow clips values of 16 bits at 255.
 
     Args:
         reader: timm's reader.
-        transform: What makes pixels of an image.
-        label_of: The label of each of the reader's; None leaves them as they are.
+        transform: Function from an image to its pixels.
+        label_of: Mapping from the reader's labels to those that the dataset gives; None keeps the reader's.
     """
 
     def __init__(self, reader: Any, transform: Callable[[Any], Any], label_of: Mapping[int, int] | None = None) -> None:
@@ -73,14 +73,14 @@ class _Images(ImageDataset):
 
 
 class _Folder(ImageFolder):  # type: ignore[misc]
-    """torchvision's folder with labels that are given, and images that keep their own mode."""
+    """torchvision's ImageFolder with given labels, and without its conversion of images to RGB."""
 
     def __init__(self, root: str, labels: Mapping[str, int], transform: Callable[[Any], Any]) -> None:
-        self.given = dict(labels)
+        self.given_labels = dict(labels)
         super().__init__(root, transform, loader=_opened, allow_empty=True)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        return list(self.given), self.given
+        return list(self.given_labels), self.given_labels
 
 
 def _opened(path: str) -> Image.Image:
@@ -90,10 +90,10 @@ def _opened(path: str) -> Image.Image:
 
 
 class _Tar(ReaderImageInTar):
-    """timm's reader of a .tar, without its open file: workers who share one would read at each other's place."""
+    """timm's reader of a .tar, which opens the file for each image: workers that share one would move its position."""
 
     def __init__(self, root: str, class_map: Mapping[str, int]) -> None:
-        super().__init__(root, class_map, cache_tarinfo=False)  # its cache is a file that runs code when read
+        super().__init__(root, class_map, cache_tarinfo=False)  # timm's cache is a pickle, which can run code
 
     def __getitem__(self, index: int) -> tuple[BytesIO, int]:
         member, _, inside = self.samples[index]
@@ -103,13 +103,13 @@ class _Tar(ReaderImageInTar):
 
 
 def kind_of(name: str) -> str:
-    """What reads a dataset: `""` for folders and tars, `"torch"` or `"hfds"`; a ValueError for another."""
+    """The kind of a dataset: `""` for folders and tars, `"torch"` or `"hfds"`; raises a ValueError for any other."""
     kind, slash, _ = name.lower().partition("/")
     kind = kind if slash else ""
     if kind in STREAMS:
         raise ValueError(
-            f"{name!r} is a stream: its images can be neither shuffled as a whole nor taken up again after a stop. "
-            f"Take a reader with numbered images: {READERS}."
+            f"{name!r} is a stream: its images can be neither shuffled as a whole nor resumed after a stop. "
+            f"Give one whose images can be read in any order: {READERS}."
         )
     if kind not in ADVICE or (not kind and name.lower() not in FOLDERS):
         raise ValueError(f"Unknown dataset {name!r}. There are: {READERS}.")
@@ -128,14 +128,14 @@ def read_dataset(
     """The dataset of that name, with labels that are classes of the model.
 
     Args:
-        name, root, split, class_map, download: As for :func:`timm_nrpm.data.loaders.pixel_loader`.
-        transform: What makes pixels of an image.
-        classes: What the model says of its classes.
+        name, root, split, class_map, download: The same as in :func:`timm_nrpm.data.loaders.pixel_loader`.
+        transform: Function from an image to its pixels.
+        classes: The classes of the model.
 
     Raises:
-        ValueError: There is nothing to read, or its classes are not those of the model.
-        FileNotFoundError: The root does not exist.
-        ImportError: What reads it is not installed.
+        ValueError: There is nothing to read, or the dataset's classes are not those of the model.
+        FileNotFoundError: `root` does not exist.
+        ImportError: The package that reads the dataset is not installed.
     """
     kind = kind_of(name)
     if root is None and kind != "hfds":
@@ -143,27 +143,27 @@ def read_dataset(
     if root is not None and not Path(root).exists() and not download and kind != "hfds":
         raise FileNotFoundError(f"root={str(root)!r} does not exist. {ADVICE[kind]}")
     if name.lower() in TWO_SPLITS and not any(split in names for names in SAME_SPLIT):
-        # timm takes every name that is not a training split's for the test images.
+        # timm would read the test images for every name that is not one of the training split.
         raise ValueError(f"split={split!r}: {name!r} has 'train' and 'test'.")
     if root is not None and name.lower() in FOLDERS:
         return _read_folders(name, Path(root), split, transform, classes, class_map)
-    what = repr(name) if root is None else f"{name!r} in root={str(root)!r}"
+    source = repr(name) if root is None else f"{name!r} in root={str(root)!r}"
     if kind == "hfds":
-        return _read_hub(name, root, split, transform, classes, class_map, what)
+        return _read_hub(name, root, split, transform, classes, class_map, source)
     if class_map is not None:
         raise ValueError(NO_CLASS_MAP.format(name))
     with _explained(name, root, split, kind):
-        if name.lower() == "torch/svhn":  # which timm does not know
+        if name.lower() == "torch/svhn":  # timm does not know it
             part = "train" if split in SAME_SPLIT[0] else "test"
             svhn: Dataset[Any] = SVHN(str(root), part, transform, int, download)
-            found, count = svhn, 10
+            dataset, count = svhn, 10
         else:
             options: dict[str, Any] = {"transform": transform, "target_transform": int, "download": download}
-            found = create_dataset(name, str(root), split, search_split=False, **options)
-            count = len(getattr(found, "classes", ()))
+            dataset = create_dataset(name, str(root), split, search_split=False, **options)
+            count = len(getattr(dataset, "classes", ()))
     if count:
-        classes.check(count, what)
-    return found
+        classes.check(count, source)
+    return dataset
 
 
 def _read_folders(
@@ -174,7 +174,7 @@ def _read_folders(
     classes: Classes,
     class_map: Mapping[str, int] | str | Path | None,
 ) -> Dataset[Any]:
-    """Class folders or a tar, whose classes are numbered over all splits of the root."""
+    """The dataset of class folders or a tar, whose classes are numbered over all splits of the root."""
     place, top = place_of(root, split), name.lower() in TOP_FOLDERS
     with _explained(name, place, split, "", (tarfile.TarError, OSError)):
         names = class_names(root, place, top=top)
@@ -194,27 +194,27 @@ def _read_hub(
     transform: Callable[[Any], Any],
     classes: Classes,
     class_map: Mapping[str, int] | str | Path | None,
-    what: str,
+    source: str,
 ) -> Dataset[Any]:
-    """A dataset of the Hub, whose labels are its own unless a class map is given."""
-    given = None if class_map is None else read_class_map(class_map)
+    """The dataset from the Hub, with its own labels unless a class map is given."""
+    mapping = None if class_map is None else read_class_map(class_map)
     with _explained(name, root, split, "hfds"):
         reader = create_reader(name, None if root is None else str(root), split=split)
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
-    if given is None:
+    if mapping is None:
         if names:
-            classes.check(len(names), what, f" ({some(names)})")
+            classes.check(len(names), source, f" ({first_of(names)})")
         return _Images(reader, transform)
     if not names:
-        raise ValueError(f"class_map= needs the names of classes, and {what} has labels without names.")
-    return _Images(reader, transform, dict(enumerate(labels_of(names, classes, given, what).values())))
+        raise ValueError(f"class_map= needs the names of classes, and {source} has labels without names.")
+    return _Images(reader, transform, dict(enumerate(labels_of(names, classes, mapping, source).values())))
 
 
 @contextmanager
 def _explained(
     name: str, place: str | Path | None, split: str, kind: str, errors: tuple[type[Exception], ...] = (Exception,)
 ) -> Iterator[None]:
-    """Turn what a reader raises, assertions and lookups among it, into a message that says what to give."""
+    """Turn an exception of a reader, even an AssertionError or a KeyError, into one that says what to give."""
     try:
         yield
     except errors as error:

@@ -1,4 +1,4 @@
-"""What was measured, as typed results."""
+"""Measurements of a model, and their results as dataclasses."""
 
 from timm_nrpm.lazy import modules_of
 

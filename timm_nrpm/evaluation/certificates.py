@@ -1,4 +1,4 @@
-"""What randomized smoothing certified (Cohen et al., arXiv 1902.02918): radii and their curve."""
+"""Results of randomized smoothing (Cohen et al., arXiv 1902.02918): certified radii and their curve."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from timm_nrpm.checks import check_number
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is certain of one image, with the probability that is the `confidence` of the report.
+    """What is certified for one image, with the probability given by the `confidence` of the report.
 
     Attributes:
         label: The right class.
         predicted: The smoothed model's class, or None where it abstained.
-        radius: L2, in pixel units of [0, 1]: no shorter change moves `predicted`. 0 where it abstained.
-        candidate: The class that most of the first n0 samples had.
-        selected, votes: Number of the first n0 samples, and of the n samples after them, that had the candidate.
-        not_a_number: Number of all samples whose logits were no numbers. They vote for no class.
-        seconds: Time that the image took, in seconds. Two certificates that differ in this alone are equal.
+        radius: Certified L2 radius, in pixel units of [0, 1]: no shorter change of the image changes `predicted`. It is
+            0 where the model abstained.
+        candidate: The most frequent class among the first n0 samples.
+        selected, votes: Number of the first n0 samples, and of the n samples after them, that got the candidate class.
+        not_a_number: Number of the n0 + n samples whose logits contained NaN. They vote for no class.
+        seconds: Time spent on the image, in seconds. Certificates that differ only in this are equal.
     """
 
     label: int
@@ -37,23 +38,23 @@ class Certificate:
 
 @dataclass(frozen=True)
 class CertificationReport:
-    """What is certain of a model under Gaussian noise, image by image.
+    """Certificates of a model under Gaussian noise, image by image.
 
     Attributes:
-        name: Name of the model, for people and pictures.
+        name: Name of the model, for texts and pictures.
         sigma: Standard deviation of the noise, in pixel units of [0, 1].
-        n0, n: Samples that choose the class, and samples that bound its probability.
-        confidence: Probability, for every image, that its certificate is right, from 0.5 to below 1; what Cohen et al.
-            call alpha is `1 - confidence`.
+        n0, n: Number of samples that choose the class, and number of samples that bound its probability.
+        confidence: Probability that the certificate of an image is right, from 0.5 to below 1. Cohen et al. call
+            `1 - confidence` alpha.
         seed: Seed of the noise.
-        weights: :func:`timm_nrpm.models.base.weights_sha256` of the model.
+        weights: Hash of the model's weights, by :func:`timm_nrpm.models.base.weights_sha256`.
         versions: Versions of the libraries, by name.
         images: Certificates of the images, in the order of the loader.
 
     Example:
         >>> report = certify(model, loader, sigma=0.25, n=500)
         >>> report.certified_accuracy(0.0), report.certified_accuracy(0.25), report.abstained
-        (0.861, 0.633, 0.139)
+        (0.9, 0.7, 0.1)
     """
 
     name: str
@@ -72,11 +73,11 @@ class CertificationReport:
     def __str__(self) -> str:
         shares = f"certified {100 * self.certified_accuracy(0.0):.1f} %, abstained {100 * self.abstained:.1f} %"
         radius = f"average certified radius {self.average_certified_radius:.3f}"
-        found = f"{self.name}, {len(self.images)} images, sigma {self.sigma:g}: {shares}, {radius}"
-        return f"{found}. {self.why_abstained()}" if self.abstained == 1 else found
+        summary = f"{self.name}, {len(self.images)} images, sigma {self.sigma:g}: {shares}, {radius}"
+        return f"{summary}. {self.why_abstained()}" if self.abstained == 1 else summary
 
     def why_abstained(self) -> str:
-        """Why there is no certificate for an image that has none: the votes that it takes, and the most there were."""
+        """Return why images have no certificate: how many votes one takes, and the most that such an image had."""
         most = max((image.votes for image in self.images if image.predicted is None), default=0)
         reason = (
             f"At confidence {self.confidence} a certificate takes {self.votes_needed} of {self.n} votes for one class, "
@@ -87,21 +88,23 @@ class CertificationReport:
 
     @property
     def right(self) -> list[float]:
-        """Radii of the images that the smoothed model gets right, ascending."""
+        """Radii of the images that the smoothed model gets right, in ascending order."""
         return sorted(image.radius for image in self.images if image.predicted == image.label)
 
     def certified_accuracy(self, radius: float) -> float:
-        """Share of the images that are right and stay so under every change shorter than `radius`, L2 in pixel units.
+        """Return the share of the images that are right and stay right under every change shorter than `radius`, an L2
+        distance in pixel units.
 
         On average, a share `1 - confidence` of the certificates may be wrong (Cohen et al., section 4).
         """
         radius = check_number("radius", radius, least=0, why=", an L2 distance in pixel units")
-        return sum(one >= radius for one in self.right) / len(self.images)
+        return sum(certified >= radius for certified in self.right) / len(self.images)
 
     def curve(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Radii, ascending from 0, and the certified accuracy at each: all corners of Figure 6 of Cohen et al.
+        """Return radii, ascending from 0, and the certified accuracy at each: all corners of a curve like those in
+        Figure 6 of Cohen et al.
 
-        Between two radii the accuracy is that of the larger, and beyond the last it is 0.
+        Between two radii the accuracy is that of the larger radius, and beyond the last radius it is 0.
         """
         right = self.right
         radii = sorted({0.0, *right})
@@ -109,30 +112,30 @@ class CertificationReport:
 
     @property
     def average_certified_radius(self) -> float:
-        """Mean radius, 0 for images that are wrong (Zhai et al., arXiv 2001.02378, section 5).
+        """Mean radius, where images that are wrong count as 0 (Zhai et al., arXiv 2001.02378, section 5).
 
-        Easy images move it most (arXiv 2410.06895): look at the curve too.
+        Easy images dominate it (arXiv 2410.06895), so look at the curve too.
         """
         return sum(self.right) / len(self.images)
 
     @property
     def abstained(self) -> float:
-        """Share of the images on which the smoothed model says nothing."""
+        """Share of the images on which the smoothed model abstains."""
         return sum(image.predicted is None for image in self.images) / len(self.images)
 
     @property
     def votes_needed(self) -> int:
-        """The fewest of the n votes for one class that certify an image."""
+        """Smallest number of the n votes that one class needs for a certificate."""
         return bisect_left(range(self.n + 1), True, key=lambda votes: lower_bound(votes, self.n, self.confidence) > 0.5)
 
     @property
     def largest_radius(self) -> float:
-        """The radius where all n samples agree: beyond it, more samples or more noise help, no other model does."""
+        """Radius where all n samples agree. Only more samples or more noise allow a larger one, whatever the model."""
         return certified_radius(lower_bound(self.n, self.n, self.confidence), self.sigma)
 
     @property
     def seconds(self) -> float:
-        """What all images took, however often they were interrupted."""
+        """Time spent on all images, in seconds, over all runs if the certification was interrupted."""
         return sum(image.seconds for image in self.images)
 
     def to_json(self) -> str:
@@ -146,30 +149,35 @@ class CertificationReport:
         return cls(**{**data, "images": tuple(Certificate(**row) for row in data["images"])})
 
 
-MEANT = ", the probability that a certificate is right, such as 0.999"
+_MEANING = ", the probability that a certificate is right, such as 0.999"
 
 
 def check_confidence(value: Any) -> float:
-    """The confidence as a float, or a ValueError for one outside its range, such as an alpha."""
-    confidence = check_number("confidence", value, why=MEANT)
-    alpha = f"; an alpha, the probability that it is wrong, of {confidence} is confidence={1 - confidence}"
-    why = MEANT + alpha if 0 < confidence < 0.5 else MEANT
+    """Return the confidence as a float, or raise a ValueError if it is outside its range, as an alpha is."""
+    confidence = check_number("confidence", value, why=_MEANING)
+    alpha = f"; an alpha (the probability that it is wrong) of {confidence} is confidence={1 - confidence}"
+    why = _MEANING + alpha if 0 < confidence < 0.5 else _MEANING
     return check_number("confidence", value, least=0.5, below=1, why=why)
 
 
 def alpha_of(confidence: float) -> float:
-    """The probability `1 - confidence` that a certificate is wrong, which Cohen et al. call alpha.
+    """Return the probability `1 - confidence` that a certificate is wrong, which Cohen et al. call alpha.
 
-    From one half to 1 the difference of two floats is exact, so that nothing is lost however near 1 confidence is.
+    For a confidence of one half or more this difference is exact in floating point, however near to 1 it is.
     """
     return 1.0 - check_confidence(confidence)
 
 
 def lower_bound(votes: int, n: int, confidence: float) -> float:
-    """The exact lower bound of a probability, which holds with probability `confidence` at least.
+    """Return an exact lower bound of a probability, which holds with probability `confidence` or more.
 
-    Clopper and Pearson's, one-sided (LOWERCONFBOUND in Cohen et al., section 3.2.2): the probability at which as many
-    votes of `n`, or more, come up with probability `1 - confidence`.
+    It is the one-sided bound of Clopper and Pearson (LOWERCONFBOUND in Cohen et al., section 3.2.2): the probability at
+    which `votes` or more of `n` samples come up with probability `1 - confidence`.
+
+    Args:
+        votes: Number of samples that got the class.
+        n: Number of all samples.
+        confidence: Probability that the bound holds, from 0.5 to below 1.
 
     Example:
         >>> lower_bound(1000, 1000, confidence=0.999)
@@ -177,13 +185,14 @@ def lower_bound(votes: int, n: int, confidence: float) -> float:
     """
     from scipy.stats import beta
 
-    # Never 1, of which nobody can be certain, and whose radius is infinite.
+    # The bound stays below 1, which no number of samples can prove, and whose radius is infinite.
     low = float(beta.ppf(alpha_of(confidence), votes, n - votes + 1)) if votes else 0.0
     return min(low, math.nextafter(1.0, 0.0))
 
 
 def certified_radius(probability: float, sigma: float) -> float:
-    """`sigma * Phi^-1(probability)`, L2 in pixel units; 0 up to one half (Cohen et al., section 3.2.2)."""
+    """Return the L2 radius `sigma * Phi^-1(probability)` in pixel units, or 0 for a probability of one half or less
+    (Cohen et al., section 3.2.2)."""
     from scipy.stats import norm
 
     return sigma * float(norm.ppf(probability)) if probability > 0.5 else 0.0

@@ -1,6 +1,6 @@
-"""Certified robustness: a radius around every image within which no change whatever moves the smoothed prediction.
+"""Certified robustness: a radius around every image within which no change at all changes the smoothed prediction.
 
-Randomized smoothing after Cohen et al., arXiv 1902.02918. It follows no gradient, and so cannot be misled by one.
+This is randomized smoothing (Cohen et al., arXiv 1902.02918). It follows no gradient, so no gradient can mislead it.
 """
 
 from __future__ import annotations
@@ -54,42 +54,43 @@ def certify(
     resume: str | Path | None = None,
     progress: bool = False,
 ) -> CertificationReport:
-    """Certify the smoothed model: the class that `model` gives most often under noise (Cohen et al., arXiv 1902.02918,
-    section 3.2.2, CERTIFY).
+    """Certify the smoothed model, which predicts the class that `model` gives most often under noise (Cohen et al.,
+    arXiv 1902.02918, section 3.2.2, CERTIFY).
 
-    The noise N(0, sigma^2) is added to pixels in [0, 1], before normalisation, and not clamped. It depends on the seed
-    and on the numbers of image and sample alone. What is certified are the answers of :func:`smoothed_predict`, not
-    those of `model` by itself, and in exact arithmetic (what rounding can do: arXiv 2207.07209).
+    The noise N(0, sigma^2) is added to pixels in [0, 1], before normalisation, and the sum is not clamped. The noise
+    depends only on the seed, the number of the image and the number of the sample. The certificates hold for the
+    predictions of :func:`smoothed_predict`, not for those of `model` itself, and in exact arithmetic (arXiv 2207.07209
+    shows what rounding can do).
 
     Args:
-        model: A classifier of normalised images, or a wrapper of one. It is left as it was.
+        model: Classifier of normalised images, or a wrapper of one. It is left unchanged.
         loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`.
-        sigma: Standard deviation of the noise, in pixel units: more certifies larger radii of fewer images.
-        n0, n: Samples that choose the class, and samples that bound its probability. No radius is beyond
-            :attr:`CertificationReport.largest_radius`, which grows with `n`; the paper has n = 100,000.
-        confidence: Probability that the certificate of an image is right, from 0.5 to below 1. The default is the
-            paper's alpha of 0.001, the probability that it is wrong.
+        sigma: Standard deviation of the noise, in pixel units. A larger one certifies larger radii of fewer images.
+        n0, n: Number of samples that choose the class, and number of samples that bound its probability. No radius
+            exceeds :attr:`CertificationReport.largest_radius`, which grows with `n`; the paper has n = 100,000.
+        confidence: Probability that the certificate of an image is right, from 0.5 to below 1. The default corresponds
+            to the paper's alpha of 0.001, the probability that it is wrong.
         seed: Seed of the noise, >= 0.
-        batch_size: Samples that pass the model at once. Another one may round logits, and so votes, differently.
+        batch_size: Number of samples in a forward. Another batch size may round logits, and so votes, differently.
         mean, std: The model's normalisation, as in :func:`timm_nrpm.evaluate`.
         name: Name of the model in the report; by default its architecture and lambda.
-        resume: A file, made if need be, to which every finished image is added. A run that was stopped, even by
-            SIGKILL, goes on from there, to the same report as if it had not been.
-        progress: Whether a progress bar is shown.
+        resume: File to which every finished image is added; it is created if it does not exist. A run that was stopped,
+            even by SIGKILL, continues from there and gives the same report as an uninterrupted run.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: A setting outside its range, an `n` so small that nothing could be certified, pixels outside [0, 1],
-            labels that are no classes, an empty loader, or a `resume` that belongs to another run.
+        ValueError: A setting is outside its range, `n` is so small that nothing could be certified, pixels are outside
+            [0, 1], labels are not classes of the model, the loader is empty, or `resume` belongs to another run.
 
     Example:
         >>> report = certify(model, loader, sigma=0.25, n=500, resume="certified.jsonl", progress=True)
         >>> print(report)
-        resnet8_digits, 180 images, sigma 0.25: certified 86.1 %, abstained 13.9 %, average certified radius 0.256
+        resnet8_digits, lambda 0.5, 32 images, sigma 0.25: certified ... %, abstained ... %, average ...
     """
     smoothed = _Smoothed(model, mean, std, sigma, confidence, seed, batch_size)
     model = smoothed.net.model
     n0, n = check_integer("n0", n0, least=1), check_integer("n", n, least=1)
-    # Where all n agree, the bound is alpha ** (1 / n), which must exceed one half.
+    # If all n samples agree, the bound is alpha ** (1 / n), which must exceed one half.
     _check_enough(n, smoothed.confidence, math.floor(-math.log2(alpha_of(smoothed.confidence))) + 1)
     versions = {"timm_nrpm": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
     weights = weights_sha256(model.state_dict())
@@ -98,7 +99,7 @@ def certify(
     journal = Journal(resume, {**identity, **identity_of(smoothed.net)})
     images = _certified(journal)
     before, seen = len(images), 0
-    # A DataLoader draws a seed from the global generator, which is put back.
+    # A DataLoader draws a seed from the global generator, whose state is restored afterwards.
     with evaluating(model), torch.random.fork_rng(devices=[]), progress_bar(progress, counted=True) as bar:
         task = bar.add_task(f"Certifying, sigma {smoothed.sigma:g}", total=None)
         for number, (pixels, label, total) in enumerate(smoothed.images(loader)):
@@ -107,7 +108,7 @@ def certify(
             if journal.has(number, digest):
                 continue
             if number == before:
-                bar.reset(task, completed=number)  # the time left is reckoned from images certified, not skipped
+                bar.reset(task, completed=number)  # the estimate of the time left ignores skipped images
             bar.update(task, total=total, completed=number)
             certificate = smoothed.certificate(
                 pixels, label, number, n0, n, lambda done: bar.advance(task, done / (n0 + n))
@@ -130,10 +131,10 @@ def certify(
 
 
 def _certified(journal: Journal) -> list[Certificate]:
-    """The certificates that a journal holds, in the order of their images.
+    """Return the certificates that a journal holds, in the order of their images.
 
     Raises:
-        ValueError: It does not hold each image once, from the first on.
+        ValueError: The journal does not hold each image once, from the first on.
     """
     if list(journal.rows) != list(range(len(journal.rows))):
         raise ValueError(f"{journal.path} does not hold each image once: give another file.")
@@ -141,7 +142,7 @@ def _certified(journal: Journal) -> list[Certificate]:
 
 
 def _check_given(given: int, certified: int, resume: str | Path | None) -> None:
-    """Raise a ValueError for a loader that gave no images, or fewer than the journal holds."""
+    """Raise a ValueError if the loader gave no images, or fewer than the journal holds."""
     if not certified:
         raise ValueError("The loader gave no images: there is nothing to certify.")
     if given < certified:
@@ -163,26 +164,31 @@ def smoothed_predict(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> tuple[int | None, ...]:
-    """The smoothed model's class of every image, or None where it abstains (Cohen et al., section 3.2.1, PREDICT).
+    """Return the smoothed model's class of every image, or None where it abstains (Cohen et al., section 3.2.1,
+    PREDICT).
 
-    It abstains unless the two classes with the most votes differ at level `1 - confidence`, by the two-sided binomial
-    test.
+    It abstains unless the numbers of votes of the two most frequent classes differ significantly at level
+    `1 - confidence` by the two-sided binomial test.
 
     Args:
-        pixels: `[B, C, H, W]` in [0, 1]. The other arguments are those of :func:`certify`.
+        model: Classifier of normalised images, or a wrapper of one. It is left unchanged.
+        pixels: Images `[B, C, H, W]` in [0, 1].
+        n: Number of samples that vote on the class of each image.
+        sigma, confidence, seed, batch_size, mean, std: The same as in :func:`certify`.
 
     Raises:
-        ValueError: A setting outside its range, an `n` so small that it could only abstain, or pixels outside [0, 1].
+        ValueError: A setting is outside its range, `n` is so small that the model could only abstain, or pixels are
+            outside [0, 1].
 
     Example:
-        >>> smoothed_predict(model, pixels[18:21], sigma=0.25)
-        (8, 4, None)
+        >>> smoothed_predict(model, pixels[:3], sigma=0.25)
+        (2, 3, 4)
     """
     from scipy.stats import binomtest
 
     smoothed = _Smoothed(model, mean, std, sigma, confidence, seed, batch_size)
     n, alpha = check_integer("n", n, least=1), alpha_of(smoothed.confidence)
-    # Where all n agree, the test gives 2 * 2 ** -n, which must not exceed alpha.
+    # If all n samples agree, the test gives p = 2 * 2 ** -n, which must not exceed alpha.
     _check_enough(n, smoothed.confidence, math.ceil(1 - math.log2(alpha)))
     pixels = check_pixels(pixels)
     predicted: list[int | None] = []
@@ -196,7 +202,7 @@ def smoothed_predict(
 
 
 class _Smoothed:
-    """A model under noise. Raises a ValueError for a setting outside its range."""
+    """A model under noise. Its constructor raises a ValueError for a setting outside its range."""
 
     def __init__(
         self,
@@ -215,11 +221,11 @@ class _Smoothed:
         self.net = subject_of(model, mean, std).on_pixels()
 
     def place(self, pixels: Tensor) -> Tensor:
-        """Pixels where and as the noise is added, whatever the type of the model."""
+        """Return pixels on the model's device, in float32, the dtype of the noise for a model of any dtype."""
         return pixels.to(self.net.mean.device).float()
 
     def images(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, int, int | None]]:
-        """Every image `[C, H, W]`, its label, and how many images there seem to be, where a length tells."""
+        """Yield every image `[C, H, W]`, its label, and an estimate of the number of images, None without a length."""
         batches, before, classes = count_of(loader), 0, 0
         for i, batch in enumerate(loader):
             pixels, labels = check_batch(batch)
@@ -232,10 +238,11 @@ class _Smoothed:
             before += len(pixels)
 
     def noise(self, image: Tensor, number: int) -> Iterator[Tensor]:
-        """Standard normal noise `[C, H, W]` of sample 0, 1, ... of an image."""
+        """Yield standard normal noise `[C, H, W]` for samples 0, 1, ... of an image with this number."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, number))
         while True:
-            # One call a sample: what a call for many gives depends on how many. On the CPU, the same for all devices.
+            # One call for each sample, since the values of a larger call depend on its size; on the CPU, so that the
+            # noise is the same for all devices.
             yield torch.randn(image.shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def certificate(
@@ -246,9 +253,9 @@ class _Smoothed:
         Args:
             image: Pixels `[C, H, W]`.
             label: The right class.
-            number: Place of the image in the loader, which the noise depends on.
-            n0, n: Samples that choose the class, and samples that bound its probability.
-            done: Function that is called with the number of samples that have passed the model.
+            number: Place of the image in the loader, on which the noise depends.
+            n0, n: Number of samples that choose the class, and number of samples that bound its probability.
+            done: Function that is called after every batch with its number of samples.
         """
         begin, noise = time.perf_counter(), self.noise(image, number)
         selection, votes = (self.votes(image, noise, samples, done) for samples in (n0, n))
@@ -272,7 +279,7 @@ class _Smoothed:
     def votes(
         self, image: Tensor, noise: Iterator[Tensor], samples: int, done: Callable[[int], None] | None = None
     ) -> Tensor:
-        """How many of the next samples have each class, and, last, how many have logits that are no numbers."""
+        """Count the next samples of each class and, in the last entry, those whose logits contain NaN, `[N + 1]`."""
         counted = torch.zeros((), dtype=torch.int64)
         for start in range(0, samples, self.batch_size):
             drawn = torch.stack(list(islice(noise, min(self.batch_size, samples - start))))
@@ -286,16 +293,16 @@ class _Smoothed:
 
 
 def _check_enough(n: int, confidence: float, least: int) -> None:
-    """Raise a ValueError for fewer samples than it takes where all of them agree."""
+    """Raise a ValueError if `n` is below `least`, the number of samples that is needed if all of them agree."""
     if n < least:
         raise ValueError(
-            f"n={n} is not allowed: at confidence {confidence} it would abstain on every image, even if all samples "
-            f"agreed; give n={least} or more, such as 1000."
+            f"n={n} is not allowed: at confidence {confidence} the smoothed model would abstain on every image, even "
+            f"if all samples agreed; give n={least} or more, such as 1000."
         )
 
 
 def _name(model: nn.Module) -> str:
-    """The architecture, and lambda if there is one."""
+    """Return the architecture of a model, and its lambda if it is reprogrammed."""
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
     lams = [f"{lam:g}" for lam in sorted(lambdas(model).values())]
     return name if not lams else f"{name}, lambda " + " to ".join(dict.fromkeys((lams[0], lams[-1])))

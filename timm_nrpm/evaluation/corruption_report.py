@@ -1,4 +1,4 @@
-"""What corruptions cost a model, beside a baseline: answers image by image, and corruption errors; JSON both ways."""
+"""Effect of corruptions on a model and on a baseline: answers image by image, corruption errors, and both as JSON."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Answers:
     """Which images a model got right.
 
     Attributes:
-        correct: Image by image, as they were.
-        corrupted: By kind and severity, the same images in the same order.
+        correct: Whether each image is right without a corruption.
+        corrupted: Whether each of the same images, in the same order, is right, by kind and severity of a corruption.
     """
 
     correct: tuple[bool, ...]
@@ -21,21 +21,22 @@ class Answers:
 
     @property
     def clean(self) -> float:
-        """From 0 to 1."""
+        """Accuracy without a corruption, from 0 to 1."""
         return sum(self.correct) / len(self.correct)
 
     @property
     def accuracy(self) -> dict[str, dict[int, float]]:
-        """From 0 to 1, by kind and severity."""
+        """Accuracy by kind and severity, from 0 to 1."""
         return {k: {s: sum(images) / len(images) for s, images in by.items()} for k, by in self.corrupted.items()}
 
     def errors(self, kind: str, relative: bool = False) -> int:
-        """Wrong answers under a kind, all severities together; `relative` to as many times those on clean images."""
-        usual = self.correct.count(False) if relative else 0
-        return sum(images.count(False) - usual for images in self.corrupted[kind].values())
+        """Return the number of wrong answers under a kind, over all severities. If `relative`, the number of those on
+        the clean images is subtracted once for each severity."""
+        clean_errors = self.correct.count(False) if relative else 0
+        return sum(images.count(False) - clean_errors for images in self.corrupted[kind].values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: answers as strings, one digit an image, 1 if right."""
+        """Return the answers for JSON, as strings with one digit for each image, 1 if it is right."""
         packed = {k: {s: _pack(images) for s, images in by.items()} for k, by in self.corrupted.items()}
         return {"clean": _pack(self.correct), "corrupted": packed}
 
@@ -47,18 +48,19 @@ class Answers:
 
 @dataclass(frozen=True)
 class CorruptionReport:
-    """What corruptions cost a model, beside a baseline on the very same images.
+    """Effect of corruptions on a model, and on a baseline on the very same images.
 
     Attributes:
-        model, baseline: Their answers, image by image. A model that is not reprogrammed, evaluated without another,
-            has no baseline, and no corruption error.
-        seed: Of what was random.
-        versions: Of the packages that made the images and the answers.
+        model: Answers of the model, image by image.
+        baseline: Answers of the baseline; None for a model that is not reprogrammed and was evaluated without another
+            model. There is no corruption error then.
+        seed: Seed of the corruptions.
+        versions: Versions, by name, of the packages that made the images and the answers.
 
     Example:
         >>> report = evaluate_corruptions(model, loader, ("white_noise", "missing_pixels"))
         >>> report.model.accuracy["white_noise"][5], report.mean_corruption_error
-        (0.713, 0.904)
+        (0.9, 0.9)
     """
 
     model: Answers = field(repr=False)
@@ -81,14 +83,15 @@ class CorruptionReport:
         return _mean(self.corruption_errors(relative=True))
 
     def corruption_errors(self, relative: bool = False) -> dict[str, float | None]:
-        """CE of each kind: errors of the model over errors of the baseline, all severities together (section 4.1).
+        """Return the CE of each kind: errors of the model over errors of the baseline, over all severities (Hendrycks
+        and Dietterich, arXiv 1903.12261, section 4.1).
 
-        1 is as good as the baseline, less is better. `relative` counts only the errors that a corruption adds to those
-        on clean images. None where there is no baseline, or one that makes, or adds, no error.
+        1 is as good as the baseline, and less is better. If `relative`, only the errors that a corruption adds to those
+        on clean images count. A CE is None if there is no baseline, or if the baseline makes, or adds, no error.
         """
         ratios: dict[str, float | None] = {}
         for kind in self.model.corrupted:
-            # Counts: those of the same images at the same severities, so that they divide as the rates would.
+            # Both counts are of the same images and severities, so their ratio is that of the error rates.
             of_baseline = 0 if self.baseline is None else self.baseline.errors(kind, relative)
             ratios[kind] = self.model.errors(kind, relative) / of_baseline if of_baseline > 0 else None
         return ratios
@@ -110,7 +113,7 @@ class CorruptionReport:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Everything, and the numbers that follow from it."""
+        """Return the report as JSON, with the accuracies and corruption errors that follow from the answers."""
         baseline = self.baseline
         numbers = {
             "accuracy": self.model.accuracy,

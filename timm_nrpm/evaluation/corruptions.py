@@ -1,8 +1,8 @@
-"""Corruptions that nobody chose to do harm: noise, blur, weather and compression, and what they cost a model.
+"""Corruptions without an adversary, such as noise, blur, weather and compression, and a model's accuracy under them.
 
-Those of ImageNet-C come from the library imagecorruptions-imaug (`pip install 'timm_nrpm[corruptions]'`), which has the
-constants of ImageNet-C: its severities were made for 224 pixels and are harsher on small images. They are not those of
-CIFAR-10-C, so accuracies here are no entries for its tables.
+The corruptions of ImageNet-C come from the library imagecorruptions-imaug (`pip install 'timm_nrpm[corruptions]'`),
+which has the constants of ImageNet-C: its severities were made for images of 224 pixels and are harsher on small
+images. They are not the severities of CIFAR-10-C, so accuracies measured here do not belong in tables of CIFAR-10-C.
 """
 
 from __future__ import annotations
@@ -42,58 +42,60 @@ IMAGENET_C = (
     *("snow", "frost", "fog", "brightness"),
     *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
-"""The 15 of ImageNet-C, which mean corruption error is usually over: noise, blur, weather, and what digital images
-suffer."""
+"""The 15 corruptions of ImageNet-C, over which mean corruption error is usually computed: noise, blur, weather and
+digital."""
 
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-"""The 4 that its authors set aside for validation."""
+"""The 4 corruptions that the authors of ImageNet-C set aside for validation."""
 
 LEVELS = {
     "white_noise": (0.05, 0.10, 0.15, 0.20, 0.25),
     "salt_and_pepper": (0.02, 0.05, 0.10, 0.15, 0.20),
     "missing_pixels": (0.10, 0.20, 0.30, 0.40, 0.50),
 }
-"""Ours, which need no library, at severities 1 to 5: the standard deviation of Gaussian noise in pixel units of [0, 1];
-the share of the pixels that become white or black, half and half; and the share that become black. A pixel is hit in
-all its channels."""
+"""Parameters at severities 1 to 5 of our corruptions, which need no library: the standard deviation of Gaussian noise,
+in pixel units of [0, 1]; the share of the pixels that become white or black, half of them each; and the share of the
+pixels that become black. A pixel changes in all its channels."""
 
 NATIVE = tuple(LEVELS)
 CORRUPTIONS: tuple[str, ...] = (*IMAGENET_C, *EXTRA, *NATIVE)
 SEVERITIES = (1, 2, 3, 4, 5)
 
 SMALLEST = dict.fromkeys((*IMAGENET_C, *EXTRA), 4) | dict.fromkeys(NATIVE, 1)
-"""Shorter side of the smallest images that a corruption is for, at every severity."""
+"""Shorter side of the smallest images that a corruption works on, the same at every severity."""
 SMALLEST |= {
-    "motion_blur": 28,  # is cut off at the edge, which darkens: at 28 pixels by up to 6 %, at 32 by 3 %, at 64 by none
-    "snow": 25,  # flakes as long as that
-    "gaussian_blur": 24,  # two deviations to either side
-    "defocus_blur": 21,  # the disc into which a point is blurred
+    "motion_blur": 28,  # cut off at the edges, it darkens images: of 28 pixels by up to 6 %, of 32 by 3 %, of 64 not
+    "snow": 25,  # length of the flakes
+    "gaussian_blur": 24,  # two standard deviations to either side
+    "defocus_blur": 21,  # diameter of the disc into which a point is blurred
     "spatter": 16,  # room for one splash
-    "glass_blur": 9,  # below, no pixel is far enough from the edges to be moved
+    "glass_blur": 9,  # in smaller images no pixel is far enough from the edges to be moved
 }
 
 
 def corrupt(pixels: Tensor, kind: str, severity: int, *, seed: int = 0, first: int = 0) -> Tensor:
-    """Corrupted images (Hendrycks and Dietterich, arXiv 1903.12261, section 3 and appendix B).
+    """Return corrupted images (Hendrycks and Dietterich, arXiv 1903.12261, section 3 and appendix B).
 
-    What happens to an image depends on the seed, the kind, the severity and its place alone, not on the images beside
-    it. The global generators of torch, NumPy and Python are left as they were. The library gets images rounded to 8
-    bits, as it asks, one at a time and on the CPU. Grey images become three equal channels for it, whose mean is taken
-    afterwards; of :data:`NOISE` and speckle noise the first is, since the mean of three is less noisy than one.
+    The corruption of an image depends only on the seed, the kind, the severity and its place among all images, not on
+    the images beside it. The global generators of torch, NumPy and Python keep their states. The library gets images
+    rounded to 8 bits, as it requires, one at a time and on the CPU. It gets a grey image as three equal channels, whose
+    mean is taken afterwards. For :data:`NOISE` and speckle noise the first channel is taken instead, since the mean of
+    three channels is less noisy than one.
 
     Args:
-        pixels: `[B, C, H, W]` in [0, 1], 1 channel or 3, of any floating type and on any device.
-        kind: One of :data:`CORRUPTIONS`.
-        severity: From 1 to 5.
-        seed: Of all that is random, >= 0.
-        first: Place of the first image among all images, >= 0: the batches of a loader give it the number of images
-            before them.
+        pixels: Images `[B, C, H, W]` in [0, 1] with 1 or 3 channels, of any floating-point dtype and on any device.
+        kind: Name of the corruption, one of :data:`CORRUPTIONS`.
+        severity: Integer from 1 to 5.
+        seed: Seed of the corruptions, >= 0.
+        first: Place of the first image among all images, >= 0. For a batch of a loader it is the number of images in
+            the batches before it.
 
     Returns:
-        Pixels `[B, C, H, W]` in [0, 1], of the same type, on the same device, without gradient.
+        Pixels `[B, C, H, W]` in [0, 1], of the same dtype and on the same device, without gradient.
 
     Raises:
-        ValueError: A kind or severity that there is not, images smaller than the kind needs, or pixels outside [0, 1].
+        ValueError: `kind` or `severity` is not known, the images are smaller than the kind needs, or pixels are outside
+            [0, 1].
         ImportError: The kind needs the library, and it is not installed.
 
     Example:
@@ -124,31 +126,35 @@ def evaluate_corruptions(
     std: tuple[float, ...] | None = None,
     progress: bool = False,
 ) -> CorruptionReport:
-    """Accuracy under each corruption at each severity, and mean corruption error relative to a baseline.
+    """Measure accuracy under each corruption at each severity, and mean corruption error relative to a baseline.
 
-    Both models see the very same images; an answer from logits that are not finite is wrong. Training modes, gradient
-    flags and statistics of both are left as they were.
+    Both models see the very same images, and an answer from logits that are not finite is wrong. Training modes,
+    gradient flags and statistics of both models are left unchanged.
 
     Args:
-        model: Takes normalised images.
-        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, on any device. The place of an image in it
-            decides what is random about it, so give one that does not shuffle.
-        kinds: Of :data:`CORRUPTIONS`; by default the 15 of ImageNet-C, of which images under 28 pixels leave some out.
-        severities: From 1 to 5.
-        baseline: What errors are compared with; by default the plain model (lambda = 1, its statistics from before
-            calibration), and nothing for a model that is not reprogrammed.
-        seed: Of the corruptions, see :func:`corrupt`.
-        mean, std: The normalisation of both models, one number a channel; by default timm's for each, and none for a
-            model that is not timm's.
+        model: Classifier of normalised images, or a wrapper of one.
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, on any device. The corruption of an image
+            depends on its place in the loader, so the loader must not shuffle.
+        kinds: Names from :data:`CORRUPTIONS`; by default the 15 of ImageNet-C, some of which need images of 28 pixels.
+        severities: Integers from 1 to 5.
+        baseline: Model that errors are compared with; by default the plain model (lambda = 1, with its statistics from
+            before calibration), and none for a model that is not reprogrammed.
+        seed: Seed of the corruptions, see :func:`corrupt`.
+        mean, std: Normalisation of both models, one number for each channel; by default timm's for each model, and none
+            for a model that is not timm's.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: A kind or severity that there is not, images smaller than a kind needs, pixels outside [0, 1],
-            labels that are no classes of the models, a model with one class, or an empty loader.
+        ValueError: A kind or severity is not known, images are smaller than a kind needs, pixels are outside [0, 1],
+            labels are not classes of the models, a model has only one class, or the loader is empty.
         ImportError: A kind needs the library, and it is not installed.
 
     Example:
-        >>> print(evaluate_corruptions(model, pixel_loader("torch/cifar10", "data", split="test", model=model)))
+        >>> print(evaluate_corruptions(model, loader, ("white_noise", "missing_pixels"), severities=(1, 5)))
+        32 images, clean 100.0 % (baseline 100.0 %), mCE 83.3 %, relative mCE 83.3 %
+        accuracy, %             1      5         CE
+        white_noise         100.0   93.8     66.7 %
+        missing_pixels       90.6   28.1    100.0 %
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     severities = tuple(severities) if isinstance(severities, Iterable) else (severities,)
@@ -186,8 +192,8 @@ def evaluate_corruptions(
 
 
 def _right(net: PixelModel, pixels: Tensor, labels: Tensor) -> list[bool]:
-    """Image by image, on the device of the model; where logits are not numbers, no answer is right."""
-    # Logits come in the type of the pixels, and in half a type there are ties.
+    """Return whether the model is right on each image; where a logit is not finite, it is not."""
+    # Logits have the dtype of the pixels, and in half precision there are ties.
     logits = net(pixels.to(net.mean.device, torch.promote_types(pixels.dtype, torch.float32)))
     check_labels(labels, logits.shape[1])
     right = (logits.argmax(1) == labels.to(logits.device)) & logits.isfinite().all(1)
@@ -195,8 +201,8 @@ def _right(net: PixelModel, pixels: Tensor, labels: Tensor) -> list[bool]:
 
 
 def _corrupt_one(image: Array, kind: str, severity: int, seed: int, place: int) -> Array:
-    """An image `[C, H, W]`, float64 in [0, 1]."""
-    # The name, rather than its place in CORRUPTIONS, which a new kind would move.
+    """Corrupt an image `[C, H, W]` of float64 in [0, 1]."""
+    # The seed contains the name of the kind rather than its place in CORRUPTIONS, which a new kind would change.
     random = np.random.SeedSequence((seed, zlib.crc32(kind.encode()), severity, place))
     if kind in LEVELS:
         return _ours(image, kind, LEVELS[kind][severity - 1], np.random.default_rng(random))
@@ -208,24 +214,24 @@ def _ours(image: Array, kind: str, level: float, random: np.random.Generator) ->
         return np.clip(image + level * random.standard_normal(image.shape), 0, 1)
     flat = image.reshape(len(image), -1).copy()
     hit = random.permutation(flat.shape[1])[: round(level * flat.shape[1])]
-    flat[:, hit] = np.arange(len(hit)) % 2 if kind == "salt_and_pepper" else 0  # as drawn, so either lies anywhere
+    flat[:, hit] = np.arange(len(hit)) % 2 if kind == "salt_and_pepper" else 0  # `hit` is in random order
     return flat.reshape(image.shape)
 
 
 def _of_library(image: Array, kind: str, severity: int, random: np.random.SeedSequence) -> Array:
     from PIL import Image
 
-    function = _library().corruption_dict[kind]  # `corrupt` itself refuses images under 32 pixels, whatever the kind
+    function = _library().corruption_dict[kind]  # its `corrupt` refuses all images under 32 pixels
     words = random.generate_state(4)
-    # Two do not draw from NumPy's global generator; that of glass_blur is numba's.
+    # These two kinds do not draw from NumPy's global generator: glass_blur draws from numba's.
     seed = {"seed": int(words[0])} if kind in ("impulse_noise", "glass_blur") else {}
     rounded = np.round(image * 255).astype(np.uint8).transpose(1, 2, 0)
     colour = np.repeat(rounded, 3, axis=2) if len(image) == 1 else rounded
     with _numpy_seeded(words), np.errstate(invalid="ignore"):
         worse = np.asarray(function(Image.fromarray(colour), severity, **seed))
     if kind == "spatter" and not np.isfinite(worse).all():
-        worse = colour  # no splash landed: the library divides by the largest, which is nothing
-    worse = worse.astype(np.uint8).transpose(2, 0, 1) / 255  # rounded down, as the library does
+        worse = colour  # no splash landed, and the library divides by the largest one, which is 0
+    worse = worse.astype(np.uint8).transpose(2, 0, 1) / 255  # the library rounds down, too
     if len(image) == 1:
         return worse[:1] if kind in (*NOISE, "speckle_noise") else worse.mean(0, keepdims=True)
     return worse
@@ -233,7 +239,7 @@ def _of_library(image: Array, kind: str, severity: int, random: np.random.SeedSe
 
 @contextmanager
 def _numpy_seeded(words: Array) -> Iterator[None]:
-    """NumPy's global generator seeded inside, and as it was afterwards."""
+    """Seed NumPy's global generator, and restore its state afterwards."""
     state = np.random.get_state()
     np.random.seed(words)
     try:
@@ -244,12 +250,13 @@ def _numpy_seeded(words: Array) -> Iterator[None]:
 
 @cache
 def _library() -> Any:
-    """The module; its name is also that of a package given up in 2020, which today's NumPy and scikit-image break."""
+    """Import the library. Its distribution is checked first, since a package abandoned in 2020 has the same module name
+    and fails with current versions of NumPy and scikit-image."""
     try:
         version(LIBRARY)
         return import_module("imagecorruptions")
     except ImportError as error:
-        # It asks for the OpenCV with windows, which needs libraries of the desktop that a server often lacks.
+        # The library requires the OpenCV with windows, which needs desktop libraries that a server often lacks.
         advice = (
             "pip uninstall --yes opencv-python; pip install --force-reinstall opencv-python-headless"
             if ".so" in str(error)
@@ -262,15 +269,15 @@ def _library() -> Any:
 
 
 def _versions(kinds: Sequence[str]) -> dict[str, str]:
-    modules, found = ["torch", "timm", "numpy"], {"timm_nrpm": __version__}
+    modules, versions = ["torch", "timm", "numpy"], {"timm_nrpm": __version__}
     if not set(kinds) <= set(NATIVE):
         modules += ["cv2", "skimage", "scipy", "numba", "PIL"]
-        found[LIBRARY] = version(LIBRARY)
-    return found | {name: str(import_module(name).__version__) for name in modules}
+        versions[LIBRARY] = version(LIBRARY)
+    return versions | {name: str(import_module(name).__version__) for name in modules}
 
 
 def _check_request(kinds: Sequence[str], severities: Sequence[int], seed: int) -> tuple[tuple[int, ...], int]:
-    """The severities and the seed as plain integers, after a check of all that was asked for and of the library."""
+    """Check the kinds, the severities, the seed and the library, and return the severities and the seed as integers."""
     for name, given, allowed in (("kinds", kinds, CORRUPTIONS), ("severities", severities, SEVERITIES)):
         if not given or len(set(given)) < len(given):
             raise ValueError(
@@ -289,16 +296,16 @@ def _check_request(kinds: Sequence[str], severities: Sequence[int], seed: int) -
 
 
 def _check_images(pixels: Tensor, kinds: Sequence[str]) -> None:
-    """Shape and type, and a size that every kind is for."""
+    """Raise a ValueError for images of a wrong shape or dtype, or images that are too small for one of the kinds."""
     shape = list(pixels.shape)
     if len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape or not pixels.is_floating_point():
         raise ValueError(
-            f"The images are {shape} of {pixels.dtype}: give at least one, as floating pixels [B, C, H, W] in [0, 1] "
-            "with C 1 for grey or 3 for colours."
+            f"The images are {shape} of {pixels.dtype}: give at least one, as floating-point pixels [B, C, H, W] in "
+            "[0, 1] with C 1 for grey or 3 for colours."
         )
     side = min(shape[2:])
-    if too_large := [kind for kind in kinds if SMALLEST[kind] > side]:
-        needs = ", ".join(f"{kind} needs {SMALLEST[kind]} x {SMALLEST[kind]}" for kind in too_large)
+    if unsuitable := [kind for kind in kinds if SMALLEST[kind] > side]:
+        needs = ", ".join(f"{kind} needs {SMALLEST[kind]} x {SMALLEST[kind]}" for kind in unsuitable)
         rest = [kind for kind in CORRUPTIONS if SMALLEST[kind] <= side]
         raise ValueError(
             f"The images have {shape[2]} x {shape[3]} pixels, and {needs} at least: give larger images, or "

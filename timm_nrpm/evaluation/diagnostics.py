@@ -1,4 +1,4 @@
-"""What an attack does inside a model: how far its embeddings move, layer by layer, JSON both ways."""
+"""Effect of an attack inside a model: how far its embeddings move, layer by layer, to and from JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from timm_nrpm.nn.wrappers import subject_of
 NORMS = ("L1", "L2", "L2^2", "Linf")
 
 AT_ONCE = 16
-"""Images whose embeddings are held at the same time: all layers of a large model take gigabytes."""
+"""Number of images whose embeddings are held at the same time: those of all layers of a large model take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Difference:
     Attributes:
         layer: Name of the module, or `"pixels"` for the images themselves, in [0, 1].
         side: `"input"` or `"output"`; empty for the pixels.
-        absolute: The norm of the difference for each image, by `"L1"`, `"L2"` and `"Linf"`; infinite where it was no
-            number. All entries of an embedding count, those of every call of the layer.
-        clean: The norms of the clean embedding.
+        absolute: Norms of the difference for each image, by `"L1"`, `"L2"` and `"Linf"`; infinite where a norm was not
+            finite. All entries of an embedding count, in every call of the layer.
+        clean: Norms of the clean embedding for each image, likewise.
     """
 
     layer: str
@@ -46,12 +46,12 @@ class Difference:
 
     @property
     def name(self) -> str:
-        """Like `"conv1 output"`."""
+        """Name of the embedding, such as `"conv1 output"`."""
         return f"{self.layer} {self.side}".strip()
 
     def values(self, norm: str = "L2", relative: bool = False) -> tuple[float, ...]:
-        """The difference of each image in `norm`: "L1", "L2", "L2^2" (its square) or "Linf"; or its share of the norm
-        of the clean embedding, 0 where both are 0."""
+        """Return the difference of each image in `norm`: "L1", "L2", "L2^2" (its square) or "Linf". If `relative`, it
+        is divided by the norm of the clean embedding, and 0 where both are 0."""
         if norm not in NORMS:
             raise ValueError(f"norm={norm!r} is not known: choose one of {', '.join(NORMS)}.")
         power = 2 if norm == "L2^2" else 1
@@ -62,7 +62,7 @@ class Difference:
         return tuple(value**power for value in values)
 
     def mean(self, norm: str = "L2", relative: bool = False) -> float:
-        """The mean of :meth:`values` over the images."""
+        """Return the mean of :meth:`values` over the images."""
         return fmean(self.values(norm, relative))
 
 
@@ -77,12 +77,12 @@ class EmbeddingDifferences:
     """How far an attack moves the embeddings of a model, image by image.
 
     Attributes:
-        rows: The pixels first, then inputs and outputs of layers in the order the model calls them.
+        rows: Differences of the pixels, and then of the inputs and outputs of layers in the order the model calls them.
 
     Example:
         >>> differences = embedding_differences(model, pixels, attacked)
         >>> differences.of("conv1 output").mean("L2", relative=True)
-        0.31
+        0.23
     """
 
     rows: tuple[Difference, ...]
@@ -92,7 +92,7 @@ class EmbeddingDifferences:
         return len(self.rows[0].absolute["L2"])
 
     def of(self, name: str) -> Difference:
-        """The row of that name: "pixels", "conv1 input", "conv1 output"."""
+        """Return the row of a name, such as "pixels", "conv1 input" or "conv1 output"."""
         names = {row.name: row for row in self.rows}
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or list(names)[:3]
@@ -138,35 +138,46 @@ def embedding_differences(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> EmbeddingDifferences:
-    """How far an attack moves the embeddings of every layer (NRPM, arXiv 2410.04577, Table 3).
+    """Measure how far an attack moves the embeddings of every layer (NRPM, arXiv 2410.04577, Table 3).
 
-    The paper's numbers are absolute: its Linf of the images is their eps. Its column L2 holds squares, since
-    27.54 for the images is above 0.3 * sqrt(784) = 8.4, the largest L2 norm there is; here that is `"L2^2"`. Absolute
-    numbers compare models with the same scale alone: lambda and calibration change that of every layer. Relative ones
-    compare others too. Neither says that a model is robust: an attack that was led astray moves little.
+    The paper's numbers are absolute: its Linf of the images is their eps. Its column L2 must hold squares, here
+    `"L2^2"`, since its 27.54 for the images is above 0.3 * sqrt(784) = 8.4, the largest possible L2 norm. Absolute
+    numbers only compare models whose layers have the same scale, which lambda and calibration change. Relative numbers
+    compare other models too. Neither shows that a model is robust: an attack that is misled moves little.
 
     Args:
-        model: Takes normalised images. An embedding must start with the images, unless one image is given alone.
+        model: Classifier of normalised images. The first dimension of an embedding must be that of the images, unless a
+            single image is given.
         pixels, attacked: The same images `[B, C, H, W]` in [0, 1], clean and attacked.
-        layers: Globs of names of convolutional and linear layers, or the name of any module. By default all
-            reprogrammed layers, or all `Conv2d` and `Linear` of a model without any. Those never called are left out.
-        mean, std: The model's normalisation, one number a channel; by default timm's for this model, and none for a
-            model that is not timm's.
+        layers: Globs of names of convolutional and linear layers, or the name of any module. The default is all
+            reprogrammed layers, or all `Conv2d` and `Linear` of a model without any. Layers that the model never calls
+            are left out.
+        mean, std: The model's normalisation, one number for each channel; by default timm's for this model, and none
+            for a model that is not timm's.
 
     Raises:
-        ValueError: Images that differ in shape or leave [0, 1], or a glob that matches nothing.
+        ValueError: The images differ in shape or are outside [0, 1], a glob matches nothing, or the model never calls a
+            layer that is named.
 
     Example:
-        >>> print(embedding_differences(model, pixels, attacked, "layer1.*"))
+        >>> print(embedding_differences(model, pixels, attacked, "conv1"))
+        32 images; means of the difference, and of its share of the clean embedding in %
+        embedding           L1        L2      L2^2      Linf     L1, %     L2, %   Linf, %
+        pixels           5.869     0.762     0.581       0.1      30.8      20.4      10.0
+        conv1 input      11.74     1.524     2.324       0.2      24.1      23.0      20.0
+        conv1 output      52.7     2.821     7.965     0.366      23.9      23.1      22.5
     """
     pixels, attacked = check_pair(pixels, attacked)
     net = subject_of(model, mean, std).on_pixels()
     columns: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     for images in zip(pixels.split(AT_ONCE), attacked.split(AT_ONCE), strict=True):
-        # One after the other and not as one batch, so that equal images differ by exactly nothing.
+        # The clean and the attacked images are separate batches, so that equal images differ by exactly 0.
         clean, moved = ({("pixels", ""): [x], **embeddings(net, x, layers)[0]} for x in images)
         if {key: len(calls) for key, calls in clean.items()} != {key: len(calls) for key, calls in moved.items()}:
-            raise ValueError("The model calls other layers for the attacked images: their embeddings have no pairs.")
+            raise ValueError(
+                "The model calls other layers for the attacked images than for the clean ones: choose layers= that it "
+                "calls for both."
+            )
         for key, calls in clean.items():
             a, b = (_rows(values, len(images[0]), key[0]) for values in (calls, moved[key]))
             columns.setdefault(key, []).append((b - a, a))
@@ -178,7 +189,7 @@ def embedding_differences(
 
 
 def _rows(calls: list[Tensor], images: int, layer: str) -> Tensor:
-    """What all calls of a layer saw, `[B, n]` in float64."""
+    """Return the embeddings of all calls of a layer, side by side, `[B, n]` in float64."""
     for values in calls:
         if values.ndim == 0 or len(values) % images:
             raise ValueError(
@@ -198,42 +209,46 @@ def _norms(parts: list[Tensor]) -> dict[str, tuple[float, ...]]:
 def embeddings(
     net: PixelModel, pixels: Tensor, layers: str | Sequence[str] | None = None
 ) -> tuple[dict[tuple[str, str], list[Tensor]], Tensor]:
-    """What the layers take and give, a tensor for each call, by name and `"input"` or `"output"`; and the logits
-    `[B, N]`. A layer that `layers` names and the model never calls is a ValueError."""
+    """Return the inputs and outputs of layers, one tensor for each call, by the name of the layer and `"input"` or
+    `"output"`; and the logits `[B, N]`.
+
+    Raises:
+        ValueError: `layers` matches nothing, or names a layer that the model never calls.
+    """
     chosen = choose_layers(net.model, layers)
     seen: dict[tuple[str, str], list[Tensor]] = {}
 
-    def note(key: tuple[str, str]) -> Callable[..., None]:
-        def see(_: nn.Module, *values: Any) -> None:
-            # Before a forward (inputs, keywords), after it (inputs, output).
-            given = (*values[0], *values[1].values()) if key[1] == "input" else values[-1]
-            given = given if isinstance(given, (tuple, list)) else (given,)
-            tensor = next((value for value in given if isinstance(value, Tensor)), None)
+    def recorder(key: tuple[str, str]) -> Callable[..., None]:
+        def record(_: nn.Module, *values: Any) -> None:
+            # A hook gets (inputs, keyword arguments) before a forward, and (inputs, output) after it.
+            passed = (*values[0], *values[1].values()) if key[1] == "input" else values[-1]
+            passed = passed if isinstance(passed, (tuple, list)) else (passed,)
+            tensor = next((value for value in passed if isinstance(value, Tensor)), None)
             if tensor is None:
                 raise ValueError(f"{key[0]} has no tensor as its {key[1]}: leave it out of layers=.")
             seen.setdefault(key, []).append(tensor.detach().clone())  # an activation may overwrite it
 
-        return see
+        return record
 
     hooks: list[Any] = []
     try:
         for name, module in chosen.items():
-            hooks.append(module.register_forward_pre_hook(note((name, "input")), with_kwargs=True))
-            hooks.append(module.register_forward_hook(note((name, "output"))))
+            hooks.append(module.register_forward_pre_hook(recorder((name, "input")), with_kwargs=True))
+            hooks.append(module.register_forward_hook(recorder((name, "output"))))
         with evaluating(net):
             logits = net(pixels.to(net.mean.device))
     finally:
         for hook in hooks:
             hook.remove()
-    asked = [layers] if isinstance(layers, str) else list(layers or ())
-    unused = [name for name in asked if name in chosen and (name, "input") not in seen]
+    patterns = [layers] if isinstance(layers, str) else list(layers or ())
+    unused = [name for name in patterns if name in chosen and (name, "input") not in seen]
     if unused or not seen:
         raise ValueError(f"The model never calls {', '.join(unused or chosen)}: choose other layers=.")
     return seen, logits
 
 
 def choose_layers(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, nn.Module]:
-    """Modules by name, as :func:`embedding_differences` takes them."""
+    """Return the modules that `layers` selects, by name; see :func:`embedding_differences`."""
     modules = dict(model.named_modules())
     known = {name: m for name, m in modules.items() if isinstance(m, (nn.Conv2d, nn.Linear))}
     if layers is None:
@@ -246,12 +261,12 @@ def choose_layers(model: nn.Module, layers: str | Sequence[str] | None) -> dict[
         raise ValueError(f'layers={layers!r} is not understood: give a glob like "layer1.*", or several in a list.')
     names: set[str] = set()
     for pattern in patterns:
-        found = [pattern] if pattern in modules else fnmatch.filter(known, pattern)
-        if not found:
+        matches = [pattern] if pattern in modules else fnmatch.filter(known, pattern)
+        if not matches:
             near = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.3) or list(known)[:3]
             raise ValueError(
                 f"layers={pattern!r} matches none of the {len(known)} convolutional and linear layers, and no module "
                 f"has that name. Near names: {', '.join(near)}."
             )
-        names.update(found)
+        names.update(matches)
     return {name: module for name, module in modules.items() if name in names}

@@ -1,4 +1,4 @@
-"""What a reprogrammed model is worth: every attack on every image, the worst case over them all, and its control."""
+"""Evaluation of a model's robustness: every attack on every image, the worst case over all attacks, and a control."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 CALIBRATED = 1000
-"""Images with which surrogates are calibrated."""
+"""Number of images that surrogates are calibrated on."""
 
 
 def evaluate(
@@ -67,71 +67,74 @@ def evaluate(
     accelerator: Accelerator | None = None,
     progress: bool = False,
 ) -> RobustnessReport:
-    """Accuracy when clean and under attack, image by image; the headline is the worst case over all attacks.
+    """Measure accuracy when clean and under attack, image by image; the main result is the worst case over all attacks.
 
-    The gradient of the estimate is steep and erratic, which stops an attacker who follows it and nobody else. So
-    `"adaptive"`, the default, keeps the worst point found of each image and goes on from there, by turns along the
-    plain model, smoother surrogates and a random search; what it leaves is called the worst case. `"paper"` and
-    `"standard"` are what others report, `"quick"` is FGSM, PGD and PGD from the plain model, see
+    The gradient of the estimate is steep and erratic, which stops only attackers who follow it. So the default suite,
+    `"adaptive"`, keeps the worst point found for each image and continues from there, in turn along the plain model,
+    along smoother surrogates and by a random search. Only its result is called the worst case. `"paper"` and
+    `"standard"` are the suites that others report; `"quick"` is FGSM, PGD, and PGD from the plain model, see
     :func:`timm_nrpm.attacks.suites.attacks_of`.
 
-    Beside it stands the plain model, the one that was reprogrammed, whatever moved the statistics since. Where weights
-    were trained since, that one is no more to be had: give it as `base`, or the same weights at lambda 1 stand in its
-    place, and the flag `plain_model_changed` is raised.
+    As a control, the same attacks run on the plain model that was reprogrammed, with the statistics it had then. If
+    weights were trained since, that model is no longer available. Give it as `base` in this case; otherwise the same
+    weights at lambda 1 take its place, and the flag `plain_model_changed` is raised.
 
     Args:
-        model: A classifier of normalised images, attacked on the device it is on; wrappers are seen through. Afterwards
-            it is as before, modes, gradients and statistics included.
-        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`; in the same order each time it is run. A
-            stream without a length will do.
+        model: Classifier of normalised images, or a wrapper of one, attacked on the device it is on. Its modes,
+            gradients and statistics are restored afterwards.
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, in the same order in every pass. It need
+            not have a length.
         threat: What an attacker may change; the default is Linf with eps 8/255.
-        suite: One of `timm_nrpm.config.SUITES`.
-        effort: Of the adaptive suite, one of `timm_nrpm.efforts.LEVELS`: `"fast"` is the first 12 of the default's 24
-            rounds and no evolution, `"exhaustive"` 240 rounds and 20 evolutions on all that stands.
-        steps, queries: Gradients of each ascent and forwards of each random search, in place of the suite's numbers.
-        seed: Of everything random. Each image's part of it depends on its batch's place alone.
-        data: What the images are, in words, such as `"cifar10, test"`; the report and its card say it.
-        base: Another model to make examples on, such as the one this was made from; where weights were trained since,
-            the one that this is compared with.
-        control: Whether to put the plain model under the same attacks.
-        mean, std: The model's normalisation, one number a channel; by default timm's for this model, and none for a
-            model that is not timm's.
-        resume: A file that keeps every batch once it is done: a run that was killed goes on there. With several
-            processes, each has its own, with its rank at the end.
-        accelerator: Shares the batches among its processes. Give each the same loader, which it did not prepare.
-            Processes wait for the slowest at the end: set its timeout (`InitProcessGroupKwargs`) to longer than that.
+        suite: Name of the suite of attacks, one of `timm_nrpm.config.SUITES`.
+        effort: Effort of the adaptive suite, one of `timm_nrpm.efforts.LEVELS`: `"fast"` has the first 12 of the
+            default's 24 rounds and no evolution, `"exhaustive"` 240 rounds and 20 evolutions on all unbroken images.
+        steps, queries: Number of gradients of each ascent and number of forwards of each random search; by default
+            those of the suite.
+        seed: Seed of everything random in the attacks. The draws for an image depend only on this seed and on the place
+            of its batch in the loader.
+        data: Description of the images for the report and its card, such as `"cifar10, test"`.
+        base: Another model whose gradients attacks may follow, such as the one this was made from. If weights were
+            trained since, it is also the model that this one is compared with.
+        control: Whether to attack the plain model, too.
+        mean, std: The model's normalisation, one number for each channel; by default timm's for this model, and none
+            for a model that is not timm's.
+        resume: File that keeps the result of every finished batch, from which a run that was killed continues. With
+            several processes, each has a file of its own, with its rank at the end of the name.
+        accelerator: Accelerator that shares the batches among its processes. Give each process the same loader, not
+            prepared by the accelerator. Processes wait for the slowest one at the end, so the accelerator's timeout
+            (`InitProcessGroupKwargs`) must be long enough for that.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: Pixels outside [0, 1], labels that are no classes, a setting outside its range, an empty loader, or
-            a file of another run.
+        ValueError: Pixels are outside [0, 1], labels are not classes of the model, a setting is outside its range, the
+            loader is empty, or the file `resume` belongs to another run.
 
     Example:
-        >>> report = evaluate(model, loader, Threat("Linf", 8 / 255), progress=True)
+        >>> report = evaluate(model, loader, Threat("Linf", 0.12), effort="fast")
         >>> report.worst_case, report.control.worst_case, report.flags
-        (0.364, 0.354, ("gradient_masking", "attack_not_finished"))
+        (0.6, 0.8, ('gradient_masking',))
     """
-    _check_lasting(loader)
+    _check_reiterable(loader)
     threat = check_threat(threat)
     settings = _effort(suite, effort, steps, queries)
-    attacks_of(suite, threat, settings, ("own",), 2)  # whether there are any, before anything is computed
+    attacks_of(suite, threat, settings, ("own",), 2)  # raises an error before anything is computed
     subject = subject_of(model, mean, std)
     model, net = subject.model, subject.on_pixels()
     base = None if base is None else unwrapped(base)
     start = time.perf_counter()
-    plain = _standing_beside(model, base) if control and reprogrammed_layers(model) else ""
+    plain = _plain_kind(model, base) if control and reprogrammed_layers(model) else ""
     sha256 = model_sha256(model)
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     with ExitStack() as stack:
-        raised = stack.enter_context(recorded_warnings())
+        warning_texts = stack.enter_context(recorded_warnings())
         bar = stack.enter_context(progress_bar(progress and rank == 0))
-        for one in (model,) if base is None else (model, base):
-            stack.enter_context(attackable(one))
+        for module in (model,) if base is None else (model, base):
+            stack.enter_context(attackable(module))
 
         def work() -> Share:
             identity = {"threat": [threat.norm, threat.eps], "suite": suite, "seed": seed, "control": control}
             identity |= {**asdict(settings), "timm_nrpm": __version__, "processes": processes}
-            if resume is not None:  # hashes of whole models take a while
+            if resume is not None:  # hashing whole models takes a while
                 identity |= _identities(net, base)
             journal = Journal(shard_of(resume, rank, processes), identity)
             judges = _judges(loader, net, base, plain, threat, suite, settings, seed)
@@ -141,12 +144,12 @@ def evaluate(
     joined = [join(outcomes) for outcomes in zip(*(row.outcomes for row in rows), strict=True)]
     if plain:
         joined[0].evidence[PLAIN_CHANGED] = float(plain == TRAINED)
-    reports = [_report(one, threat, suite, settings, seed) for one in joined]
+    reports = [_report(results, threat, suite, settings, seed) for results in joined]
     return replace(
         reports[0],
         control=reports[1] if len(reports) > 1 else None,
         plain=plain or REPROGRAMMED,
-        warnings=tuple(dict.fromkeys([*raised, *(text for row in rows for text in row.warnings)])),
+        warnings=tuple(dict.fromkeys([*warning_texts, *(text for row in rows for text in row.warnings)])),
         seconds=time.perf_counter() - start,
         sha256=sha256,
         data=data,
@@ -154,7 +157,7 @@ def evaluate(
 
 
 def _report(joined: Joined, threat: Threat, suite: str, effort: Effort, seed: int) -> RobustnessReport:
-    """The report of one model, without its control."""
+    """Return the report of one model, without its control."""
     return RobustnessReport(
         threat,
         suite,
@@ -181,7 +184,7 @@ def _judges(
     effort: Effort,
     seed: int,
 ) -> list[Judge]:
-    """The judge of a model, and that of the plain model beside it, if there is one."""
+    """Return the judge of a model, and that of the plain model it is compared with, if there is one."""
     ours = bool(reprogrammed_layers(net.model))
     calibration = _first_images(loader) if ours and (suite == "adaptive" or plain == TRAINED) else []
     sources = sources_of(net.model, calibration, base=base, **net.normalisation())
@@ -193,28 +196,28 @@ def _judges(
     return judges
 
 
-def _check_lasting(loader: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Raise a ValueError for a loader that gives its images once."""
+def _check_reiterable(loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Raise a ValueError for an iterator, which gives its images only once."""
     if isinstance(loader, Iterator):
         raise ValueError(
             f"The loader is a {type(loader).__name__}, which gives its images once: give a DataLoader, or list(loader)."
         )
 
 
-def _standing_beside(model: nn.Module, base: nn.Module | None) -> str:
-    """Which plain model stands beside a reprogrammed one."""
+def _plain_kind(model: nn.Module, base: nn.Module | None) -> str:
+    """Return which plain model a reprogrammed one is compared with: `REPROGRAMMED`, `GIVEN` or `TRAINED`."""
     if is_as_reprogrammed(model):
         return REPROGRAMMED
     return GIVEN if base is not None and base.state_dict().keys() == plain_copy(model).state_dict().keys() else TRAINED
 
 
 def _identities(net: PixelModel, base: nn.Module | None) -> Mapping[str, object]:
-    """What tells the models of an evaluation from others, as JSON."""
+    """Return, as JSON, what identifies the models of an evaluation in a journal."""
     plain = plain_copy(net.model) if reprogrammed_layers(net.model) else None
     models = {"the model": net.model, "the plain model": plain, "the base": base}
     return {
-        name: None if one is None else {"sha256": weights_sha256(one.state_dict()), **identity_of(alike(one, net))}
-        for name, one in models.items()
+        name: None if each is None else {"sha256": weights_sha256(each.state_dict()), **identity_of(alike(each, net))}
+        for name, each in models.items()
     }
 
 
@@ -224,21 +227,23 @@ def _effort(suite: str, effort: str, steps: int | None, queries: int | None) -> 
     if suite == "adaptive":
         settings = LEVELS[effort]
     elif effort != "default":
-        raise ValueError(f'effort={effort!r} is for the suite "adaptive": suite={suite!r} has its authors\' numbers.')
+        raise ValueError(
+            f'effort={effort!r} is for the suite "adaptive": leave it out for suite={suite!r}, which has fixed numbers.'
+        )
     if steps is not None:
         settings = replace(settings, steps=steps, pgd=steps, auto=steps)
     if queries is not None:
         settings = replace(settings, queries=queries)
     if settings.steps < 1 or settings.queries < 0:
         raise ValueError(
-            f"steps={steps} and queries={queries} are not allowed: an ascent needs a step at least, and a search no "
-            "fewer than 0 queries."
+            f"steps={steps} and queries={queries} are not allowed: give at least 1 step for an ascent, and at least 0 "
+            "queries for a search."
         )
     return settings
 
 
 def _first_images(loader: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Batches of pixels for surrogates: an attacker has the images, and needs no labels."""
+    """Return batches of pixels to calibrate surrogates on: an attacker has the images, and this needs no labels."""
     batches: list[Tensor] = []
     for images in pixels_of(loader):
         pixels = images.float()
@@ -249,10 +254,10 @@ def _first_images(loader: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"timm_nrpm": __version__, "torch": torch.__version__}
+    versions = {"timm_nrpm": __version__, "torch": torch.__version__}
     for name in ("timm", "torchattacks"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            versions[name] = "unknown"
+    return versions

@@ -1,4 +1,4 @@
-"""What happened while a model was tuned: rows of numbers, and JSON both ways."""
+"""History of a tuning run: its steps and evaluations, to and from JSON."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from timm_nrpm.config import TuneConfig
 
 
 def finite(value: float) -> float | None:
-    """The number, or None: JSON knows no infinity."""
+    """Return the number, or None if it is not finite, since JSON has no infinity."""
     return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the optimizer, means over its images.
+    """One step of the optimizer; its loss and shares are means over the images of the step.
 
     Attributes:
-        step: Counted from 1.
+        step: Number of the step, counted from 1.
+        epoch: Number of the epoch, counted from 0.
         loss: Value of the loss that was minimised; None where it was not finite.
-        clean, attacked: Share of images right, clean and attacked; None where the objective never looks.
-        norm: Norm of the gradient of lambda, and of everything else that trains, before clipping.
-        skipped: Whether the gradient was not finite, so that nothing changed.
+        clean, attacked: Share of the images that are right when clean, and when attacked; None where the objective does
+            not compute it.
+        norm: Norm of the gradient before clipping: that of lambda, and that of everything else that trains.
+        skipped: Whether the gradient was not finite, so that the step changed nothing.
         lams: Lambda of every layer after the step, in the order of :attr:`History.layers`.
     """
 
@@ -45,11 +47,12 @@ class Evaluation:
     """Accuracy on the validation images, from 0 to 1.
 
     Attributes:
-        step: Steps taken before.
-        quick: Accuracy under the worst of FGSM and PGD on the model's own gradient and PGD from the plain model,
-            image by image.
-        own: Accuracy under PGD on the model's own gradient, as in the paper.
-        flags: Flags of :class:`timm_nrpm.RobustnessReport`.
+        step: Number of steps taken before.
+        clean: Accuracy on the clean images.
+        own: Accuracy under PGD along the model's own gradient, as in the paper.
+        quick: Accuracy under the suite `quick`: an image counts as right if it is right under FGSM and PGD along the
+            model's own gradient and under PGD from the plain model.
+        flags: Flags of the :class:`timm_nrpm.RobustnessReport`.
     """
 
     step: int
@@ -61,16 +64,18 @@ class Evaluation:
 
 @dataclass
 class History:
-    """A run, step by step.
+    """A tuning run, step by step.
 
     Attributes:
-        config: The settings.
+        config: Settings of the run.
         layers: Names of the reprogrammed layers.
+        steps: Steps of the optimizer that were logged.
+        evaluations: Evaluations on the validation images.
 
     Example:
-        >>> history = tune(model, loader, TuneConfig(output="run"))
-        >>> history.steps[-1].lams, history.evaluations[-1].quick
-        ((0.41, 0.52), 0.62)
+        >>> history = tune(model, training_loader, TuneConfig(epochs=1, output="run"), validation=loader)
+        >>> len(history.steps), history.steps[-1].lams[0], history.evaluations[-1].quick
+        (2, 0.50, 0.9)
         >>> History.from_json(Path("run/history.json").read_text()) == history
         True
     """
@@ -100,7 +105,7 @@ class History:
         return cls.from_dict(json.loads(text))
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON, all of it or, where that fails, none."""
+        """Write the history as JSON to a file. If that fails, the file is left unchanged."""
         path = Path(path)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:

@@ -1,4 +1,4 @@
-"""What becomes of a batch of images: every attack of a suite on those that are still right."""
+"""Judge of a model: every attack of a suite on those images of a batch that are still right."""
 
 from __future__ import annotations
 
@@ -19,11 +19,19 @@ from timm_nrpm.data.ordering import seed_of
 from timm_nrpm.evaluation.outcome import Outcome, Turn
 
 WITHOUT_GRADIENT = ("scores", "best")
-"""Sources of attacks that follow no gradient; what they ask is the attacked model."""
+"""Sources of attacks that follow no gradient; these attacks query the attacked model."""
 
 
 class Judge:
-    """A model, and the attacks it has to withstand."""
+    """A model, and the attacks that it has to withstand.
+
+    Args:
+        sources: Models whose gradients attacks may follow, by name; `"own"` is the attacked model.
+        threat: What an attacker may change.
+        suite: Name of the suite of attacks.
+        effort: Numbers of steps, queries and stages.
+        seed: Seed of everything random in the attacks.
+    """
 
     def __init__(self, sources: dict[str, Source], threat: Threat, suite: str, effort: Effort, seed: int) -> None:
         self.sources, self.threat, self.suite, self.effort, self.seed = sources, threat, suite, effort, seed
@@ -36,14 +44,15 @@ class Judge:
             images: Pixels `[B, C, H, W]` in [0, 1].
             labels: Classes `[B]`.
             offset: Number of images before this batch.
-            tell: Function that is called with the share of the work that is done, and a word on what is being done.
+            tell: Function that is called with the share of the work that is done, from 0 to 1, and a description of the
+                current attack.
 
         Raises:
-            ValueError: Labels are no classes of the model.
+            ValueError: Labels are not classes of the model.
         """
         device = self.net.mean.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed_of(self.seed, -2, offset))  # for a forward that is random
+            torch.manual_seed(seed_of(self.seed, -2, offset))  # a forward may be random
             return self._judged(images.to(device), labels.to(device), offset, tell)
 
     def _judged(self, pixels: Tensor, labels: Tensor, offset: int, tell: Callable[[float, str], None]) -> Outcome:
@@ -76,22 +85,22 @@ class Judge:
         return Outcome(clean, turns, probes, non_finite, classes)
 
     def attack(self, attack: Attack, place: int, pursuit: Pursuit, rows: Tensor, offset: int) -> Turn:
-        """Let an attack have one turn.
+        """Run one turn of an attack.
 
         Args:
             attack: The attack.
-            place: Its place in the suite.
-            pursuit: The worst points so far.
-            rows: Numbers in the batch of the images that it attacks.
+            place: Place of the attack in the suite.
+            pursuit: Pursuit that holds the worst points so far.
+            rows: Indices in the batch of the images to attack, `[n]`.
             offset: Number of images before this batch.
         """
         source = self.sources["own" if attack.source in WITHOUT_GRADIENT else attack.source]
         before, start = self.passes(source), time.perf_counter()
         code = ["-"] * len(pursuit.labels)
         for row in [] if attack.always else pursuit.standing.tolist():
-            code[row] = "1"  # also of those that are not near enough to be attacked
+            code[row] = "1"  # this includes images that are not near enough to be attacked
         if len(rows):
-            # Attacks that are compared start from the same place, the others each from its own.
+            # Attacks that are compared with each other share their seeds; every other attack has its own.
             seeds = [seed_of(self.seed, 0 if attack.always else place, offset + row) for row in rows.tolist()]
             with source.followed() as net:
                 survived = attack.pursue(pursuit, rows, net, seeds)
@@ -105,6 +114,6 @@ class Judge:
         return self.net(pixels)
 
     def passes(self, source: Source) -> tuple[int, int]:
-        """Number of images that went forwards so far, and of gradients that came back."""
+        """Return the number of images in all forwards so far, and in all backwards."""
         nets = {id(net): net for net in (self.net, source.net)}.values()
         return sum(net.forwards for net in nets), sum(net.backwards for net in nets)

@@ -1,4 +1,4 @@
-"""The loss over a square around images, JSON both ways."""
+"""The loss over a square around images, to and from JSON."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ from timm_nrpm.nn.wrappers import subject_of
 DIRECTIONS = ("own", "bpda", "plain", "random")
 
 AT_ONCE = 16
-"""Images whose rows of points go through the model at the same time."""
+"""Number of images of which a row of points goes through the model at the same time."""
 
 
 @dataclass(frozen=True)
 class LossLandscape:
-    """The loss over a square around images, each in its own two directions.
+    """The loss over a square around images; each image has two directions of its own.
 
     Attributes:
         eps: Half the side of the square, in pixel units.
-        directions: What the first and the second follow.
-        losses: Mean cross-entropy in nats, `[R][R]`: the first index steps along the first direction, from -eps to eps;
-            the middle is the clean images. Infinite where it was no number.
-        accuracies: Share of the images right, likewise.
-        cosine: Between the two directions, mean over the images: 0 at right angles, 1 for the same.
-        samples, seed, clip: Number of images, and as given to :func:`loss_landscape`.
+        directions: Kinds of the first and the second direction, from `DIRECTIONS`.
+        losses: Mean cross-entropy in nats, `[R][R]`. The first index steps along the first direction, from -eps to eps;
+            the middle is that of the clean images. Infinite where the mean was not finite.
+        accuracies: Share of the images that are right, from 0 to 1, at the same points.
+        cosine: Cosine of the angle between the two directions, mean over the images: 0 at right angles, 1 if they are
+            the same.
+        samples: Number of images.
+        seed, clip: The same as in :func:`loss_landscape`.
 
     Example:
         >>> landscape = loss_landscape(model, pixels, labels, eps=8 / 255, directions=("own", "plain"))
         >>> landscape.clean, landscape.losses[-1][10], landscape.losses[10][-1]
-        (0.21, 0.35, 1.87)
+        (0.34, 0.37, 0.40)
     """
 
     eps: float
@@ -54,7 +56,7 @@ class LossLandscape:
 
     @property
     def steps(self) -> tuple[float, ...]:
-        """Steps along a direction, in pixel units."""
+        """Distances of the points along a direction, from -eps to eps, in pixel units."""
         half = len(self.losses) // 2
         return tuple(self.eps * i / half for i in range(-half, half + 1))
 
@@ -87,28 +89,30 @@ def loss_landscape(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> LossLandscape:
-    """Mean cross-entropy over a square in two directions of signs around images, as arXiv 1705.07204 draws it.
+    """Measure the mean cross-entropy over a square around images, spanned by two directions of signs, as in
+    arXiv 1705.07204.
 
-    A surface that is jagged, or that rises steeper along a random or the plain model's direction than along the own
-    gradient, misleads attacks that follow it: the mark of gradient masking. At a corner both directions add up, so a
-    pixel may be 2 eps away.
+    A surface that is jagged, or that rises more steeply along a random direction or the plain model's than along the
+    model's own gradient, misleads attacks that follow this gradient: it is a sign of gradient masking. At a corner of
+    the square both directions add up, so that a pixel may change by 2 eps.
 
     Args:
-        model: Takes normalised images.
-        pixels: Images `[B, C, H, W]` in [0, 1]; one or more, each of which has directions of its own.
-        labels: `[B]`.
-        eps: In pixel units.
-        resolution: Points along a side, odd.
-        directions: Two of: `"own"`, `"bpda"` and `"plain"`, the sign of the gradient of the loss through the model
-            itself, with its linear maps backward, or through the plain model (lambda = 1, not calibrated); and
-            `"random"`, 1 or -1 for every pixel (Rademacher), at right angles to the other direction.
-        seed: Of the random direction; the global generator is left alone.
-        clip: Whether points are brought back into [0, 1], as an attacker's images are.
-        mean, std: The model's normalisation, one number a channel; by default timm's for this model, and none for a
-            model that is not timm's.
+        model: Classifier of normalised images, or a wrapper of one.
+        pixels: One or more images `[B, C, H, W]` in [0, 1].
+        labels: Classes of the images, `[B]`.
+        eps: Half the side of the square, in pixel units.
+        resolution: Number of points along a side, odd.
+        directions: Kinds of the two directions. `"own"`, `"bpda"` and `"plain"` are the sign of the gradient of the
+            loss through the model itself, through the model with its linear maps backward, and through the plain model
+            (lambda = 1, not calibrated). `"random"` is 1 or -1 for every pixel (Rademacher), at right angles to the
+            other direction.
+        seed: Seed of the random direction; the global generator is not used.
+        clip: Whether points are clamped to [0, 1], as an attacker's images are.
+        mean, std: The model's normalisation, one number for each channel; by default timm's for this model, and none
+            for a model that is not timm's.
 
     Raises:
-        ValueError: Images, labels or settings outside their range.
+        ValueError: Images, labels or settings are outside their range.
 
     Example:
         >>> landscape = loss_landscape(model, pixels[:1], labels[:1], eps=8 / 255)
@@ -125,17 +129,17 @@ def loss_landscape(
     with attackable(net):
         with torch.no_grad():
             check_labels(labels, net(pixels[:1]).shape[1], what="labels are")
-        for some, its in zip(pixels.split(AT_ONCE), labels.split(AT_ONCE), strict=True):
-            first, second = _directions(net, some, its, directions, generator)
+        for images, classes in zip(pixels.split(AT_ONCE), labels.split(AT_ONCE), strict=True):
+            first, second = _directions(net, images, classes, directions, generator)
             cosines.append(F.cosine_similarity(first.flatten(1), second.flatten(1)))
             for i, step in enumerate(steps):
-                points = some + step * first + steps.view(-1, 1, 1, 1, 1) * second  # [R, b, C, H, W]
+                points = images + step * first + steps.view(-1, 1, 1, 1, 1) * second  # [R, b, C, H, W]
                 with torch.no_grad():
                     logits = net(points.flatten(0, 1).clamp(0, 1) if clip else points.flatten(0, 1))
-                targets = its.repeat(resolution)
+                targets = classes.repeat(resolution)
                 loss = F.cross_entropy(logits, targets, reduction="none").double()
                 losses[i] += loss.view(resolution, -1).sum(1).cpu()
-                hits = (logits.argmax(1) == targets) & logits.isfinite().all(1)  # which are no numbers tell nothing
+                hits = (logits.argmax(1) == targets) & logits.isfinite().all(1)  # wrong if not finite
                 right[i] += hits.view(resolution, -1).sum(1).cpu()
     return LossLandscape(
         eps=eps,
@@ -152,36 +156,38 @@ def loss_landscape(
 def _directions(
     net: PixelModel, pixels: Tensor, labels: Tensor, kinds: tuple[str, str], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Two tensors of signs `[B, C, H, W]`; a pixel without a gradient has none."""
-    found: dict[int, Tensor] = {}
+    """Return two tensors of signs `[B, C, H, W]`; the sign is 0 for a pixel whose gradient is zero."""
+    signs: dict[int, Tensor] = {}
     for i, kind in enumerate(kinds):
         if kind != "random":
             with gradient_source(net, kind) as source:
                 moving = pixels.clone().requires_grad_()
                 (slope,) = torch.autograd.grad(F.cross_entropy(source(moving), labels, reduction="sum"), moving)
-            found[i] = slope.nan_to_num(0.0).sign()
+            signs[i] = slope.nan_to_num(0.0).sign()
     for i in (0, 1):
-        if i not in found:
-            found[i] = _random_signs(found.get(1 - i, torch.zeros_like(pixels)), generator)
-    return found[0], found[1]
+        if i not in signs:
+            signs[i] = _random_signs(signs.get(1 - i, torch.zeros_like(pixels)), generator)
+    return signs[0], signs[1]
 
 
 def _random_signs(against: Tensor, generator: torch.Generator) -> Tensor:
-    """Random signs, half of which agree with those of `against`, so that their inner product is 0, or 1 where their
-    number is odd."""
+    """Return random signs, half of which agree with those of `against`, so that their inner product is 0, or 1 if the
+    number of signs is odd."""
     signs = against.flatten(1)
     draws = torch.rand(signs.shape, generator=generator, dtype=torch.float64).to(signs.device)
-    # Those without a sign come last: among the others, every second rank agrees.
+    # Pixels without a sign get the last ranks; among the others, those with an even rank agree.
     ranks = (draws + (signs == 0)).argsort(1).argsort(1)
     return torch.where(ranks % 2 == 0, 1.0, -1.0).to(signs).mul(torch.where(signs == 0, 1, signs)).view_as(against)
 
 
 def _check_landscape(resolution: int, directions: tuple[str, str]) -> None:
     if check_integer("resolution", resolution, least=3) % 2 == 0:
-        raise ValueError(f"resolution={resolution!r} is not allowed: give an odd integer >= 3, so that one is clean.")
+        raise ValueError(
+            f"resolution={resolution!r} is not allowed: give an odd integer >= 3, so that the images are in the middle."
+        )
     known = isinstance(directions, (tuple, list)) and len(directions) == 2 and set(directions) <= set(DIRECTIONS)
     if not known or (directions[0] == directions[1] != "random"):
         raise ValueError(
-            f"directions={directions!r} are not two: choose two of {', '.join(DIRECTIONS)}, for example "
+            f"directions={directions!r} are not two different ones: choose two of {', '.join(DIRECTIONS)}, for example "
             '("own", "plain").'
         )

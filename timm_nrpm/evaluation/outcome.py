@@ -1,4 +1,4 @@
-"""What became of a batch under every attack of a suite, as it is kept in a journal, and of all batches together."""
+"""Outcomes of the attacks of a suite on one batch, as a journal keeps them, and on all batches together."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from timm_nrpm.attacks.flags import evidence_of
 from timm_nrpm.evaluation.report import AttackResult
 
 CODES = {"1": True, "0": False, "-": None}
-"""Of an image: still right, wrong, not attacked."""
+"""Codes of an image, and their meaning: the model is still right, the model is wrong, the image was not attacked."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What an attack did to a batch.
+    """Result of an attack on a batch, in one turn or in several.
 
     Attributes:
-        source: The model whose gradient it followed.
-        survived: A code of `CODES` for each image.
-        forwards, backwards: Number of images that went through a model, and of gradients that came back.
-        seconds: Time that it took.
+        source: Name of the source whose gradient the attack followed.
+        survived: Codes of the images, one character of `CODES` each.
+        forwards, backwards: Number of images in all forwards, and in all backwards.
+        seconds: Time of the attack, in seconds.
     """
 
     source: str
@@ -31,25 +31,25 @@ class Turn:
     seconds: float
 
     def then(self, later: Turn) -> Turn:
-        """This turn and a later one of the same attack: what this one broke stays broken by it."""
+        """Join this turn with a later one of the same attack. Images that this turn broke stay broken."""
         survived = "".join("0" if a == "0" else b for a, b in zip(self.survived, later.survived, strict=True))
         forwards, backwards = self.forwards + later.forwards, self.backwards + later.backwards
         return Turn(self.source, survived, forwards, backwards, self.seconds + later.seconds)
 
     def to_row(self) -> list[str | int | float]:
-        """The turn as JSON."""
+        """Return the turn as JSON."""
         return [self.source, self.survived, self.forwards, self.backwards, self.seconds]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a batch.
+    """Outcome of all attacks on a batch.
 
     Attributes:
-        clean: A code of `CODES` for each image when nobody attacks.
-        attacks: Turns by the name of the attack, in the order in which they were first tried.
-        probes: Sums of :func:`timm_nrpm.attacks.flags.probe`; empty where no image was probed.
-        non_finite: Whether any gradient was.
+        clean: Codes of the images without an attack, one character of `CODES` each.
+        attacks: Joined turns of each attack by its name, in the order in which the attacks first ran.
+        probes: Results of :func:`timm_nrpm.attacks.flags.probe`; empty where no image was probed.
+        non_finite: Whether any gradient was not finite.
         classes: Number of classes of the model.
     """
 
@@ -60,25 +60,25 @@ class Outcome:
     classes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The outcome as JSON, for a journal."""
+        """Return the outcome as JSON, for a journal."""
         attacks = {name: turn.to_row() for name, turn in self.attacks.items()}
         return {**vars(self), "attacks": attacks}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Outcome:
-        """What :meth:`to_dict` gave."""
+        """Make an outcome from the result of :meth:`to_dict`."""
         attacks = {name: Turn(*row) for name, row in data["attacks"].items()}
         return cls(data["clean"], attacks, data["probes"], data["non_finite"], data["classes"])
 
 
 @dataclass(frozen=True)
 class Joined:
-    """What became of all batches.
+    """Outcome of all attacks on all batches.
 
     Attributes:
-        correct: Whether each image is right when nobody attacks.
-        attacks: Results by attack.
-        evidence: Numbers behind the flags.
+        correct: Whether the model is right on each image without an attack.
+        attacks: Result of each attack.
+        evidence: Numbers that the flags are based on, by flag.
     """
 
     correct: tuple[bool, ...]
@@ -87,15 +87,17 @@ class Joined:
 
 
 def join(outcomes: Sequence[Outcome]) -> Joined:
-    """Put the outcomes of all batches, in their order, together.
+    """Join the outcomes of all batches, in their order.
 
     Raises:
-        ValueError: Not all were attacked alike.
+        ValueError: The batches were not all attacked by the same attacks.
     """
     correct = tuple(code == "1" for outcome in outcomes for code in outcome.clean)
     names = list(outcomes[0].attacks)
     if any(list(outcome.attacks) != names for outcome in outcomes):
-        raise ValueError("Not all batches were attacked alike: they are of different versions. Give another file.")
+        raise ValueError(
+            "The batches were not all attacked by the same attacks: they are of different versions. Give another file."
+        )
     attacks = tuple(_result(name, [outcome.attacks[name] for outcome in outcomes]) for name in names)
     probes: dict[str, float] = {}
     for key in sorted({key for outcome in outcomes for key in outcome.probes}):
@@ -112,7 +114,7 @@ def join(outcomes: Sequence[Outcome]) -> Joined:
 
 
 def _result(name: str, turns: Sequence[Turn]) -> AttackResult:
-    """One attack on all batches."""
+    """Return the result of one attack on all batches."""
     return AttackResult(
         name,
         turns[0].source,

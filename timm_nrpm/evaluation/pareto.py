@@ -1,4 +1,4 @@
-"""What a search for lambda found: every setting, the front of those that none beats, and JSON both ways."""
+"""Result of a search for lambda: every setting, and the front of settings that no other beats; to and from JSON."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ KINDS = ("plain", "global", "layerwise")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting that was tried, and what it was worth.
+    """A setting that was tried, and its measured loss and accuracies.
 
     Attributes:
-        kind: `"plain"` (every lambda 1), `"global"` (one for all layers) or `"layerwise"`.
-        lams: Lambda of every reprogrammed layer.
-        clean_loss: Mean cross-entropy of the clean images in nats; infinite where it was no number.
-        clean_accuracy: Share of the images that are right when nobody attacks, from 0 to 1.
-        quick: Share of the images that survive the suite `quick`: FGSM, PGD, and PGD from the plain model. It is no
+        kind: `"plain"` (every lambda is 1), `"global"` (one lambda for all layers) or `"layerwise"`.
+        lams: Lambda of every reprogrammed layer, by name.
+        clean_loss: Mean cross-entropy of the clean images, in nats; infinite where it was not finite.
+        clean_accuracy: Share of the images that are right without an attack, from 0 to 1.
+        quick: Share of the images that survive the suite `quick`: FGSM, PGD, and PGD from the plain model. It is not a
             worst case, which only the adaptive suite finds.
-        flags: Of the same report: reasons not to believe the accuracies under the model's own gradient.
+        flags: Flags of the same evaluation: reasons not to believe the accuracies under the model's own gradient.
     """
 
     kind: str
@@ -43,19 +43,19 @@ class ParetoFront:
     """All settings that were tried, and which of them no other beats.
 
     Attributes:
-        threat, steps, seed: Settings of the evaluations; the seed is that of the search as well.
+        threat, steps, seed: Settings of the evaluations; the seed is also that of the search.
         samples: Number of images that every setting was evaluated on.
         bound: Amount by which the clean loss of :attr:`best` may exceed the plain model's, in nats.
-        trials: Settings in the order tried, the plain model first.
+        trials: Settings in the order in which they were tried, the plain model first.
 
     Raises:
         ValueError: The first trial is not the plain model.
 
     Example:
-        >>> front = search_lambda(model, loader, Threat("Linf", 8 / 255), calibration=training_loader)
-        >>> front.best.quick - front.plain.quick
-        0.022
-        >>> reprogram_(model, dataclasses.replace(model.nrpm.config, lam=front.best.lams))
+        >>> front = search_lambda(model, loader, Threat("Linf", 0.2), calibration=training_loader, budget=8)
+        >>> round(front.best.quick - front.plain.quick, 3)
+        0.0
+        >>> model = reprogram_(model, dataclasses.replace(model.nrpm.config, lam=front.best.lams))
     """
 
     threat: Threat
@@ -81,22 +81,22 @@ class ParetoFront:
 
     @property
     def front(self) -> tuple[Candidate, ...]:
-        """Those that no other beats in clean loss or under quick attacks without losing in the other; the lowest clean
-        loss first.
+        """Settings that no other beats in clean loss or under quick attacks without losing in the other, in ascending
+        order of clean loss.
 
-        Settings that are equal in both stand side by side; those whose loss is infinite do not count.
+        Settings that are equal in both are all part of it; settings whose clean loss is infinite are not.
         """
         front: list[Candidate] = []
-        for one in sorted(self.trials, key=lambda c: (c.clean_loss, -c.quick)):
-            equal = front and (one.clean_loss, one.quick) == (front[-1].clean_loss, front[-1].quick)
-            if math.isfinite(one.clean_loss) and (not front or one.quick > front[-1].quick or equal):
-                front.append(one)
+        for trial in sorted(self.trials, key=lambda c: (c.clean_loss, -c.quick)):
+            equal = front and (trial.clean_loss, trial.quick) == (front[-1].clean_loss, front[-1].quick)
+            if math.isfinite(trial.clean_loss) and (not front or trial.quick > front[-1].quick or equal):
+                front.append(trial)
         return tuple(front)
 
     @property
     def best(self) -> Candidate:
-        """The largest share right under quick attacks within the bound, of equals the lowest clean loss; at worst the
-        plain model."""
+        """Setting with the largest share right under quick attacks within the bound on the clean loss. Of equal ones it
+        is that with the lowest clean loss, and the plain model where no other setting is within the bound."""
         return best_of(self.trials, self.plain.clean_loss + self.bound)
 
     def to_json(self) -> str:
@@ -115,8 +115,8 @@ class ParetoFront:
 
 
 def best_of(trials: Iterable[Candidate], limit: float) -> Candidate:
-    """The largest share right under quick attacks of those whose clean loss is within `limit`, or the lowest clean loss
-    if none is."""
+    """Return the setting with the largest share right under quick attacks of those whose clean loss is at most `limit`,
+    or the setting with the lowest clean loss if there are none."""
     trials = list(trials)
     within = [c for c in trials if c.clean_loss <= limit]
     return max(within, key=lambda c: (c.quick, -c.clean_loss)) if within else min(trials, key=lambda c: c.clean_loss)

@@ -1,4 +1,4 @@
-"""What an evaluation found: a frozen record of every attack on every image, and the worst case over them all."""
+"""Report of an evaluation: a frozen record of every attack on every image, and the worst case over all attacks."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from typing import Any
 from timm_nrpm.attacks.threats import Threat
 
 CONFIDENCE = 0.95
+"""Confidence of the intervals of accuracies."""
 
 SIGNIFICANT = 0.05
-"""Largest p of McNemar's test at which a difference from the plain model is called one."""
+"""Largest p-value of McNemar's test at which a difference from the plain model counts as significant."""
 
 REPROGRAMMED, GIVEN, TRAINED = "reprogrammed", "given", "trained"
-"""Which plain model stands beside a reprogrammed one: the one that was reprogrammed; the one given as `base`, where
-weights were trained since; or else the same weights at lambda 1."""
+"""Plain models that a reprogrammed one may be compared with: the one that was reprogrammed; if weights were trained
+since, the one given as `base`; or else the same weights at lambda 1."""
 
 NAMES = {REPROGRAMMED: "the plain model", GIVEN: "the model it was made from", TRAINED: "the same weights at lambda 1"}
-"""What a verdict calls them."""
+"""Names of these plain models in a verdict."""
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """One attack.
+    """Result of one attack.
 
     Attributes:
-        name: Such as `"apgd_margin_plain"`.
-        source: Whose gradient it followed, see :func:`timm_nrpm.sources.sources_of`; `"scores"` for none, `"best"` for
-            none from the worst points that others found.
-        survived: For each image whether it was still right, of an attack that took several turns after its last; None
-            where it was wrong before and not attacked.
-        forwards, backwards: Images that went through a model, and gradients that came back, for this attack.
-        seconds: For all of it.
+        name: Name of the attack, such as `"ascent_plain"`.
+        source: Source whose gradient it followed, see :func:`timm_nrpm.sources.sources_of`; `"scores"` for an attack
+            without gradients, and `"best"` for one that starts from the worst points that other attacks found.
+        survived: Whether the model was still right on each image after the last turn of the attack; None where it was
+            wrong before, and the image was not attacked.
+        forwards, backwards: Number of images in all forwards, and in all backwards, of this attack.
+        seconds: Time of the attack, in seconds.
     """
 
     name: str
@@ -45,12 +46,12 @@ class AttackResult:
 
     @property
     def tried(self) -> int:
-        """How many images it attacked."""
+        """Number of images that it attacked."""
         return sum(s is not None for s in self.survived)
 
     @property
     def broke(self) -> int:
-        """How many of them it got wrong."""
+        """Number of images that it broke, so that the model is wrong on them."""
         return sum(s is False for s in self.survived)
 
 
@@ -60,30 +61,32 @@ class RobustnessReport:
 
     Attributes:
         threat: What an attacker may change.
-        suite: Which attacks.
-        steps, queries: Gradients of an ascent, and forwards of a search; see :class:`timm_nrpm.attacks.efforts.Effort`.
-        rounds, evolutions: How many of both the adaptive suite had.
-        seed: Of everything random.
-        correct: Whether each image was right when nobody attacked it.
-        attacks: In the order in which they were tried. An image that was wrong is attacked no more, but by those that
-            are there for comparison.
+        suite: Name of the suite of attacks, one of `timm_nrpm.config.SUITES`.
+        steps, queries: Number of gradients of an ascent, and number of forwards of a random search; see
+            :class:`timm_nrpm.attacks.efforts.Effort`.
+        rounds, evolutions: Numbers of rounds and of evolutions in the adaptive suite; 0 in other suites.
+        seed: Seed of everything random in the attacks.
+        correct: Whether the model was right on each image without an attack.
+        attacks: Results of the attacks, in the order in which they first ran. Images that are already wrong are
+            attacked only by the attacks that serve for comparison.
         flags: Reasons not to believe the accuracies under the model's own gradient; `docs/flags.md` explains each.
-        evidence: The numbers behind the flags.
-        control: The plain model under the same attacks.
-        plain: Which plain model that is: `"reprogrammed"`, the one that was reprogrammed; `"given"`, the one given as
+        evidence: Numbers that the flags are based on, by flag.
+        control: Report of the plain model under the same attacks; None if there was no such model.
+        plain: Kind of this plain model: `"reprogrammed"`, the one that was reprogrammed; `"given"`, the one given as
             `base`; or `"trained"`, the same weights at lambda 1.
-        versions: Of what computed it.
-        sha256: :func:`timm_nrpm.reprogramming.model_sha256` of the model: weights, statistics, lambdas, estimates.
-        data: What the images are, in words, such as `"cifar10, test"`.
-        warnings: Every warning raised meanwhile.
-        seconds: For all of it.
+        versions: Versions of the libraries, by name.
+        sha256: Hash of the model's weights, statistics, lambdas and estimates, by
+            :func:`timm_nrpm.reprogramming.model_sha256`.
+        data: Description of the images, such as `"cifar10, test"`.
+        warnings: Texts of the warnings raised during the evaluation.
+        seconds: Time of the whole evaluation, in seconds.
 
     Example:
-        >>> report = evaluate(model, loader, Threat("Linf", 8 / 255))
+        >>> report = evaluate(model, loader, Threat("Linf", 0.12), effort="fast")
         >>> report.clean, report.worst_case, report.interval()
-        (0.682, 0.364, (0.322, 0.408))
+        (1.0, 0.6, (0.4, 0.8))
         >>> report.verdict
-        'At Linf 0.03137 this variant keeps 36.4 % (32.2 to 40.8) of 500 images in the worst case, ...'
+        "At Linf 0.12 this variant keeps ... % (... to ...) of 32 images in the worst case, the plain model ... %: ..."
         >>> RobustnessReport.from_json(report.to_json()) == report
         True
     """
@@ -113,24 +116,24 @@ class RobustnessReport:
 
     @property
     def clean(self) -> float:
-        """Share of the images that are right when nobody attacks them."""
+        """Share of the images that are right without an attack."""
         return sum(self.correct) / self.samples
 
     @property
     def survivors(self) -> tuple[bool, ...]:
-        """Whether each image was right under every attack."""
-        found = list(self.correct)
+        """Whether the model was right on each image under every attack."""
+        survivors = list(self.correct)
         for attack in self.attacks:
-            found = [s and h is not False for s, h in zip(found, attack.survived, strict=True)]
-        return tuple(found)
+            survivors = [s and a is not False for s, a in zip(survivors, attack.survived, strict=True)]
+        return tuple(survivors)
 
     @property
     def worst_case(self) -> float:
-        """Share of the images that no attack changed: what an attacker who may choose the attack leaves."""
+        """Share of the images that are right under every attack, whichever of them an attacker chooses."""
         return sum(self.survivors) / self.samples
 
     def accuracy(self, attack: str = "clean") -> float:
-        """Share of the images that are right under `attack`, those counting as wrong that it found wrong already."""
+        """Return the share of the images that are right under `attack`; images wrong before it count as wrong."""
         if attack == "clean":
             return self.clean
         for result in self.attacks:
@@ -141,8 +144,8 @@ class RobustnessReport:
         )
 
     def interval(self, share: float | None = None) -> tuple[float, float]:
-        """Where the worst case, or another share, of all images like these is in 95 of 100 such samples (Clopper and
-        Pearson's exact interval)."""
+        """Return the 95 % confidence interval of the worst case, or of another share of the images (the exact interval
+        of Clopper and Pearson)."""
         from scipy.stats import binomtest
 
         right = round((self.worst_case if share is None else share) * self.samples)
@@ -151,12 +154,12 @@ class RobustnessReport:
 
     @property
     def name(self) -> str:
-        """What the share of the images that survived is called: the worst case only where the suite is adaptive."""
+        """Name of the share of the images that survived; it is the worst case only if the suite is adaptive."""
         return "worst case" if self.suite == "adaptive" else f"all attacks of {self.suite}"
 
     @property
     def apart(self) -> tuple[int, int] | None:
-        """Images that survive in this model alone, and in the plain one alone; None without a control."""
+        """Number of images that survive only in this model, and only in the plain one; None without a control."""
         if self.control is None or self.control.samples != self.samples:
             return None
         pairs = list(zip(self.survivors, self.control.survivors, strict=True))
@@ -164,8 +167,8 @@ class RobustnessReport:
 
     @property
     def p_value(self) -> float | None:
-        """Of McNemar's exact test: how probable it is that the images that survive in one model alone fall so unevenly,
-        or more so, where both models are equally robust. None without a control."""
+        """P-value of McNemar's exact test: the probability that the images which survive in only one of the two models
+        are divided as unevenly or more, if both models are equally robust. None without a control."""
         from scipy.stats import binomtest
 
         if self.apart is None:
@@ -174,7 +177,7 @@ class RobustnessReport:
 
     @property
     def verdict(self) -> str:
-        """What it all comes to, in one sentence."""
+        """Result of the evaluation, in one sentence."""
         low, high = (100 * share for share in self.interval())
         where = (
             "in the worst case" if self.suite == "adaptive" else f"under the suite {self.suite}, which is no worst case"
@@ -201,15 +204,15 @@ class RobustnessReport:
         ]
         width = max((len(a.name) for a in self.attacks), default=0)
         for a in self.attacks:
-            told = f"of {a.tried} images {a.broke} broken"
-            lines.append(f"  {a.name:{width}}  {100 * self.accuracy(a.name):5.1f} %  {told}, {a.seconds:.1f} s")
+            counts = f"of {a.tried} images {a.broke} broken"
+            lines.append(f"  {a.name:{width}}  {100 * self.accuracy(a.name):5.1f} %  {counts}, {a.seconds:.1f} s")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def to_json(self) -> str:
-        """JSON, with the accuracies beside the images they come from."""
+        """Return the report as JSON, with a summary of its accuracies."""
         shares = {name: self.accuracy(name) for name in ("clean", *(a.name for a in self.attacks))}
         summary = {
             "verdict": self.verdict,
@@ -222,7 +225,11 @@ class RobustnessReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RobustnessReport:
-        """What :meth:`to_dict` gave. A ValueError, LookupError or TypeError for anything else."""
+        """Make a report from the result of :meth:`to_dict`.
+
+        Raises:
+            ValueError, LookupError, TypeError: `data` is not such a result.
+        """
         fields = {key: value for key, value in data.items() if key != "summary"}
         attacks = (AttackResult(**{**a, "survived": tuple(a["survived"])}) for a in data["attacks"])
         fields |= {"threat": Threat(**data["threat"]), "attacks": tuple(attacks), "correct": tuple(data["correct"])}
@@ -234,9 +241,9 @@ class RobustnessReport:
             raise ValueError(f"This is no report: plain={fields.get('plain')!r} is none of {', '.join(NAMES)}.")
         outcomes = [fields["correct"], *(attack.survived for attack in fields["attacks"])]
         if not all(isinstance(text, str) for text in texts) or not fields["correct"]:
-            raise ValueError("This is no report: it has no images, or flags, warnings or names that are no text.")
+            raise ValueError("This is no report: it has no images, or its flags, warnings or names are not text.")
         if any(len(row) != len(fields["correct"]) or set(map(type, row)) - {bool, type(None)} for row in outcomes):
-            raise ValueError("This is no report: its attacks were on other images than it counts.")
+            raise ValueError("This is no report: it does not say of each image whether it was right under each attack.")
         return cls(**fields)
 
     @classmethod

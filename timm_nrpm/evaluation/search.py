@@ -1,4 +1,4 @@
-"""Search for lambda, one for all layers and one for each, by what quick attacks leave right; no weight is trained."""
+"""Search for lambda, for all layers together and for each, by accuracy under quick attacks; no weight is trained."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from timm_nrpm.nn.wrappers import Subject, copied, subject_of
 Model = TypeVar("Model", bound=nn.Module)
 
 STEP = 0.01
-"""Between two lambdas that are tried. A finer one changes nothing that can be seen, and with it a layer would never be
-exactly plain, which lambda = 1 alone is."""
+"""Difference between two neighbouring lambdas that are tried. A finer grid makes no measurable difference, and with a
+continuous lambda no layer would ever be exactly plain, which it is only at lambda = 1."""
 
 MOST_GLOBAL = 16
-"""Settings with one lambda for all layers, where a lambda for each is searched as well."""
+"""Largest number of settings with one lambda for all layers, if a lambda for each layer is searched as well."""
 
 
 def search_lambda(
@@ -50,49 +50,50 @@ def search_lambda(
     std: tuple[float, ...] | None = None,
     progress: bool = False,
 ) -> ParetoFront:
-    """Try lambdas, and tell which leave the most images right under quick attacks at a bounded clean loss.
+    """Search for the lambdas that leave the most images right under quick attacks while the clean loss is bounded.
 
-    The plain model comes first, as the control. Then, with a third of the budget or 16 settings, one lambda for all
-    layers: half of these on an even grid, half between the best so far and its neighbours. Then a lambda for each
-    layer: the best global one on the first half of the layers alone and on the second, and from there on what Optuna's
-    tree-structured Parzen estimator (arXiv 2304.11127) makes of all that was seen, which maximises that share and
-    minimises the clean loss under the bound. All lambdas are whole hundredths.
+    The plain model comes first, as the control. Then a third of the budget, but at most 16 settings, goes to one lambda
+    for all layers: half of these settings lie on an even grid, and half between the best so far and its neighbours. The
+    rest goes to a lambda for each layer: first the best global lambda on only the first or only the second half of the
+    layers, and then the proposals of Optuna's tree-structured Parzen estimator (arXiv 2304.11127), which maximises the
+    share of right images and minimises the clean loss under the bound. All lambdas are multiples of 0.01.
 
     The model itself is not changed. To apply the result, and then calibrate anew:
 
         reprogram_(model, dataclasses.replace(model.nrpm.config, lam=front.best.lams))
         calibrate_(model, calibration)
 
-    The best of many settings is in part the luckiest, on these images and with this random start of PGD. What it is
-    worth, `evaluate` tells on other images, with another seed, beside the plain model.
+    The best of many settings owes part of its result to luck, on these images and with this random start of PGD. To
+    measure what it is worth, `evaluate` it beside the plain model on other images and with another seed.
 
     Args:
         model: A reprogrammed model; its lambdas and its calibration do not matter.
-        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`; the same in each pass.
-        threat: The default is Linf with eps 8/255.
-        budget: How many settings are tried, the plain model included. A setting costs one `evaluate` and, with
-            `calibration`, one `calibrate_`. Fewer are tried if there are no more, as of one lambda there are 101.
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, the same in each pass.
+        threat: What an attacker may change; the default is Linf with eps 8/255.
+        budget: Number of settings to try, the plain model included. A setting costs one `evaluate` and, with
+            `calibration`, one `calibrate_`. Fewer are tried if there are no more: one lambda has 101 values.
         layerwise: Whether to search a lambda for each layer too, which needs Optuna.
-        bound: By how much the clean loss, the mean cross-entropy, may exceed the plain model's, in nats.
-        calibration: Batches of pixels in [0, 1], or tuples that start with one, such as those of the training loader,
-            as for `calibrate_`. Every setting is
-            calibrated on them before it is evaluated, since other lambdas make statistics stale. Without them none is.
-        steps: Of PGD.
-        seed: Of PGD's random start, and of the search: the same seed gives the same trials.
-        mean, std: The model's normalisation, as for :func:`timm_nrpm.evaluate`.
+        bound: Amount by which the clean loss, the mean cross-entropy, may exceed the plain model's, in nats.
+        calibration: Batches of pixels `[B, C, H, W]` in [0, 1], or tuples that start with such a batch, as those of a
+            training loader. Every setting is calibrated on them before it is evaluated, since other lambdas make
+            statistics stale. By default no setting is calibrated.
+        steps: Number of steps of PGD.
+        seed: Seed of PGD's random start and of the search; the same seed gives the same trials.
+        mean, std: The model's normalisation, the same as in :func:`timm_nrpm.evaluate`.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: A model that is not reprogrammed, a setting outside its range, a loader that is empty, gives its
-            images once or gives others each time, pixels outside [0, 1], labels that are no classes of the model, or a
-            plain model whose clean loss is not finite.
+        ValueError: The model is not reprogrammed, a setting is outside its range, the loader is empty, gives its images
+            only once or gives other images in each pass, pixels are outside [0, 1], labels are not classes of the
+            model, or the plain model's clean loss is not finite.
         ImportError: Optuna is not installed.
 
     Example:
-        >>> front = search_lambda(model, loader, Threat("Linf", 0.15), calibration=training_loader, budget=30)
+        >>> front = search_lambda(model, loader, Threat("Linf", 0.2), calibration=training_loader, budget=8)
         >>> front.best.quick, front.plain.quick, len(front.trials)
-        (0.628, 0.606, 30)
+        (0.1, 0.1, 8)
         >>> timm_nrpm.plot(front, "front.png")
+        PosixPath('front.png')
     """
     threat = check_threat(threat)
     budget = check_integer("budget", budget, least=2, why=" (the plain model is the first)")
@@ -117,19 +118,19 @@ def search_lambda(
             with torch.no_grad():
                 for name, layer in layers.items():
                     layer.lam.fill_(lams[name])
-            if statistics is not None and kind != "plain":  # which calibration would leave as it is
+            if statistics is not None and kind != "plain":  # calibration does not change the plain model
                 calibrate_(work, statistics, **net.normalisation())
-            judged = plain if kind == "plain" else net
-            loss = _clean_loss(judged, images)
+            evaluated = plain if kind == "plain" else net
+            loss = _clean_loss(evaluated, images)
             if not trials and not math.isfinite(loss):
-                raise ValueError(f"The plain model's clean loss is {loss}, which no bound can be counted from.")
-            report = evaluate(judged, images, threat, "quick", steps=steps, seed=seed, control=False)
+                raise ValueError(f"The plain model's clean loss is {loss}, so it cannot be bounded: check the model.")
+            report = evaluate(evaluated, images, threat, "quick", steps=steps, seed=seed, control=False)
             samples = report.samples
             loss = loss if math.isfinite(loss) else math.inf
             trials.append(Candidate(kind, lams, loss, report.accuracy("clean"), report.worst_case, report.flags))
             best = best_of(trials, trials[0].clean_loss + bound)
-            told = f"quick attacks {100 * best.quick:.1f} %, plain {100 * trials[0].quick:.1f} %"
-            bar.update(task, advance=1, description=f"Searching lambda: {told}")
+            accuracies = f"quick attacks {100 * best.quick:.1f} %, plain {100 * trials[0].quick:.1f} %"
+            bar.update(task, advance=1, description=f"Searching lambda: {accuracies}")
             if len(trials) == budget:
                 break
     return ParetoFront(threat, steps, seed, samples, bound, tuple(trials))
@@ -146,14 +147,15 @@ def _optuna() -> Any:
 
 
 def _working_copy(model: Model) -> Model:
-    """A copy to try lambdas on, in the memory of the same weights, without calibration and in evaluation mode.
+    """Return a copy to try lambdas on, which shares the memory of the weights, without calibration and in evaluation
+    mode.
 
-    The Parameters are new objects, so that nothing done to them, were it interrupted, shows on those of `model`.
+    Its Parameters are new objects, so that changes of them never show on those of `model`, even after an interruption.
     """
-    own = {id(layer.lam) for layer in reprogrammed_layers(model).values()}
+    lams = {id(layer.lam) for layer in reprogrammed_layers(model).values()}
     memo: dict[int, Any] = {
         id(p): nn.Parameter(
-            p.detach().to(torch.float32, copy=True) if id(p) in own else p.detach(), requires_grad=False
+            p.detach().to(torch.float32, copy=True) if id(p) in lams else p.detach(), requires_grad=False
         )
         for p in model.parameters()
     }
@@ -162,12 +164,18 @@ def _working_copy(model: Model) -> Model:
     return work
 
 
+CHANGED_IMAGES = (
+    "The loader gave other images, or the same in another order, when it was run again: settings can only be compared "
+    "on the same images. Give shuffle=False and no random augmentation, or a list of its batches."
+)
+
+
 class _Images:
-    """The batches of a loader, checked, and the same in every pass."""
+    """Checked batches of a loader, which must be the same in every pass."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = _lasting(loader, "loader")
-        self.first: list[tuple[float, list[int]]] = []
+        self.loader = _reiterable(loader, "loader")
+        self.fingerprints: list[tuple[float, list[int]]] = []  # of the batches in the first pass
         self.complete = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -175,37 +183,32 @@ class _Images:
         for batch in self.loader:
             pixels, labels = check_batch(batch)
             labels = check_labels(labels, count=len(pixels))
-            looks = (float(pixels.double().sum()), labels.tolist())
+            fingerprint = (float(pixels.double().sum()), labels.tolist())
             if not self.complete:
-                self.first.append(looks)
-            elif seen >= len(self.first) or self.first[seen] != looks:
-                raise ValueError(self.changed())
+                self.fingerprints.append(fingerprint)
+            elif seen >= len(self.fingerprints) or self.fingerprints[seen] != fingerprint:
+                raise ValueError(CHANGED_IMAGES)
             seen += 1
             yield pixels, labels
-        if seen < len(self.first):
-            raise ValueError(self.changed())
+        if seen < len(self.fingerprints):
+            raise ValueError(CHANGED_IMAGES)
         self.complete = True
-
-    def changed(self) -> str:
-        return (
-            "The loader gave other images, or the same in another order, when it was run again: settings can only be "
-            "compared on the same images. Give shuffle=False and no random augmentation, or a list of its batches."
-        )
 
 
 class _Calibration:
-    """The batches of a loader of pixels, which can be had again."""
+    """Batches of pixels, which can be iterated over repeatedly."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = _lasting(loader, "calibration")
-        if next(iter(self), None) is None:  # now, not after the plain model was attacked
+        self.loader = _reiterable(loader, "calibration")
+        if next(iter(self), None) is None:  # fail now, not after the plain model was attacked
             raise ValueError("calibration gave no images: give batches of pixels, or None to calibrate nothing.")
 
     def __iter__(self) -> Iterator[Tensor]:
         return pixels_of(self.loader, "calibration")
 
 
-def _lasting(loader: Iterable[Any], name: str) -> Iterable[Any]:
+def _reiterable(loader: Iterable[Any], name: str) -> Iterable[Any]:
+    """Return the loader, or raise a ValueError for an iterator, which gives its images only once."""
     if isinstance(loader, Iterator):
         raise ValueError(
             f"{name} is a {type(loader).__name__}, which gives its images once, and every setting needs them again: "
@@ -216,7 +219,7 @@ def _lasting(loader: Iterable[Any], name: str) -> Iterable[Any]:
 
 @torch.no_grad()
 def _clean_loss(net: PixelModel, images: _Images) -> float:
-    """Mean cross-entropy in nats."""
+    """Return the mean cross-entropy in nats."""
     total, seen = 0.0, 0
     with evaluating(net):
         for pixels, labels in images:
@@ -232,7 +235,16 @@ def _clean_loss(net: PixelModel, images: _Images) -> float:
 def _settings(
     names: list[str], trials: list[Candidate], share: int, bound: float, seed: int, optuna: Any
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """What to try next: `trials` holds what was, and grows by what was given last."""
+    """Yield the settings to try, each as its kind and its lambdas by layer.
+
+    Args:
+        names: Names of the reprogrammed layers.
+        trials: Settings that were tried. The caller appends each setting before it asks for the next one.
+        share: Largest number of settings with one lambda for all layers.
+        bound: Amount by which the clean loss may exceed the plain model's, in nats.
+        seed: Seed of Optuna's sampler.
+        optuna: The module optuna; None to search no lambda for each layer.
+    """
     yield "plain", dict.fromkeys(names, 1.0)
     for _ in range(share):
         value = _next_global({c.lams[names[0]]: c for c in trials}, (share + 1) // 2, bound)
@@ -247,9 +259,10 @@ def _settings(
 
 
 def _next_global(tried: dict[float, Candidate], points: int, bound: float) -> float | None:
-    """One lambda for all layers: on a grid of `points`, then in the middle of the wider gap beside the best so far."""
+    """Return the next lambda for all layers: first one on a grid of `points`, then the middle of the wider gap beside
+    the best so far; None if no gap is left."""
     for i in range(1, points + 1):
-        value = round(1 - i / max(points, 2), 2)  # a single point is 0.5
+        value = round(1 - i / max(points, 2), 2)  # a single point lies at 0.5
         if value not in tried:
             return value
     best = best_of(tried.values(), tried[1.0].clean_loss + bound)
@@ -264,16 +277,16 @@ def _next_global(tried: dict[float, Candidate], points: int, bound: float) -> fl
 
 
 def _layerwise(sampler: _Sampler, names: list[str], trials: list[Candidate]) -> Iterator[dict[str, float]]:
-    """A lambda for each layer."""
+    """Yield settings with a lambda for each layer."""
     for candidate in trials:
         sampler.tell(candidate)
     start = best_of([c for c in trials if c.kind == "global"], sampler.limit).lams
     half = (len(names) + 1) // 2
-    for kept in (names[:half], names[half:]):
-        yield {name: start[name] if name in kept else 1.0 for name in names}
+    for part in (names[:half], names[half:]):
+        yield {name: start[name] if name in part else 1.0 for name in names}
         sampler.tell(trials[-1])
     repeats = count()
-    while next(repeats) < 1000:  # where there is nothing new to find
+    while next(repeats) < 1000:  # stop where no new setting is left to find
         trial, lams = sampler.ask()
         known = next((c for c in trials if c.lams == lams), None)
         if known is None:
@@ -283,7 +296,7 @@ def _layerwise(sampler: _Sampler, names: list[str], trials: list[Candidate]) -> 
 
 
 class _Sampler:
-    """Optuna, asked and told."""
+    """Optuna's sampler, which proposes settings and is told their results."""
 
     def __init__(self, optuna: Any, names: list[str], limit: float, seed: int) -> None:
         self.optuna, self.limit = optuna, limit
@@ -295,17 +308,19 @@ class _Sampler:
             self.study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
 
     def ask(self) -> tuple[Any, dict[str, float]]:
+        """Return a new trial of Optuna, and the lambdas that it proposes."""
         with _quiet(self.optuna):
             trial = self.study.ask(self.space)
         return trial, {name: round(trial.params[name], 2) for name in self.space}
 
     def tell(self, candidate: Candidate) -> None:
-        """What it did not ask for."""
+        """Report a setting that the sampler did not propose."""
         with _quiet(self.optuna):
             self.study.enqueue_trial(candidate.lams)
         self.finish(self.ask()[0], candidate)
 
     def finish(self, trial: Any, candidate: Candidate) -> None:
+        """Report the result of a setting that the sampler proposed as `trial`."""
         loss = min(candidate.clean_loss, 1e6)
         if self.named:
             trial.set_constraint("clean_loss", loss - self.limit)
@@ -317,7 +332,7 @@ class _Sampler:
 
 @contextmanager
 def _quiet(optuna: Any) -> Iterator[None]:
-    """Optuna reports every study and trial, and that its settings are new."""
+    """Silence Optuna, which logs every study and trial, and warns that its settings are experimental."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""Batches shared among the processes of an evaluation, and journals that outlive them."""
+"""Batches that are shared among the processes of an evaluation, and journals from which they continue."""
 
 from __future__ import annotations
 
@@ -25,23 +25,27 @@ Part = TypeVar("Part")
 
 
 def shard_of(resume: str | Path | None, rank: int, processes: int) -> Path | None:
-    """The journal of a process, of all those that share a run."""
+    """Return the path of a process's journal: `resume` for a single process, else `resume` with the rank at its end.
+
+    Raises:
+        ValueError: The run was started with several processes and continues with one, or the other way round.
+    """
     if resume is None:
         return None
     alone, first = Path(resume), Path(f"{resume}.0")
     if (first if processes == 1 else alone).exists() and not (alone if processes == 1 else first).exists():
         before = "several processes" if processes == 1 else "one process"
-        raise ValueError(f"The run in {resume} was of {before}: go on with as many, or give another file.")
+        raise ValueError(f"The run in {resume} was started with {before}: use as many again, or give another file.")
     return alone if processes == 1 else Path(f"{resume}.{rank}")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one batch.
+    """Outcomes of one batch.
 
     Attributes:
-        outcomes: Of the model, and of the plain model beside it if there is one.
-        warnings: Texts of the warnings raised meanwhile.
+        outcomes: Outcome of the model and, if there is a control, that of the plain model.
+        warnings: Texts of the warnings raised while the batch was attacked.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -50,11 +54,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process did.
+    """Share of one process in the evaluation.
 
     Attributes:
-        digests: Hashes of all batches, its own and others', in their order.
-        rows: What became of its own, by their number.
+        digests: Hashes of all batches in their order, including those of other processes.
+        rows: Outcomes of the batches of this process, by the number of the batch.
     """
 
     digests: list[str]
@@ -69,7 +73,19 @@ def judge_all(
     rank: int,
     processes: int,
 ) -> Share:
-    """Judge the batches of this process that the journal does not have yet."""
+    """Judge the batches of this process that the journal does not hold yet, and return its share.
+
+    Args:
+        judges: Judge of the model and, if there is a control, that of the plain model.
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, the same in every process.
+        journal: Journal of this process.
+        bar: Progress bar to update.
+        rank: Number of this process, counted from 0.
+        processes: Number of all processes.
+
+    Raises:
+        ValueError: The loader gave no images, or other batches than those in the journal.
+    """
     task = bar.add_task("Evaluating", total=count_of(loader))
     offset, digests = 0, []
     for number, batch in enumerate(loader):
@@ -79,14 +95,14 @@ def judge_all(
         digests.append(digest_of(pixels, labels))
         if number % processes == rank and not journal.has(number, digests[-1]):
 
-            def tell(share: float, doing: str, judge: int, number: int = number) -> None:
+            def tell(share: float, activity: str, judge: int, number: int = number) -> None:
                 done = number + (judge + share) / len(judges)
-                bar.update(task, completed=done, description=f"Evaluating: {doing}")
+                bar.update(task, completed=done, description=f"Evaluating: {activity}")
 
-            with recorded_warnings() as raised:
+            with recorded_warnings() as warning_texts:
                 outcomes = [judge(pixels, labels, offset, partial(tell, judge=i)) for i, judge in enumerate(judges)]
             judged = [outcome.to_dict() for outcome in outcomes]
-            journal.add(number, {"images": digests[-1], "judged": judged, "warnings": raised})
+            journal.add(number, {"images": digests[-1], "judged": judged, "warnings": warning_texts})
         offset += len(labels)
         bar.update(task, completed=number + 1)
     if not offset:
@@ -104,7 +120,7 @@ def judge_all(
 
 
 def in_order(shares: Sequence[Share]) -> list[Row]:
-    """The rows of all processes in the order of their batches."""
+    """Return the rows of all processes in the order of their batches."""
     if any(share.digests != shares[0].digests for share in shares):
         raise ValueError(
             "The processes were given different images: give each the same loader, not shuffled, and not prepared by "
@@ -115,19 +131,19 @@ def in_order(shares: Sequence[Share]) -> list[Row]:
 
 
 def together(accelerator: Accelerator | None, work: Callable[[], Part]) -> list[Part]:
-    """What `work` gives in every process. Where it fails in one it fails in all, so that none waits for it."""
+    """Return the results of `work` in all processes. If it fails in one, it fails in all, so that none waits."""
     if accelerator is None or accelerator.num_processes == 1:
         return [work()]
     from accelerate.utils import gather_object
 
     failure: Exception | None = None
-    mine: Part | None = None
+    result: Part | None = None
     try:
-        mine = work()
+        result = work()
     except Exception as error:
         failure = error
     message = None if failure is None else f"{type(failure).__name__}: {failure}"
-    everyone = gather_object([(mine, message)])
+    everyone = gather_object([(result, message)])
     if failure is not None:
         raise failure
     for rank, (_, message) in enumerate(everyone):
@@ -138,7 +154,7 @@ def together(accelerator: Accelerator | None, work: Callable[[], Part]) -> list[
 
 @contextmanager
 def recorded_warnings() -> Iterator[list[str]]:
-    """Texts of all warnings that are raised meanwhile; afterwards the warnings are raised again."""
+    """Collect the texts of all warnings raised inside the context, and raise these warnings again afterwards."""
     texts: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         yield texts

@@ -1,4 +1,4 @@
-"""Everything to look at: pictures and pages."""
+"""Pictures and HTML pages of results."""
 
 from timm_nrpm.lazy import modules_of
 

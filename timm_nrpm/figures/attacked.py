@@ -24,23 +24,24 @@ def draw_attacked(
     path: str | Path,
     names: Sequence[str] | None = None,
 ) -> Path:
-    """Draw images, clean, attacked, and their difference, amplified until the largest fills the scale.
+    """Draw clean images, attacked images and their differences, amplified so that the largest fills the scale.
 
     Args:
-        pixels, attacked: The same images `[B, C, H, W]` in [0, 1], grey or RGB, at most 64.
-        labels, predictions: Classes `[B]`, the true ones and those that a model gives the attacked images.
-        path: Ends in .png or .svg.
-        names: Names of the classes; their numbers by default.
+        pixels, attacked: The same images, clean and attacked, each `[B, C, H, W]` in [0, 1], grey or RGB, at most 64.
+        labels, predictions: The true classes, and those that a model predicts for the attacked images, each `[B]`.
+        path: The file to write, which ends in .png or .svg.
+        names: Names of the classes; the default is their numbers.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: Another ending, images or classes that do not fit, or a class without a name.
+        ValueError: `path` has another ending, the images or classes do not fit, or a class has no name.
         ImportError: Matplotlib is not installed.
 
     Example:
         >>> draw_attacked(pixels[:8], attacked[:8], labels[:8], model(attacked[:8]).argmax(1), "attacked.png")
+        PosixPath('attacked.png')
     """
     check_pair(pixels, attacked)
     count, channels = pixels.shape[:2]
@@ -66,16 +67,16 @@ def draw_attacked(
         panel.axis("off")
     for i in range(count):
         column = panels[3 * (i // across) : 3 * (i // across) + 3, i % across]
-        # Colours on grey, where grey is no change; one channel in signed colours.
+        # In a colour image grey stands for no change; a single channel is drawn in signed colours.
         difference = change[i] * factor if channels == 1 else 0.5 + change[i] * factor / 2
         for j, image in enumerate((pixels[i], attacked[i], difference)):
             signed = j == 2 and channels == 1
             look: dict[str, Any] = {"cmap": SIGNED if signed else "gray", "vmin": -1.0 if signed else 0.0, "vmax": 1.0}
             shown = image.detach().cpu().float().movedim(0, -1).squeeze(-1).clamp(-1, 1).numpy()
             column[j].imshow(shown, interpolation="nearest", **look)
-        true, said = (str(int(c[i])) if names is None else names[int(c[i])] for c in (labels, predictions))
-        column[0].set_title(f"label: {true}", fontsize=9)
-        column[1].set_title(f"said: {said}" if said == true else f"said: {said} (wrong)", fontsize=9)
-    drawing.suptitle(f"Images, attacked, and the difference times {factor:.3g}; largest {largest:.3g}", fontsize=11)
+        label, prediction = (str(int(c[i])) if names is None else names[int(c[i])] for c in (labels, predictions))
+        column[0].set_title(f"label: {label}", fontsize=9)
+        column[1].set_title(f"model: {prediction}{'' if prediction == label else ' (wrong)'}", fontsize=9)
+    drawing.suptitle(f"Clean, attacked, and the difference (largest {largest:.3g}) times {factor:.3g}", fontsize=11)
     drawing.savefig(file, dpi=120, bbox_inches="tight")
     return file

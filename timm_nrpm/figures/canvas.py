@@ -1,4 +1,4 @@
-"""What pictures are drawn on: PNG or SVG, without pyplot, in colours that the colour-blind can tell apart."""
+"""The canvas of every picture: PNG or SVG, without pyplot, in colours that colour-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIGNED = "PuOr"
-"""Colours of what may be negative: orange below 0, white at 0, purple above."""
+"""Colour map for values of either sign: orange below 0, white at 0, purple above."""
 
 STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
-"""Colour, marker and line of the first, the second, ..."""
+"""Colour, marker and line style of the first model, the second, and so on."""
 
 
 def target(path: str | Path) -> Path:
-    """Where a picture goes, found fit: before any work, so that none is lost.
+    """The path of a picture, checked before any work is done, so that none is lost.
 
     Raises:
         ValueError: The path does not end in .png or .svg.
@@ -27,22 +27,22 @@ def target(path: str | Path) -> Path:
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches.
+    """An empty figure of `width` by `height` inches.
 
     Raises:
         ImportError: Matplotlib is not installed.
 
     Example:
         >>> drawing = figure(6, 4)
-        >>> drawing.subplots().plot([1, 2])
+        >>> lines = drawing.subplots().plot([1, 2])
         >>> drawing.savefig(target("line.png"))
     """
     try:
-        import matplotlib  # noqa: F401, without which the two below fail later, in the middle of a picture
+        import matplotlib  # noqa: F401, which finds a missing package here, and not in the middle of a picture
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("The picture needs Matplotlib: pip install 'timm_nrpm[demo]'.") from error
-    drawing = Figure(figsize=(width, height), layout="compressed")  # not pyplot's, which would keep it and its windows
+    drawing = Figure(figsize=(width, height), layout="compressed")  # pyplot would keep it, and open windows
     FigureCanvasAgg(drawing)
     return drawing

@@ -1,4 +1,4 @@
-"""A picture of what randomized smoothing certified (Cohen et al., arXiv 1902.02918)."""
+"""A picture of the accuracy that randomized smoothing certified (Cohen et al., arXiv 1902.02918)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from timm_nrpm.evaluation.certificates import CertificationReport
 from timm_nrpm.figures import canvas
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""One for each sigma, Okabe and Ito's, which colour-blind people tell apart."""
+"""Colours of the sigmas: Okabe and Ito's palette, which colour-blind readers can tell apart."""
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 3)))
-"""One for each model."""
+"""Line styles of the models."""
 
 
 def draw_certified(reports: Sequence[CertificationReport], path: str | Path) -> Path:
-    """Draw certified accuracy over radius, a colour for each sigma, a dash for each model (Cohen et al., Figure 6).
+    """Draw certified accuracy over radius: one colour per sigma, one line style per model (Cohen et al., Figure 6).
 
-    Where a curve falls to 0 at once, the samples end, and not the model: :attr:`CertificationReport.largest_radius`.
+    Where a curve drops to 0 at once, it has reached the largest radius that so many samples can certify, whatever the
+    model: see :attr:`CertificationReport.largest_radius`.
 
     Args:
-        reports: Reports of several sigmas and models.
-        path: Ends in .png or .svg.
+        reports: Reports on one or several models, at one or several sigmas.
+        path: The file to write, which ends in .png or .svg.
 
     Raises:
-        ValueError: No reports, two of one model and sigma, too many to tell apart, or another ending.
+        ValueError: There are no reports, two of one model and sigma, or too many to tell apart; or `path` has another
+            ending.
         ImportError: Matplotlib is not installed.
 
     Example:
@@ -56,7 +58,7 @@ def draw_certified(reports: Sequence[CertificationReport], path: str | Path) -> 
     panel.set_xlim(left=0)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
-    one = {f"{len(r.images)} images, n = {r.n}, confidence {r.confidence}" for r in reports}
-    panel.set_title("Randomized smoothing" + (f", {one.pop()} each" if len(one) == 1 else ""))
+    settings = {f"{len(r.images)} images, n = {r.n}, confidence {r.confidence}" for r in reports}
+    panel.set_title("Randomized smoothing" + (f", {settings.pop()} each" if len(settings) == 1 else ""))
     figure.savefig(path, dpi=120)
     return path

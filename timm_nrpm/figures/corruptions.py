@@ -1,4 +1,4 @@
-"""A picture of what corruptions cost a model, beside its baseline."""
+"""A picture of a model's accuracy under corruptions, beside its baseline's."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from timm_nrpm.evaluation.corruptions import EXTRA, IMAGENET_C, NATIVE
 from timm_nrpm.figures.canvas import SIGNED, figure, target
 
 GROUPS = (IMAGENET_C[:3], IMAGENET_C[3:7], IMAGENET_C[7:11], IMAGENET_C[11:], EXTRA, NATIVE)
-"""Noise, blur, weather, what digital images suffer, and the rest: a line parts them."""
+"""Kinds by group (noise, blur, weather, digital, and two more), between which a white line is drawn."""
 
 
 def draw_corruptions(report: CorruptionReport, path: str | Path) -> Path:
-    """Draw accuracy by kind and severity, of the model, of its baseline and the difference, as maps with their numbers;
-    on the right the corruption error (CE) of each kind.
+    """Draw accuracy by kind and severity as heat maps, of the model, of its baseline and of the difference, with the
+    corruption error (CE) of each kind on the right.
 
     Args:
-        report: What :func:`timm_nrpm.evaluate_corruptions` found. Without a baseline there is one map.
-        path: Ends in .png or .svg.
+        report: The result of :func:`timm_nrpm.evaluate_corruptions`. Without a baseline there is one map.
+        path: The file to write, which ends in .png or .svg.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: Another ending.
+        ValueError: `path` has another ending.
         ImportError: Matplotlib is not installed.
 
     Example:
-        >>> draw_corruptions(evaluate_corruptions(model, loader), "corruptions.png")
+        >>> draw_corruptions(evaluate_corruptions(model, loader, "white_noise"), "corruptions.png")
+        PosixPath('corruptions.png')
     """
     file, kinds = target(path), list(report.model.corrupted)
     severities = list(report.model.corrupted[kinds[0]])
     shown = {"model": report.model} if report.baseline is None else {"model": report.model, "baseline": report.baseline}
     shares = {
-        name: [[100 * of[kind][severity] for severity in severities] for kind in kinds]
-        for name, of in ((name, answers.accuracy) for name, answers in shown.items())
+        name: [[100 * accuracy[kind][severity] for severity in severities] for kind in kinds]
+        for name, accuracy in ((name, answers.accuracy) for name, answers in shown.items())
     }
     maps = [
         (f"{name}\nclean {100 * answers.clean:.1f} %", shares[name], "accuracy, %") for name, answers in shown.items()
@@ -57,23 +58,23 @@ def draw_corruptions(report: CorruptionReport, path: str | Path) -> Path:
             if not any({above, below} <= set(group) for group in GROUPS):
                 panel.axhline(row + 0.5, color="white", linewidth=4)
     panels[0].set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
-    beside: dict[str, Any] = {"aspect": 30, "pad": 0.02, "shrink": 0.8}
-    drawing.colorbar(images[0], ax=list(panels[: len(shown)]), label=maps[0][2], **beside)
-    said = f"{report.samples} images"
+    scale: dict[str, Any] = {"aspect": 30, "pad": 0.02, "shrink": 0.8}
+    drawing.colorbar(images[0], ax=list(panels[: len(shown)]), label=maps[0][2], **scale)
+    heading = f"{report.samples} images"
     if report.baseline is not None:
-        drawing.colorbar(images[-1], ax=panels[-1], label=maps[-1][2], **beside)
+        drawing.colorbar(images[-1], ax=panels[-1], label=maps[-1][2], **scale)
         for row, error in enumerate(report.corruption_errors().values()):
             where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
             panels[-1].annotate(f"CE {_percent(error)}", (1.03, row), **where)
-        said += f", mCE {_percent(report.mean_corruption_error)}"
-        said += f", relative mCE {_percent(report.relative_mean_corruption_error)}"
-    drawing.suptitle(said, fontsize=10)
+        heading += f", mCE {_percent(report.mean_corruption_error)}"
+        heading += f", relative mCE {_percent(report.relative_mean_corruption_error)}"
+    drawing.suptitle(heading, fontsize=10)
     drawing.savefig(file, dpi=120, bbox_inches="tight")
     return file
 
 
 def _fill(panel: Any, title: str, rows: list[list[float]], unit: str) -> Any:
-    """A map of numbers with a number in each cell."""
+    """Draw a heat map with the number in each cell; the image is returned."""
     signed = unit != "accuracy, %"
     largest = max(1.0, *(abs(value) for row in rows for value in row)) if signed else 100.0
     image = panel.imshow(

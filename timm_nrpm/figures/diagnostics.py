@@ -40,20 +40,24 @@ def draw_differences(
 
     Args:
         differences: Differences by the name of the model; embeddings that not all of them have are left out.
-        path: Ends in .png or .svg.
+        path: The file to write, which ends in .png or .svg.
         norm: Norm of a difference, as :meth:`timm_nrpm.evaluation.diagnostics.Difference.values` takes it.
         side: Which embeddings of layers: `"output"` as in the paper, `"input"`, or None for both.
-        log: Whether the scale is logarithmic, on which a difference of 0 is not seen.
+        log: Whether the scale is logarithmic, where a difference of 0 does not show.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: Another ending, another norm, or models without a common embedding.
+        ValueError: `path` has another ending, `norm` or `side` is not known, or the models have no embedding in common.
         ImportError: Matplotlib is not installed.
 
     Example:
-        >>> draw_differences({"plain": before, "lambda 0.5": after}, "differences.svg")
+        >>> from timm_nrpm.evaluation.diagnostics import embedding_differences
+        >>> models = {"plain": plain, "lambda 0.5": model}
+        >>> differences = {name: embedding_differences(each, pixels, attacked) for name, each in models.items()}
+        >>> draw_differences(differences, "differences.svg")
+        PosixPath('differences.svg')
     """
     if not differences:
         raise ValueError('differences is empty: give {"plain": embedding_differences(...), ...}.')
@@ -63,7 +67,7 @@ def draw_differences(
     wanted = ("", "input", "output") if side is None else ("", side)
     first, *others = ([row.name for row in each.rows if row.side in wanted] for each in differences.values())
     names = [name for name in first if all(name in rows for rows in others)]
-    if len(names) < 2:  # every one has the pixels
+    if len(names) < 2:  # all models have the pixels
         raise ValueError(f"{', '.join(differences)} have no embedding in common: give the same layers= for all.")
     drawing = figure(max(6.0, 2.0 + 0.28 * len(names)), 7.5)
     panels = drawing.subplots(2, 1, sharex=True)
@@ -105,28 +109,29 @@ def draw_embeddings(
     """Draw outputs of layers for one image, clean, attacked and their difference, for several models beside each other
     (NRPM, arXiv 2410.04577, Figures 5 and 11), and what the models predict.
 
-    All in a row share one scale. Of every layer the channels are shown whose clean embeddings are the largest, summed
-    over the models: a choice that knows nothing of the attack.
+    Each row has one scale. Of each layer the channels with the largest clean embeddings are shown, summed over the
+    models, so that the choice does not depend on the attack.
 
     Args:
         models: Models by name; they take normalised images and have layers in common.
         pixels: One image `[1, C, H, W]` in [0, 1].
-        attacked: The same, attacked; or one for each model, by the same names.
-        path: Ends in .png or .svg.
-        layers: Layers, as :func:`timm_nrpm.diagnostics.embedding_differences` takes them. By default those that all
-            models have, or 8 of them, evenly from the first to the last.
-        channels: Number of channels of each layer that are shown.
-        mean, std: The models' normalisation.
+        attacked: The attacked image, of the same shape; or one for each model, by the same names.
+        path: The file to write, which ends in .png or .svg.
+        layers: Layers, as :func:`timm_nrpm.evaluation.diagnostics.embedding_differences` takes them. The default is
+            those that all models have, or 8 of them, spread evenly from the first to the last.
+        channels: Number of channels to show of each layer.
+        mean, std: Normalisation of the models, as in :func:`timm_nrpm.evaluate`.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: Another ending, images that do not fit, or layers that the models do not share.
+        ValueError: `path` has another ending, the images do not fit, or the models do not share the layers.
         ImportError: Matplotlib is not installed.
 
     Example:
-        >>> draw_embeddings({"plain": plain, "lambda 0.5": ours}, pixels[:1], attacked[:1], "embeddings.png")
+        >>> draw_embeddings({"plain": plain, "lambda 0.5": model}, pixels[:1], attacked[:1], "embeddings.png")
+        PosixPath('embeddings.png')
     """
     if not models:
         raise ValueError('models is empty: give {"plain": plain, "lambda 0.5": model}.')
@@ -146,7 +151,7 @@ def draw_embeddings(
         clean[name], moved[name] = _look_inside(net, pixels, layers), _look_inside(net, by_model[name], layers)
     rows = _shared({name: maps for name, (maps, _) in clean.items()}, layers is None)
     drawing = figure(4.1 * len(models) + 2.2, 1.4 * len(rows) + 1.0)
-    # A narrow empty column after each model, the last of which holds the scales.
+    # A narrow empty column follows each model; the last one holds the colour scales.
     ratios = [1.0, 1.0, 1.0, 0.12] * len(models)
     panels = drawing.subplots(len(rows), len(ratios), squeeze=False, width_ratios=ratios)
     for layer, line in zip(rows, panels, strict=True):
@@ -161,11 +166,11 @@ def draw_embeddings(
         picture = next(panel.images[0] for panel in line if panel.images)
         drawing.colorbar(picture, ax=line[-1], fraction=1.0, shrink=0.9, format="%.2g")
         count = len(clean[next(iter(models))][0][layer])
-        said = f"{layer}\n{len(shown)} of {count}" if count > len(shown) else layer
-        line[0].set_ylabel(said, rotation=0, ha="right", va="center", fontsize=9)
+        label = f"{layer}\n{len(shown)} of {count}" if count > len(shown) else layer
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for i, name in enumerate(models):
-        for j, said in enumerate((f"clean\n{clean[name][1]}", f"attacked\n{moved[name][1]}", "difference\n")):
-            panels[0][4 * i + j].set_title(said, fontsize=9)
+        for j, title in enumerate((f"clean\n{clean[name][1]}", f"attacked\n{moved[name][1]}", "difference\n")):
+            panels[0][4 * i + j].set_title(title, fontsize=9)
         above = {"xycoords": "axes fraction", "xytext": (0, 34), "textcoords": "offset points", "ha": "center"}
         panels[0][4 * i + 1].annotate(name, (0.5, 1), fontsize=11, fontweight="bold", **above)
     drawing.savefig(file, dpi=120, bbox_inches="tight")
@@ -173,7 +178,7 @@ def draw_embeddings(
 
 
 def _draw_cell(panel: Any, cell: Tensor | None, limit: float) -> None:
-    """Draw a map `[H, W]` in colours from -limit to limit; None leaves the panel empty."""
+    """Draw a map `[H, W]` in colours from `-limit` to `limit`; None leaves the panel empty."""
     panel.set(xticks=[], yticks=[])
     if cell is None:
         panel.axis("off")
@@ -187,7 +192,7 @@ def _draw_cell(panel: Any, cell: Tensor | None, limit: float) -> None:
 
 
 def _look_inside(net: PixelModel, pixels: Tensor, layers: str | Sequence[str] | None) -> tuple[dict[str, Tensor], str]:
-    """The image and the output of every layer as maps `[C, H, W]`, and what the model predicts."""
+    """The image and the output of every layer as maps `[C, H, W]`, and the model's prediction in words."""
     seen, logits = embeddings(net, pixels, layers)
     maps = {"pixels": pixels[0].cpu().float()}
     for (layer, side), calls in seen.items():
@@ -199,8 +204,8 @@ def _look_inside(net: PixelModel, pixels: Tensor, layers: str | Sequence[str] | 
 
 
 def _maps(values: Tensor, last: bool) -> Tensor:
-    """An embedding of one image as maps `[C, H, W]`; its channels are the last dimension of a linear layer and of
-    tokens. A vector becomes one map, filled row by row."""
+    """An embedding of one image as maps `[C, H, W]`. The channels of tokens and of the output of a linear layer, for
+    which `last` is set, are the last dimension. A vector becomes one map, filled row by row."""
     values = values[0] if len(values) == 1 else values
     if values.ndim > 1:
         values = values.movedim(-1 if last or values.ndim == 2 else -3, 0)
@@ -210,29 +215,29 @@ def _maps(values: Tensor, last: bool) -> Tensor:
 
 
 def _shared(maps: Mapping[str, Mapping[str, Tensor]], thin: bool) -> list[str]:
-    """Layers that all models have, the pixels first; if `thin`, not many."""
+    """Layers that all models have, the pixels first; if `thin`, at most `MOST_LAYERS` of them, spread evenly."""
     first, *others = maps.values()
     rows = [layer for layer in first if all(layer in other for other in others)]
     if len(rows) < 2:
         raise ValueError(f"{', '.join(maps)} have no layer in common: name some that all of them have in layers=.")
     for layer in rows:
-        shapes = {name: list(its[layer].shape) for name, its in maps.items()}
+        shapes = {name: list(of_model[layer].shape) for name, of_model in maps.items()}
         if len(set(map(tuple, shapes.values()))) > 1:
-            said = " and ".join(f"{shape} in {name}" for name, shape in shapes.items())
-            raise ValueError(f"The output of {layer} is {said}: name layers of one shape in layers=.")
+            listing = " and ".join(f"{shape} in {name}" for name, shape in shapes.items())
+            raise ValueError(f"The output of {layer} is {listing}: name layers of one shape in layers=.")
     if thin and len(rows) > MOST_LAYERS + 1:
         rows = [rows[0], *(rows[1 + round(i * (len(rows) - 2) / (MOST_LAYERS - 1))] for i in range(MOST_LAYERS))]
     return rows
 
 
 def _largest(maps: Sequence[Tensor], count: int) -> list[int]:
-    """Channels with the largest sum of squares in `maps`, each `[C, H, W]`, in their own order."""
+    """Indices of the channels with the largest sum of squares in `maps`, each `[C, H, W]`, in ascending order."""
     sizes = torch.stack([each.nan_to_num(0.0).square().flatten(1).sum(1) for each in maps]).sum(0)
     return sorted(sizes.argsort(descending=True)[:count].tolist())
 
 
 def _mosaic(maps: Tensor) -> Tensor:
-    """Maps `[N, H, W]` beside and below each other, with a thin line that is no number between them."""
+    """Maps `[N, H, W]` tiled in a grid, with thin lines of NaN between them."""
     across = 1 if maps.shape[1] == 1 else math.ceil(math.sqrt(len(maps)))
     times = math.ceil(32 / max(maps.shape[1:]))
     maps = maps.repeat_interleave(times, 1).repeat_interleave(times, 2)
@@ -247,22 +252,25 @@ def _mosaic(maps: Tensor) -> Tensor:
 
 
 def draw_landscape(landscapes: Mapping[str, LossLandscape], path: str | Path) -> Path:
-    """Draw losses around images side by side, with one scale of colours; a star marks the clean images, and a white
-    line where half of them are wrong.
+    """Draw loss landscapes side by side on one scale of colours; a star marks the clean images, and a white line the
+    points where half of them are wrong.
 
     Args:
-        landscapes: Landscapes by the name to write above.
-        path: Ends in .png or .svg.
+        landscapes: Landscapes by the name that is written above each.
+        path: The file to write, which ends in .png or .svg.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: Another ending, or nothing to draw.
+        ValueError: `path` has another ending, or `landscapes` is empty.
         ImportError: Matplotlib is not installed.
 
     Example:
-        >>> draw_landscape({"plain": a, "lambda 0.5": b}, "landscapes.png")
+        >>> from timm_nrpm.evaluation.landscape import loss_landscape
+        >>> landscape = loss_landscape(model, pixels[:4], labels[:4], eps=8 / 255)
+        >>> draw_landscape({"lambda 0.5": landscape}, "landscapes.png")
+        PosixPath('landscapes.png')
     """
     if not landscapes:
         raise ValueError('landscapes is empty: give {"plain": loss_landscape(...), ...}.')

@@ -12,7 +12,7 @@ VALIDATION = {
     "own": ("#E69F00", "^", 1.5, "PGD, own gradient"),
     "quick": ("#D55E00", "s", 3, "quick attacks"),
 }
-"""By the field of an evaluation: its colour, its marker, the width of its line and its label."""
+"""Colour, marker, line width and label of each field of an evaluation."""
 
 
 def draw_history(history: History, path: str | Path) -> Path:
@@ -26,11 +26,12 @@ def draw_history(history: History, path: str | Path) -> Path:
         `path`.
 
     Raises:
-        ValueError: Another ending.
+        ValueError: `path` has another ending.
         ImportError: Matplotlib is not installed.
 
     Example:
-        >>> draw_history(tune(model, loader, TuneConfig(epochs=1)), "curves.png")
+        >>> draw_history(tune(model, training_loader, TuneConfig(epochs=1)), "curves.png")
+        PosixPath('curves.png')
     """
     path, figure = canvas.target(path), canvas.figure(8, 7)
     from matplotlib import colormaps
@@ -39,7 +40,7 @@ def draw_history(history: History, path: str | Path) -> Path:
     at = [row.step for row in history.steps]
     few = len(history.layers) <= 8
     for i, name in enumerate(history.layers):
-        # From the first layer, dark, to the last, light, which tells them apart without colour as well.
+        # The shades go from dark to light, from the first layer to the last, which shows without colour as well.
         shade = colormaps["viridis"](0.9 * i / max(len(history.layers) - 1, 1))
         label = name if few or i in (0, len(history.layers) - 1) else None
         upper.plot(at, [row.lams[i] for row in history.steps], color=shade, label=label, linewidth=1.8)

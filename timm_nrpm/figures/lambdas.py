@@ -9,14 +9,15 @@ from timm_nrpm.figures import canvas
 
 
 def draw_lambdas(lams: Mapping[str, float], path: str | Path, title: str = "") -> Path:
-    """Draw lambda of every layer, in the order the model calls them: how far each is from the plain layer.
+    """Draw lambda of every layer, in the order in which the model calls them: 1 is the plain layer.
 
     Args:
         lams: Lambda of every layer, as :func:`timm_nrpm.lambdas` gives it.
-        path: Ends in .png or .svg.
+        path: The file to write, which ends in .png or .svg.
+        title: Title above the picture; the default is none.
 
     Raises:
-        ValueError: Another ending.
+        ValueError: `path` has another ending.
         ImportError: Matplotlib is not installed.
 
     Example:
@@ -29,10 +30,11 @@ def draw_lambdas(lams: Mapping[str, float], path: str | Path, title: str = "") -
     axes = figure.subplots()
     places = range(len(lams))
     axes.barh(places, list(lams.values()), color=canvas.STYLES[0][0], height=0.6)
-    axes.plot(list(lams.values()), places, "o", color=canvas.STYLES[0][0], markersize=4, clip_on=False)  # seen at 0
+    # A dot shows a lambda of 0 as well.
+    axes.plot(list(lams.values()), places, "o", color=canvas.STYLES[0][0], markersize=4, clip_on=False)
     size = 8 if len(lams) <= 60 else max(2, 480 / len(lams))
     axes.set_yticks(places, list(lams), fontsize=size, family="monospace")
-    axes.invert_yaxis()  # the first layer above
+    axes.invert_yaxis()  # puts the first layer at the top
     axes.set_xlim(0, 1)
     axes.set_xlabel("lambda (0 = the robust estimate, 1 = the plain layer)")
     axes.grid(axis="x", alpha=0.3)

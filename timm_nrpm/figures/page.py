@@ -19,13 +19,13 @@ from timm_nrpm.figures.robustness import SOURCES, draw_curves, tried_all
 from timm_nrpm.version import __version__
 
 ASSETS = files("timm_nrpm") / "assets"
-"""Where the page's template and its style lie, `page.html` and `page.css`."""
+"""The folder of `page.html`, the template of the page, and of `page.css`, its style."""
 
 PLAIN_NUMBERS = (NON_FINITE, RANDOM)
-"""Flags whose number is no share."""
+"""Flags whose number is shown as it is; the numbers of the other flags are shown in percent."""
 
 ENDINGS = {".png": "png", ".svg": "svg+xml", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".gif": "gif"}
-"""Of pictures, and what browsers call them."""
+"""Kinds of pictures that browsers show: their media subtype by the ending of the file."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -35,9 +35,9 @@ class Picture:
     """A picture of the page.
 
     Attributes:
-        alt: What it shows, for those who do not see it.
-        caption: The line below; of one that could not be drawn, why.
-        source: The picture itself as a `data:` address, whose scripts and links do nothing; empty if not drawn.
+        alt: Description for readers who do not see the picture.
+        caption: Text below the picture, or the reason why it could not be drawn.
+        source: The picture itself as a `data:` URL, whose scripts and links do nothing; empty if it was not drawn.
     """
 
     alt: str
@@ -51,10 +51,10 @@ class Number:
 
     Attributes:
         flag: Name of the flag.
-        value: The number, in words; empty if the report has none.
-        above: The threshold above which the flag is raised.
-        of: What the number is.
-        report: Heading of the report that it is from, where there are several.
+        value: The number as text; empty if the report has none.
+        above: The threshold above which the flag is raised, as text.
+        of: What the number counts.
+        report: Heading of the report that the number comes from, followed by a colon; empty if there is one report.
     """
 
     flag: str
@@ -66,7 +66,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag that is raised, what it means, and its number in every report that raises it."""
+    """A raised flag, its meaning, and its number in every report that raises it."""
 
     name: str
     meaning: str
@@ -75,14 +75,14 @@ class Flag:
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands for an image in a strip.
+    """A cell of a strip, which shows the fate of one image.
 
     Attributes:
-        look: The class of its style.
-        letter: What stands in it.
-        name: Its name in the table below the strip.
-        words: What became of the image.
-        source: Whose gradient the attack followed that broke it.
+        look: CSS class of the cell.
+        letter: The character shown in the cell.
+        name: Name of the fate in the table below the strip.
+        words: The fate in words, for the tooltip.
+        source: Source of the gradient that the attack which broke the image followed; empty if none broke it.
     """
 
     look: str
@@ -94,7 +94,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Strip:
-    """What became of every image, by model, and the cell that stands for each fate."""
+    """The fate of every image, by the name of the model, and the cell that shows each fate."""
 
     fates: Mapping[str, Sequence[str]]
     cells: Mapping[str, Cell]
@@ -109,25 +109,26 @@ def write_page(
 ) -> Path:
     """Write one HTML file that shows reports: flags, worst case, every attack, every image, and how to read it.
 
-    It can be sent, printed and kept as it is: nothing in it comes from elsewhere, and no script runs. Reports of one
-    model at several eps are drawn as a curve too, if Matplotlib is installed. Each report is in it as JSON, in the
-    script `report-1` and so on, which :meth:`RobustnessReport.from_json` reads back.
+    The file is complete in itself: it loads nothing from elsewhere, and runs no script. Reports on one model at several
+    eps are drawn as a curve as well, if Matplotlib is installed. The file holds each report as JSON, in elements
+    `<script id="report-1">` and so on, which :meth:`RobustnessReport.from_json` reads back.
 
     Args:
-        reports: One or several, shown in this order.
-        path: Ends in .html or .htm.
-        title: At the top.
-        pictures: More to embed, by what they show.
+        reports: One report, or several, which are shown in this order.
+        path: The file to write, which ends in .html or .htm.
+        title: Title of the page.
+        pictures: Paths of more pictures to embed, by their captions.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: Another ending, no reports, or a picture of a kind that browsers do not show.
+        ValueError: `path` has another ending, there are no reports, or browsers do not show that kind of picture.
 
     Example:
-        >>> report = evaluate(model, loader, Threat("Linf", 8 / 255))
-        >>> write_page(report, "report.html", title="resnet18 at lambda 0.8")
+        >>> report = evaluate(model, loader, Threat("Linf", 8 / 255), effort="fast")
+        >>> write_page(report, "report.html", title="resnet8_digits at lambda 0.5")
+        PosixPath('report.html')
     """
     every = [reports] if isinstance(reports, RobustnessReport) else list(reports)
     if not every:
@@ -149,7 +150,7 @@ def write_page(
         plain_flags=sorted({flag for control in controls for flag in control.flags}),
         pictures=[_picture(picture, words, words) for words, picture in pictures.items()],
         curves=_curves(every),
-        # In a script "<" could end it or confuse a reader; in JSON it is only ever inside a string.
+        # A "<" could end the script element. In JSON it occurs in strings alone, where the escape means the same.
         data=[report.to_json().replace("<", "\\u003c") for report in every],
         strip_of=_strip,
         settings_of=_settings,
@@ -161,21 +162,21 @@ def write_page(
 
 @cache
 def _template() -> Template:
-    """The template of the page, in which everything is escaped unless it says otherwise."""
+    """The template of the page, which escapes every value that it does not mark as safe."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=_percent, interval=_interval, threat=_threat, whose=_whose)
     return environment.from_string((ASSETS / "page.html").read_text(encoding="utf-8"))
 
 
 def _named(reports: Sequence[RobustnessReport]) -> dict[str, RobustnessReport]:
-    """By a heading that tells each from the others."""
-    said = [f"{_threat(report)}, {report.suite}" for report in reports]
-    both = enumerate(zip(said, reports, strict=True), 1)
-    return {(name if said.count(name) == 1 else f"{i}. {name}"): report for i, (name, report) in both}
+    """Reports by a heading that tells each from the others."""
+    headings = [f"{_threat(report)}, {report.suite}" for report in reports]
+    numbered = enumerate(zip(headings, reports, strict=True), 1)
+    return {(name if headings.count(name) == 1 else f"{i}. {name}"): report for i, (name, report) in numbered}
 
 
 def _threat(report: RobustnessReport) -> str:
-    """With the bound in 255ths where it is a small whole number of them."""
+    """The threat in words, with eps in 255ths where it is a small whole number of them."""
     steps = 255 * report.threat.eps
     whole = report.threat.norm == "Linf" and steps < 33 and abs(steps - round(steps)) < 1e-6
     return f"Linf {round(steps)}/255" if whole else str(report.threat)
@@ -198,18 +199,18 @@ def _raised(flag: str, named: Mapping[str, RobustnessReport]) -> Flag:
             known = flag in report.evidence and flag in THRESHOLDS
             value, above = (_value(flag, n) for n in (report.evidence[flag], THRESHOLDS[flag])) if known else ("", "")
             numbers.append(Number(flag, value, above, NUMBERS.get(flag, ""), f"{name}: " if len(named) > 1 else ""))
-    return Flag(flag, MEANINGS.get(flag, "This version does not know it."), numbers)
+    return Flag(flag, MEANINGS.get(flag, "This version of timm_nrpm does not know this flag."), numbers)
 
 
 def _calm(reports: Sequence[RobustnessReport]) -> list[Number]:
     """Flags that no report raises, each with the range of its numbers."""
     raised = {flag for report in reports for flag in report.flags}
-    found = []
+    numbers = []
     for flag in (flag for flag in THRESHOLDS if flag not in raised):
         values = [report.evidence[flag] for report in reports if flag in report.evidence]
         ends = dict.fromkeys(_value(flag, end(values)) for end in (min, max)) if values else {}
-        found.append(Number(flag, " to ".join(ends), _value(flag, THRESHOLDS[flag]), NUMBERS[flag]))
-    return found
+        numbers.append(Number(flag, " to ".join(ends), _value(flag, THRESHOLDS[flag]), NUMBERS[flag]))
+    return numbers
 
 
 def _value(flag: str, number: float) -> str:
@@ -217,20 +218,21 @@ def _value(flag: str, number: float) -> str:
 
 
 def _called(reports: Iterable[RobustnessReport]) -> str:
-    """What the share that survived is called, the worst case only where every suite was the adaptive one."""
+    """The heading for the share of images that survived: the worst case only where every suite was adaptive."""
     return "Worst case" if all(report.suite == "adaptive" for report in reports) else "All attacks"
 
 
 def _whose(source: str) -> str:
+    """The source of a gradient in words, for the column "whose gradient"."""
     return SOURCES.get(source, (source, ""))[0].removesuffix(" gradient")
 
 
 def _curves(reports: Sequence[RobustnessReport]) -> list[Picture]:
-    """A curve for every model and norm of which there are reports at several eps, each once."""
+    """A curve for every model and norm whose reports are at several eps, with one report for each eps."""
     groups: dict[tuple[str, str, int], list[RobustnessReport]] = {}
     for report in reports:
         groups.setdefault((report.threat.norm, report.sha256, report.samples), []).append(report)
-    shown = []
+    curves = []
     for (norm, *_), group in groups.items():
         if len(group) < 2 or len({report.threat.eps for report in group}) < len(group):
             continue
@@ -242,10 +244,10 @@ def _curves(reports: Sequence[RobustnessReport]) -> list[Picture]:
             try:
                 drawn = draw_curves(group, Path(folder) / "curves.svg")
                 caption = f"Accuracy over eps under {norm}: own gradient, other attacks, {called}."
-                shown.append(_picture(drawn, alt, caption))
+                curves.append(_picture(drawn, alt, caption))
             except ImportError as error:
-                shown.append(Picture(alt, str(error)))
-    return shown
+                curves.append(Picture(alt, str(error)))
+    return curves
 
 
 def _picture(path: str | Path, alt: str, caption: str) -> Picture:
@@ -257,7 +259,7 @@ def _picture(path: str | Path, alt: str, caption: str) -> Picture:
 
 
 def _fates(report: RobustnessReport) -> list[str]:
-    """For each image `"wrong"`, `"survived"`, or the attack that broke it first."""
+    """The fate of each image: `"wrong"` (when clean), `"survived"`, or the name of the attack that broke it first."""
     fates = []
     for i, right in enumerate(report.correct):
         broken = (attack.name for attack in report.attacks if attack.survived[i] is False)
@@ -266,16 +268,16 @@ def _fates(report: RobustnessReport) -> list[str]:
 
 
 def _strip(report: RobustnessReport) -> Strip:
-    """A row of cells for the model, one for the plain model, and what the letters mean."""
+    """The fates of the images under the model and under the plain model, and the cell that shows each fate."""
     models = {"This model": report} | ({} if report.control is None else {"Plain model": report.control})
     fates = {name: _fates(model) for name, model in models.items()}
     sources = {attack.name: attack.source for model in models.values() for attack in model.attacks}
-    hit = [name for name in sources if any(name in each for each in fates.values())]
+    breaking = [name for name in sources if any(name in each for each in fates.values())]
     cells = {
         "wrong": Cell("wrong", "\u00d7", "wrong when clean", "wrong when clean"),
         "survived": Cell("survived", "\u00a0", "survived every attack", "survived every attack"),
     }
-    for i, name in enumerate(hit):
+    for i, name in enumerate(breaking):
         source = sources[name] if sources[name] in SOURCES else "other"
         letter = LETTERS[i] if i < len(LETTERS) else "*"
         cells[name] = Cell(f"from-{source}", letter, name, f"broken first by {name}", sources[name])
@@ -283,7 +285,7 @@ def _strip(report: RobustnessReport) -> Strip:
 
 
 def _settings(report: RobustnessReport) -> dict[str, str]:
-    """What was run, by name."""
+    """The settings of an evaluation by name, as text."""
     rows = {"threat": f"{report.threat.norm}, eps {report.threat.eps:.6g} ({_threat(report)})", "suite": report.suite}
     rows |= {"steps of an ascent": str(report.steps), "queries of a search": str(report.queries)}
     rows |= {"seed": str(report.seed), "images": str(report.samples), "seconds": f"{report.seconds:.1f}"}
@@ -292,7 +294,7 @@ def _settings(report: RobustnessReport) -> dict[str, str]:
 
 
 def _colours() -> str:
-    """Of the sources of attacks, with letters in black or white, whichever is easier to read."""
+    """CSS rules for the sources of attacks, with letters in black or white, whichever is easier to read."""
     rules = ""
     for name, colour in {**{name: colour for name, (_, colour) in SOURCES.items()}, "other": "#767676"}.items():
         rules += f".from-{name} {{ background: {colour}; color: {_readable_on(colour)}; }}\n"
@@ -300,6 +302,7 @@ def _colours() -> str:
 
 
 def _readable_on(colour: str) -> str:
+    """Black or white, whichever is easier to read on a colour `#rrggbb`."""
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
     return "#000000" if luminance > 0.18 else "#ffffff"

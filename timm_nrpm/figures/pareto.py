@@ -1,4 +1,4 @@
-"""A picture of a search for lambda: every setting, the front of those that none beats, and the bound."""
+"""A picture of a search for lambda: every setting, the Pareto front, and the bound on the clean loss."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from timm_nrpm.evaluation.pareto import ParetoFront
 from timm_nrpm.figures import canvas
 
 KINDS = {"global": ("#0072B2", "o", "one lambda"), "layerwise": ("#E69F00", "^", "a lambda for each layer")}
-"""By the kind of a setting: its colour, its marker and its label."""
+"""Colour, marker and label of each kind of setting."""
 
 
 def draw_front(found: ParetoFront, path: str | Path) -> Path:
-    """Draw every setting, what quick attacks leave, over the clean loss, with the front and the bound.
+    """Draw accuracy under quick attacks over the clean loss, for every setting, with the front and the bound.
 
     Args:
         found: The result of :func:`timm_nrpm.search_lambda`.
@@ -24,19 +24,20 @@ def draw_front(found: ParetoFront, path: str | Path) -> Path:
         `path`.
 
     Raises:
-        ValueError: Another ending.
+        ValueError: `path` has another ending.
         ImportError: Matplotlib is not installed.
 
     Example:
-        >>> draw_front(search_lambda(model, loader, Threat("Linf", 8 / 255)), "front.png")
+        >>> draw_front(search_lambda(model, loader, Threat("Linf", 0.2), budget=5), "front.png")
+        PosixPath('front.png')
     """
     path, figure = canvas.target(path), canvas.figure(12, 4.8)
     panels = figure.subplots(1, 2)
     for panel, heading in zip(panels, ("all settings", "near the bound"), strict=True):
-        _scatter(found, panel)
+        _draw_settings(found, panel)
         panel.set(title=heading, xlabel="clean loss, nats", ylabel="right under quick attacks, %")
         panel.grid(alpha=0.3)
-    # A setting that broke the model lies far away, and beside it those one has to choose from are one spot.
+    # A setting that broke the model lies so far away that those worth choosing shrink to one spot beside it.
     front, best, plain = found.front, found.best, found.plain
     least, span = front[0].clean_loss, max(2 * found.bound, plain.clean_loss - front[0].clean_loss, 0.02)
     near = [c.quick for c in found.trials if c.clean_loss <= plain.clean_loss + span]
@@ -54,17 +55,18 @@ def draw_front(found: ParetoFront, path: str | Path) -> Path:
     return path
 
 
-def _scatter(found: ParetoFront, panel: Any) -> None:
-    bound = f"bound: plain + {found.bound:g} nats"
-    panel.axvline(found.plain.clean_loss + found.bound, color="#555555", linestyle="--", linewidth=1.2, label=bound)
-    at = [(c.clean_loss, 100 * c.quick) for c in found.front]
+def _draw_settings(result: ParetoFront, panel: Any) -> None:
+    """Draw the bound, the front and every setting."""
+    bound = f"bound: plain + {result.bound:g} nats"
+    panel.axvline(result.plain.clean_loss + result.bound, color="#555555", linestyle="--", linewidth=1.2, label=bound)
+    at = [(c.clean_loss, 100 * c.quick) for c in result.front]
     panel.step(*zip(*at, strict=True), where="post", color="#009E73", linewidth=2, label="front", zorder=1)
     for kind, (colour, marker, label) in KINDS.items():
-        tried = [c for c in found.trials if c.kind == kind and math.isfinite(c.clean_loss)]
+        tried = [c for c in result.trials if c.kind == kind and math.isfinite(c.clean_loss)]
         if tried:
             x, y = [c.clean_loss for c in tried], [100 * c.quick for c in tried]
             look = {"color": colour, "marker": marker, "edgecolor": "white", "linewidth": 0.5}
             panel.scatter(x, y, s=46, label=label, zorder=2, **look)
-    star, ring = ((c.clean_loss, 100 * c.quick) for c in (found.plain, found.best))
+    star, ring = ((c.clean_loss, 100 * c.quick) for c in (result.plain, result.best))
     panel.scatter(*star, s=190, color="black", marker="*", edgecolor="white", label="plain model", zorder=4)
     panel.scatter(*ring, s=200, facecolor="none", edgecolor="#D55E00", linewidth=2, label="best", zorder=3)

@@ -30,7 +30,7 @@ Result: TypeAlias = (
     | EmbeddingDifferences
     | LossLandscape
 )
-"""What :func:`plot` draws by itself."""
+"""Results that :func:`plot` draws one at a time; it draws several of some kinds together as well."""
 
 DRAWN = (
     "a RobustnessReport, CertificationReport, CorruptionReport, History, ParetoFront, EmbeddingDifferences or "
@@ -51,23 +51,25 @@ def plot(
     """Draw a result of this package.
 
     Args:
-        result: What a function of this package returned: of :func:`timm_nrpm.evaluate` the accuracy that each attack
-            leaves, or, of a list of reports, accuracy over eps; of :func:`timm_nrpm.certify`, one report or several,
-            certified accuracy over radius; of :func:`timm_nrpm.evaluate_corruptions` maps; of
-            :func:`timm_nrpm.search_lambda` the front; of :func:`timm_nrpm.tune` the run; of
-            :func:`timm_nrpm.lambdas` every layer's lambda. Several models' embedding differences, or landscapes, come
-            as a dict by the name of the model.
+        result: The result of a function of this package. A report of :func:`timm_nrpm.evaluate` is drawn as the
+            accuracy that each attack leaves, and a list of them as accuracy over eps; one report of
+            :func:`timm_nrpm.certify`, or a list of them, as certified accuracy over radius; a report of
+            :func:`timm_nrpm.evaluate_corruptions` as heat maps; the result of :func:`timm_nrpm.search_lambda` as its
+            Pareto front; the history of :func:`timm_nrpm.tune` as curves over the steps; and the dict of
+            :func:`timm_nrpm.lambdas` as a bar for each layer. Embedding differences, or loss landscapes, of several
+            models are given as a dict by the name of the model.
         path: The file to write, which ends in .png or .svg.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: A result of no such kind, or another ending.
+        ValueError: `result` is of another kind, or `path` has another ending.
         ImportError: Matplotlib is not installed.
 
     Example:
         >>> timm_nrpm.plot(timm_nrpm.lambdas(model), "lambdas.png")
+        PosixPath('lambdas.png')
     """
     if isinstance(result, RobustnessReport):
         return draw_attacks(result, path)
@@ -86,8 +88,8 @@ def plot(
     if isinstance(result, Mapping):
         return _plot_by_name(result, path)
     if isinstance(result, Sequence) and not isinstance(result, str):
-        robustness = [one for one in result if isinstance(one, RobustnessReport)]
-        certified = [one for one in result if isinstance(one, CertificationReport)]
+        robustness = [report for report in result if isinstance(report, RobustnessReport)]
+        certified = [report for report in result if isinstance(report, CertificationReport)]
         if robustness and len(robustness) == len(result):
             return draw_curves(robustness, path)
         if certified and len(certified) == len(result):
@@ -96,9 +98,10 @@ def plot(
 
 
 def _plot_by_name(results: Mapping[str, object], path: str | Path) -> Path:
-    differences = {name: one for name, one in results.items() if isinstance(one, EmbeddingDifferences)}
-    landscapes = {name: one for name, one in results.items() if isinstance(one, LossLandscape)}
-    lams = {name: float(one) for name, one in results.items() if isinstance(one, (int, float))}
+    """Draw results of one kind, given by their names."""
+    differences = {name: result for name, result in results.items() if isinstance(result, EmbeddingDifferences)}
+    landscapes = {name: result for name, result in results.items() if isinstance(result, LossLandscape)}
+    lams = {name: float(result) for name, result in results.items() if isinstance(result, (int, float))}
     if results and len(differences) == len(results):
         return draw_differences(differences, path)
     if results and len(landscapes) == len(results):
@@ -109,9 +112,10 @@ def _plot_by_name(results: Mapping[str, object], path: str | Path) -> Path:
 
 
 def _unknown(result: object) -> ValueError:
+    """The error for a result that has no picture."""
     if isinstance(result, (Mapping, Sequence)) and not isinstance(result, str):
-        inside = result.values() if isinstance(result, Mapping) else result
-        kinds = sorted({type(one).__name__ for one in inside}) or ["nothing"]
+        items = result.values() if isinstance(result, Mapping) else result
+        kinds = sorted({type(item).__name__ for item in items}) or ["nothing"]
         given = f"a {type(result).__name__} of {', '.join(kinds)}"
     else:
         given = f"a {type(result).__name__}"

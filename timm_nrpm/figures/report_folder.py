@@ -1,4 +1,4 @@
-"""All there is to look at of an evaluation: its pictures, and the page that holds them."""
+"""A folder with the pictures of an evaluation, and the HTML page that shows them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from timm_nrpm.models.modes import attackable
 from timm_nrpm.nn.pixel_model import PixelModel
 
 IMAGES = 8
+"""Largest number of images in the picture of attacked images."""
 
 
 def show(
@@ -34,17 +35,17 @@ def show(
 ) -> Path:
     """Write pictures of an evaluation into a folder, and one HTML page with all of them.
 
-    The pictures: what every attack leaves (`attacks.png`), accuracy over eps where there are several reports
-    (`curves.png`), and attacked images with their differences (`attacked.png`).
+    The pictures are the accuracy that each attack leaves (`attacks.png`), accuracy over eps where there are several
+    reports (`curves.png`), and attacked images with their differences (`attacked.png`).
 
     Args:
-        reports: Of `model`, one for each eps.
-        model, loader, mean, std: As they were given to :func:`timm_nrpm.evaluate`.
-        folder: Made if it is not there.
-        title: Of the page.
+        reports: Reports on `model`, one for each eps.
+        model, loader, mean, std: The same as in :func:`timm_nrpm.evaluate`.
+        folder: The folder to write to, created if it does not exist.
+        title: Title of the page.
 
     Returns:
-        The page, `folder/report.html`.
+        Path of the page, `folder/report.html`.
 
     Raises:
         ImportError: Matplotlib is not installed.
@@ -56,15 +57,15 @@ def show(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     last = max(reports, key=lambda report: report.threat.eps)
-    pictures = {f"What every attack leaves, {last.threat}": draw_attacks(last, folder / "attacks.png")}
+    pictures = {f"Accuracy that each attack leaves, {last.threat}": draw_attacks(last, folder / "attacks.png")}
     if len(reports) > 1:
-        draw_curves(reports, folder / "curves.png")  # the page has its own
+        draw_curves(reports, folder / "curves.png")  # the page draws its own curves
     pixels, labels = next(iter(loader))
     if pixels.shape[1] in (1, 3):
         pixels, labels = pixels[:IMAGES], labels[:IMAGES]
         attacked, predictions = attack_one_batch(model, pixels, labels, last, mean=mean, std=std)
-        said = f"The first images, attacked by PGD from the plain model, {last.threat}; differences amplified"
-        pictures[said] = draw_attacked(pixels, attacked, labels, predictions, folder / "attacked.png")
+        caption = f"The first images, attacked by PGD from the plain model, {last.threat}; differences amplified"
+        pictures[caption] = draw_attacked(pixels, attacked, labels, predictions, folder / "attacked.png")
     return write_page(reports, folder / "report.html", title=title, pictures=pictures)
 
 
@@ -77,8 +78,17 @@ def attack_one_batch(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attacked pixels `[B, C, H, W]` on the CPU, and the classes `[B]` that the model gives them: PGD from the plain
-    model, or along the own gradient of one that is not reprogrammed."""
+    """Attack one batch by PGD along the plain model's gradient, or along the own gradient of a model that is not
+    reprogrammed.
+
+    Args:
+        model, mean, std: The same as in :func:`timm_nrpm.evaluate`.
+        pixels, labels: The batch, `[B, C, H, W]` in [0, 1] and `[B]`.
+        report: A report, whose threat and seed are used.
+
+    Returns:
+        The attacked pixels `[B, C, H, W]` on the CPU, and the classes `[B]` that the model predicts for them.
+    """
     with attackable(model):
         sources = sources_of(model, mean=mean, std=std)
         net = sources["own"].net
@@ -93,5 +103,5 @@ def attack_one_batch(
 
 @torch.no_grad()
 def classes_of(net: PixelModel, pixels: Tensor) -> int:
-    """How many classes the model has."""
+    """Number of classes of the model."""
     return int(net(pixels[:1]).shape[1])

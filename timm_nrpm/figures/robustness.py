@@ -1,7 +1,4 @@
-"""Pictures of evaluations: accuracy over the bound, over lambda, and under each attack, beside the plain model's.
-
-PNG or SVG, as the path ends, in colours that the colour-blind can tell apart.
-"""
+"""Pictures of evaluations: accuracy over eps, over lambda, and under each attack, beside the plain model's."""
 
 from __future__ import annotations
 
@@ -27,12 +24,12 @@ SOURCES = {
     "best": ("search from the worst points", "#F0E442"),
     "scores": ("scores alone", "#E69F00"),
 }
-"""Whose gradient an attack follows, in words, and its colour."""
+"""The source of the gradient that an attack follows, in words, and its colour."""
 
 CLEAN, WORST, CONTROL = "#767676", "#D55E00", "#000000"
 
 MARKERS = "so^Dv*"
-"""Of thin lines, of which there are no more."""
+"""Markers of the thin lines; at most as many lines are drawn as there are markers."""
 
 UNITS = {"Linf": "largest change of a pixel", "L2": "pixel units", "L1": "pixel units", "L0": "pixels"}
 
@@ -41,23 +38,25 @@ def draw_curves(reports: Sequence[RobustnessReport], path: str | Path) -> Path:
     """Draw accuracy over eps: the worst case in bold with its 95 % interval, that of the plain model dashed, and a thin
     line for each attack that tried every image in all reports.
 
-    The other attacks try what is left by those before them, so that they have no line of their own: together they
-    are the worst case.
+    The other attacks try only the images that earlier attacks left, so they have no line of their own: together all
+    attacks are the worst case.
 
     Args:
-        reports: One for each eps, of one model under one norm, in any order; eps = 0 is the clean accuracy.
-        path: Ends in .png or .svg.
+        reports: Reports on one model under one norm, one for each eps, in any order. The curves start from the clean
+            accuracy at eps = 0.
+        path: The file to write, which ends in .png or .svg.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: Another ending, no reports, or reports that do not belong on one curve.
+        ValueError: `path` has another ending, there are no reports, or they do not belong on one curve.
         ImportError: Matplotlib is not installed.
 
     Example:
-        >>> reports = [evaluate(model, loader, Threat("Linf", k / 255)) for k in (2, 4, 8)]
+        >>> reports = [evaluate(model, loader, Threat("Linf", k / 255), effort="fast") for k in (8, 32)]
         >>> draw_curves(reports, "curves.svg")
+        PosixPath('curves.svg')
     """
     target = canvas.target(path)
     at = _by_eps(reports)
@@ -82,19 +81,21 @@ def draw_lambda(reports: Mapping[str, Mapping[float, RobustnessReport]], path: s
     and the worst case in bold with its 95 % interval. The plain model, lambda = 1, is on the left.
 
     Args:
-        reports: By heading and lambda, all under one threat.
-        path: Ends in .png or .svg.
-        title: Above all panels.
+        reports: Reports by heading and lambda, all under one threat.
+        path: The file to write, which ends in .png or .svg.
+        title: Title above all panels.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: Another ending, no reports, or reports under several threats.
+        ValueError: `path` has another ending, there are no reports, or they are under several threats.
         ImportError: Matplotlib is not installed.
 
     Example:
-        >>> draw_lambda({"calibrated": {1.0: plain, 0.8: ours}}, "lambda.png", "resnet18, Linf 8/255")
+        >>> reports = {1.0: evaluate(plain, loader, suite="quick"), 0.5: evaluate(model, loader, suite="quick")}
+        >>> draw_lambda({"calibrated": reports}, "lambda.png", "resnet8_digits, Linf 8/255")
+        PosixPath('lambda.png')
     """
     target = canvas.target(path)
     every = [report for by_lam in reports.values() for report in by_lam.values()]
@@ -123,24 +124,26 @@ def draw_lambda(reports: Mapping[str, Mapping[float, RobustnessReport]], path: s
 
 
 def draw_attacks(report: RobustnessReport, path: str | Path) -> Path:
-    """Draw a bar for each attack, in the order in which they were tried, of the accuracy that it left, with a diamond
-    where the plain model stands under the same attack, and the worst case at the end with its 95 % interval.
+    """Draw the accuracy that each attack left as a bar, in the order in which they were tried, with a diamond for the
+    plain model under the same attack, and the worst case at the end with its 95 % interval.
 
-    A pale bar is an attack that tried the images alone that were still right: what it shows is left by all so far.
+    A pale bar stands for an attack that tried only the images that were still right: it shows the accuracy that all
+    attacks so far left together.
 
     Args:
-        report: Of any suite.
-        path: Ends in .png or .svg.
+        report: A report of any suite.
+        path: The file to write, which ends in .png or .svg.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: Another ending.
+        ValueError: `path` has another ending.
         ImportError: Matplotlib is not installed.
 
     Example:
-        >>> draw_attacks(evaluate(model, loader, Threat("Linf", 8 / 255)), "attacks.svg")
+        >>> draw_attacks(evaluate(model, loader, Threat("Linf", 0.2), effort="fast"), "attacks.svg")
+        PosixPath('attacks.svg')
     """
     target = canvas.target(path)
     control = report.control
@@ -162,18 +165,18 @@ def draw_attacks(report: RobustnessReport, path: str | Path) -> Path:
     for i, (_, *shares) in enumerate(rows):
         panel.barh(i, 100 * (shares[0] or 0), height=0.72, color=colours[i], alpha=alphas[i])
         for (x, _), share in zip(columns, shares, strict=False):
-            said = "-" if share is None else f"{100 * share:.1f}"
-            panel.text(x, i, said, fontweight="bold" if i == last else "normal", **note)
-    for x, said in columns:
-        panel.text(x, -1.1, said, **note)
+            number = "-" if share is None else f"{100 * share:.1f}"
+            panel.text(x, i, number, fontweight="bold" if i == last else "normal", **note)
+    for x, heading in columns:
+        panel.text(x, -1.1, heading, **note)
     low, high = (100 * share for share in report.interval())
     panel.plot([low, high], [last, last], color=CONTROL, linewidth=2, marker="|", markersize=9, label="95 % interval")
     if control is not None:
         beside = [(100 * share, i) for i, (*_, share) in enumerate(rows) if share is not None]
         look: dict[str, Any] = {"marker": "D", "s": 26, "facecolor": "white", "edgecolor": CONTROL, "zorder": 4}
         panel.scatter(*zip(*beside, strict=True), clip_on=False, label="plain model, same attack", **look)
-    for said, colour in dict.fromkeys(_words(attack.source, brief=True) for attack in report.attacks):
-        panel.bar(0, 0, color=colour, label=said)  # the legend's alone, not pale
+    for words, colour in dict.fromkeys(_words(attack.source, brief=True) for attack in report.attacks):
+        panel.bar(0, 0, color=colour, label=words)  # only for the legend, and not pale
     panel.axhline(last - 0.5, color="black", linewidth=0.8)
     panel.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=9)
     panel.get_yticklabels()[-1].set_fontweight("bold")
@@ -189,7 +192,7 @@ def draw_attacks(report: RobustnessReport, path: str | Path) -> Path:
 
 
 def _by_eps(reports: Sequence[RobustnessReport]) -> dict[float, RobustnessReport]:
-    """By eps, the smallest first, if they belong on one curve."""
+    """Reports by eps, the smallest first, once they are found to belong on one curve."""
     if not reports:
         raise ValueError("There are no reports to draw: give one for each eps.")
     norms = list(dict.fromkeys(report.threat.norm for report in reports))
@@ -198,32 +201,33 @@ def _by_eps(reports: Sequence[RobustnessReport]) -> dict[float, RobustnessReport
     at = {report.threat.eps: report for report in sorted(reports, key=lambda report: report.threat.eps)}
     if len(at) < len(reports):
         raise ValueError(f"{len(reports)} reports have {len(at)} different eps: give one report for each.")
-    for what, values in (("models", {r.sha256 for r in reports}), ("numbers of images", {r.samples for r in reports})):
+    for name, values in (("models", {r.sha256 for r in reports}), ("numbers of images", {r.samples for r in reports})):
         if len(values) > 1:
-            raise ValueError(f"The reports are of {len(values)} {what}: evaluate one model on the same images.")
+            raise ValueError(f"The reports are of {len(values)} {name}: evaluate one model on the same images.")
     return at
 
 
 def tried_all(report: RobustnessReport, attack: AttackResult) -> bool:
-    """Whether it tried every image that was right, so that its accuracy is its own and not that of those before it."""
+    """Whether an attack tried every image that was right, so that its accuracy does not depend on earlier attacks."""
     return all(tried is not None for tried, right in zip(attack.survived, report.correct, strict=True) if right)
 
 
 def _compared(reports: Sequence[RobustnessReport], least: int) -> dict[str, str]:
-    """Attacks that `least` reports have and that tried every image in them, and their sources: the same PGD along
-    several gradients before others, and of those the strongest, as many as there are markers."""
-    found = {attack.name: attack.source for report in reports for attack in report.attacks}
-    shares: dict[str, list[float]] = {name: [] for name in found}
+    """Attacks that at least `least` reports have and that tried every image in them, and their sources: no more than
+    there are markers, FGSM and PGD along each gradient before the others, and stronger attacks before weaker ones."""
+    sources = {attack.name: attack.source for report in reports for attack in report.attacks}
+    shares: dict[str, list[float]] = {name: [] for name in sources}
     for report in reports:
         for attack in report.attacks:
             shares[attack.name].append(report.accuracy(attack.name) if tried_all(report, attack) else float("nan"))
-    kept = [name for name, each in shares.items() if len(each) >= least and sum(each) >= 0]  # which NaN is not
+    kept = [name for name, each in shares.items() if len(each) >= least and sum(each) >= 0]  # NaN >= 0 is false
     kept.sort(key=lambda name: (name != "fgsm" and name.split("_")[0] != "pgd", sum(shares[name]) / len(shares[name])))
-    return {name: source for name, source in found.items() if name in kept[: len(MARKERS)]}
+    return {name: source for name, source in sources.items() if name in kept[: len(MARKERS)]}
 
 
 def _lines(panel: Axes, at: Mapping[float, RobustnessReport], names: Mapping[str, str], zero: bool = False) -> None:
-    """The worst case, the plain model's and the attacks `names` over the keys of `at`; if `zero`, from clean at 0."""
+    """Draw the worst case, the plain model's and the attacks `names` over the keys of `at`; if `zero`, the lines start
+    from the clean accuracy at 0."""
     reports = list(at.values())
     start = {0.0: reports[0].accuracy()} if zero else {}
 
@@ -242,27 +246,27 @@ def _lines(panel: Axes, at: Mapping[float, RobustnessReport], names: Mapping[str
         shares = begin | {x: report.worst_case for x, report in controls.items()}
         line(shares, color=CONTROL, linewidth=2.4, linestyle="--", label=f"plain model's {name}")
     for marker, (name, source) in zip(MARKERS, names.items(), strict=False):
-        said, colour = _words(source)
+        words, colour = _words(source)
         shares = {x: report.accuracy(name) for x, report in at.items() if any(a.name == name for a in report.attacks)}
         look = {"color": colour, "marker": marker, "linewidth": 1.3, "markersize": 5, "zorder": 3}
-        line(start | shares, label=f"{_text(name)}: {said}", linestyle=":" if name == "fgsm" else "-", **look)
+        line(start | shares, label=f"{_text(name)}: {words}", linestyle=":" if name == "fgsm" else "-", **look)
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def _words(source: str, brief: bool = False) -> tuple[str, str]:
-    """A source in words, and its colour; if `brief`, those of one colour in the same words."""
-    said, colour = SOURCES.get(source, (_text(source), CLEAN))
-    return ("smoother surrogate's gradient" if brief and colour == SOURCES["soft"][1] else said), colour
+    """A source in words, and its colour; if `brief`, all sources of one colour have the same words."""
+    words, colour = SOURCES.get(source, (_text(source), CLEAN))
+    return ("smoother surrogate's gradient" if brief and colour == SOURCES["soft"][1] else words), colour
 
 
-def _text(said: str) -> str:
-    """What a report says, which is no formula."""
-    return said.replace("$", r"\$")
+def _text(text: str) -> str:
+    """Text of a report, escaped so that Matplotlib takes no part of it for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _legend(figure: Figure, *panels: Axes) -> None:
-    """One for all panels, below them, where it hides nothing."""
+    """Draw one legend for all panels, below them, where it hides nothing."""
     handles = {
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
@@ -272,7 +276,7 @@ def _legend(figure: Figure, *panels: Axes) -> None:
 def _save(figure: Figure, target: Path) -> Path:
     import matplotlib
 
-    # Text stays text, for those who search or listen; the same report gives the same file.
+    # Text in SVG stays text, which can be searched and read aloud; the same report gives the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "timm_nrpm"}):
         metadata = {"Date": None} if target.suffix.lower() == ".svg" else None
         figure.savefig(target, dpi=150, bbox_inches="tight", metadata=metadata)

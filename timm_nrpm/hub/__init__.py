@@ -1,4 +1,4 @@
-"""What others see of a variant: its card, and the Hub."""
+"""Model cards, and variants on the Hub."""
 
 from timm_nrpm.lazy import modules_of
 

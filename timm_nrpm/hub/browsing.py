@@ -1,4 +1,4 @@
-"""What the Hub has: variants by owner, what one holds without its weights, and copies of them on disk."""
+"""Variants on the Hub: listing an owner's, inspecting one without its weights, and copying one to disk."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from timm_nrpm.models.saving import filling
 
 EXTRAS = (CARD, EVALUATION, PICTURE)
 LARGEST_EXTRA = 64 << 20
-"""Bytes of a card, a picture or reports."""
+"""Most bytes that a card, a picture or a file of reports may have."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """A variant as it says it is, read without its weights.
+    """A variant as its files describe it, read without its weights.
 
     Attributes:
-        name: A folder or repository.
-        commit: That was read, on the Hub.
-        base: What it was made from.
-        is_full: Whether the weights are in it.
-        estimator: Settings of the estimates.
-        lams: Of every layer.
-        reports: Behind its card, if they are of this very model.
-        note: What is to be said of them.
+        name: The folder or repository that holds the variant.
+        commit: The commit that was read; None for a folder.
+        base: The model that the variant was made from.
+        is_full: Whether the variant holds the weights.
+        estimator: Settings of the robust estimate.
+        lams: Lambda of every layer.
+        reports: The reports behind its card, if they are on this very model.
+        note: A remark on the reports, such as `"2 evaluations"` or `"Not evaluated."`.
     """
 
     name: str
@@ -54,13 +54,20 @@ class Description:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Every flag that a report raises."""
+        """Every flag that any of the reports raises."""
         return tuple(dict.fromkeys(flag for report in self.reports for flag in report.flags))
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A repository in a list."""
+    """A repository that :func:`list_variants` found.
+
+    Attributes:
+        repo_id: Its name, `owner/name`.
+        private: Whether it is private.
+        base: The base model that its card names, if it names one.
+        modified: Date of the last change, as `2025-12-31`; empty if it is not known.
+    """
 
     repo_id: str
     private: bool
@@ -74,14 +81,16 @@ def inspect(
     """Read what a variant holds, without its weights and without those of its base.
 
     Args:
-        source, revision, token, local_files_only: As for :func:`timm_nrpm.from_pretrained`.
+        source, revision, token, local_files_only: The same as in :func:`timm_nrpm.from_pretrained`.
 
     Raises:
-        timm_nrpm.errors.BrokenVariant, timm_nrpm.errors.HubError: As there.
+        timm_nrpm.errors.BrokenVariant, timm_nrpm.errors.HubError: The variant cannot be read, for the reasons that
+            :func:`timm_nrpm.from_pretrained` lists.
 
     Example:
-        >>> inspect("me/resnet18-nrpm").flags
-        ('gradient_masking',)
+        >>> about = inspect("me/resnet18-nrpm")
+        >>> about.base.name, about.lams["fc"], about.flags
+        ('resnet8_digits', 0.8, ())
     """
     found = find_variant(source, revision=revision, token=token, local_files_only=local_files_only, weights=False)
     variant = found.variant
@@ -95,11 +104,11 @@ def inspect(
     except Unreachable:
         if not (local_files_only or HF_HUB_OFFLINE):
             raise
-        note = "If it was evaluated, that is not in the cache."
+        note = "If it was evaluated, the evaluation is not in the cache."
     except ValueError as error:
         note = f"Its evaluation cannot be read: {error}"
     if any(report.sha256 != variant.model for report in reports):
-        note, reports = "Its evaluation is of another model, and says nothing of this one.", []
+        note, reports = "Its evaluation is of another model, and says nothing about this one.", []
     commit = found.repository.revision if found.repository else None
     return Description(
         found.where, commit, variant.base, variant.is_full, variant.config.estimator, variant.lams, tuple(reports), note
@@ -107,10 +116,14 @@ def inspect(
 
 
 def list_variants(author: str, *, token: str | bool | None = None) -> list[Listed]:
-    """The variants that somebody published, by their tag.
+    """The variants that a user or an organization has published, found by their tag.
+
+    Args:
+        author: Name of the user or organization.
+        token: An access token, or whether to use the one that is logged in, which is the default.
 
     Raises:
-        timm_nrpm.errors.HubError: The Hub cannot be asked.
+        timm_nrpm.errors.HubError: The Hub does not answer, or refuses.
 
     Example:
         >>> [listed.repo_id for listed in list_variants("me")]
@@ -138,24 +151,26 @@ def pull(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Copy a variant from the Hub into a folder, with its card: all of it, of one commit, or nothing.
+    """Copy a variant from the Hub into a folder, with its card: all files of one commit, or nothing.
 
     Args:
-        repo_id, revision, cache_dir, token, local_files_only: As for :func:`timm_nrpm.from_pretrained`.
-        folder: Is made, or holds a variant that is replaced.
+        repo_id: The repository, `owner/name`.
+        folder: The folder to write to, created if it does not exist; a variant in it is replaced.
+        revision, cache_dir, token, local_files_only: The same as in :func:`timm_nrpm.from_pretrained`.
 
     Returns:
-        The folder, for `from_pretrained`.
+        The folder, which `from_pretrained` loads.
 
     Raises:
-        ValueError: `folder` holds something else, or `repo_id` is no name.
-        timm_nrpm.errors.BrokenVariant, timm_nrpm.errors.HubError: As for `from_pretrained`.
+        ValueError: `folder` holds something else, or `repo_id` is not `owner/name`.
+        timm_nrpm.errors.BrokenVariant, timm_nrpm.errors.HubError: The variant cannot be read, for the reasons that
+            :func:`timm_nrpm.from_pretrained` lists.
 
     Example:
         >>> pull("me/resnet18-nrpm", "resnet18-nrpm")
         PosixPath('resnet18-nrpm')
     """
-    folder, source = Path(folder), f"{PREFIX}{check_repo_id(repo_id)}"  # not a folder of that name
+    folder, source = Path(folder), f"{PREFIX}{check_repo_id(repo_id)}"  # the prefix rules out a folder of that name
     with filling(folder) as draft:
         found = find_variant(
             source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
@@ -171,13 +186,13 @@ def pull(
             except Unreachable:
                 if not (local_files_only or HF_HUB_OFFLINE):
                     raise
-        got = {file.name for file in draft.iterdir()}
-    for name in set(EXTRAS) - got:
-        (folder / name).unlink(missing_ok=True)  # of the variant that was there
+        copied = {file.name for file in draft.iterdir()}
+    for name in set(EXTRAS) - copied:
+        (folder / name).unlink(missing_ok=True)  # left by the variant that was there before
     return folder
 
 
 def _base_of(model: Any) -> str | None:
-    """What a card says; anybody may have written it."""
-    said = model.card_data.get("base_model") if model.card_data else None
-    return ", ".join(map(str, said)) if isinstance(said, list) else said and str(said)
+    """The base model that a card names, as text: whoever wrote the card may have put any value there."""
+    base = model.card_data.get("base_model") if model.card_data else None
+    return ", ".join(map(str, base)) if isinstance(base, list) else base and str(base)

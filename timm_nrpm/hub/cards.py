@@ -1,6 +1,6 @@
-"""Model cards that cannot say more than was measured: rendered from the report's JSON and the variant itself.
+"""Model cards that cannot claim more than was measured: they are rendered from the reports and the variant itself.
 
-What stands between two marks in a card is written anew each time; what its owner wrote around them stays.
+The part of a card between two marks is generated anew each time; the text that its owner wrote around it stays.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ TAGS = ("timm_nrpm", "timm", "adversarial-robustness")
 BEGIN = "<!-- timm_nrpm: from here to the next mark this card is generated; write before or after it -->"
 END = "<!-- timm_nrpm: end of what is generated -->"
 BEFORE, AFTER = "<!-- before -->", "<!-- after -->"
-"""Where the template has what others wrote, until it is put there as it is."""
+"""Placeholders in the rendered template for the text around the generated part, which is then put there unchanged."""
 
 LICENSE = ("license", "license_name", "license_link")
 OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "model-index")
-"""Metadata that is rewritten; the rest of an existing card stays."""
+"""Keys of the metadata that are generated; the others of an existing card stay."""
 
 HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-amlr", "apple-ascl", "gemma")
-"""Of those that timm's models have, the ones that the Hub knows; others it wants as `other`, with a name."""
+"""Licences of timm's models that the Hub knows; it wants any other one as `other`, with a name."""
 
 
 Metadata: TypeAlias = "dict[str, Any]"
-"""What stands in a card between its first two lines of dashes, as YAML has it."""
+"""Metadata of a card: the YAML between its first two lines of dashes."""
 
 
 def render(
@@ -57,20 +57,22 @@ def render(
     """The card of a variant.
 
     Args:
-        variant: What is published.
-        folder: Holds its files, and its picture if there is one.
-        name: `owner/name` on the Hub.
-        reports: Of this very model, one for each threat; none makes a card that says so.
-        license: An id that the Hub knows; by default the existing card's, unless it is of another base, or the base's.
-        datasets: On the Hub, that the model was trained on; by default the existing card's, unless it is of another
-            base.
-        existing: The text of a card whose own words and metadata stay.
+        variant: The variant to publish.
+        folder: The folder that holds its files, and its picture if there is one.
+        name: Name of the repository on the Hub, `owner/name`.
+        reports: Reports on this very model, one for each threat; without any, the card says that it is not evaluated.
+        license: Identifier of a licence that the Hub knows. The default is the licence in the existing card, or the
+            base's if there is no such card or it names another base.
+        datasets: Names on the Hub of the datasets that the model was trained on. The default is those in the existing
+            card, unless it names another base.
+        existing: Text of the existing card, whose handwritten parts and other metadata stay.
 
     Raises:
-        ValueError: A report is of another model, no licence is known, or the existing card cannot be read.
+        ValueError: A report is on another model, no licence is known, or the existing card cannot be read.
 
     Example:
-        >>> render(variant, folder, "me/resnet18-nrpm", [report]).save("README.md")
+        >>> folder = save_pretrained(model, "my-variant")
+        >>> render(find_variant(folder).variant, folder, "me/resnet18-nrpm", [report]).save("README.md")
     """
     validate_repo_id(name)
     for report in reports:
@@ -84,13 +86,13 @@ def render(
     template = (files("timm_nrpm.hub_cards") / "template.md").read_text(encoding="utf-8")
     content = _content(variant, folder, name, reports)
     text = str(ModelCard.from_template(ModelCardData(**data), template_str=template, **content))
-    text = re.sub(r"\n{3,}", "\n\n", text)  # where the template left lines out, and not in what others wrote
+    text = re.sub(r"\n{3,}", "\n\n", text)  # gaps of the template; the text of others comes later
     text = text.replace(f"{BEFORE}\n", kept.before, 1).replace(AFTER, kept.after, 1)
     return ModelCard(text.rstrip() + "\n")
 
 
 def _content(variant: Variant, folder: Path, name: str, reports: Sequence[RobustnessReport]) -> dict[str, Any]:
-    """What the template shows, by its names there."""
+    """The values of the template's variables."""
     lams = [(layer, f"{lam:.4g}") for layer, lam in variant.lams.items()]
     values = list(variant.lams.values())
     flags = dict.fromkeys(flag for report in reports for flag in report.flags)
@@ -138,12 +140,12 @@ def write_card(
     datasets: Sequence[str] = (),
     picture: bytes | None = None,
 ) -> Path:
-    """Write the card of the variant in a folder, its picture (where Matplotlib is), and the reports behind it.
+    """Write the card of the variant in a folder, its picture (if Matplotlib is installed), and the reports behind it.
 
     Args:
         folder: Folder that holds a variant.
-        name, reports, existing, license, datasets: As for :func:`render`.
-        picture: A picture of these very lambdas, for where Matplotlib is not.
+        name, reports, existing, license, datasets: The same as in :func:`render`.
+        picture: A PNG of these very lambdas, which is used if Matplotlib is not installed.
 
     Returns:
         Path of the card.
@@ -157,7 +159,7 @@ def write_card(
         draw_lambdas(variant.lams, folder / PICTURE)
     except ImportError:
         if picture is None:
-            (folder / PICTURE).unlink(missing_ok=True)  # the card has the same as a table
+            (folder / PICTURE).unlink(missing_ok=True)  # the card has the same numbers in a table
         else:
             (folder / PICTURE).write_bytes(picture)
     if reports:
@@ -170,21 +172,21 @@ def write_card(
 
 
 def read_reports(folder: Path) -> list[RobustnessReport]:
-    """The reports that a variant's folder brings along."""
+    """The reports in a variant's folder; empty if it has none."""
     path = folder / EVALUATION
     return parse_evaluation(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def evaluation_json(reports: Sequence[RobustnessReport]) -> str:
-    """The reports behind a card, as its repository holds them."""
+    """The text of `evaluation.json`, which holds the reports behind a card."""
     return json.dumps({"reports": [json.loads(report.to_json()) for report in reports]}) + "\n"
 
 
 def parse_evaluation(text: str) -> list[RobustnessReport]:
-    """What :func:`evaluation_json` wrote.
+    """The reports in a text that :func:`evaluation_json` wrote.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The text is anything else.
     """
     try:
         return [RobustnessReport.from_dict(report) for report in json.loads(text)["reports"]]
@@ -193,13 +195,14 @@ def parse_evaluation(text: str) -> list[RobustnessReport]:
 
 
 def _repository(variant: Variant) -> str | None:
-    """Of the base, on the Hub."""
+    """The repository of the base on the Hub, if it has one."""
     name = variant.base.name or ""
-    found = name.rpartition(":")[2].partition("@")[0] if ":" in name else variant.base.hub_id
-    return found if found and REPO_ID.fullmatch(found) else None
+    repository = name.rpartition(":")[2].partition("@")[0] if ":" in name else variant.base.hub_id
+    return repository if repository and REPO_ID.fullmatch(repository) else None
 
 
 def _described(variant: Variant) -> str:
+    """The base of a variant in words, as Markdown."""
     base = variant.base
     if repository := _repository(variant):
         return f"[{repository}](https://huggingface.co/{repository})"
@@ -209,7 +212,7 @@ def _described(variant: Variant) -> str:
 
 
 def _is_timms(architecture: str) -> bool:
-    """Whether timm has it without our help."""
+    """Whether timm itself has the architecture, without this package."""
     known = timm.is_model(architecture)
     return known and timm.models.model_entrypoint(architecture).__module__.startswith("timm.")
 
@@ -223,7 +226,7 @@ def _metadata(
     license: str | None,
     datasets: Sequence[str],
 ) -> Metadata:
-    """The metadata of a new card: that of the one before, but for what follows from the variant and its reports."""
+    """The metadata of a new card: the earlier card's, except for what follows from the variant and its reports."""
     data = {**kept.metadata, "library_name": "timm_nrpm", "pipeline_tag": "image-classification"}
     if repository := _repository(variant):
         data |= {"base_model": repository, "base_model_relation": "finetune" if variant.base.tuned else "adapter"}
@@ -234,7 +237,7 @@ def _metadata(
     for key in () if of_same_base and license is None and kept.metadata.get("license") else LICENSE:
         data.pop(key, None)
     if not of_same_base:
-        data.pop("datasets", None)  # that another base was trained on
+        data.pop("datasets", None)  # another base was trained on them
     if "license" not in data:
         data |= _license(license, variant, folder)
     data["tags"] = list(dict.fromkeys([*TAGS, *(kept.metadata.get("tags") or [])]))
@@ -244,7 +247,7 @@ def _metadata(
 
 
 def _results(report: RobustnessReport) -> list[EvalResult]:
-    """Clean, the paper's protocol and the worst case, for the Hub's model-index."""
+    """Accuracy when clean, under the paper's protocol and in the worst case, for the Hub's model-index."""
     data = report.data or "unnamed images"
     kind = re.sub(r"[^\w.-]+", "-", data.partition(",")[0].strip()).lower()
     labels = {
@@ -272,25 +275,25 @@ def own_accuracy(report: RobustnessReport) -> float | None:
 
 
 def percent(share: float) -> str:
-    """A share as a number of percent, without its sign."""
+    """A share in percent with one decimal, without the percent sign."""
     return f"{100 * share:.1f}"
 
 
 def one_line(text: str) -> str:
-    """Text that cannot leave its cell of a table, nor be markup."""
+    """The text in one line, so that it neither leaves its cell of a table nor works as markup."""
     return " ".join(text.split()).replace("|", "/").replace("<", "&lt;")
 
 
 def _license(given: str | None, variant: Variant, folder: Path) -> Metadata:
-    """The licence given, else that of the weights that the base's name leads to."""
+    """Metadata of the licence that was given, or else of the one that the base's weights have."""
     if given is not None:
         return {"license": given}
     config = folder / TIMM_FILES[0]
     inherited = variant.base.license_in(json.loads(config.read_text())["pretrained_cfg"] if config.exists() else {})
     if not inherited:
-        why = "which did not come through a public name" if variant.base.name is None else "whose base states none"
+        why = "did not come through a public name" if variant.base.name is None else "have a base that states none"
         raise ValueError(
-            f"Of these weights, {why}, no licence is known: give one as license=, an identifier that the Hub knows, "
+            f"These weights {why}, so no licence is known: give one as license=, an identifier that the Hub knows, "
             "such as 'mit'."
         )
     return {"license": inherited} if inherited in HUB_LICENSES else {"license": "other", "license_name": inherited}
@@ -298,13 +301,13 @@ def _license(given: str | None, variant: Variant, folder: Path) -> Metadata:
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays of a card that was there.
+    """The parts of an existing card that stay.
 
     Attributes:
-        existed: Whether there was one.
+        existed: Whether there was a card.
         before, after: Text before and after the generated part.
-        metadata: Metadata without that which is generated.
-        base: The base model that it named.
+        metadata: Its metadata without the generated keys.
+        base: The base model that the card named.
     """
 
     existed: bool
@@ -315,10 +318,10 @@ class Kept:
 
 
 def _kept(existing: str | None, name: str) -> Kept:
-    """What stays of the card that was there.
+    """The parts of the card `existing` that stay; without a card, a heading made of `name`.
 
     Raises:
-        ValueError: Its metadata cannot be read.
+        ValueError: The metadata of the card cannot be read.
     """
     if existing is None:
         return Kept(False, f"# {name.rpartition('/')[2]}\n\n", "", {}, None)
@@ -326,9 +329,9 @@ def _kept(existing: str | None, name: str) -> Kept:
         card = ModelCard(existing)
         content = card.data.to_dict()
         metadata = {k: v for k, v in content.items() if k not in OURS}
-    except Exception as error:  # whatever YAML makes of it
+    except Exception as error:  # broken YAML raises errors of many kinds
         raise ValueError(
-            f"The {CARD} that is there has metadata that cannot be read ({error}): mend it first."
+            f"The existing {CARD} has metadata that cannot be read ({error}): correct it first."
         ) from error
     before, marked, rest = card.text.replace("\r\n", "\n").partition(BEGIN)
     after = rest.partition(END)[2] if END in rest else rest

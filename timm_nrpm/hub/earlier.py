@@ -1,4 +1,4 @@
-"""What a repository holds of an earlier push, and what of it is still true of the variant that is pushed now."""
+"""Files of an earlier push in a repository, and which of them are still true of the variant that is pushed now."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from timm_nrpm.models.downloads import Repository
 from timm_nrpm.models.format import CONFIG, LARGEST, Variant, parse_config
 
 LARGEST_CARD = 16 << 20
-"""Bytes that a card or a picture may have."""
+"""Most bytes that a card or a picture may have."""
 
-STAYS = "The evaluation that is there is of this same model, and stays."
-UNASKED = "The Hub was not asked: an evaluation of this same model that is there would stay, another would go."
-OF_ANOTHER = "The evaluation that was there is of another model, and went with its numbers."
+STAYS = "The evaluation in the repository is of this same model, and was kept."
+UNASKED = "The Hub was not asked: an evaluation in the repository is kept if it is of this same model, else removed."
+OF_ANOTHER = "The earlier evaluation is of another model, and was removed with its numbers."
 
 
 @dataclass(frozen=True)
@@ -40,84 +40,83 @@ class Earlier:
 
     @classmethod
     def read(cls, repository: Repository) -> Earlier:
-        """Ask the Hub.
+        """Read what the repository holds.
 
         Args:
             repository: The repository at the commit that the push continues.
 
         Raises:
-            timm_nrpm.errors.HubError: The Hub does not answer.
+            timm_nrpm.errors.HubError: The Hub does not answer, or refuses.
         """
         path = _fetch(repository, CONFIG, LARGEST[CONFIG])
         try:
             config = None if path is None else parse_config(path, str(repository))
         except BrokenVariant:
-            config = None  # whatever it is, it is another model
+            config = None  # whatever it holds, it is not the model that is pushed
         files = (_fetch(repository, name, LARGEST.get(name, LARGEST_CARD)) for name in (CARD, EVALUATION))
         card, evaluation = (None if file is None else file.read_text(encoding="utf-8") for file in files)
         return cls(repository, card, config, evaluation)
 
     def is_of(self, variant: Variant) -> bool:
-        """Whether the model that is there is this very one, in whatever form."""
+        """Whether the repository holds this very model, with or without its weights."""
         return self.config is not None and bool(self.config["model"] == variant.model)
 
     def holds_weights_of(self, variant: Variant) -> bool:
-        """Whether the weights that are there are those that a variant is based on."""
+        """Whether the repository holds the weights that the variant is based on."""
         if self.config is None or TIMM_FILES[1] not in self.config["files"]:
             return False
         base = self.config["base"]
         return isinstance(base, dict) and base.get("sha256") == variant.base.sha256
 
     def picture(self, variant: Variant) -> bytes | None:
-        """The picture of these very lambdas, if it is there."""
+        """The repository's picture, as PNG, if it shows these very lambdas."""
         path = _fetch(self.repository, PICTURE, LARGEST_CARD) if self.is_of(variant) else None
         return None if path is None else path.read_bytes()
 
     def reports(
         self, variant: Variant, given: Sequence[RobustnessReport] | None
     ) -> tuple[tuple[RobustnessReport, ...], tuple[str, ...]]:
-        """The reports that the card shows from now on, and what is to be said about those that are there.
+        """The reports that the new card shows, and notes on what becomes of those in the repository.
 
         Args:
             variant: The variant that is pushed.
-            given: Its reports, which take the place of those that are there; None for those that are there and still
-                true.
+            given: Its reports, which replace those in the repository; None to keep the latter if they are still true.
 
         Raises:
-            ValueError: The evaluation that is there is of this very model, and cannot be read.
+            ValueError: The evaluation in the repository is of this very model, and cannot be read.
         """
         if self.evaluation is None:
             return tuple(given or ()), ()
-        there = self._reports(variant, given is None)
-        if there is None:
+        earlier = self._reports(variant, given is None)
+        if earlier is None:
             advice = "" if given else " Evaluate this one, and push it again with its reports."
             return tuple(given or ()), (f"{OF_ANOTHER}{advice}",)
         if given is None:
-            return there, (STAYS,)
-        missing = [str(report.threat) for report in there if report.threat not in {r.threat for r in given}]
+            return earlier, (STAYS,)
+        missing = [str(report.threat) for report in earlier if report.threat not in {r.threat for r in given}]
         if not missing:
             return tuple(given), ()
         advice = "give it beside the others" if given else "leave out reports="
-        return tuple(given), (f"The report under {' and '.join(missing)} that was there went: to keep it, {advice}.",)
+        return tuple(given), (f"The earlier report under {' and '.join(missing)} was removed: to keep it, {advice}.",)
 
     def _reports(self, variant: Variant, needed: bool) -> tuple[RobustnessReport, ...] | None:
-        """The reports that are there: None if they are of another model, none if they are broken and not needed."""
+        """The reports in the repository: None if they are of another model, `()` if they are broken and not needed."""
         if not self.is_of(variant):
             return None
         try:
-            there = tuple(parse_evaluation(self.evaluation or ""))
+            reports = tuple(parse_evaluation(self.evaluation or ""))
         except ValueError as error:
             if not needed:
                 return ()
             raise ValueError(
-                f"The {EVALUATION} that is in {self.repository.repo_id} cannot be read, and nothing was sent: {error} "
+                f"The {EVALUATION} in {self.repository.repo_id} cannot be read, and nothing was sent: {error} "
                 "Give reports= of this model, or reports=() to remove it."
             ) from None
-        return there if all(report.sha256 == variant.model for report in there) else None
+        return reports if all(report.sha256 == variant.model for report in reports) else None
 
 
 def _fetch(repository: Repository, name: str, at_most: int) -> Path | None:
-    """A file's path in the cache; None if the repository has none."""
+    """The path of a file in the cache; None if the repository does not have it."""
     try:
         return repository.fetch(name, at_most)
     except NotOnHub:

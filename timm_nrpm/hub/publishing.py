@@ -1,4 +1,4 @@
-"""A variant and its card to the Hub: a folder that is whole on disk, then one commit, and never two."""
+"""Publish a variant and its card on the Hub: a folder is completed on disk, and then sent in exactly one commit."""
 
 from __future__ import annotations
 
@@ -22,52 +22,25 @@ from timm_nrpm.errors import HubError, NotOnHub, Unreachable
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.hub.cards import CARD, EVALUATION, PICTURE, read_reports, write_card
 from timm_nrpm.hub.earlier import UNASKED, Earlier
+from timm_nrpm.hub.published import Published
 from timm_nrpm.models.creation import TIMM_FILES
-from timm_nrpm.models.downloads import REPO_ID, WAITS, Repository, insist, is_lost_connection, may_pass, sha256_of, told
+from timm_nrpm.models.downloads import (
+    REPO_ID,
+    WAITS,
+    Repository,
+    hub_error,
+    insist,
+    is_lost_connection,
+    may_pass,
+    sha256_of,
+)
 from timm_nrpm.models.format import CONFIG, TENSORS
 from timm_nrpm.models.loading import find_variant
 from timm_nrpm.models.network import limit, patience
 from timm_nrpm.models.saving import filling, needs_weights, save_pretrained
 
 FILES = (CONFIG, TENSORS, *TIMM_FILES, EVALUATION, PICTURE, CARD)
-"""What a repository holds of ours; others in it stay."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """What became of a push.
-
-    Attributes:
-        repo_id: Where it is.
-        commit: The commit that holds it; None for a dry run.
-        url: To look at.
-        files: Bytes of every file of it, by name.
-        uploaded: Names of those that were not there already.
-        deleted: Names of those of an earlier variant that this one has not.
-        pull_request: Its address, if it was asked for.
-        notes: Sentences on what became of what was there before.
-    """
-
-    repo_id: str
-    commit: str | None
-    url: str | None
-    files: dict[str, int]
-    uploaded: tuple[str, ...] = ()
-    deleted: tuple[str, ...] = ()
-    pull_request: str | None = None
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        if self.commit is None:
-            lines = [f"Nothing was sent. {self.repo_id} would hold:"]
-        elif not self.uploaded and not self.deleted:
-            lines = [f"{self.repo_id} holds all of it already, at commit {self.commit[:12]}: nothing was sent."]
-        else:
-            lines = [f"{self.repo_id}: {self.pull_request or self.url}"]
-        state = {True: "sent", False: "there already"} if self.commit else {True: "", False: ""}
-        lines += [f"  {name:22} {size:>10,} bytes  {state[name in self.uploaded]}" for name, size in self.files.items()]
-        lines += [f"  {name:22} deleted" for name in self.deleted]
-        return "\n".join([*(line.rstrip() for line in lines), *self.notes])
+"""The files of a repository that belong to a variant; all others stay."""
 
 
 def push_to_hub(
@@ -88,36 +61,41 @@ def push_to_hub(
 ) -> Published:
     """Publish a reprogrammed model with a card, in one commit.
 
-    The whole folder is written before the Hub is asked for anything. What fails for a moment is tried again; if the
-    answer to the commit is lost, the Hub is asked whether it landed. Calling it again sends what is missing, and
-    nothing if nothing changed. Large files show a progress bar.
+    The whole folder is written before the first request. Requests that fail temporarily are repeated; if the reply to
+    the commit is lost, the Hub is asked whether the commit arrived. A second call sends what is missing, and nothing
+    if nothing changed. Large files show a progress bar.
 
     Args:
         model: A reprogrammed model, or a folder that holds a variant.
-        repo_id: `owner/name`; it is made if it is not there. Other files in it stay, and so do the parts of its card
-            that were written by hand.
-        reports: What :func:`timm_nrpm.evaluate` found of this very model, one for each threat; by default those that
-            a folder has, and else those that the repository has, if they are of this very model. Without any, as with
-            `reports=()`, the card says that nothing was measured.
-        full: Whether the weights go along; by default if they were tuned, or if the repository holds these very ones.
-        license: An identifier that the Hub knows, of the weights; by default the base's. It has to be given where
+        repo_id: The repository, `owner/name`, created if it does not exist. Other files in it stay, and so do the
+            handwritten parts of its card.
+        reports: Reports of :func:`timm_nrpm.evaluate` on this very model, one for each threat. The default is those in
+            the folder of the variant, or else those in the repository, if they are on this very model. Without any, as
+            with `reports=()`, the card says that the model is not evaluated.
+        full: Whether to publish the weights too. By default they are published if they were tuned, or if the repository
+            holds these very weights already.
+        license: Licence of the weights, an identifier that the Hub knows; the default is the base's. It is required if
             the weights did not come through a public name.
-        datasets: On the Hub, that the model was trained on.
-        private: Whether others may not see a new repository: the default. True refuses a repository that is public, and
-            False one that is private.
-        revision: A branch to commit to, made if it is not there; the default is `main`.
-        pull_request: Whether to open one, instead of committing to `main`.
-        commit_message: Its first line.
-        token: That may write there; by default the one that is logged in.
-        dry_run: Whether to stop once the folder is complete, without a request.
-        folder: Where the folder stays: made, or a variant's, which is replaced; by default it is temporary.
+        datasets: Names on the Hub of the datasets that the model was trained on.
+        private: Whether a new repository is private, which is the default. True refuses an existing repository that is
+            public, and False one that is private.
+        revision: The branch to commit to, created if it does not exist; the default is `main`.
+        pull_request: Whether to open a pull request instead of committing to `main`.
+        commit_message: Title of the commit, one line.
+        token: An access token that may write to the repository; the default is the one that is logged in.
+        dry_run: Whether to stop once the folder is complete, without any request.
+        folder: Folder to write the variant to, replacing a variant in it; the default is a temporary folder.
 
     Raises:
-        ValueError: A report of another model, no licence, an argument that does not fit; before any request.
-        timm_nrpm.errors.HubError: The Hub did not do it; the message says why. No half of it is there.
+        ValueError: A report is on another model, no licence is known, an argument does not fit, or the card in the
+            repository cannot be read. Nothing was sent.
+        timm_nrpm.errors.HubError: The push failed; the message says why. The repository never holds half of a variant.
 
     Example:
         >>> print(push_to_hub(model, "me/resnet18-nrpm", reports=report))
+        me/resnet18-nrpm: http.../me/resnet18-nrpm/tree/...
+          nrpm_config.json ... bytes  sent
+          ...
     """
     repo_id = check_repo_id(repo_id)
     if reports is None and not isinstance(model, nn.Module):
@@ -125,7 +103,7 @@ def push_to_hub(
     if isinstance(reports, RobustnessReport):
         reports = (reports,)
     if pull_request and revision is not None:
-        raise ValueError(f"pull_request=True opens one against main: leave out revision={revision!r}.")
+        raise ValueError(f"pull_request=True opens a pull request against main: leave out revision={revision!r}.")
     if not commit_message.strip():
         raise ValueError("commit_message is empty: say what changed.")
     with ExitStack() as stack:
@@ -154,7 +132,7 @@ def push_to_hub(
 
 
 def check_repo_id(repo_id: str) -> str:
-    """`repo_id`, or a ValueError that says what one is."""
+    """Return `repo_id`, or raise a ValueError that says what is allowed."""
     try:
         validate_repo_id(repo_id)
         if REPO_ID.fullmatch(repo_id):
@@ -166,7 +144,7 @@ def check_repo_id(repo_id: str) -> str:
 
 
 def _fill(model: nn.Module | str | Path, folder: Path, full: bool | None) -> None:
-    """The variant's own files into `folder`."""
+    """Write the variant's own files into `folder`."""
     if isinstance(model, nn.Module):
         save_pretrained(model, folder, full=needs_weights(model) if full is None else full)
         return
@@ -181,7 +159,7 @@ def _fill(model: nn.Module | str | Path, folder: Path, full: bool | None) -> Non
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of what is to be sent: the variant's own files and its card's, whatever else lies beside them."""
+    """Size in bytes of each file to send: the variant's own and its card's, and no others in the folder."""
     names = (CONFIG, *find_variant(folder, weights=False).variant.files, EVALUATION, PICTURE, CARD)
     return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
 
@@ -200,18 +178,18 @@ class _Push:
         self.sizes = _sizes(self.folder)
 
     def make_repository(self, private: bool | None) -> None:
-        """The repository and the branch, with nothing in them yet, seen by those alone who may see it."""
+        """Create the repository and the branch if they do not exist, and check who may see the repository."""
         try:
             info, wanted = self._info(None), private
         except NotOnHub:
             wanted = private is not False
             make = partial(self.api.create_repo, self.repo_id, private=wanted, exist_ok=True)
-            self._do(f"Making {self.repo_id}", make)
+            self._do(f"Creating {self.repo_id}", make)
             info = self._info(None)
         if wanted and not info.private:
             raise HubError(
-                f"{self.repo_id} is public, and was to be private: nothing was sent. Make it private on its page, or "
-                "say private=False."
+                f"{self.repo_id} is public, and was to be private: nothing was sent. Make it private in its settings "
+                "on the Hub, or give private=False."
             )
         if wanted is False and info.private:
             raise HubError(
@@ -220,29 +198,29 @@ class _Push:
             )
         if self.revision not in (None, "main") and not str(self.revision).startswith("refs/"):
             branch = partial(self.api.create_branch, branch=str(self.revision), exist_ok=True)
-            self._do(f"Making the branch {self.revision} of {self.repo_id}", lambda: branch(self.repo_id))
+            self._do(f"Creating the branch {self.revision} of {self.repo_id}", lambda: branch(self.repo_id))
 
     def head(self) -> str:
-        """The commit that the branch is at."""
+        """The latest commit of the branch."""
         return str(self._info(self.revision).sha)
 
     def commit(self, parent: str, message: str, pull_request: bool) -> Published:
-        """One commit of what differs; none if nothing does. It is refused if the branch is no more at `parent`, whose
-        card this one continues."""
+        """Commit the files that differ, if any do. The Hub refuses the commit if the branch is no longer at `parent`,
+        whose card the new one continues."""
         changed, stale = self.difference(parent)
         url = f"{self.api.endpoint}/{self.repo_id}"
         if not changed and not stale:
             return Published(self.repo_id, parent, f"{url}/tree/{parent}", self.sizes)
         operations: list[Any] = [CommitOperationAdd(name, str(self.folder / name)) for name in changed]
         operations += [CommitOperationDelete(name) for name in stale]
-        what = f"Sending {', '.join(changed) or 'the commit'} to {self.repo_id}"
-        commit, address = self._send(what, operations, parent, message, pull_request)
+        action = f"Sending {', '.join(changed) or 'the commit'} to {self.repo_id}"
+        commit, address = self._send(action, operations, parent, message, pull_request)
         return Published(self.repo_id, commit, f"{url}/tree/{commit}", self.sizes, changed, stale, address)
 
     def _send(
-        self, what: str, operations: list[Any], parent: str, message: str, pull_request: bool
+        self, action: str, operations: list[Any], parent: str, message: str, pull_request: bool
     ) -> tuple[str, str | None]:
-        """Make one commit, however often that has to be tried.
+        """Make exactly one commit, even if the request has to be repeated.
 
         Returns:
             The commit, and the address of the pull request if there is one.
@@ -251,7 +229,7 @@ class _Push:
         for wait in (*WAITS, None):
             try:
                 with patience():
-                    done = self.api.create_commit(
+                    info = self.api.create_commit(
                         self.repo_id,
                         operations,
                         commit_message=message,
@@ -259,7 +237,7 @@ class _Push:
                         parent_commit=parent,
                         create_pr=pull_request,
                     )
-                return str(done.oid), done.pr_url
+                return str(info.oid), info.pr_url
             except Exception as error:
                 landed = self._landed(parent, before, pull_request)
                 if landed is not None:
@@ -268,19 +246,19 @@ class _Push:
                 if status in (409, 412):
                     raise HubError(f"Somebody else committed to {self.repo_id} at the same time: push again.") from None
                 if isinstance(error, ValueError) and CARD in str(error):
-                    raise ValueError(f"The Hub does not take the card: {' '.join(str(error).split())[:500]}") from None
-                if wait is None or not (may_pass(error) or type(error) is RuntimeError):  # which xet raises
-                    raise told(what, error, self.token) from None
+                    raise ValueError(f"The Hub refuses the card: {' '.join(str(error).split())[:500]}") from None
+                if wait is None or not (may_pass(error) or type(error) is RuntimeError):  # raised by xet
+                    raise hub_error(action, error, self.token) from None
                 if pull_request and is_lost_connection(error) and "/commit/" in _address(error):
-                    return self._late_pull_request(what, parent, before)
+                    return self._late_pull_request(action, parent, before)
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
-    def _late_pull_request(self, what: str, parent: str, before: set[str]) -> tuple[str, str | None]:
-        """The commit and the pull request of a request whose answer was lost, once they are there.
+    def _late_pull_request(self, action: str, parent: str, before: set[str]) -> tuple[str, str | None]:
+        """The commit and the address of a pull request whose reply was lost, once it appears.
 
         Raises:
-            Unreachable: They did not come. Nothing makes a second request fail where the first comes through late.
+            Unreachable: It does not appear. A second request could make a second pull request if the first came late.
         """
         for wait in WAITS:
             time.sleep(wait)
@@ -288,22 +266,22 @@ class _Push:
             if landed is not None:
                 return landed
         raise Unreachable(
-            f"{what} as a pull request was not answered, and it may be open all the same: look at "
+            f"{action} as a pull request was not answered, and it may be open all the same: look at "
             f"{self.api.endpoint}/{self.repo_id}/discussions before you push again."
         )
 
     def difference(self, revision: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of files that the Hub has not or otherwise, and of those that it has and this variant has not."""
+        """Names of the files that the Hub lacks or has differently, and of those that it has and this variant lacks."""
         list_tree = partial(self.api.list_repo_tree, self.repo_id, revision=revision, recursive=False)
         tree = {item.path: item for item in self._do(f"Listing {self.repo_id}", lambda: list(list_tree()))}
         same = {name for name in self.sizes if name in tree and _is_same(self.folder / name, tree[name])}
         if TENSORS in same and PICTURE in tree:
-            same.add(PICTURE)  # another Matplotlib draws the same with other bytes
+            same.add(PICTURE)  # another version of Matplotlib draws the same lambdas with other bytes
         changed = tuple(name for name in self.sizes if name not in same)
         return changed, tuple(name for name in FILES if name in tree and name not in self.sizes)
 
     def _landed(self, parent: str, before: set[str], pull_request: bool) -> tuple[str, str | None] | None:
-        """The commit, and the pull request, if they are there although no answer said so."""
+        """The commit and the address of the pull request, if they arrived although no reply said so; else None."""
         if pull_request:
             for name in sorted(self._pull_requests() - before):
                 if self.difference(name) == ((), ()):
@@ -314,33 +292,31 @@ class _Push:
         return (head, None) if head != parent and self.difference(self.revision) == ((), ()) else None
 
     def _pull_requests(self) -> set[str]:
-        refs = self._do(
-            f"Listing {self.repo_id}", partial(self.api.list_repo_refs, self.repo_id, include_pull_requests=True)
-        )
+        ask = partial(self.api.list_repo_refs, self.repo_id, include_pull_requests=True)
+        refs = self._do(f"Listing {self.repo_id}", ask)
         return {ref.ref for ref in refs.pull_requests or ()}
 
     def _info(self, revision: str | None) -> Any:
         try:
-            ask = partial(self.api.model_info, revision=revision, timeout=limit())  # by default it has none at all
+            ask = partial(self.api.model_info, revision=revision, timeout=limit())  # the default is no limit
             return self._do(f"Looking at {self.repo_id}", lambda: ask(self.repo_id))
         except Unreachable as error:
             raise Unreachable(f"{error} If something was sent, pushing again sends what is missing.") from None
 
-    def _do(self, what: str, call: Any) -> Any:
-        return insist(what, call, token=self.token)
+    def _do(self, action: str, call: Any) -> Any:
+        return insist(action, call, token=self.token)
 
 
 def _address(error: BaseException) -> str:
-    """What was asked when a connection broke."""
+    """The address of the request whose connection broke; empty if it is not known."""
     try:
         return str(error.request.url)  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):  # the HTTP library has none to tell
+    except (AttributeError, RuntimeError):  # the error holds no request
         return ""
 
 
 def _is_same(file: Path, item: Any) -> bool:
-    """Whether the Hub has these bytes, by the hash that it gives."""
-    lfs = getattr(item, "lfs", None)
-    if lfs is not None:
+    """Whether the Hub has the same bytes, by the hash that it reports."""
+    if (lfs := getattr(item, "lfs", None)) is not None:
         return bool(lfs.sha256 == sha256_of(file))
     return bool(getattr(item, "blob_id", None) == git_hash(file.read_bytes()))

@@ -1,4 +1,4 @@
-"""What every long job needs: a journal, signals, and processes that agree."""
+"""Support for long jobs: a journal, signals, progress bars, and several processes."""
 
 from timm_nrpm.lazy import modules_of
 

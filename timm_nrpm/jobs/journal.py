@@ -1,4 +1,4 @@
-"""What a long measurement has found so far, line by line, so that it can be killed and go on."""
+"""The results of a long measurement, written line by line, so that it can be killed and resumed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 
 class Journal:
-    """Rows of JSON in a file that is only ever added to, below one that says what they are of.
+    """An append-only file of JSON rows, below a first line that says what was measured.
 
     Args:
-        path: The file; None keeps rows in memory alone.
-        identity: What must be the same for the rows to be taken up.
+        path: Path of the file; None keeps the rows in memory alone.
+        identity: Settings of the measurement. The rows of an existing file are taken over if its settings are equal.
 
     Attributes:
-        rows: By their number. A last line that was cut short is not among them.
+        rows: The rows by their number, without a last line that was cut short.
 
     Raises:
-        ValueError: The file holds rows of something else, or no rows at all. It is left as it is.
-        OSError: It cannot be written to.
+        ValueError: The file holds rows of another measurement, or is no journal. It is left unchanged.
+        OSError: The file cannot be written.
 
     Example:
         >>> journal = Journal("run.jsonl", {"seed": 0})
@@ -37,22 +37,22 @@ class Journal:
         self.path, self.rows, self.size = None if path is None else Path(path), dict[int, dict[str, Any]](), 0
         if self.path is None:
             return
-        first = json.dumps(identity).encode() + b"\n"
+        header = json.dumps(identity).encode() + b"\n"
         content = self.path.read_bytes() if self.path.exists() else b""
-        if first.startswith(content):  # new, or stopped in its first line
+        if header.startswith(content):  # a new file, or one whose first line was cut short
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(first)
-            self.size = len(first)
+            self.path.write_bytes(header)
+            self.size = len(header)
             return
         try:
             *lines, torn = content.split(b"\n")
-            then, *rows = map(json.loads, lines)
-            other = [f"{k}: {then.get(k)!r} then, {v!r} now" for k, v in json.loads(first).items() if then.get(k) != v]
+            old, *rows = map(json.loads, lines)
+            changes = [f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in json.loads(header).items() if old.get(k) != v]
             numbers = [int(row.pop("number")) for row in rows]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no journal, or was changed ({error}): give another file.") from error
-        if other:
-            raise ValueError(f"The run in {path} was another: {'; '.join(other)}. Give what it had, or another file.")
+        if changes:
+            raise ValueError(f"{path} holds another run ({'; '.join(changes)}): give its settings, or another file.")
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"{path} holds a row twice, as if two runs had shared it: give another file.")
         self.rows = dict(zip(numbers, rows, strict=True))
@@ -60,7 +60,7 @@ class Journal:
         os.truncate(self.path, self.size)
 
     def add(self, number: int, row: Mapping[str, Any]) -> None:
-        """Add a row. Once this returns, it would survive a power cut."""
+        """Append a row. Once this returns, the row survives a power cut."""
         line = json.dumps({"number": number, **row}).encode() + b"\n"
         self.rows[number] = json.loads(json.dumps(row))
         if self.path is None:
@@ -74,23 +74,23 @@ class Journal:
         self.size += len(line)
 
     def has(self, number: int, digest: str) -> bool:
-        """Whether there is that row, of the images that `digest` tells.
+        """Whether there is a row `number`, of the images whose :func:`digest_of` is `digest`.
 
         Raises:
-            ValueError: It is of others.
+            ValueError: The row is of other images or labels.
         """
         if number not in self.rows:
             return False
         if self.rows[number]["images"] != digest:
             raise ValueError(
-                f"Row {number} of {self.path} is of other images or labels: give the same in the same order "
-                "(shuffle=False), or another file."
+                f"Row {number} of {self.path} is of other images or labels: give the same ones in the same "
+                "order (shuffle=False), or another file."
             )
         return True
 
 
 def digest_of(pixels: Tensor, labels: Tensor) -> str:
-    """A hash of images and their labels."""
+    """The SHA-256 of images and their labels, in hexadecimal."""
     hashed = hashlib.sha256(pixels.detach().cpu().contiguous().numpy().tobytes())
     hashed.update(labels.detach().cpu().long().numpy().tobytes())
     return hashed.hexdigest()

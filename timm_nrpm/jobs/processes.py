@@ -1,4 +1,4 @@
-"""Several processes that tune one model: whether they can, and what they share beside gradients."""
+"""Tuning of one model by several processes: a check of their set-up, and what they share besides gradients."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def check_processes(accelerator: Accelerator) -> None:
 
 @torch.no_grad()
 def average_statistics_(accelerator: Accelerator, model: nn.Module) -> None:
-    """BatchNorm's statistics that move, as the mean over the processes, each of which saw other images.
+    """Replace the running statistics of BatchNorm by their mean over the processes, each of which saw other images.
 
-    To be called after every step, so that nothing depends on when a checkpoint is due; of those that move alone, since
-    the mean of three equal numbers is not always that number.
+    Call it after every step, so that nothing depends on when a checkpoint is due. It leaves out modules in evaluation
+    mode, whose statistics are equal, since the mean of three equal numbers is not always that number.
     """
     moving = [
         buffer

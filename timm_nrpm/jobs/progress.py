@@ -6,15 +6,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 CONSOLE = Console(stderr=True)
-"""Where bars are drawn."""
+"""The console on which progress bars are drawn."""
 
 
 def progress_bar(shown: bool, *, counted: bool = False) -> Progress:
     """A bar with a description and the time left.
 
     Args:
-        shown: Whether it is drawn at all.
-        counted: Whether it says how many of how many are done, which suits tasks that advance by whole numbers.
+        shown: Whether the bar is drawn at all.
+        counted: Whether the bar shows how many of how many are done, which suits tasks that advance by whole numbers.
     """
     count: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),) if counted else ()
     columns = (TextColumn("{task.description}"), BarColumn(), *count, TimeRemainingColumn())

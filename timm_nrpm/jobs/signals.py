@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, which wait until a step is done and saved."""
+"""Handling of SIGTERM and Ctrl-C, which take effect once a step is done and saved."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interruption:
-    """While entered, notes a signal instead of dying of it; `pass_on` then lets it do what it would have done.
+    """A context manager that records a signal instead of letting it end the process; `pass_on` delivers it later.
 
-    Python delivers signals to the main thread alone, so elsewhere it does nothing.
+    Python delivers signals to the main thread alone, so in another thread it does nothing.
 
     Attributes:
-        number: The signal that came, or 0.
+        number: Number of the signal that arrived, or 0.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup: whoever ignores it keeps doing so
+                if signal.getsignal(number) is not signal.SIG_IGN:  # ignored signals stay ignored, as under nohup
                     self._handlers[number] = signal.signal(number, self._note)
         return self
 
@@ -33,14 +33,14 @@ class Interruption:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
-        if self.number and kind is None:  # it came too late for a step to see
+        if self.number and kind is None:  # it arrived after the last step that could have seen it
             self.pass_on(signal.Signals(self.number))
 
     def _note(self, number: int, _: Any) -> None:
         self.number = number
 
     def pass_on(self, number: signal.Signals) -> None:
-        """Give `number` to whoever had it before, in every process, also where another process got it."""
+        """Restore the previous handlers and raise the signal `number`, in every process, whichever one received it."""
         self.number = 0
         self.__exit__()
         signal.raise_signal(number)

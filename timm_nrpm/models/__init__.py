@@ -1,4 +1,4 @@
-"""Models: made, reprogrammed, calibrated, kept, and found again."""
+"""Models: creating, reprogramming, calibrating, saving and loading them."""
 
 from timm_nrpm.lazy import modules_of
 

@@ -1,6 +1,6 @@
 """The paper's backbones as timm models, and its authors' published weights for them.
 
-Robustness Reprogramming for Representation Learning (arXiv 2410.04577).
+The paper is "Robustness Reprogramming for Representation Learning" (arXiv 2410.04577).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["CifarResNet", "LeNet", "LinearMLP", "load_published_"]  # timm adds 
 
 
 class LinearMLP(nn.Module):
-    """Linear layers fc1, fc2, ... without activations between them, as the authors published theirs.
+    """An MLP of linear layers fc1, fc2, ... without activations between them, like the authors' published models.
 
     Args:
-        widths: Outputs of every layer but the last.
-        num_classes: Outputs of the last; 0 for none.
-        in_chans, img_size: Channels and size of the images `[B, in_chans, *img_size]`.
+        widths: Number of outputs of each layer but the last.
+        num_classes: Number of outputs of the last layer; 0 replaces that layer by an identity.
+        in_chans, img_size: Number of channels, and size in pixels, of the images `[B, in_chans, *img_size]`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class LinearMLP(nn.Module):
         self._add_classifier(num_classes, device=device, dtype=dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Refuse to trade time for memory, of which these few layers keep hardly any."""
+        """Refuse gradient checkpointing, which saves hardly any memory in so few layers."""
         _refuse_checkpointing(self, enable)
 
     def get_classifier(self) -> nn.Module:
@@ -58,7 +58,7 @@ class LinearMLP(nn.Module):
         return self.get_submodule(f"fc{self.depth}")
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the last layer by a new one; there is nothing to pool."""
+        """Replace the last layer by a new one; `global_pool` is ignored, since there is nothing to pool."""
         self._add_classifier(num_classes, **get_device_dtype(self))
 
     def _add_classifier(self, num_classes: int, **placement: Any) -> None:
@@ -67,14 +67,14 @@ class LinearMLP(nn.Module):
         self.add_module(f"fc{self.depth}", head)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` to features `[B, num_features]`."""
+        """Features `[B, num_features]` of images `[B, C, H, W]`."""
         x = x.flatten(1)  # [B, C * H * W]
         for i in range(1, self.depth):
             x = self.get_submodule(f"fc{i}")(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features to logits `[B, num_classes]`."""
+        """Logits `[B, num_classes]` of features `[B, num_features]`; with `pre_logits`, the input of the last layer."""
         return x if pre_logits else self.get_classifier()(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,23 +84,24 @@ class LinearMLP(nn.Module):
 def _refuse_checkpointing(model: nn.Module, enable: bool) -> None:
     if enable:
         raise ValueError(
-            f"Gradient checkpointing has nothing to gain in a {type(model).__name__} of a few layers: leave it off."
+            f"Gradient checkpointing saves hardly any memory in a {type(model).__name__} of a few layers: leave it off."
         )
 
 
 class LeNet(nn.Module):
-    """Two 5x5 convolutions, each with its maximum over 2x2, and two linear layers, as the authors published theirs.
+    """Two 5x5 convolutions, each with 2x2 max pooling, and two linear layers, like the authors' published models.
 
     Args:
-        channels: Numbers of outputs of the convolutions.
-        hidden: Outputs of the first linear layer.
-        num_classes: Outputs of the second; 0 for none.
-        in_chans, img_size: Channels and size of the images `[B, in_chans, *img_size]`; 16 pixels a side at least.
-        drop_rate: Dropout of whole maps after the second convolution, and of features before the last layer; the
-            authors train with 0.5.
+        channels: Numbers of output channels of the two convolutions.
+        hidden: Number of outputs of the first linear layer.
+        num_classes: Number of outputs of the second linear layer; 0 replaces that layer by an identity.
+        in_chans, img_size: Number of channels, and size in pixels, of the images `[B, in_chans, *img_size]`, whose
+            sides have at least 16 pixels.
+        drop_rate: Probability of dropping a whole channel after the second convolution, and a feature before the last
+            layer; the authors train with 0.5.
 
     Raises:
-        ValueError: Images too small for two convolutions.
+        ValueError: `img_size` is too small for the two convolutions.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class LeNet(nn.Module):
         self._add_classifier(num_classes, **placement)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Refuse to trade time for memory, of which these few layers keep hardly any."""
+        """Refuse gradient checkpointing, which saves hardly any memory in so few layers."""
         _refuse_checkpointing(self, enable)
 
     def get_classifier(self) -> nn.Module:
@@ -135,7 +136,7 @@ class LeNet(nn.Module):
         return self.fc2
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the last layer by a new one; there is nothing to pool."""
+        """Replace the last layer by a new one; `global_pool` is ignored, since there is nothing to pool."""
         self._add_classifier(num_classes, **get_device_dtype(self))
 
     def _add_classifier(self, num_classes: int, **placement: Any) -> None:
@@ -143,14 +144,14 @@ class LeNet(nn.Module):
         self.fc2 = nn.Linear(self.num_features, num_classes, **placement) if num_classes else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` to features `[B, num_features]`."""
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # [B, 10, 12, 12] of 28 x 28 pixels
+        """Features `[B, num_features]` of images `[B, C, H, W]`."""
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # [B, 10, 12, 12] for 28 x 28 pixels
         x = F.dropout2d(self.conv2(x), self.drop_rate, self.training)
         x = F.relu(F.max_pool2d(x, 2))  # [B, 20, 4, 4]
         return F.relu(self.fc1(x.flatten(1)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features to logits `[B, num_classes]`."""
+        """Logits `[B, num_classes]` of features `[B, num_features]`; with `pre_logits`, the input of the last layer."""
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.fc2(x)
 
@@ -159,15 +160,16 @@ class LeNet(nn.Module):
 
 
 class CifarResNet(ResNet):
-    """A ResNet for small images: its stem is one 3x3 convolution that keeps the resolution, and no pooling.
+    """A ResNet for small images, whose stem is one 3x3 convolution that keeps the resolution, without pooling.
 
     Args:
-        channels: Numbers of channels of the stages; the first is the stem's as well.
-        **kwargs: timm's of a ResNet.
+        in_chans: Number of channels of the images.
+        channels: Number of channels of each stage; the stem has as many as the first stage.
+        **kwargs: Further arguments of timm's `ResNet`.
     """
 
     def __init__(self, in_chans: int = 3, channels: tuple[int, ...] = (64, 128, 256, 512), **kwargs: Any) -> None:
-        # A deep stem of half the width makes timm expect as many channels after the stem as before the first block.
+        # timm expects 2 * stem_width channels after a deep stem, and always 64 after any other.
         stem: dict[str, Any] = {"stem_type": "deep", "stem_width": channels[0] // 2}
         super().__init__(in_chans=in_chans, channels=channels, **stem, **kwargs)
         device, dtype = kwargs.get("device"), kwargs.get("dtype")
@@ -179,15 +181,17 @@ class CifarResNet(ResNet):
 
 @dataclass(frozen=True)
 class Backbone:
-    """An architecture to register.
+    """An architecture that is registered with timm.
 
     Attributes:
-        build: Its class.
-        input_size: C, H, W of the pixels in [0, 1] that it was trained on, which it takes as they are.
+        build: Class of the model.
+        input_size: Shape `(C, H, W)` of the images that it was trained on; it takes pixels in [0, 1] without
+            normalisation.
         classifier: Name of the last layer.
-        first_conv: Name of the first convolution, if it has one.
-        settings: Arguments of the class.
-        fixed_input_size: Whether it takes images of its size alone.
+        first_conv: Name of the first convolution; None if there is none.
+        settings: Keyword arguments of the class.
+        fixed_input_size: Whether it takes images of `input_size` only.
+        num_classes: Number of classes.
     """
 
     build: Callable[..., nn.Module]
@@ -201,7 +205,7 @@ class Backbone:
 
 MNIST, CIFAR, IMAGENET = (1, 28, 28), (3, 32, 32), (3, 224, 224)
 DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
-"""Of the ResNets, basic blocks in each stage."""
+"""Number of basic blocks in each stage, by the depth of the ResNet."""
 
 
 def _mlp(*widths: int) -> Backbone:
@@ -214,15 +218,15 @@ def _lenet(size: tuple[int, int, int]) -> Backbone:
     return Backbone(LeNet, size, "fc2", "conv1", settings, fixed_input_size=True)
 
 
-def _resnet(depth: int, narrower: int = 1) -> Backbone:
-    channels = tuple(width // narrower for width in (64, 128, 256, 512))
+def _resnet(depth: int, divisor: int = 1) -> Backbone:
+    channels = tuple(width // divisor for width in (64, 128, 256, 512))
     return Backbone(
         CifarResNet, CIFAR, "fc", "conv1", {"block": BasicBlock, "layers": DEPTHS[depth], "channels": channels}
     )
 
 
 def _mixer(blocks: int) -> Backbone:
-    # The paper names the blocks alone; patches and width are ours.
+    # The paper states only the number of blocks; the patch size and the width are chosen here.
     settings = {"img_size": 32, "patch_size": 4, "num_blocks": blocks, "embed_dim": 128}
     return Backbone(MlpMixer, CIFAR, "head", "stem.proj", settings, fixed_input_size=True)
 
@@ -242,36 +246,37 @@ BACKBONES = {
 default_cfgs = generate_default_cfgs(
     {
         name: {
-            "num_classes": row.num_classes,
-            "input_size": row.input_size,
-            "fixed_input_size": row.fixed_input_size,
-            "mean": (0.0,) * row.input_size[0],
-            "std": (1.0,) * row.input_size[0],
+            "num_classes": backbone.num_classes,
+            "input_size": backbone.input_size,
+            "fixed_input_size": backbone.fixed_input_size,
+            "mean": (0.0,) * backbone.input_size[0],
+            "std": (1.0,) * backbone.input_size[0],
             "crop_pct": 1.0,
-            "first_conv": row.first_conv,
-            "classifier": row.classifier,
+            "first_conv": backbone.first_conv,
+            "classifier": backbone.classifier,
             "paper_ids": "arXiv:2410.04577",
         }
-        for name, row in BACKBONES.items()
+        for name, backbone in BACKBONES.items()
     }
 )
 
 
-def _register(name: str, row: Backbone) -> None:
-    """Make an architecture known to timm."""
+def _register(name: str, backbone: Backbone) -> None:
+    """Register an architecture with timm."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        # The filter: a published file may also be given to timm, as pretrained_cfg_overlay=dict(file=FILE).
-        settings = {**row.settings, **kwargs}
-        return build_model_with_cfg(row.build, name, pretrained, pretrained_filter_fn=published, **settings)
+        # With the filter timm can load the authors' files too, given as pretrained_cfg_overlay=dict(file=FILE).
+        settings = {**backbone.settings, **kwargs}
+        return build_model_with_cfg(backbone.build, name, pretrained, pretrained_filter_fn=published, **settings)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = __name__
     entrypoint.__doc__ = (
-        f"{name} of arXiv 2410.04577: pixels {list(row.input_size)} in [0, 1], {row.num_classes} classes."
+        f"{name} of arXiv 2410.04577, for images {list(backbone.input_size)} of pixels in [0, 1] and "
+        f"{backbone.num_classes} classes."
     )
     globals()[name] = register_model(entrypoint)
 
 
-for _name, _row in BACKBONES.items():
-    _register(_name, _row)
+for _name, _backbone in BACKBONES.items():
+    _register(_name, _backbone)

@@ -1,7 +1,7 @@
-"""Statistics re-estimated after reprogramming, from images alone: no labels, no gradient.
+"""Calibration: statistics re-estimated after reprogramming, from images alone, without labels or gradients.
 
-Reprogramming changes the mean and variance of every layer's output, and what follows was made for the old ones. The
-paper leaves them stale; most of the clean accuracy it loses is lost there.
+Reprogramming changes the mean and variance of every layer's output, but the layers that follow were trained for the old
+ones. The paper leaves the stored statistics stale, and most of the clean accuracy that it loses is lost there.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Moments:
-    """Exact mean and variance of everything seen so far, a channel, in float64."""
+    """Exact mean and variance of each channel over all values seen so far, in float64.
+
+    Args:
+        count: Number of values in each channel.
+        mean: Mean of each channel, `[C]`.
+        squares: Sum of squared distances to the mean in each channel, `[C]`.
+    """
 
     def __init__(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        self.count = count
-        self.mean = mean  # [C]
-        self.squares = squares  # [C], sum of squared distances to the mean
+        self.count, self.mean, self.squares = count, mean, squares
 
     @classmethod
     def of(cls, values: Tensor, channel: int) -> Moments:
-        """Moments of `values`, any shape, with its channels in dimension `channel`."""
+        """Moments of `values`, of any shape, whose channels are in dimension `channel`."""
         rows = values.detach().movedim(channel, 0).flatten(1).double()  # [C, n]
         mean = rows.mean(1)
         return cls(rows.shape[1], mean, (rows - mean.unsqueeze(1)).square().sum(1))
@@ -55,10 +59,11 @@ class Moments:
 
 
 class _Site(ABC):
-    """A module of a model that moves, whose input is corrected, and the moments of that input in it and in a reference.
+    """A module at which statistics are corrected, with the moments of its values in two models.
 
-    The reference sees a batch first and leaves one entry a call; the moving model takes them up in the same order, so
-    that both moments always cover the same calls.
+    The *moving* model is the one that is corrected, and the *reference* the one it is compared with. On every batch the
+    reference runs first and leaves the moments of each call of the module. The moving model takes them in the same
+    order, so that both totals always cover the same calls.
     """
 
     channel: int
@@ -73,7 +78,7 @@ class _Site(ABC):
 
     def see_moving(self, values: Tensor) -> None:
         moving = Moments.of(values, self.channel)
-        reference = self.waiting.popleft() if self.waiting else moving  # "scratch" compares with nothing
+        reference = self.waiting.popleft() if self.waiting else moving  # "scratch" has no reference
         self.reference = self.reference + reference if self.reference else reference
         self.moving = self.moving + moving if self.moving else moving
         before, after = self.reference.var, self.moving.var
@@ -82,15 +87,26 @@ class _Site(ABC):
 
     @abstractmethod
     def correct(self, reference: Moments, moving: Moments, growth: Tensor) -> None:
-        """Write the correction for what was seen so far; `growth` is that of the standard deviation, `[C]`."""
+        """Write the correction for all values seen so far.
+
+        Args:
+            reference, moving: Moments in the two models.
+            growth: Standard deviation in the moving model over that in the reference, `[C]`.
+        """
 
     @abstractmethod
     def watch(self, name: str, model: nn.Module, reference: nn.Module) -> list[Any]:
-        """Hooks on the moving model and on the reference, to be removed."""
+        """Register hooks on both models, and return their handles, by which the caller removes them.
+
+        Args:
+            name: Name of the module in both models.
+            model: The moving model.
+            reference: The reference.
+        """
 
 
 class _NormSite(_Site):
-    """A BatchNorm, whose stored statistics move."""
+    """A BatchNorm whose stored statistics are corrected, with the moments of its input."""
 
     channel = 1
 
@@ -118,7 +134,7 @@ class _NormSite(_Site):
 
 
 class _SumSite(_Site):
-    """A reprogrammed layer, whose sum is brought to the plain layer's mean and variance."""
+    """A reprogrammed layer whose sum is brought to the plain layer's moments, with the moments of that sum."""
 
     def __init__(self, layer: Reprogrammed) -> None:
         super().__init__()
@@ -130,12 +146,12 @@ class _SumSite(_Site):
         self.correction.offset.copy_(reference.mean - moving.mean / growth)
 
     def watch(self, name: str, model: nn.Module, reference: nn.Module) -> list[Any]:
-        def see(layer: Any, _: Any, output: Tensor) -> None:
+        def see_sum(layer: Any, _: Any, output: Tensor) -> None:
             bias = 0.0 if layer.bias is None else layer.bias.view(-1, *[1] * (-self.channel - 1))
             self.see_reference(output - bias)
 
         return [
-            reference.get_submodule(name).register_forward_hook(see),
+            reference.get_submodule(name).register_forward_hook(see_sum),
             self.correction.register_forward_pre_hook(lambda _, inputs: self.see_moving(inputs[0])),
         ]
 
@@ -151,30 +167,31 @@ def calibrate_(
     std: tuple[float, ...] | None = None,
     progress: bool = False,
 ) -> Model:
-    """Re-estimate, in place, the statistics that reprogramming made stale. Not in the paper.
+    """Re-estimate, in place, the statistics that reprogramming made stale. The paper does not do this.
 
-    `"relative"` compares, on the same images, the moments in the plain model (m, v) and in the reprogrammed one
-    (m', v'), and moves what is stored by the change alone, so that lambda = 1 changes nothing. With BatchNorm, m and v
-    are those of its input, and
+    `"relative"` compares the mean and variance of the same images in the plain model (m, v) and in the reprogrammed one
+    (m', v'), and changes the stored statistics only by the difference, so that lambda = 1 changes nothing. With
+    BatchNorm, m and v are the moments of its input, and
 
         var <- var * v' / v        mean <- (mean - m) * sqrt(v' / v) + m'
 
-    A model without any BatchNorm has the sum of each reprogrammed layer brought to the plain layer's mean and variance,
-    by one factor and one summand an output (`layer.correction`).
-    `"scratch"` forgets the stored BatchNorm statistics and takes those of the images given. It costs an adversarially
+    In a model without any BatchNorm, the sum of each reprogrammed layer is brought to the plain layer's mean and
+    variance by one factor and one summand per output channel (`layer.correction`).
+    `"scratch"` replaces the stored BatchNorm statistics by those of the given images. It costs an adversarially
     trained model its robustness, since the statistics of such a model came from attacked images.
 
     The moments are exact over the whole loader, whatever its batch size. Layers are corrected while the images pass,
-    so that later ones see corrected inputs; the larger the batches, the better the correction the first of them see.
-    Calling it again starts over from the plain model's statistics, which stay in the model, and :func:`restore_` brings
-    them back. Training modes are kept. A calibrated model is carried by `save_pretrained` and by its state dict, the
-    plain model's statistics included.
+    so that later layers see corrected inputs; the larger the batches, the better the corrections in the first of them.
+    A second call starts again from the plain model's statistics, which stay in the model; :func:`restore_` brings them
+    back. Training modes are kept. Both `save_pretrained` and the state dict preserve the calibration and the plain
+    model's statistics.
 
     Args:
         model: A reprogrammed model.
-        loader: Batches of pixels `[B, C, H, W]` in [0, 1], or tuples that start with one. A thousand images are enough.
-        mode: `"relative"` or `"scratch"`.
-        mean, std: The model's normalisation, one number a channel; by default timm's for this model, and none for a
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1], or of tuples that start with such pixels. A thousand images
+            are enough.
+        mode: `"relative"` or `"scratch"`, as described above.
+        mean, std: The model's normalisation, one number per channel; by default timm's for this model, and none for a
             model that is not timm's.
         progress: Whether to show a progress bar.
 
@@ -183,33 +200,33 @@ def calibrate_(
 
     Raises:
         ValueError: The model is not reprogrammed, the loader is empty or gives no pixels in [0, 1], or "scratch" finds
-            no BatchNorm. After any error, also one from the loader, the model is as it was before calibration.
+            no BatchNorm. After any error, one from the loader included, the model is as it was before calibration.
 
     Example:
-        >>> calibrate_(reprogram_(model, NRPMConfig(lam=0.5)), loader)
+        >>> model = calibrate_(reprogram_(model, NRPMConfig(lam=0.5)), training_loader)
     """
     if mode not in ("relative", "scratch"):
         raise ValueError(f'mode={mode!r} is not known: choose "relative" or "scratch".')
     record_of(model)
     subject = subject_of(model, mean, std)
-    ours, net = subject.model, subject.on_pixels()
-    check_gradients(ours)  # nor could its statistics be moved
-    layers, norms = reprogrammed_layers(ours), norms_of(ours)
+    inner, net = subject.model, subject.on_pixels()
+    check_gradients(inner)  # statistics made under torch.inference_mode cannot be changed in place either
+    layers, norms = reprogrammed_layers(inner), norms_of(inner)
     if mode == "scratch" and not norms:
         raise ValueError('mode="scratch" re-estimates BatchNorm statistics, and this model has none: use "relative".')
     images = track(pixels_of(loader), "Calibrating", total=count_of(loader), disable=not progress, console=CONSOLE)
-    if norms and not is_settled(ours):  # the loader may be one that gives its images once
-        images = _Kept(images)
-        settle_(ours, plain_of(net, images).model)
-    uncalibrate_(ours)
-    plain = alike(plain_copy(ours), net)
+    if norms and not is_settled(inner):  # two passes are needed, and the loader may give its images only once
+        images = _CachedBatches(images)
+        settle_(inner, plain_of(net, images).model)
+    uncalibrate_(inner)
+    plain = alike(plain_copy(inner), net)
     sites: dict[str, _Site] = {name: _NormSite(norm, mode) for name, norm in norms.items()}
     active = {} if norms else {name: layer for name, layer in layers.items() if not layer.is_plain()}
     sites |= {name: _SumSite(layer) for name, layer in active.items()}
     try:
         _pass(net, plain if mode == "relative" else None, sites, plain.model, images)
     except BaseException:
-        uncalibrate_(ours)
+        uncalibrate_(inner)
         raise
     return model
 
@@ -217,25 +234,25 @@ def calibrate_(
 @torch.inference_mode(False)
 @torch.no_grad()
 def plain_of(net: PixelModel, loader: Iterable[Any], trained: Collection[str] | None = None) -> PixelModel:
-    """The plain model of a reprogrammed one, with statistics that fit its weights.
+    """The plain model of a reprogrammed one, with BatchNorm statistics that fit its weights.
 
-    They are those that the plain model had. Where weights were trained since, they are the reprogrammed model's own,
-    moved by the change that lambda = 1 makes, as `calibrate_` moves them the other way.
+    The statistics are those that the plain model had. Where weights were trained since, they are those of the
+    reprogrammed model, corrected for the change back to lambda = 1 as `calibrate_` corrects for the change from it.
 
     Args:
         net: The reprogrammed model on pixels.
-        loader: As for :func:`calibrate_`; looked at only where weights were trained.
-        trained: Names of the BatchNorms whose statistics training moved; by default those whose statistics differ from
-            the plain model's. The others keep these.
+        loader: The same as in :func:`calibrate_`; it is read only if weights were trained.
+        trained: Names of the BatchNorms whose statistics training changed; by default those whose statistics differ
+            from the plain model's. All others keep the plain model's statistics.
     """
     known = complete(net.model)
     plain = alike(plain_copy(net.model, kept=known), net)
     if is_settled(net.model):
         return plain
-    theirs = norms_of(net.model)
+    norms = norms_of(net.model)
     sites: dict[str, _Site] = {}
     for name, norm in norms_of(plain.model).items():
-        now = {key: theirs[name]._buffers[key] for key in KEPT[:2]}
+        now = {key: norms[name]._buffers[key] for key in KEPT[:2]}
         differs = any(not torch.equal(norm._buffers[key], now[key]) for key in now)  # type: ignore[arg-type]
         moved = name in trained if trained is not None else differs or not known
         if moved:
@@ -251,14 +268,22 @@ def _pass(
     moving: PixelModel,
     reference: PixelModel | None,
     sites: Mapping[str, _Site],
-    beside: nn.Module,
+    reference_module: nn.Module,
     images: Iterable[Tensor],
 ) -> None:
-    """Let images pass through both models, while the sites of the first follow the change from the second."""
-    hooks = [hook for name, site in sites.items() for hook in site.watch(name, moving.model, beside)]
+    """Run images through both models, and correct the moving one at each site as it is called.
+
+    Args:
+        moving: The model that is corrected.
+        reference: The model that it is compared with; None runs the moving model alone.
+        sites: Places of the corrections, by the name of the module.
+        reference_module: The module of the reference, which gets hooks even if it is not run.
+        images: Batches of pixels `[B, C, H, W]`.
+    """
+    hooks = [hook for name, site in sites.items() for hook in site.watch(name, moving.model, reference_module)]
     seen = 0
     try:
-        with evaluating(moving.model), evaluating(beside):
+        with evaluating(moving.model), evaluating(reference_module):
             for pixels in images:
                 pixels = pixels.to(moving.mean.device)
                 if reference is not None:
@@ -272,13 +297,13 @@ def _pass(
         raise ValueError("The loader gave no images: calibration needs at least one batch.")
 
 
-class _Kept:
-    """Batches that are given once, and again from memory."""
+class _CachedBatches:
+    """Batches that are read once, and kept in memory for further passes."""
 
     def __init__(self, batches: Iterable[Tensor]) -> None:
-        self.batches, self.kept = batches, list[Tensor]()
+        self.batches, self.cached = batches, list[Tensor]()
 
     def __iter__(self) -> Iterator[Tensor]:
-        if not self.kept:
-            self.kept += self.batches
-        return iter(self.kept)
+        if not self.cached:
+            self.cached += self.batches
+        return iter(self.cached)

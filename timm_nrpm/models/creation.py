@@ -1,4 +1,4 @@
-"""Plain timm models, created by timm from a name or from its two files, with one clear error where that fails."""
+"""Plain timm models, created from a name or from timm's two files, with one clear error where that fails."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from timm_nrpm.models.downloads import is_lost_connection
 from timm_nrpm.models.network import network_error_of, patience
 
 TIMM_FILES = ("config.json", "model.safetensors")
-"""What timm saves a model in."""
+"""Names of the files in which timm saves a model: its config and its weights."""
 
 
 LARGEST_CONFIG = 16 << 20
-"""Bytes of a config: the largest have the names of 22 thousand classes."""
+"""Largest size of a config in bytes; the largest known ones name 22 thousand classes."""
 
 
 LARGEST_IMAGE = 1 << 23
-"""Numbers of an image: three channels of 1672x1672."""
+"""Largest number of values in one image, which is three channels of 1672x1672 pixels."""
 
 
 ABOUT_IMAGES = (
@@ -41,11 +41,11 @@ ABOUT_IMAGES = (
     *("test_pool_size", "first_conv", "classifier", "license", "description", "origin_url", "paper_name", "paper_ids"),
     *("notes", "tag", "architecture"),
 )
-"""Of timm's pretrained config, what does not say where to read from."""
+"""Keys of timm's pretrained config that a stranger may set, since they do not say where to read weights from."""
 
 
 def brings_weights(kwargs: Mapping[str, Any]) -> bool:
-    """Whether arguments of timm's create_model say where weights are, so that the model's name does not."""
+    """Whether arguments of timm's `create_model` say where the weights are, so that the model's name does not."""
     overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
     return any(kwargs.get(key) for key in ("checkpoint_path", "pretrained_cfg")) or any(
         overlay.get(key) for key in ("file", "url", "state_dict")
@@ -53,9 +53,9 @@ def brings_weights(kwargs: Mapping[str, Any]) -> bool:
 
 
 def check_name(name: str) -> None:
-    """Raise a ValueError for a name that timm does not know, with near ones."""
+    """Raise a ValueError that suggests similar names if timm does not know `name`."""
     if ":" in name or "/" in name:
-        return  # a source, which timm checks itself
+        return  # a source such as hf-hub:owner/name, which timm checks itself
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(exclude_filters="nrpm_*"), n=3)
@@ -67,10 +67,16 @@ def check_name(name: str) -> None:
 
 
 def create_plain(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with one clear error where the weights cannot be had.
+    """Call `timm.create_model`, with one clear error if the weights cannot be loaded.
+
+    Args:
+        name: Name of a model, with or without a tag, or a source such as `hf-hub:owner/name`.
+        pretrained: Whether to load pretrained weights.
+        **kwargs: Further arguments of `timm.create_model`.
 
     Raises:
-        ValueError: An unknown name; near ones are suggested.
+        ValueError: timm does not know the name; the message suggests similar ones.
+        FileNotFoundError: There is no file at `checkpoint_path`.
         WeightsUnavailable: The weights can be neither downloaded nor found on this machine.
     """
     check_name(name)
@@ -85,11 +91,11 @@ def create_plain(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         if isinstance(error, WeightsUnavailable) or not (isinstance(error, unreachable) or is_lost_connection(error)):
             raise
         reason = str(network_error_of(error) or error).strip().split("\n")[0].rstrip(".")
-    raise WeightsUnavailable(unavailable(name, reason))  # the client's own errors are pages long
+    raise WeightsUnavailable(unavailable(name, reason))  # without the client's own error, which is pages long
 
 
 def unavailable(name: str, reason: str) -> str:
-    """What to say of weights that cannot be had."""
+    """The message for pretrained weights that cannot be loaded for a given reason."""
     return (
         f"The pretrained weights of {name} can be neither downloaded nor found in the cache ({reason}). "
         "Connect to the network once, or point to a copy: checkpoint_path=FILE with pretrained=False, or "
@@ -98,14 +104,20 @@ def unavailable(name: str, reason: str) -> str:
 
 
 def from_timm_files(config: Path, weights: Path, kwargs: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
-    """The model in timm's two files, which do not get to say where else to read from.
+    """Build the model that timm's two files hold, and read nothing else, whatever the config names.
+
+    Args:
+        config: Path of timm's config.
+        weights: Path of the safetensors file.
+        kwargs: Further arguments of `timm.create_model`.
+        dtype: The dtype of the model; None for timm's default.
 
     Raises:
-        ValueError: They are no such files.
+        ValueError: `config` is not the config of a plain timm model.
     """
     content = json.loads(config.read_text())
     if not isinstance(content, dict) or not isinstance(content.get("pretrained_cfg"), dict):
-        raise ValueError(f"{config.name} is no model's: it has no pretrained_cfg.")
+        raise ValueError(f"{config.name} is not the config of a timm model: it has no pretrained_cfg.")
     if not timm.is_model(str(content.get("architecture"))) or content["architecture"].startswith("nrpm_"):
         raise ValueError(f"{config.name} names architecture {content.get('architecture')!r}, which timm does not know.")
     content["pretrained_cfg"] = {k: v for k, v in content["pretrained_cfg"].items() if k in ABOUT_IMAGES}
@@ -113,7 +125,7 @@ def from_timm_files(config: Path, weights: Path, kwargs: Mapping[str, Any], dtyp
         (Path(folder) / TIMM_FILES[0]).write_text(json.dumps(content))
         try:
             (Path(folder) / TIMM_FILES[1]).symlink_to(weights.resolve())
-        except OSError:  # where only an administrator may make links
+        except OSError:  # on systems where only an administrator may create links
             shutil.copy(weights, Path(folder) / TIMM_FILES[1])
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, dtype=dtype, **kwargs)
     cfg: Any = model.pretrained_cfg
@@ -123,7 +135,7 @@ def from_timm_files(config: Path, weights: Path, kwargs: Mapping[str, Any], dtyp
 
 
 def check_image_size(model: nn.Module) -> None:
-    """Raise a ValueError if a stranger's model wants images so large that one fills the memory."""
+    """Raise a ValueError if a stranger's model takes images so large that one could fill the memory."""
     size = get_model_input_config(model)["input_size"]
     if math.prod(size) > LARGEST_IMAGE:
-        raise ValueError(f"its images have {list(size)} numbers, and {LARGEST_IMAGE} are the most.")
+        raise ValueError(f"its images of shape {list(size)} hold more than {LARGEST_IMAGE} numbers, the limit.")

@@ -1,4 +1,4 @@
-"""What comes from the Hub and goes there: calls that wait, try again and end in one clear error.
+"""Calls to the Hub that wait, try again and end in one clear error, and downloads that are verified.
 
 The Hub's client gives up at once on some failures, and does not compare what it downloads with its hash.
 """
@@ -37,59 +37,59 @@ WAITS = (1.0, 2.0, 4.0)
 """Seconds between attempts."""
 
 PASSING = (408, 429, 500, 502, 503, 504)
-"""Answers that may be others a moment later."""
+"""HTTP status codes of failures that may pass, so that the call is tried again."""
 
 REPO_ID = re.compile(r"\w[\w.-]{0,99}/\w[\w.-]{0,99}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether a request failed before its answer was complete, so that nobody knows what became of it."""
+    """Whether a request failed before its answer was complete, so that its effect is unknown."""
     return isinstance(error, (HTTP.TransportError, HTTP.StreamError, ConnectionError, TimeoutError))
 
 
 def is_garbled(error: BaseException) -> bool:
-    """Whether the client stumbled over an answer that arrived damaged."""
-    # The client has no error of its own for this: a ValueError with these words.
+    """Whether the client failed on an answer that arrived damaged."""
+    # The client has no error class for this: it raises a ValueError with these words.
     if isinstance(error, ValueError) and re.search("improperly formatted|[Mm]alformed response", str(error)):
         return True
     return isinstance(error, (LookupError, TypeError, AttributeError, json.JSONDecodeError))
 
 
 def is_upload(error: BaseException) -> bool:
-    """Whether the client failed to upload one large file, for a reason that it keeps as the cause."""
+    """Whether the client failed to upload a large file; the reason is the error's `__cause__`."""
     return type(error) is RuntimeError and error.__cause__ is not None
 
 
 def is_closed(error: BaseException) -> bool:
-    """Whether the connection that all threads share was closed by another, which lost its own."""
-    # The HTTP library has no error of its own for this.
+    """Whether another thread lost its connection and closed the client that all threads share."""
+    # The HTTP library has no error class for this.
     return type(error) is RuntimeError and "client has been closed" in str(error)
 
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same call may succeed a moment later."""
     if isinstance(error, OfflineModeIsEnabled):
-        return False  # although it is a ConnectionError
+        return False  # it is a ConnectionError, but one that stays
     if is_upload(error) or is_closed(error):
-        return True  # whatever it was: its address may have been damaged, or its time over
+        return True  # whatever the reason is: the address of an upload may arrive damaged, or expire
     if isinstance(error, HfHubHTTPError):
         return getattr(error.response, "status_code", None) in PASSING
     return is_lost_connection(error) or is_garbled(error)
 
 
 def insist(what: str, call: Callable[[], Result], *, token: str | bool | None = None) -> Result:
-    """What `call` gives, tried up to four times while its failure may pass.
+    """Return what `call` returns, after up to four attempts while its failure may pass.
 
     Args:
-        what: It does, for the message: "Downloading me/x".
-        call: Talks to the Hub, and may be repeated without harm.
-        token: Is cut out of messages, should a server repeat it.
+        what: The action named in messages, such as "Downloading me/x".
+        call: Function that talks to the Hub and can be repeated without harm.
+        token: Token that is removed from messages, in case a server repeats it.
 
     Raises:
-        NotOnHub: There is no such thing.
-        Unreachable: The Hub does not answer, or not now.
-        HubError: Anything else.
+        NotOnHub: The Hub has no such repository, revision or file, or does not show it.
+        Unreachable: The Hub does not answer, or not at the moment.
+        HubError: The call failed for another reason.
     """
     for wait in (*WAITS, None):
         try:
@@ -97,29 +97,34 @@ def insist(what: str, call: Callable[[], Result], *, token: str | bool | None = 
                 return call()
         except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             if wait is None or not may_pass(error):
-                raise told(what, error, token) from None  # its own text may be long, and hold what is not to be seen
+                raise hub_error(what, error, token) from None  # the client's text may be long and hold secrets
         except Exception as error:
             if not may_pass(error):
                 raise
             if wait is None:
-                raise told(what, error, token) from None
-        say(f"{what} failed for now, and is tried again in {wait:g} s.")
+                raise hub_error(what, error, token) from None
+        say(f"{what} failed, and is tried again in {wait:g} s.")
         time.sleep(wait)
     raise AssertionError("unreachable")
 
 
-def told(what: str, error: BaseException, token: str | bool | None = None) -> HubError:
-    """The error that says it in one message."""
+def hub_error(what: str, error: BaseException, token: str | bool | None = None) -> HubError:
+    """The HubError that describes a failure of the Hub's client in one line.
+
+    Args:
+        what, token: The same as in :func:`insist`.
+        error: The error that the client raised.
+    """
     if is_upload(error) and error.__cause__ is not None:
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     kind: type[HubError] = HubError
     if isinstance(error, GatedRepoError):
-        kind, why = NotOnHub, "its owner lets in who asked: accept the conditions on its page, and give a token"
+        kind, why = NotOnHub, "its owner grants access on request: accept the conditions on its page, and give a token"
     elif isinstance(error, RevisionNotFoundError):
         kind, why = NotOnHub, "there is no such revision: give a branch, a tag, a commit or refs/pr/1"
     elif isinstance(error, RepositoryNotFoundError):
-        kind, why = NotOnHub, "there is no such repository, or it is private: give token=, or log in by `hf auth login`"
+        kind, why = NotOnHub, "there is no such repository, or it is private: give token=, or run `hf auth login`"
     elif isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         kind = Unreachable
         network = network_error_of(error)
@@ -128,48 +133,48 @@ def told(what: str, error: BaseException, token: str | bool | None = None) -> Hu
         elif network is not None:
             why = f"{network}, and the cache does not hold it: connect to the network once"
         elif isinstance(error.__cause__, FileMetadataError):
-            why = "what HF_ENDPOINT names does not answer like the Hub"
+            why = "the server that HF_ENDPOINT names does not answer like the Hub"
         else:
             why = "the Hub cannot be reached, and the cache does not hold it: connect to the network once"
     elif isinstance(error, EntryNotFoundError):
         kind, why = NotOnHub, "there is no such file"
     elif status == 401:
-        why = "the token is not valid: give another, or log in by `hf auth login`"
+        why = "the token is not valid: give another, or run `hf auth login`"
     elif status == 403:
-        why = f"this token may not do that ({_said(error)}): give one that may write there"
+        why = f"this token may not do that ({_server_message(error)}): give one that may write there"
     elif isinstance(error, HfHubHTTPError):
-        why = f"the Hub answered {status} ({_said(error)})"
+        why = f"the Hub answered {status} ({_server_message(error)})"
         if may_pass(error):
             kind, why = Unreachable, f"{why}: try again later"
     elif is_lost_connection(error) or is_closed(error):
         kind, why = Unreachable, f"the connection broke or no answer came ({type(error).__name__}): try again later"
     elif is_garbled(error):
-        kind, why = Unreachable, "its answer arrived damaged: try again later"
+        kind, why = Unreachable, "the Hub's answer arrived damaged: try again later"
     else:
-        why = _said(error)
+        why = _server_message(error)
     text = f"{what} failed: {why}."
     for secret in (token if isinstance(token, str) else None, *re.findall(r"hf_\w{8,}", text)):
         text = text.replace(secret, "***") if secret else text
     return kind(text)
 
 
-def _said(error: BaseException) -> str:
-    """What the server said, in one line."""
+def _server_message(error: BaseException) -> str:
+    """What the server answered, or else the error's own text, in one line of at most 200 characters."""
     text = str(getattr(error, "server_message", None) or error)
-    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)  # an address in the storage is as good as a key
+    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)  # the query of a storage address grants access
     return " ".join(str(text).split())[:200].rstrip(". ") or type(error).__name__
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the Hub, to read from.
+    """A repository on the Hub from which files are read.
 
     Args:
-        repo_id: `owner/name`.
-        revision: A branch, tag, commit or `refs/pr/1`; the default is `main`.
-        cache_dir: Where downloads are kept; the default is the Hub's own cache.
-        token: To read what is private; by default the one logged in with.
-        local_files_only: Whether to take what is in the cache and ask nobody.
+        repo_id: Id of the repository, `owner/name`.
+        revision: Branch, tag, commit or `refs/pr/1`; the default is `main`.
+        cache_dir: Folder for downloads; the default is the Hub's own cache.
+        token: Token that can read the repository if it is private; the default is the one that is logged in.
+        local_files_only: Whether to read only from the cache, without any request.
 
     Example:
         >>> path = Repository("timm/resnet18.a1_in1k").fetch("config.json", at_most=1 << 20)
@@ -185,17 +190,17 @@ class Repository:
         return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
 
     def fetch(self, name: str, at_most: int | None = None) -> Path:
-        """The file's path in the cache, where it is put if it is not there.
+        """Path of a file in the cache, to which it is downloaded if it is not there.
 
-        What the cache has under a name made of its hash is compared with that, and downloaded once more if it differs.
+        A cached file that is named by its hash is compared with that, and downloaded once more if it differs.
 
         Args:
-            name: In the repository.
-            at_most: Bytes; a larger file is refused before it is downloaded.
+            name: Path of the file in the repository.
+            at_most: Largest size in bytes; a larger file is refused before it is downloaded. None allows any size.
 
         Raises:
-            NotOnHub: It is not there.
-            HubError: It cannot be had, or is too large.
+            NotOnHub: The file is not in the repository.
+            HubError: The file cannot be downloaded, or is too large.
         """
         local, size = self.local_files_only or self._is_cached(name), None
         if at_most is not None and not local:
@@ -213,7 +218,12 @@ class Repository:
         return path
 
     def at(self, path: Path, name: str) -> Repository:
-        """The same at the commit that `name` was fetched from, so that all files are of one."""
+        """This repository at the commit that a file was fetched from, so that all further files are of that commit.
+
+        Args:
+            path: Path that :meth:`fetch` returned.
+            name: Path of that file in the repository.
+        """
         commit = path.parts[-1 - len(Path(name).parts)]
         return replace(self, revision=commit) if COMMIT.fullmatch(commit) else self
 
@@ -232,16 +242,16 @@ class Repository:
             except RuntimeError as error:
                 if is_closed(error):
                     raise
-                raise ConnectionError(str(error)) from error  # of xet, which says so whatever happened
+                raise ConnectionError(str(error)) from error  # xet raises it for any failure
             except ValueError as error:
                 if not force:
                     raise
-                raise error.__cause__ or ConnectionError(str(error)) from None  # the client's words for any failure
+                raise error.__cause__ or ConnectionError(str(error)) from None  # the client raises it for any failure
 
         return Path(self._do(f"Downloading {name} of {self}", download))
 
     def _is_cached(self, name: str) -> bool:
-        """Whether the cache has the file of that very commit, so that nobody need be asked."""
+        """Whether the revision is a commit and its file is in the cache, so that no request is needed."""
         if not COMMIT.fullmatch(self.revision or ""):
             return False
         return isinstance(try_to_load_from_cache(self.repo_id, name, self.cache_dir, self.revision), str)
@@ -250,8 +260,8 @@ class Repository:
         url = hf_hub_url(self.repo_id, name, revision=self.revision)
         return self._do(f"Looking for {name} in {self}", lambda: get_hf_file_metadata(url, token=self.token)).size
 
-    def _do(self, what: str, call: Callable[[], Result]) -> Result:
-        return insist(what, call, token=self.token)
+    def _do(self, action: str, call: Callable[[], Result]) -> Result:
+        return insist(action, call, token=self.token)
 
     def _check_size(self, name: str, size: int | None, at_most: int | None) -> None:
         if at_most is not None and size is not None and size > at_most:
@@ -259,18 +269,18 @@ class Repository:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file of the Hub's cache is what its name there says, the hash that git or LFS gives it."""
-    # Not further than one link: what that leads to may be shared, and named by another hash.
-    named = Path(os.readlink(path)).name if path.is_symlink() else ""
-    if len(named) == 64:
-        return sha256_of(path) == named
-    if len(named) == 40:
-        return git_hash(path.read_bytes()) == named
+    """Whether a file of the Hub's cache matches its name there, the hash of git or LFS; True if its name is no hash."""
+    # Only one link is followed: its target may be a link to a shared file, which is named by another hash.
+    expected = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if len(expected) == 64:
+        return sha256_of(path) == expected
+    if len(expected) == 40:
+        return git_hash(path.read_bytes()) == expected
     return True
 
 
 def sha256_of(file: Path) -> str:
-    """Hash of a file's bytes."""
+    """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):

@@ -1,12 +1,12 @@
-"""Variants on disk: safetensors and JSON, nothing that executes; docs/format.md says what they hold.
+"""The format of variants on disk: safetensors and JSON, nothing executable; docs/format.md specifies it.
 
 A *lambda-only* folder holds a few kilobytes and names its base model; a *full* folder also holds the weights, in timm's
 own format, so that plain timm can load them as the un-reprogrammed model.
 
     nrpm_config.json      format, base, settings, layers; sha256 of the model, the other files and itself
     nrpm.safetensors      lambdas, calibrated statistics
-    config.json           timm's; full: of the plain model; lambda-only: of the `nrpm_*` architecture
-    model.safetensors     full: timm's
+    config.json           timm's config, of the plain model (full) or of the `nrpm_*` architecture (lambda-only)
+    model.safetensors     weights of the plain model in timm's format (full)
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ KEYS = ("format", "base", "settings", "layers", "model", "files", "sha256")
 SETTINGS = tuple(f.name for f in fields(NRPMConfig) if f.name not in ("lam", "layers"))
 HASH = re.compile(r"[0-9a-f]{64}")
 LARGEST = {CONFIG: LARGEST_CONFIG, TENSORS: 256 << 20, TIMM_FILES[0]: LARGEST_CONFIG, "evaluation.json": 64 << 20}
-"""Bytes that a file may have: a stranger's is not read, or downloaded, beyond that."""
+"""Largest size of each file in bytes; a larger one is neither downloaded nor read."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The checked contents of a folder, before any model is built.
+    """The checked contents of a variant's folder, before any model is built.
 
     Attributes:
-        base: The plain model.
-        config: How the base is reprogrammed: the layers by name, in the order the model calls them, each with its
-            lambda.
-        tensors: What else it adds to its base: corrections and moved statistics.
-        model: :func:`timm_nrpm.models.reprogramming.model_sha256` of the whole.
-        files: sha256 of every other file.
+        base: Origin of the plain model.
+        config: Settings by which the base is reprogrammed, with the name and lambda of each layer in the order the
+            model calls them.
+        tensors: All else that the variant adds to its base, by name: corrections and changed statistics.
+        model: :func:`timm_nrpm.models.reprogramming.model_sha256` of the reprogrammed model.
+        files: SHA-256 of every other file, by the name of the file.
     """
 
     base: Base
@@ -61,12 +61,12 @@ class Variant:
 
     @property
     def is_full(self) -> bool:
-        """Whether the weights are in it."""
+        """Whether the variant holds the weights."""
         return TIMM_FILES[1] in self.files
 
     @property
     def lams(self) -> dict[str, float]:
-        """Lambda of every reprogrammed layer, in the order the model calls them."""
+        """Lambda of every reprogrammed layer by name, in the order the model calls them."""
         assert isinstance(self.config.lam, dict)
         return self.config.lam
 
@@ -75,12 +75,12 @@ class Variant:
         """Read and check a variant.
 
         Args:
-            find: Gives the path of a file by its name.
-            where: They are, for messages.
-            weights: Whether those of a full variant are looked at as well.
+            find: Function from the name of a file to its path.
+            where: Folder or repository as error messages name it.
+            weights: Whether the weights file of a full variant is checked as well.
 
         Raises:
-            BrokenVariant: A file is missing, damaged, of a later format, or holds what no variant does.
+            BrokenVariant: A file is missing, damaged, of a later format, or holds something that no variant holds.
         """
         content = parse_config(find(CONFIG), where)
         for name, expected in content["files"].items():
@@ -99,21 +99,20 @@ class Variant:
             settings = content["settings"]
             config = NRPMConfig(**settings, lam=lams, layers=tuple(lams))
             if checksum_of(settings) != checksum_of({name: getattr(config, name) for name in SETTINGS}):
-                raise ValueError(f"its settings {settings} hold whole numbers where others belong.")
+                raise ValueError(f"its settings {settings} hold an integer where a float is required, or the reverse.")
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise BrokenVariant(f"{where} holds no variant that this version can read: {error}") from error
         return cls(base, config, tensors, content["model"], content["files"])
 
     def build(self, find: Callable[[str], Path], plain: Callable[[], nn.Module], where: str) -> nn.Module:
-        """The model: the same layers, lambdas and statistics on the same weights.
+        """Build the saved model: the same layers, lambdas and statistics on the same weights.
 
         Args:
-            find: As for :meth:`read`.
-            plain: Gives the plain model where the weights are not in the variant.
-            where: It is, for messages.
+            find, where: The same as in :meth:`read`.
+            plain: Function that makes the plain model; it is called if the variant does not hold the weights.
 
         Raises:
-            BrokenVariant: It does not fit its base, or gives another model than was saved.
+            BrokenVariant: The variant does not fit its base, or gives another model than was saved.
             timm_nrpm.errors.WrongBase: The base has other weights.
         """
         try:
@@ -127,23 +126,31 @@ class Variant:
             check_image_size(model)
         except (HubError, WrongBase):
             raise
-        except Exception as error:  # whatever timm makes of arguments that somebody made up
-            said = error if type(error) is ValueError else repr(error)
-            raise BrokenVariant(f"{where} holds no model that timm can build: {said}") from error
+        except Exception as error:  # timm may raise anything for arguments that a stranger made up
+            reason = error if type(error) is ValueError else repr(error)
+            raise BrokenVariant(f"{where} holds no model that timm can build: {reason}") from error
         return self.install(model, where)
 
     def install(self, base: nn.Module, where: str) -> nn.Module:
-        """Reprogram the plain model, in place; after an error it is plain again."""
+        """Reprogram the plain model, in place, and return it in evaluation mode; after an error it is plain again.
+
+        Args:
+            base: The plain model.
+            where: The same as in :meth:`read`.
+
+        Raises:
+            BrokenVariant: The variant does not fit the model, or gives another model than was saved.
+        """
         try:
-            unknown = set(self.lams) - {name for name, _ in base.named_modules()}  # which globs are as well
+            unknown = set(self.lams) - {name for name, _ in base.named_modules()}  # a glob counts as unknown, too
             if unknown:
                 raise BrokenVariant(f"{where} does not fit its base: it has no layers {sorted(unknown)[:3]}.")
             reprogram_(base, self.config)
             record_of(base).base = self.base
-            found = set(reprogrammed_layers(base))
-            if found != set(self.lams):
+            layers = set(reprogrammed_layers(base))
+            if layers != set(self.lams):
                 raise BrokenVariant(
-                    f"{where} does not fit its base: layers {sorted(found ^ set(self.lams))[:3]} differ."
+                    f"{where} does not fit its base: layers {sorted(layers ^ set(self.lams))[:3]} differ."
                 )
             _install(base, self.tensors, where)
             if model_sha256(base) != self.model:
@@ -157,10 +164,14 @@ class Variant:
 
 
 def parse_config(path: Path, where: str) -> dict[str, Any]:
-    """A variant's config, without its own hash, which was checked.
+    """The checked content of a variant's config, without its own hash.
+
+    Args:
+        path: Path of the config.
+        where: The same as in :meth:`Variant.read`.
 
     Raises:
-        BrokenVariant: It is none.
+        BrokenVariant: The file was changed, is of a later format, or is not the config of a variant.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
@@ -184,10 +195,10 @@ def parse_config(path: Path, where: str) -> dict[str, Any]:
     allowed = [{TENSORS}, {TENSORS, TIMM_FILES[0]}, {TENSORS, *TIMM_FILES}]
     hashes = files.values() if isinstance(files, dict) else [None]
     if not all(isinstance(value, str) and HASH.fullmatch(value) for value in [*hashes, content["model"]]):
-        raise BrokenVariant(f"{CONFIG} of {where} holds hashes that are none: save the variant anew.")
+        raise BrokenVariant(f"{CONFIG} of {where} holds something else than SHA-256 hashes: save the variant anew.")
     if set(files) not in allowed:
         raise BrokenVariant(
-            f"{CONFIG} of {where} vouches for {sorted(files)}, and a variant has {sorted(allowed[-1])}."
+            f"{CONFIG} of {where} has hashes of {sorted(files)}, and a variant of {sorted(allowed[-1])}."
         )
     if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
         raise BrokenVariant(f"{CONFIG} of {where} has other settings than {', '.join(SETTINGS)}: update timm_nrpm.")
@@ -197,7 +208,7 @@ def parse_config(path: Path, where: str) -> dict[str, Any]:
 
 
 def _take_types_(model: nn.Module, weights: Path) -> None:
-    """Give each tensor of a model the type that it has in the file of its weights: some models have several."""
+    """Give each tensor of a model the dtype that it has in the weights file, since some models have several."""
     tensors = load_file(weights)
     for name, value in model.state_dict(keep_vars=True).items():
         if name in tensors and tensors[name].dtype != value.dtype and tensors[name].shape == value.shape:
@@ -205,6 +216,7 @@ def _take_types_(model: nn.Module, weights: Path) -> None:
 
 
 def _refuse(constant: str) -> None:
+    """Raise a ValueError for NaN and Infinity, which are no JSON."""
     raise ValueError(f"{constant} is no number")
 
 
@@ -215,7 +227,7 @@ def _is_list_of_names(layers: Any) -> bool:
 
 
 def _lam(tensor: Tensor | None, layer: str) -> float:
-    """The lambda of a layer."""
+    """Return the lambda of a layer, or raise a ValueError."""
     if tensor is None or tensor.ndim or not tensor.is_floating_point():
         raise ValueError(f"{layer} has no lambda.")
     if not 0 <= (lam := float(tensor)) <= 1:
@@ -225,11 +237,11 @@ def _lam(tensor: Tensor | None, layer: str) -> float:
 
 PARTNERS = {"correction.gain": "correction.offset", "running_mean": "running_var"}
 PARTNERS |= {second: first for first, second in PARTNERS.items()}
-"""Tensors that stand in a variant together or not at all."""
+"""Ends of the names of two tensors that a variant holds together or not at all."""
 
 
 def check_tensors(tensors: dict[str, Tensor], layers: dict[str, float]) -> None:
-    """Raise a ValueError for what no calibration writes: other names, halves of pairs, values that are no numbers."""
+    """Raise a ValueError for tensors that no calibration writes: other names, halves of pairs, non-finite values."""
     for name, tensor in tensors.items():
         key = next((key for key in PARTNERS if name.endswith(f".{key}")), None)
         if key is None or name.removesuffix(key) + PARTNERS[key] not in tensors:
@@ -237,7 +249,7 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, float]) -> None:
         if name.rpartition(".correction.")[1] and name.rpartition(".correction.")[0] not in layers:
             raise ValueError(f"{name} corrects a layer that is not reprogrammed.")
         if not tensor.is_floating_point() or tensor.ndim != 1 or not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} holds what is no finite number a channel.")
+            raise ValueError(f"{name} does not hold one finite number per channel.")
         if name.endswith(".running_var") and bool((tensor < 0).any()):
             raise ValueError(f"{name} holds variances below 0.")
 

@@ -1,4 +1,4 @@
-"""Whether what is saved gives the same model again: it is built as a reader would build it, and compared."""
+"""Checks that a saved variant gives the same model again, by building it as a reader would and comparing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from timm_nrpm.models.reprogramming import restore_
 from timm_nrpm.models.tensors import differences
 
 CLOSE = 1e-3
-"""Largest difference of logits, relative to the largest logit, of what counts as the same function."""
+"""Largest difference of logits, relative to the largest logit, between models that count as the same function."""
 
 
 def check_loads(folder: Path, plain: nn.Module) -> None:
@@ -30,75 +30,75 @@ def check_loads(folder: Path, plain: nn.Module) -> None:
         folder: Folder that holds a whole variant with its weights.
         plain: The plain model that the variant was saved from.
     """
-    with torch.random.fork_rng(devices=[]):  # timm draws weights before it loads others
+    with torch.random.fork_rng(devices=[]):  # timm draws random weights before it loads others
         try:
-            again = restore_(Variant.read(folder.joinpath, str(folder)).build(folder.joinpath, lambda: plain, "it"))
-            why = _difference(again, plain)
+            rebuilt = restore_(Variant.read(folder.joinpath, str(folder)).build(folder.joinpath, lambda: plain, "it"))
+            difference = _difference(rebuilt, plain)
         except (BrokenVariant, WrongBase) as error:
-            why = _reason(folder, plain) or str(error)
-    if why:
+            difference = _tensor_difference(folder, plain) or str(error)
+    if difference:
         architecture = getattr(plain, "pretrained_cfg", {}).get("architecture")
         raise ValueError(
-            f"{architecture} cannot be saved with its weights: nobody could load it, since what timm builds by that "
-            f"name is another model ({why}). {_advice(plain)}"
+            f"{architecture} cannot be saved with its weights: nobody could load it, since timm builds another model "
+            f"by that name ({difference}). {_advice(plain)}"
         )
 
 
 def is_rebuilt(base: Base, plain: nn.Module) -> bool:
-    """Whether the name of a base still builds `plain`, apart from its weights."""
-    if base.name is None or ":" in base.name:  # of a repository on the Hub, whose config says what to build
+    """Whether timm still builds `plain`, apart from its weights, by the name of its base."""
+    if base.name is None or ":" in base.name:  # a repository's own config says what to build
         return base.name is not None
     with torch.random.fork_rng(devices=[]):
         try:
-            again = timm.create_model(base.name, pretrained=False, **base.kwargs, dtype=base.torch_dtype)
-        except Exception:  # whatever timm makes of arguments that it took before
+            rebuilt = timm.create_model(base.name, pretrained=False, **base.kwargs, dtype=base.torch_dtype)
+        except Exception:  # timm may raise anything, even for arguments that it took before
             return False
-    found, wanted = ({k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (plain, again))
-    return found == wanted and not _difference(again, plain)
+    ours, theirs = ({k: (v.shape, v.dtype) for k, v in m.state_dict().items()} for m in (plain, rebuilt))
+    return ours == theirs and not _difference(rebuilt, plain)
 
 
-def _difference(again: nn.Module, plain: nn.Module) -> str:
+def _difference(rebuilt: nn.Module, plain: nn.Module) -> str:
     """How a model differs from `plain` apart from its weights, in words; empty if it does not.
 
     Args:
-        again: A model with tensors of the same names and shapes, which are replaced by those of `plain`.
+        rebuilt: A model with tensors of the same names and shapes, which are replaced by those of `plain`.
         plain: The model that it is compared with.
     """
-    again.to(next(plain.parameters()).device)
-    theirs, state = dict(again.named_buffers()), plain.state_dict()
+    rebuilt.to(next(plain.parameters()).device)
+    buffers, state = dict(rebuilt.named_buffers()), plain.state_dict()
     for name, value in plain.named_buffers():
-        found = theirs.get(name)
-        # One of another shape is a cache of what was run last; whether it matters, the logits tell.
-        if name not in state and found is not None and found.shape == value.shape and not _equal(found, value):
+        buffer = buffers.get(name)
+        # A buffer of another shape is a cache of the last input; the logits show whether it matters.
+        if name not in state and buffer is not None and buffer.shape == value.shape and not _equal(buffer, value):
             return f"buffer {name}, which is not saved, has other values"
-    again.load_state_dict(state, assign=True)  # in the same layout, for the same rounding
-    wanted, logits = _logits(plain), _logits(again)
-    if wanted is None:
+    rebuilt.load_state_dict(state, assign=True)  # assigned tensors keep their layout, and so the rounding of sums
+    expected, logits = _logits(plain), _logits(rebuilt)
+    if expected is None:
         return ""
-    if logits is None or logits.shape != wanted.shape:
+    if logits is None or logits.shape != expected.shape:
         return "it does not run on the same images"
-    far = (logits - wanted).abs().max() > CLOSE * wanted.abs().max()
-    return "with the same weights it computes other logits" if far else ""
+    differ = (logits - expected).abs().max() > CLOSE * expected.abs().max()
+    return "with the same weights it computes other logits" if differ else ""
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 @torch.no_grad()
 def _logits(model: nn.Module) -> Tensor | None:
-    """Logits of one image; None if the model does not run on it."""
-    like = next(model.parameters())
+    """Logits of one image; None if the model does not run on it, or gives other than finite logits."""
+    parameter = next(model.parameters())
     with evaluating(model), suppress(Exception):
         size = get_model_input_config(model)["input_size"]
-        image = torch.arange(torch.Size(size).numel()).sin().reshape(1, *size)  # and no draw of a random number
-        logits = model(image.to(like.device, like.dtype))
+        image = torch.arange(torch.Size(size).numel()).sin().reshape(1, *size)  # no random numbers are drawn
+        logits = model(image.to(parameter.device, parameter.dtype))
         return logits.double() if isinstance(logits, Tensor) and logits.isfinite().all() else None
     return None
 
 
-def _reason(folder: Path, plain: nn.Module) -> str:
-    """Which tensors timm's own model has not, or has besides, or in another shape; empty if that is not why."""
+def _tensor_difference(folder: Path, plain: nn.Module) -> str:
+    """How the tensors of `plain` differ from those of the model that timm builds, in words; empty if they do not."""
     with suppress(Exception):
         config = json.loads((folder / TIMM_FILES[0]).read_text())
         arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
@@ -108,7 +108,7 @@ def _reason(folder: Path, plain: nn.Module) -> str:
 
 
 def _advice(plain: nn.Module) -> str:
-    """What may be done about it."""
+    """The advice in the error message on how to save the model all the same."""
     if any("FrozenBatchNorm" in type(module).__name__ for module in plain.modules()):
         return "Call timm.layers.unfreeze_batch_norm_2d(model), then save."
     if any(".parametrizations." in f".{name}" for name in plain.state_dict()):

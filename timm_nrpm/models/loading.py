@@ -1,4 +1,4 @@
-"""A variant as a model again: from a folder, from the Hub, or through timm's own `create_model`."""
+"""Loading a variant as a model: from a folder, from the Hub, or through timm's own `create_model`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PREFIX = "hf-hub:"
 
 @dataclass(frozen=True)
 class Found:
-    """A variant and where its files are.
+    """A variant and the place of its files.
 
     Attributes:
-        variant: Its checked contents.
-        find: The path of a file by its name.
-        where: They are, for messages.
-        repository: On the Hub, at the commit that was found, if it is there.
+        variant: Checked contents of the variant.
+        find: Function from the name of a file to its path.
+        where: Folder or repository as error messages name it.
+        repository: Repository on the Hub at the commit that was read; None for a folder.
     """
 
     variant: Variant
@@ -39,7 +39,7 @@ class Found:
     repository: Repository | None = None
 
 
-@torch.inference_mode(False)  # through weights made within it no gradient would go
+@torch.inference_mode(False)  # no gradient would pass through weights made in that mode
 def from_pretrained(
     source: str | Path,
     *,
@@ -49,40 +49,46 @@ def from_pretrained(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> nn.Module:
-    """Load what `save_pretrained` wrote or `push_to_hub` published: the same layers, lambdas and statistics on the same
-    weights. Every hash is checked, down to that of the finished model; nothing of it executes.
+    """Load a variant that `save_pretrained` wrote or `push_to_hub` published.
+
+    The model has the same layers, lambdas and statistics on the same weights. Every hash is checked, that of the
+    finished model included, and nothing in the variant is executed.
 
     Args:
-        source: A folder, or a repository on the Hub, `owner/name`. A folder of that name goes first.
+        source: Path of a folder, or a repository on the Hub, `owner/name`. A folder of that name takes precedence.
         base: The plain model, for a lambda-only variant of weights that no name leads to. It is reprogrammed in place,
-            once its weights are found to be the right ones.
-        revision: Of the repository: a branch, a tag, a commit or `refs/pr/1`. All files are of one commit.
-        cache_dir: Where downloads are kept, weights of the base included; the default is the Hub's own cache.
-        token: To read what is private; by default the one that is logged in.
-        local_files_only: Whether to take all from the cache.
+            after its weights have been verified.
+        revision: Branch, tag, commit or `refs/pr/1` of the repository; the default is `main`. All files are read at one
+            commit.
+        cache_dir: Folder for downloads, weights of the base included; the default is the Hub's own cache.
+        token: Token that can read the repository if it is private; the default is the one that is logged in.
+        local_files_only: Whether to read only from the cache, without any request.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        BrokenVariant: A file is missing, cut short, changed or of a later format, or was made up.
-        timm_nrpm.errors.WrongBase: The base has other weights, or has to be given.
+        ValueError: `base` is reprogrammed already.
+        BrokenVariant: A file is missing, cut short, changed, of a later format, or was made up.
+        timm_nrpm.errors.WrongBase: The base has other weights, or no name leads to them and `base` is None.
         timm_nrpm.errors.WeightsUnavailable: The base can be neither downloaded nor found in the cache.
         timm_nrpm.errors.HubError: The repository cannot be read; the message says why.
 
     Example:
-        >>> model = from_pretrained("my-variant")
-        >>> model = from_pretrained("me/resnet18-nrpm", revision="v1")
+        >>> model = from_pretrained(save_pretrained(model, "my-variant"))
+        >>> model = from_pretrained("me/resnet18-nrpm", revision="main")
     """
-    found = find_variant(source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
-    variant = found.variant
+    located = find_variant(
+        source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+    )
+    variant = located.variant
     if base is not None:
         if reprogrammed_layers(base):
             raise ValueError("base= is reprogrammed already: give the plain model, timm_nrpm.restore_(base).")
         variant.base.check(base)
-        return variant.install(base, found.where)
+        return variant.install(base, located.where)
     make_base = partial(variant.base.build, cache_dir, token, local_files_only)
-    return variant.build(found.find, make_base, found.where)
+    return variant.build(located.find, make_base, located.where)
 
 
 def find_variant(
@@ -97,7 +103,8 @@ def find_variant(
     """The checked contents of a folder or a repository, without a model; see :func:`from_pretrained`.
 
     Args:
-        weights: Whether those of a full variant are fetched and checked as well.
+        source, revision, cache_dir, token, local_files_only: The same as in :func:`from_pretrained`.
+        weights: Whether the weights file of a full variant is fetched and checked as well.
     """
     name = str(source).removeprefix(PREFIX)
     if not isinstance(source, str) or Path(source).is_dir() or not REPO_ID.fullmatch(name):
@@ -117,11 +124,11 @@ def find_variant(
 
 
 def in_folder(folder: Path, name: str) -> Path:
-    """A file of a folder that somebody may have made up: a plain file, and not larger than it can be.
+    """Path of a file in a folder, which a stranger may have filled: a regular file of the allowed size.
 
     Raises:
-        MissingFile: It is not there.
-        BrokenVariant: It is something else.
+        MissingFile: The file is not there.
+        BrokenVariant: It is a link or another kind of entry, or is too large.
     """
     path = folder / name
     try:
@@ -131,24 +138,28 @@ def in_folder(folder: Path, name: str) -> Path:
             raise MissingFile(f"{folder} holds no {CONFIG}: give a folder that save_pretrained wrote.") from error
         raise MissingFile(f"{path} is missing: get it again.") from error
     if not stat.S_ISREG(status.st_mode):
-        raise BrokenVariant(f"{path} is a link or no file, and a variant's files are files: get it again.")
+        raise BrokenVariant(f"{path} is a link or no file, and a variant holds only regular files: get it again.")
     if status.st_size > LARGEST.get(name, status.st_size):
         raise BrokenVariant(f"{path} has {status.st_size} bytes, and such a file has {LARGEST[name]} at most.")
     return path
 
 
 def is_variant(cfg: Any) -> bool:
-    """Whether timm was led here by the config of a lambda-only variant."""
+    """Whether timm read its pretrained config `cfg` from a lambda-only variant, in a repository or a folder."""
     return isinstance(cfg, Mapping) and cfg.get("source") in ("hf-hub", "local-dir")
 
 
 def from_timm(cfg: Mapping[str, Any], pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
-    """What `timm.create_model("hf-hub:owner/name")` gives for a lambda-only variant.
+    """Build the model that `timm.create_model("hf-hub:owner/name")` returns for a lambda-only variant.
 
     Args:
-        cfg: timm's, which says where the variant is.
-        pretrained: Without it weights are random, and layers and lambdas the variant's.
-        arguments: Of `create_model`, of which a variant takes `cache_dir` alone.
+        cfg: timm's pretrained config, which says where the variant is.
+        pretrained: Whether to load the weights; otherwise they are random, with the variant's layers and lambdas.
+        arguments: Further arguments of `timm.create_model`, of which a variant accepts only `cache_dir`.
+
+    Raises:
+        ValueError: `arguments` holds an argument that a variant does not accept.
+        BrokenVariant: The variant is broken, or timm cannot build its model.
     """
     refused = {k: v for k, v in arguments.items() if v is not None and k not in ("cache_dir", "pretrained_model_args")}
     source = Path(cfg["file"]) if cfg["source"] == "local-dir" else PREFIX + str(cfg["hf_hub_id"]).partition("@")[0]
@@ -161,11 +172,11 @@ def from_timm(cfg: Mapping[str, Any], pretrained: bool, arguments: Mapping[str, 
     cache_dir = arguments.get("cache_dir")
     if pretrained:
         return from_pretrained(source, revision=revision, cache_dir=cache_dir)
-    found = find_variant(source, revision=revision, cache_dir=cache_dir)
-    variant = found.variant
+    located = find_variant(source, revision=revision, cache_dir=cache_dir)
+    variant = located.variant
     try:
         plain = timm.create_model(variant.base.architecture, pretrained=False, **variant.base.kwargs)
         check_image_size(plain)
         return reprogram_(plain, variant.config)
-    except Exception as error:  # whatever timm makes of arguments that somebody made up
-        raise BrokenVariant(f"{found.where} holds no model that timm can build: {error!r}") from error
+    except Exception as error:  # timm may raise anything for arguments that a stranger made up
+        raise BrokenVariant(f"{located.where} holds no model that timm can build: {error!r}") from error

@@ -1,4 +1,4 @@
-"""The mode that a model is in meanwhile, and whether gradients go through it."""
+"""Temporary modes of a model, and a check that gradients pass through it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` inside, and every module's own training mode again afterwards."""
+    """Put `model` into evaluation mode, and restore each module's own mode afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -22,7 +22,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Raise a ValueError for a model through whose weights no gradient goes."""
+    """Raise a ValueError if no gradient can pass through the weights of `model`."""
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError(
             f"The weights of this {type(model).__name__} were made under torch.inference_mode, and no gradient goes "
@@ -32,18 +32,18 @@ def check_gradients(model: nn.Module) -> None:
 
 @contextmanager
 def attackable(model: nn.Module) -> Iterator[None]:
-    """`evaluating`, and no Parameter takes a gradient: an attack needs that of the pixels alone.
+    """Put `model` into evaluation mode and freeze its Parameters, since an attack needs only the gradient of pixels.
 
     Raises:
-        ValueError: Weights made under `torch.inference_mode`, through which no gradient goes.
+        ValueError: The weights were made under `torch.inference_mode`, so that no gradient passes through them.
     """
     check_gradients(model)
-    learning = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     with torch.inference_mode(False), evaluating(model), torch.enable_grad():
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in learning:
+            for parameter in trainable:
                 parameter.requires_grad_(True)

@@ -1,6 +1,6 @@
-"""Requests to the Hub: with a limit, a word about a long wait, and an end where there is no network.
+"""Requests to the Hub that have a time limit, announce a long wait, and fail at once if there is no network.
 
-The Hub's client waits for ever on some failures, and tries again for most of a minute where there is no network.
+The Hub's client waits forever after some failures, and tries again for most of a minute if there is no network.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ HTTP: Any = import_module(HTTPError.__module__.partition(".")[0])
 """The HTTP library of the Hub's client, whose errors its functions raise: httpx, or httpx2 in its later versions."""
 
 PATIENCE = 60.0
-"""Seconds without a sign of the server after which a request has failed; TIMM_NRPM_TIMEOUT gives another number."""
+"""Seconds without data from the server after which a request fails; the variable TIMM_NRPM_TIMEOUT overrides it."""
 
 CONNECT = 10.0
-"""Seconds that a connection may take."""
+"""Largest number of seconds that connecting may take."""
 
 SILENCE = 2.0
-"""Seconds of waiting after which it is said what for."""
+"""Seconds of waiting after which a message names the server."""
 
 NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
-"""What the operating system says of a network that is not there."""
+"""Error numbers by which the operating system reports that there is no network."""
 
 logger = logging.getLogger("timm_nrpm")
 
@@ -44,12 +44,12 @@ logger = logging.getLogger("timm_nrpm")
 class NoNetwork(OfflineModeIsEnabled):
     """No connection could be made, and trying again at once would not help.
 
-    The client takes what is in its cache after an error of this kind, as in its offline mode.
+    After an error of this class the client reads from its cache, as in its offline mode.
     """
 
 
 def why_no_network(error: BaseException) -> str | None:
-    """Why no connection could be made: an unknown name, a refusal, no route; None for any other error."""
+    """Why no connection could be made (unknown host, refusal, no route); None for any other error."""
     if not isinstance(error, (HTTP.ConnectError, HTTP.ConnectTimeout)):
         return None
     reason: BaseException | None = error
@@ -64,14 +64,14 @@ def why_no_network(error: BaseException) -> str | None:
 
 
 def network_error_of(error: BaseException | None) -> NoNetwork | None:
-    """The missing network behind an error, if that is why."""
+    """The :class:`NoNetwork` that caused an error, directly or through other errors; None if there is none."""
     while error is not None and not isinstance(error, NoNetwork):
         error = error.__cause__ or error.__context__
     return error
 
 
 def limit() -> float:
-    """Seconds without a sign of the server after which a request has failed."""
+    """Time limit of a request in seconds: TIMM_NRPM_TIMEOUT, or else `PATIENCE`."""
     given = os.environ.get("TIMM_NRPM_TIMEOUT", str(PATIENCE))
     try:
         return float(given)
@@ -86,10 +86,10 @@ _changed: list[tuple[Any, Any]] = []
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """No request waits for ever, or for long without a word, and none is tried again where there is no network.
+    """Give the Hub's requests a time limit, announce long waits, and stop retries if there is no network.
 
-    The client that all of the Hub's functions share has no limit of its own. They may make a new one, which has a limit
-    from the next request of ours.
+    The client that all functions of the Hub's library share has no time limit of its own. The library may replace that
+    client, and the new one gets a limit when this context is next entered.
     """
     client = get_session()
     with _lock:
@@ -103,35 +103,35 @@ def patience() -> Iterator[None]:
     finally:
         with _lock:
             _patient.pop()
-            while not _patient and _changed:  # the last to leave puts back what was there at first
+            while not _patient and _changed:  # the last context to end restores the clients
                 client, before = _changed.pop()
                 client.timeout = before
                 del client.send
 
 
 def _send(send: Callable[..., Result], request: Any, **options: Any) -> Result:
-    """What the client sends: with a limit on connecting, a word about a long wait, and one error without network."""
+    """Send a request with a limit on connecting, a message about a long wait, and one error for a missing network."""
     limits = request.extensions.get("timeout")
     if limits:
         limits["connect"] = min(limits.get("connect") or CONNECT, CONNECT)
     host = request.url.host
-    timer = threading.Timer(SILENCE, say, [f"Waiting for an answer of {host} ..."])
+    timer = threading.Timer(SILENCE, say, [f"Waiting for an answer from {host} ..."])
     timer.daemon = True
-    if request.method != "PUT":  # an upload, which has a progress bar
+    if request.method != "PUT":  # which is an upload with a progress bar
         timer.start()
     try:
         return send(request, **options)
     except Exception as error:
-        why = why_no_network(error)
-        if why is None:
+        reason = why_no_network(error)
+        if reason is None:
             raise
-        raise NoNetwork(f"{host} cannot be reached: {why}") from None
+        raise NoNetwork(f"{host} cannot be reached: {reason}") from None
     finally:
         timer.cancel()
 
 
 def say(text: str) -> None:
-    """Tell whoever sits at the terminal what is waited for; elsewhere it is logged."""
+    """Print a message if standard error is a terminal, and log it otherwise."""
     if sys.stderr is not None and sys.stderr.isatty() and not are_progress_bars_disabled():
         tqdm.write(text, file=sys.stderr)  # beside a progress bar
     else:

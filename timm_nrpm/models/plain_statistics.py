@@ -1,9 +1,9 @@
 """The plain model's BatchNorm statistics, kept beside those that a reprogrammed model computes with.
 
 The plain model is the one that was reprogrammed. Its weights are those of the reprogrammed model, and its statistics
-lie from `reprogram_` until `restore_` in buffers of the same modules, `plain_running_mean` beside `running_mean`. So
-they go wherever the model goes: into its state dict and every copy, average and cast of it, whatever moves the
-statistics that it computes with.
+are kept from `reprogram_` until `restore_` in buffers of the same modules, `plain_running_mean` beside `running_mean`.
+So they belong to the state dict and to every copy, average and cast of the model, and do not change with the statistics
+that it computes with.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 PREFIX = "plain_"
 KEPT = ("running_mean", "running_var", "num_batches_tracked")
+"""Names of the statistics of a BatchNorm, of which each has a copy under its name with `PREFIX`."""
+
 SAMPLES = 8
-"""Numbers of every weight by which it is told whether it changed."""
+"""Largest number of elements of each weight that are compared to detect a change."""
 
 
 def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
-    """BatchNorm modules that have statistics, by name."""
+    """BatchNorm modules that have running statistics, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
 
 @torch.inference_mode(False)
 def remember_(model: nn.Module) -> None:
-    """Keep the statistics that a model has now as those of the plain model."""
+    """Store the current statistics of a model as those of the plain model."""
     for norm in norms_of(model).values():
         for key in _present(norm):
             norm.register_buffer(PREFIX + key, norm._buffers[key].clone())  # type: ignore[union-attr]
@@ -38,7 +40,7 @@ def remember_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def bring_back_(model: nn.Module, keys: Sequence[str] = KEPT) -> None:
-    """Let a model compute with the plain model's statistics, or with some of them."""
+    """Make a model compute with the plain model's statistics, or with those named in `keys`."""
     for norm in norms_of(model).values():
         for key in set(_present(norm)) & set(keys):
             kept = norm._buffers.get(PREFIX + key)
@@ -48,17 +50,17 @@ def bring_back_(model: nn.Module, keys: Sequence[str] = KEPT) -> None:
 
 @torch.no_grad()
 def take_(model: nn.Module, plain: nn.Module) -> None:
-    """Take the statistics of `plain` as those of the plain model from now on."""
-    theirs = norms_of(plain)
+    """Store the statistics of `plain` as those of the plain model."""
+    sources = norms_of(plain)
     for name, norm in norms_of(model).items():
         for key in _present(norm):
             kept = norm._buffers.get(PREFIX + key)
             if kept is not None:
-                kept.copy_(theirs[name]._buffers[key])  # type: ignore[arg-type]
+                kept.copy_(sources[name]._buffers[key])  # type: ignore[arg-type]
 
 
 def forget_(model: nn.Module) -> None:
-    """Remove what `remember_` added."""
+    """Remove the buffers and hooks that `remember_` added."""
     for norm in model.modules():
         if not isinstance(norm, _BatchNorm):
             continue
@@ -70,13 +72,12 @@ def forget_(model: nn.Module) -> None:
 
 
 def complete(model: nn.Module) -> bool:
-    """Whether every BatchNorm has the plain model's statistics beside its own."""
+    """Whether every BatchNorm holds the plain model's statistics beside its own."""
     return all(PREFIX + key in norm._buffers for norm in norms_of(model).values() for key in _present(norm))
 
 
 def moved(model: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances of all BatchNorms by buffer name, if any differs from the plain model's; else
-    none."""
+    """Running means and variances of all BatchNorms by buffer name; empty if all equal the plain model's."""
     norms = norms_of(model)
     now = {f"{name}.{key}": norm._buffers[key] for name, norm in norms.items() for key in KEPT[:2]}
     kept = {f"{name}.{key}": norm._buffers.get(PREFIX + key) for name, norm in norms.items() for key in KEPT[:2]}
@@ -85,9 +86,9 @@ def moved(model: nn.Module) -> dict[str, Tensor]:
 
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the plain model's statistics: what decides what the model computes.
+    """The state dict without the plain model's statistics: the tensors that determine what the model computes.
 
-    The number of batches that BatchNorm has seen decides nothing, so it is the plain model's.
+    The number of batches that a BatchNorm has seen determines nothing, so it is the plain model's.
     """
     state = dict(model.state_dict())
     for key in [key for key in state if key.rpartition(".")[2].startswith(f"{PREFIX}")]:
@@ -102,26 +103,27 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A few numbers of every weight, by which to tell whether weights changed; a cast of them still fits.
+    """A few elements of every weight, which show whether weights changed; a cast of the weights still fits.
 
     Attributes:
-        samples: Evenly spaced elements of each weight by its name, lambdas left out.
+        samples: At most `SAMPLES` evenly spaced elements of each weight by its name, without lambdas.
     """
 
     samples: dict[str, Tensor]
 
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
+        """The fingerprint of a model's current weights."""
         return cls({name: values.clone() for name, values in _samples(model)})
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the weights of a model are these, in whatever precision it holds them now."""
+        """Whether a model has these weights, in whatever precision it holds them now."""
         now = dict(_samples(model))
         if now.keys() != self.samples.keys():
             return False
         return all(
-            values.shape == then.shape and torch.equal(values, then.to(values.dtype))
-            for values, then in ((now[name], then) for name, then in self.samples.items())
+            values.shape == stored.shape and torch.equal(values, stored.to(values.dtype))
+            for values, stored in ((now[name], stored) for name, stored in self.samples.items())
         )
 
 
@@ -135,12 +137,12 @@ def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _present(norm: nn.Module) -> list[str]:
-    """Statistics that a BatchNorm has."""
+    """Names of the statistics that a BatchNorm has."""
     return [key for key in KEPT if norm._buffers.get(key) is not None]
 
 
 def _load_plain(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A checkpoint of the plain model brings its statistics alone: they are the plain model's, too."""
+    """Take the statistics of a state dict as the plain model's, too, if it comes from a plain model."""
     for key in _present(module):
         if prefix + key in state and PREFIX + key in module._buffers:
             state.setdefault(prefix + PREFIX + key, state[prefix + key])

@@ -1,4 +1,4 @@
-"""Which architectures there are: timm's, reprogrammed, and the small one that the package brings along."""
+"""The architectures that exist: those of timm, reprogrammed, and a small one that comes with this package."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from timm_nrpm.models.reprogramming import record_of, reprogram_, reprogrammed_l
 __all__ = ["create_model", "list_models"]  # timm adds the entrypoints it registers
 
 DIGITS = "resnet8_digits"
-"""The bundled model: 85 kB, trained by `scripts/train_digits.py` on scikit-learn's handwritten digits, 8x8 grey."""
+"""Name of the bundled model of 85 kB, trained by `scripts/train_digits.py` on scikit-learn's 8x8 handwritten digits."""
 
 ASSETS = files("timm_nrpm") / "assets"
 
@@ -60,8 +60,8 @@ class _SmallResNet(CifarResNet):
 
     def __init__(self, in_chans: int = 1, **kwargs: Any) -> None:
         super().__init__(in_chans, (8, 16, 32, 32), block=BasicBlock, layers=(1, 1, 1, 1), **kwargs)
-        # A fourth stage would see one pixel and eight of padding. It is empty and no Identity, since timm walks through
-        # the blocks of every stage for checkpointing and for intermediate features.
+        # A fourth stage would see one pixel and eight of padding. It is an empty Sequential and no Identity, since timm
+        # iterates over the blocks of every stage for checkpointing and for intermediate features.
         self.layer4 = nn.Sequential()
         self.feature_info[4]["reduction"] = self.feature_info[3]["reduction"]
 
@@ -72,7 +72,7 @@ def resnet8_digits(pretrained: bool = False, **kwargs: Any) -> ResNet:
     return build_model_with_cfg(_SmallResNet, DIGITS, pretrained, **{"num_classes": 10, **kwargs})
 
 
-@torch.inference_mode(False)  # through weights made within it no gradient would go
+@torch.inference_mode(False)  # no gradient would pass through weights made in that mode
 def create_model(
     name: str,
     pretrained: bool = False,
@@ -85,20 +85,20 @@ def create_model(
     learnable: bool = False,
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """A timm model, reprogrammed.
+    """Create a timm model and reprogram it.
 
     Args:
-        name: Any name that `timm.create_model` takes, with a tag or not, `hf-hub:` and `local-dir:` included.
+        name: Any name that `timm.create_model` takes, with or without a tag, `hf-hub:` and `local-dir:` included.
         pretrained: Whether to load pretrained weights.
-        lam, iterations, eps, penalty, layers, learnable: See :class:`timm_nrpm.NRPMConfig`.
-        **timm_kwargs: Passed to `timm.create_model` as they are.
+        lam, iterations, eps, penalty, layers, learnable: Settings; see :class:`timm_nrpm.NRPMConfig`.
+        **timm_kwargs: Further arguments of `timm.create_model`.
 
     Returns:
-        The model, in training mode as timm returns it, its layers reprogrammed.
+        The reprogrammed model, in training mode as timm returns it.
 
     Raises:
-        ValueError: An unknown name (near ones are suggested) or setting.
-        timm_nrpm.errors.WeightsUnavailable: No network and nothing in the cache.
+        ValueError: timm does not know the name (the message suggests similar ones), or a setting is outside its range.
+        timm_nrpm.errors.WeightsUnavailable: The weights can be neither downloaded nor found on this machine.
 
     Example:
         >>> model = timm_nrpm.create_model("resnet18", pretrained=True, lam=0.8, num_classes=10)
@@ -107,13 +107,13 @@ def create_model(
     """
     config = NRPMConfig(lam=lam, iterations=iterations, eps=eps, penalty=penalty, layers=layers, learnable=learnable)
     name = name.removeprefix("nrpm_")
-    if isinstance(timm_kwargs.get("pretrained_cfg"), str):  # how timm hands on the tag of nrpm_resnet18.a1_in1k
+    if isinstance(timm_kwargs.get("pretrained_cfg"), str):  # timm passes the tag of nrpm_resnet18.a1_in1k here
         name = f"{name}.{timm_kwargs.pop('pretrained_cfg')}"
     model = create_plain(name, pretrained, **timm_kwargs)
     if reprogrammed_layers(model):
         raise ValueError(f"{name} is a variant already: load it by timm_nrpm.from_pretrained.")
     given = {k: v for k, v in timm_kwargs.items() if v is not None}
-    # Weights from a file on this machine are nobody else's to find again under the name.
+    # Nobody else can find weights from a file on this machine by the name.
     local = name.startswith("local-dir:") or brings_weights(given)
     record = record_of(reprogram_(model, config))
     if record.base is not None:
@@ -122,18 +122,18 @@ def create_model(
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
-    """Names of the architectures whose every linear map can be reprogrammed.
+    """Names of the architectures in which every linear map can be reprogrammed.
 
-    Measured, not guessed: `scripts/survey.py` builds every architecture of timm and runs it. Others can be created as
-    well, and keep some layers plain, which a warning says.
+    The list was measured by `scripts/survey.py`, which builds and runs every architecture of timm. Other architectures
+    can be created as well, but some of their layers stay plain, as a warning says.
 
     Args:
-        filter: A wildcard as timm's, like `"resnet*"`.
-        pretrained: Whether to list names with pretrained weights only, tags included.
+        filter: Wildcard as in `timm.list_models`, such as `"resnet*"`.
+        pretrained: Whether to list only names with pretrained weights, tags included.
 
     Example:
-        >>> list_models("resnet1?")
-        ['resnet10t', 'resnet14t', 'resnet18']
+        >>> list_models("resnet1*")
+        ['resnet10_cifar', 'resnet10_cifar_narrow', 'resnet10t', 'resnet14t', 'resnet18', ...]
     """
     known = _surveyed()
     return [n for n in timm.list_models(filter, pretrained=pretrained) if get_arch_name(n) in known]
@@ -141,11 +141,12 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
 
 @cache
 def _surveyed() -> frozenset[str]:
+    """Names of the architectures of which the survey could reprogram every linear map."""
     return frozenset(json.loads((ASSETS / "architectures.json").read_text())["complete"])
 
 
 def _register(architecture: str, tags: list[str]) -> None:
-    """Make `nrpm_<architecture>` known to timm, with the same pretrained weights."""
+    """Register `nrpm_<architecture>` with timm, with the same pretrained weights."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if is_variant(kwargs.get("pretrained_cfg")):
@@ -156,10 +157,10 @@ def _register(architecture: str, tags: list[str]) -> None:
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = __name__
     entrypoint.__doc__ = f"`{architecture}`, reprogrammed: see `timm_nrpm.create_model`."
-    # The finalised configs: an unfinished one would be completed to a repository named after the new architecture.
+    # Finalised configs are taken, since timm completes others by a repository named after the new architecture.
     default = get_pretrained_cfg(architecture)
     if default is not None:
-        first = default.tag or ""  # the order counts: timm takes the first for the default
+        first = default.tag or ""  # the order matters: timm takes the first as the default
         others = {tag: get_pretrained_cfg(f"{architecture}.{tag}") for tag in tags if tag not in ("", first)}
         cfgs = {first: default, **{tag: cfg for tag, cfg in others.items() if cfg is not None}}
         default_cfgs[name] = DefaultCfg(deque(cfgs), cfgs, any(cfg.has_weights for cfg in cfgs.values()))
@@ -167,12 +168,12 @@ def _register(architecture: str, tags: list[str]) -> None:
 
 
 def _register_all() -> None:
-    tags: dict[str, list[str]] = {}
+    tags_of: dict[str, list[str]] = {}
     for name in timm.list_models(include_tags=True):
         architecture, _, tag = name.partition(".")
-        tags.setdefault(architecture, []).append(tag)
-    for architecture, its in tags.items():
-        _register(architecture, its)
+        tags_of.setdefault(architecture, []).append(tag)
+    for architecture, tags in tags_of.items():
+        _register(architecture, tags)
 
 
 _register_all()

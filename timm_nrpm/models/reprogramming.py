@@ -1,4 +1,4 @@
-"""Turn the layers of a model into reprogrammed ones, and back: the only place that walks a model."""
+"""Turning layers of a model into reprogrammed ones, and back: no other module changes the layers of a model."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from timm_nrpm.nn.wrappers import copied, unwrapped
 Model = TypeVar("Model", bound=nn.Module)
 
 FUSIONS = ("fuse", "reparameterize", "switch_to_deploy")
-"""Methods by which timm merges layers into new plain ones."""
+"""Names of the methods by which timm merges layers into new plain ones."""
 
 
 @dataclass
 class Record:
-    """What is known of a reprogrammed model, kept as its attribute `nrpm`.
+    """How a model was reprogrammed, kept as its attribute `nrpm`.
 
     Attributes:
-        config: As given to :func:`reprogram_`.
-        skipped: Name of each layer that holds a linear map and was left plain though nobody asked for it, and why.
-        weights: The weights when the model was reprogrammed.
-        settled: The weights that the plain model's statistics were taken with.
-        base: Where the plain model came from, and the hash of its weights when it was reprogrammed.
+        config: Settings that were given to :func:`reprogram_`.
+        skipped: Reason why a layer with a linear map cannot be reprogrammed and stays plain, by the name of the layer.
+        weights: Fingerprint of the weights when the model was reprogrammed.
+        settled: Fingerprint of the weights when the plain model's statistics were taken.
+        base: Origin of the plain model, with the hash of its weights when it was reprogrammed.
     """
 
     config: NRPMConfig
@@ -56,25 +56,25 @@ class Record:
 
 
 def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tensor | None = None) -> Model:
-    """Replace the chosen layers of `model` by their reprogrammed class, in place (NRPM, arXiv 2410.04577, section 4).
+    """Replace the chosen layers of `model` by reprogrammed ones, in place (NRPM, arXiv 2410.04577, section 4).
 
-    Parameters stay the same objects under the same names; every layer gains one, `lam`, and every BatchNorm a copy of
-    its statistics, which are the plain model's from now on. A model that was reprogrammed before is restored first, so
-    it always follows one config. Layers whose type is not known exactly, and layers that the model does not call, are
-    left alone: a :class:`ReprogrammingWarning` says so, and `model.nrpm.skipped` says why.
+    Parameters stay the same objects under the same names. Every chosen layer gains the Parameter `lam`, and every
+    BatchNorm a copy of its statistics, kept as those of the plain model. A model that was reprogrammed before is
+    restored first, so that it always follows one config. Layers whose exact type is not known, and layers that the
+    model does not call, stay plain: a :class:`ReprogrammingWarning` says so, and `model.nrpm.skipped` says why.
 
     Args:
         model: Any module; a single `nn.Conv2d` or `nn.Linear` works too.
         config: The settings; the default is `NRPMConfig()`.
-        example: An input, `[B, C, H, W]` for an image model, with which the model is run once to see what it calls.
-            For a timm model the default is one image of zeros of its input size; another model is run only with an
-            example, and without one all its layers are taken to be called.
+        example: Input of the model, `[B, C, H, W]` for an image model, on which it is run once to see which layers it
+            calls. For a timm model the default is one image of zeros of its input size; another model is run only
+            on an example, and without one all its layers count as called.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: A pattern that matches no layer, a lambda missing or of the wrong count, or a model within
+        ValueError: A pattern matches no layer, a lambda is missing, the number of lambdas is wrong, or the model is in
             DistributedDataParallel, which has counted its parameters already. The model is untouched.
 
     Example:
@@ -96,7 +96,8 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
 
 
 def _reprogram_(model: nn.Module, config: NRPMConfig, example: Tensor | None) -> None:
-    plain = plain_copy(model) if reprogrammed_layers(model) else model  # what to look at while anything may fail
+    """Do what :func:`reprogram_` does, on a model without wrappers."""
+    plain = plain_copy(model) if reprogrammed_layers(model) else model  # the model to inspect while anything may fail
     supported = {name: m for name, m in plain.named_modules() if type(m) in REPROGRAMMED}
     skipped = {
         name: f"its type {type(m).__qualname__} is not one whose arithmetic is known"
@@ -105,12 +106,12 @@ def _reprogram_(model: nn.Module, config: NRPMConfig, example: Tensor | None) ->
     }
     called = call_order(plain, supported, example)
     if called is not None:
-        reason = "the model never calls it in a forward (it may read the weight past the module)"
+        reason = "the model never calls it in a forward pass (it may read the weight directly)"
         skipped |= {name: reason for name in supported if name not in called}
         supported = {name: supported[name] for name in called}
     chosen = select(supported, config, skipped)
     values = assign(chosen, config)
-    # Everything is checked: from here on nothing fails.
+    # Everything has been checked: nothing fails from here on.
     before = vars(model).get("nrpm")
     base = before.base if isinstance(before, Record) else None
     if base is None and not any(p.is_meta for p in model.parameters()):
@@ -133,12 +134,12 @@ def _reprogram_(model: nn.Module, config: NRPMConfig, example: Tensor | None) ->
 
 
 def restore_(model: Model) -> Model:
-    """Undo :func:`reprogram_` and any calibration, in place: the original model, bit for bit.
+    """Undo :func:`reprogram_` and any calibration, in place, which gives the original model bit for bit.
 
-    BatchNorm statistics are again those from when the model was reprogrammed, or from the end of `tune`, which takes
-    them anew. Weights keep the values they have now; where something else trained them since the statistics were taken,
-    these stay those of the reprogrammed model, and a :class:`ReprogrammingWarning` says so. A model that is not
-    reprogrammed is returned as it is.
+    BatchNorm statistics become those from when the model was reprogrammed, or from the end of `tune`, which takes them
+    anew. Weights keep their current values. If anything but `tune` has trained them since, the statistics stay those of
+    the reprogrammed model, and a :class:`ReprogrammingWarning` says so. A model that is not reprogrammed is returned
+    unchanged.
 
     Raises:
         ValueError: `model` is a part of a larger model that was reprogrammed as a whole.
@@ -157,7 +158,7 @@ def restore_(model: Model) -> Model:
 
 
 def _restore_(model: Model, kept: bool = False) -> Model:
-    """`restore_` without a word on whether statistics fit the weights."""
+    """Do what `restore_` does, without its warning; `kept` is the same as in :func:`plain_copy`."""
     for root in [m for m in model.modules() if isinstance(m.__dict__.get("nrpm"), Record)]:
         bring_back_(root, KEPT if kept or is_settled(root) else KEPT[2:])
         forget_(root)
@@ -177,7 +178,7 @@ def _restore_(model: Model, kept: bool = False) -> Model:
 
 
 def uncalibrate_(model: nn.Module) -> None:
-    """Undo `calibrate_`: the plain model's BatchNorm statistics, and no corrections."""
+    """Undo `calibrate_`: bring back the plain model's BatchNorm statistics, and remove all corrections."""
     bring_back_(model)
     for layer in reprogrammed_layers(model).values():
         layer.drop_correction()
@@ -186,63 +187,70 @@ def uncalibrate_(model: nn.Module) -> None:
 def plain_copy(model: Model, *, kept: bool = False) -> Model:
     """The un-reprogrammed model as a second module that shares the Parameters of `model`.
 
-    Its BatchNorm statistics are the plain model's; where the weights were trained since these were taken, they are
-    those that `model` computes with. Changing its weights changes those of `model`.
+    Its BatchNorm statistics are the plain model's, or those that `model` computes with if the weights were trained
+    since the former were taken. Changing its weights changes those of `model`.
 
     Args:
         model: A reprogrammed model, or any other.
-        kept: Whether to take the plain model's statistics also where the weights were trained since, as within an epoch
-            of `tune`, which takes them anew after each.
+        kept: Whether to use the plain model's statistics even if the weights were trained since, as within an epoch of
+            `tune`, which takes these statistics anew after each epoch.
 
     Raises:
-        ValueError: A module whose `forward` was replaced on the instance, which a copy would share.
+        ValueError: The `forward` of a module was replaced on the instance, which a copy would share.
     """
     inner = cast(Model, unwrapped(model))
     return _restore_(copied(inner, {id(p): p for p in inner.parameters()}), kept)
 
 
 def is_settled(model: nn.Module) -> bool:
-    """Whether the plain model's statistics are there, and were taken with the weights that the model has now."""
+    """Whether the model holds the plain model's statistics, taken with the weights that it has now."""
     record: Record = vars(model)["nrpm"]
     return complete(model) and record.settled.fits(model)
 
 
 def settle_(model: nn.Module, plain: nn.Module) -> None:
-    """Take the statistics of `plain`, which has the weights of `model`, as the plain model's."""
+    """Store the statistics of `plain`, which has the weights of `model`, as the plain model's."""
     take_(model, plain)
     record_of(model).settled = Fingerprint.of(model)
 
 
 def _settled_by_loading(model: nn.Module, keys: Any) -> None:
-    """A whole state dict brings weights and the plain model's statistics together."""
+    """Mark the plain model's statistics as settled, since a whole state dict holds them with the weights they fit."""
     if not keys.missing_keys and is_reprogrammed(model):
         record_of(model).settled = Fingerprint.of(model)
 
 
 def is_as_reprogrammed(model: nn.Module) -> bool:
-    """Whether `plain_copy` gives the very model that was reprogrammed: its weights are the same, whatever became of the
-    statistics, and they were not tuned before."""
+    """Whether `plain_copy` gives exactly the model that was reprogrammed.
+
+    The weights must be unchanged, and not tuned before. The statistics that the reprogrammed model computes with may
+    have changed.
+    """
     record = record_of(model)
     tuned = record.base is not None and record.base.tuned
     return complete(model) and not tuned and record.weights.fits(model) and record.settled.fits(model)
 
 
 def model_sha256(model: nn.Module) -> str:
-    """Hash of all that decides what a model computes: weights, statistics, lambdas, and how each layer estimates.
+    """SHA-256 of all that determines what a model computes: weights, statistics, lambdas, settings of the estimates.
 
-    Of two models of one architecture that have the same, both have the same logits on the same machine.
+    Two models of one architecture with the same hash have the same logits on the same machine.
     """
     state, estimates = own_state(model), {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if not isinstance(layer, Reprogrammed):
             continue
-        state[f"{name}.lam".removeprefix(".")] = layer.lam.detach().float().clamp(0, 1)  # what counts
+        state[f"{name}.lam".removeprefix(".")] = layer.lam.detach().float().clamp(0, 1)  # as it is used
         estimates[name] = layer.config.estimator._asdict()
     return checksum_of({"state": weights_sha256(state), "estimates": estimates})
 
 
 def record_of(model: nn.Module) -> Record:
-    """`model.nrpm`; a ValueError for a model that is not reprogrammed."""
+    """The record of a reprogrammed model, its attribute `nrpm`.
+
+    Raises:
+        ValueError: The model is not reprogrammed, or parts of it were reprogrammed on their own.
+    """
     model = unwrapped(model)
     record, *parts = [m.__dict__.get("nrpm") for m in model.modules() if m is model or "nrpm" in m.__dict__]
     if any(isinstance(part, Record) for part in parts):
@@ -257,7 +265,7 @@ def record_of(model: nn.Module) -> Record:
 
 
 def identity_of(net: PixelModel) -> Mapping[str, object]:
-    """What weights do not tell of a model on pixels: the kinds of its modules, its estimates, the normalisation."""
+    """What identifies a model on pixels besides its weights: types of modules, settings of estimates, normalisation."""
     kinds = {name: type(module).__qualname__ for name, module in net.model.named_modules()}
     layers = reprogrammed_layers(net.model)
     estimates = {name: {**asdict(layer.config), "lam": None, "layers": None} for name, layer in layers.items()}
@@ -265,17 +273,17 @@ def identity_of(net: PixelModel) -> Mapping[str, object]:
 
 
 def is_reprogrammed(model: nn.Module) -> bool:
-    """Whether `reprogram_` made this very module what it is."""
+    """Whether `reprogram_` was called on this module itself, not on one inside or around it."""
     return isinstance(vars(model).get("nrpm"), Record)
 
 
 def reprogrammed_layers(model: nn.Module) -> dict[str, Reprogrammed]:
-    """The reprogrammed layers of `model` by name; a layer with two names appears under the first."""
+    """The reprogrammed layers of `model` by name; a layer with two names is listed under the first."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Reprogrammed)}
 
 
 def lambdas(model: nn.Module) -> dict[str, float]:
-    """Lambda of every reprogrammed layer, in [0, 1]; empty for a model that is not reprogrammed.
+    """Lambda of every reprogrammed layer by name, in [0, 1]; empty for a model that is not reprogrammed.
 
     Example:
         >>> lambdas(create_model("resnet18", lam=0.8))["layer1.0.conv1"]
@@ -290,6 +298,7 @@ def _decimal(lam: Tensor) -> float:
 
 
 def _refused(*_: Any, **__: Any) -> Any:
+    """Raise the error that takes the place of timm's fusion."""
     raise RuntimeError(
         "Fusing would silently drop reprogrammed layers and their lambdas. "
         "Call timm_nrpm.restore_(model) first, fuse, then reprogram_ the fused model."
@@ -297,6 +306,7 @@ def _refused(*_: Any, **__: Any) -> Any:
 
 
 def _refuse_fusion(model: nn.Module) -> None:
+    """Replace the fusion methods of all modules that hold reprogrammed layers by an error."""
     for module in model.modules():
         for method in FUSIONS:
             if callable(getattr(module, method, None)) and reprogrammed_layers(module):

@@ -1,4 +1,4 @@
-"""A model as a variant on disk, whole or not there at all."""
+"""Saving a model as a variant on disk, either as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from timm_nrpm.models.tensors import write_tensors
 from timm_nrpm.nn.wrappers import unwrapped
 
 DRAFT = ".draft-"
+"""Start of the names of folders that are not complete yet."""
 
 
 def needs_weights(model: nn.Module) -> bool:
-    """Whether lambdas alone would leave others without the weights: they changed, now or before they were loaded."""
+    """Whether a variant has to hold the weights, since these were trained, before or after they were loaded."""
     base = record_of(model).base
     return base is not None and (base.tuned or weights_sha256(plain_copy(model).state_dict()) != base.sha256)
 
@@ -41,16 +42,16 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     """Write a reprogrammed model to a folder.
 
     Args:
-        model: A reprogrammed timm model, with a wrapper such as DataParallel around it or without.
-        folder: Is made, or holds a variant that is replaced. Other files in it stay.
-        full: Whether to write the weights too. Without them, whoever loads the variant needs its base.
+        model: A reprogrammed timm model, with or without a wrapper such as DataParallel.
+        folder: Path of the folder. It is created, or the variant in it is replaced; its other files stay.
+        full: Whether to write the weights too. Without them, the base is needed to load the variant.
 
     Returns:
-        The folder. It changes only once everything is written.
+        Path of the folder, which changes only once everything is written.
 
     Raises:
         ValueError: The model is not reprogrammed; its weights changed since they were loaded, so that lambdas alone
-            would lose them; or `folder` holds something else.
+            would lose them; timm would build another model from a full folder; or `folder` holds something else.
 
     Example:
         >>> save_pretrained(model, "my-variant")
@@ -74,7 +75,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
                 "them: save with full=True."
             )
         base = replace(base, sha256=sha256, tuned=True)
-    base = replace(base, dtype=dtype_of(plain))  # which may have been cast meanwhile
+    base = replace(base, dtype=dtype_of(plain))  # the model may have been cast since
     if not full and base.is_public and not is_rebuilt(base, plain):
         base = base.nameless()
     content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "layers": list(layers)}
@@ -82,7 +83,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     with filling(folder) as draft:
         if is_timm:
             cfg: Any = plain.pretrained_cfg
-            cfg["license"] = base.license_in(cfg)  # timm's is of its own weights
+            cfg["license"] = base.license_in(cfg)  # timm's licence is that of its own weights
             _save_timm_files(model, plain, draft, full)
         write_tensors(_tensors(model), draft / TENSORS)
         content["files"] = {f.name: sha256_of(f) for f in sorted(draft.iterdir())}
@@ -101,13 +102,16 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """An empty folder beside or in `folder`, whose files, a whole variant, are put there once they are all written.
+    """Yield an empty draft folder, whose files, a whole variant, are moved to `folder` at the end.
 
-    What is not there yet comes into being at once. In a folder that holds a variant the config is replaced last:
-    whatever interrupts that, a folder whose config does not fit its files is refused.
+    A new folder appears in one step. In a folder that holds a variant the config is replaced last: if that is
+    interrupted, the config does not fit the other files, and loading refuses the folder.
+
+    Args:
+        folder: Path of the variant's folder. The draft is made beside it, or in it if it exists.
 
     Raises:
-        ValueError: `folder` is a file, or holds something else.
+        ValueError: `folder` is a file, or exists and holds something else than a variant.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, and a variant is a folder: choose another name.")
@@ -117,7 +121,7 @@ def filling(folder: Path) -> Iterator[Path]:
         raise ValueError(f"{folder} exists and holds no variant: choose a new or an empty folder.")
     place, prefix = (folder.parent, f"{DRAFT}{folder.name}-") if fresh else (folder, DRAFT)
     place.mkdir(parents=True, exist_ok=True)
-    for stale in place.iterdir():  # of a process that was killed
+    for stale in place.iterdir():  # left by a process that was killed
         if re.fullmatch(rf"{re.escape(prefix)}\w{{8}}", stale.name):
             shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as temporary:
@@ -135,7 +139,7 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def _save_timm_files(model: nn.Module, plain: nn.Module, folder: Path, full: bool) -> None:
-    """What timm reads: the plain model, or, without weights, the architecture that stands for the variant."""
+    """Write the files that timm reads: the plain model (full), or the config of the `nrpm_*` architecture."""
     names = {f.name for f in fields(NRPMConfig)}
     recorded = getattr(model, "_model_args", {})
     vars(plain)["_model_args"] = {k: v for k, v in recorded.items() if k not in names}
@@ -155,7 +159,7 @@ def _save_timm_files(model: nn.Module, plain: nn.Module, folder: Path, full: boo
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a variant adds to its base: lambdas, corrections, moved statistics."""
+    """The tensors that a variant adds to its base, by name: lambdas, corrections, changed statistics."""
     tensors: dict[str, Tensor] = {}
     for name, layer in reprogrammed_layers(model).items():
         tensors[f"{name}.lam"] = layer.lam.detach().float().clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Which layers of a model are reprogrammed, and with which lambda."""
+"""The choice of the layers that are reprogrammed, and of the lambda of each."""
 
 from __future__ import annotations
 
@@ -19,20 +19,32 @@ from timm_nrpm.models.modes import evaluating
 
 
 def call_order(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor | None) -> list[str] | None:
-    """Names of the layers that a forward calls, first call first; None if there is no input to run it on."""
-    like = next(model.parameters(), None)
+    """Names of the layers that a forward pass calls, in the order of their first calls.
+
+    Args:
+        model: The model, which is run once.
+        layers: Layers to look for, by name.
+        example: Input of the model; by default an image of zeros for a timm model.
+
+    Returns:
+        The names, or None if there is no input that the model runs on.
+
+    Raises:
+        ValueError: The model does not run on `example`.
+    """
+    parameter = next(model.parameters(), None)
     given = example is not None
     if example is None:
-        if like is None or not hasattr(model, "pretrained_cfg"):
+        if parameter is None or not hasattr(model, "pretrained_cfg"):
             return None
         size = get_model_input_config(model)["input_size"]  # of this model, not of its pretrained weights
-        example = torch.zeros(1, *size, device=like.device, dtype=like.dtype)
+        example = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
     order: dict[str, None] = {}
 
-    def note(name: str) -> Callable[..., None]:
+    def record_call(name: str) -> Callable[..., None]:
         return lambda *_: order.setdefault(name)
 
-    hooks = [m.register_forward_pre_hook(note(name)) for name, m in layers.items()]
+    hooks = [m.register_forward_pre_hook(record_call(name)) for name, m in layers.items()]
     try:
         with evaluating(model), torch.no_grad():
             model(example)
@@ -43,7 +55,7 @@ def call_order(model: nn.Module, layers: Mapping[str, nn.Module], example: Tenso
             ) from error
         warnings.warn(
             f"The model does not run on an image of zeros, {list(example.shape)} ({error}): layers that it never calls "
-            "cannot be told apart. Give an input it takes as example=.",
+            "cannot be detected. Give an input that it takes as example=.",
             ReprogrammingWarning,
             stacklevel=3,
         )
@@ -55,7 +67,16 @@ def call_order(model: nn.Module, layers: Mapping[str, nn.Module], example: Tenso
 
 
 def select(layers: dict[str, nn.Module], config: NRPMConfig, skipped: Mapping[str, str]) -> dict[str, nn.Module]:
-    """The layers that `config.layers` asks for."""
+    """The layers that `config.layers` selects, by name.
+
+    Args:
+        layers: All layers that can be reprogrammed, by name.
+        config: The settings.
+        skipped: Reasons why other layers cannot be reprogrammed, by name.
+
+    Raises:
+        ValueError: `config.layers` is not understood, or selects nothing.
+    """
     chosen = config.layers
     if chosen is None:
         names = set(layers)
@@ -69,10 +90,10 @@ def select(layers: dict[str, nn.Module], config: NRPMConfig, skipped: Mapping[st
     else:
         names = set()
         for pattern in [chosen] if isinstance(chosen, str) else chosen:
-            found = fnmatch.filter(layers, pattern)
-            if not found:
+            matches = fnmatch.filter(layers, pattern)
+            if not matches:
                 raise ValueError(_no_match(f"layers={pattern!r}", pattern, layers, skipped))
-            names.update(found)
+            names.update(matches)
     if not names:
         raise ValueError(
             f"layers={chosen!r} selects none of the {len(layers)} layers that can be reprogrammed"
@@ -82,7 +103,7 @@ def select(layers: dict[str, nn.Module], config: NRPMConfig, skipped: Mapping[st
 
 
 def assign(layers: Mapping[str, nn.Module], config: NRPMConfig) -> dict[str, float]:
-    """Lambda for each of `layers`."""
+    """Lambda of each of `layers` by name, as `config.lam` gives it; a ValueError if it does not fit them."""
     lam = config.lam
     if isinstance(lam, float):
         return dict.fromkeys(layers, lam)
@@ -93,25 +114,28 @@ def assign(layers: Mapping[str, nn.Module], config: NRPMConfig) -> dict[str, flo
     assert isinstance(lam, Mapping)
     values: dict[str, float] = {}
     for pattern, value in sorted(lam.items(), key=lambda item: item[0] in layers):  # a layer's own name beats a glob
-        found = [pattern] if pattern in layers else fnmatch.filter(layers, pattern)
-        if not found:
+        matches = [pattern] if pattern in layers else fnmatch.filter(layers, pattern)
+        if not matches:
             raise ValueError(_no_match(f"lam[{pattern!r}]", pattern, layers, {}))
-        values |= dict.fromkeys(found, value)
+        values |= dict.fromkeys(matches, value)
     missing = [name for name in layers if name not in values]
     if missing:
         raise ValueError(f"lam names no value for {len(missing)} of the chosen layers: {', '.join(missing[:5])}.")
     return values
 
 
-def _no_match(what: str, pattern: str, layers: Mapping[str, Any], skipped: Mapping[str, str]) -> str:
+def _no_match(argument: str, pattern: str, layers: Mapping[str, Any], skipped: Mapping[str, str]) -> str:
+    """The error message for an argument whose pattern matches none of `layers`."""
     refused = fnmatch.filter(skipped, pattern)
     if refused:
-        return f"{what} matches only layers that cannot be reprogrammed: {_reasons({n: skipped[n] for n in refused})}."
+        reasons = _reasons({name: skipped[name] for name in refused})
+        return f"{argument} matches only layers that cannot be reprogrammed: {reasons}."
     if any(name.startswith(f"{pattern}.") for name in layers):
-        return f"{what} matches no layer itself: write {pattern + '.*'!r} for the layers inside."
+        return f"{argument} matches no layer itself: write {pattern + '.*'!r} for the layers inside."
     near = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.3) or list(layers)[:3]
-    return f"{what} matches none of the {len(layers)} layers that can be chosen. Near names: {', '.join(near)}."
+    return f"{argument} matches none of the {len(layers)} layers that can be chosen. Near names: {', '.join(near)}."
 
 
 def _reasons(skipped: Mapping[str, str]) -> str:
+    """Why the first three layers of `skipped` cannot be reprogrammed, in words."""
     return "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3]) or "it has no linear map"

@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors to a safetensors file, which holds each of them contiguous and apart from the others.
+    """Write tensors to a safetensors file, which holds each of them contiguously and in memory of its own.
 
     Args:
-        tensors: Tensors by name: on any device, in any memory format, views, expanded, or sharing memory. They are not
-            changed.
-        file: Path of the file; an existing one is replaced.
+        tensors: Tensors by name, on any device and in any memory format; views, expanded tensors and shared memory are
+            allowed. The tensors are not changed.
+        file: Path of the file; an existing file is replaced.
 
     Example:
         >>> weight = torch.randn(4, 6)
@@ -27,7 +27,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
         place = value.untyped_storage().data_ptr()
-        written[name] = value.clone() if place in places else value  # safetensors refuses two names for one memory
+        written[name] = value.clone() if place in places else value  # safetensors refuses shared memory
         places.add(place)
     save_file(written, file)
 
@@ -36,8 +36,8 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """How one state differs from another, in words; empty if it does not.
 
     Args:
-        found: Shapes by name, of the state that is given; None for what is no tensor.
-        wanted: Shapes by name, of the state that a model has.
+        found: Shapes by name of the given state; None for a value that is no tensor.
+        wanted: Shapes by name of the state that is needed.
 
     Example:
         >>> differences({"fc.bias": (3,)}, {"fc.bias": (4,), "fc.weight": (4, 2)})
@@ -48,4 +48,4 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         "not in the model": sorted(map(str, found.keys() - wanted.keys())),
         "of another shape": [key for key in wanted if key in found and found[key] != wanted[key]],
     }
-    return "; ".join(f"{len(keys)} {what}, like {keys[0]}" for what, keys in lists.items() if keys)
+    return "; ".join(f"{len(keys)} {kind}, like {keys[0]}" for kind, keys in lists.items() if keys)

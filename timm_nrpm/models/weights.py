@@ -1,4 +1,4 @@
-"""Files of weights: what the paper's authors published, what timm's training script leaves, and state dicts."""
+"""Loading files of weights: those of the paper's authors, of timm's training script, and state dicts."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from timm_nrpm.models.tensors import differences
 Model = TypeVar("Model", bound=nn.Module)
 
 RENAMED = {"shortcut": "downsample", "linear": "fc"}
-"""The authors' names of modules, and timm's."""
+"""timm's names of modules by the authors' names."""
 
 
 def load_published_(model: Model, file: str | Path) -> Model:
-    """Load weights into a plain model, in place: of the paper's authors, of timm's training script, or a state dict.
+    """Load weights of the paper's authors, of timm's training script or of a state dict into a plain model, in place.
 
     Args:
         model: A timm model that is not reprogrammed.
-        file: Path of a checkpoint of the authors (`.pth`, or `.t7` with a `net`), whose lambdas are left out; of one of
-            timm's training checkpoints (`.pth.tar`), whose averaged weights go first, as in
-            `timm.create_model(checkpoint_path=...)`; or of a state dict of `model`, saved by torch or as safetensors.
-            Nothing in it is executed.
+        file: Path of one of these: a checkpoint of the authors (`.pth`, or `.t7` with an entry `net`), whose lambdas
+            are left out; a training checkpoint of timm (`.pth.tar`), whose averaged weights are preferred, as in
+            `timm.create_model(checkpoint_path=...)`; or a state dict of `model`, saved by torch or as safetensors.
+            Nothing in the file is executed.
 
     Returns:
         `model`, in the mode it was in.
@@ -38,15 +38,16 @@ def load_published_(model: Model, file: str | Path) -> Model:
         ValueError: The file holds something else, or `model` is reprogrammed. The model is untouched.
 
     Example:
-        >>> model = load_published_(timm.create_model("mlp3_mnist"), "mlp3_mnist_model.pth").eval()
-        >>> reprogram_(model, NRPMConfig(lam=0.5))
+        >>> torch.save({"state_dict": plain.state_dict()}, "model_best.pth.tar")
+        >>> model = load_published_(timm.create_model("resnet8_digits"), "model_best.pth.tar").eval()
+        >>> model = reprogram_(model, NRPMConfig(lam=0.5))
     """
     file = Path(file)
     if reprogrammed_layers(model):
         raise ValueError("The model is reprogrammed: load weights into the plain model, then call reprogram_.")
     if not file.is_file():
         raise FileNotFoundError(f"{file} is no file: give a checkpoint or a state dict of this model.")
-    known = (
+    advice = (
         "Give a checkpoint of this architecture, the authors' or one of timm's training script, or its state dict, "
         "saved by torch or as safetensors."
     )
@@ -55,24 +56,24 @@ def load_published_(model: Model, file: str | Path) -> Model:
     except AttributeError:  # it holds no state dict, but another plain value
         content = {}
     except Exception as error:  # each format has errors of its own
-        raise ValueError(f"{file} cannot be read as weights alone ({_unreadable(error)}). {known}") from None
-    wanted = _shapes(model.state_dict())
+        raise ValueError(f"{file} cannot be read as weights alone ({_unreadable(error)}). {advice}") from None
+    expected = _shapes(model.state_dict())
     named = published(content)
-    state = content if _shapes(content) == wanted else named  # timm has modules of the authors' names, too
-    if _shapes(state) != wanted:  # all of it before any of it is loaded
-        told = differences(_shapes(named), wanted)
-        raise ValueError(f"{file} holds no weights of this {type(model).__name__} ({told}). {known}")
+    state = content if _shapes(content) == expected else named  # timm has modules of the authors' names, too
+    if _shapes(state) != expected:  # the whole state is checked before any of it is loaded
+        difference = differences(_shapes(named), expected)
+        raise ValueError(f"{file} holds no weights of this {type(model).__name__} ({difference}). {advice}")
     model.load_state_dict(state)
     return model
 
 
 def _shapes(state: Mapping[Any, Any]) -> dict[Any, tuple[int, ...] | None]:
-    """Shapes by name; None for what is no tensor."""
+    """Shapes by name; None for a value that is no tensor."""
     return {key: tuple(value.shape) if isinstance(value, Tensor) else None for key, value in state.items()}
 
 
 def _unreadable(error: Exception) -> str:
-    """Why a file could not be read, in words; the advice to read it all the same is left out."""
+    """Why a file could not be read, in words, without torch's advice to read it with `weights_only=False`."""
     text = str(error)
     listed = re.search(r"Unsupported globals: (.+?)\. No automatic", text)
     if listed:
@@ -87,7 +88,12 @@ def _unreadable(error: Exception) -> str:
 
 
 def published(state: Mapping[Any, Any], model: nn.Module | None = None) -> dict[str, Any]:
-    """A checkpoint of the authors under timm's names and without lambdas; a state dict of timm's as it is."""
+    """The weights of a checkpoint of the authors under timm's names, without lambdas.
+
+    Args:
+        state: Content of the checkpoint; a state dict under timm's names keeps these.
+        model: Ignored; timm passes it to such a filter.
+    """
     if isinstance(state.get("net"), Mapping):
         state = state["net"]
     renamed = {}

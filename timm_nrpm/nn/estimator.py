@@ -6,8 +6,8 @@ started at the mean:
 
     w_d = omega(p_d - m_k)        m_{k+1} = sum_d w_d p_d / sum_d w_d
 
-Everything is in mean units: `m` stands for `z / D`. These functions hold every product in memory; `kernels/` computes
-the same without.
+Everything is in mean units: `m` stands for `z / D`. These functions hold every product in memory; `kernels/`
+computes the same without holding them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 class Penalty:
     """A weight function `omega(t) = clamp(scale / (|t| + eps) - shift, low, high)` of the distance `t = p - m`.
 
-    All penalties on offer are this formula with other numbers. `omega(t) = rho'(t) / t` belongs to the loss `rho`:
+    All available penalties are this formula with different numbers. The weight `omega(t) = rho'(t) / t` belongs to the
+    loss `rho`:
 
     - l1: `rho` grows like `|t|` (the paper's, eq. 1),
     - huber: quadratic up to `delta`, then like `|t|`,
@@ -55,7 +56,7 @@ class Penalty:
 
     @property
     def numbers(self) -> tuple[float, float, float, float, float]:
-        """The fields in order: `Penalty(*penalty.numbers)` is the same."""
+        """The fields in order, so that `Penalty(*penalty.numbers) == penalty`."""
         return self.eps, self.scale, self.shift, self.low, self.high
 
     @property
@@ -63,7 +64,7 @@ class Penalty:
         return self.low > 0.0 or self.high < math.inf
 
     def weight(self, t: Tensor) -> Tensor:
-        """`omega(t)`, same shape as `t`."""
+        """`omega(t)`, in the shape of `t`."""
         return self._shape(t.abs().add_(self.eps).reciprocal_())
 
     def weight_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ class Penalty:
     def loss(self, t: Tensor) -> Tensor:
         """`rho(t)`, the integral of `t * omega(t)` from 0, by the trapezoid rule: what the iteration minimises.
 
-        For l1 and `eps -> 0` this is `|t|` (eq. 1). Meant for checks and pictures, not for speed.
+        For l1 and `eps -> 0` this is `|t|` (eq. 1). It is meant for checks and figures, not for speed.
         """
         steps = torch.linspace(0, 1, 4097, dtype=t.dtype, device=t.device) ** 4  # finest where omega is steepest
         s = steps * t.unsqueeze(-1)
@@ -95,12 +96,12 @@ def robust_mean(products: Tensor, penalty: Penalty, iterations: int) -> Tensor:
     """Robust mean over the last dimension: eq. 3 in mean units, as plain PyTorch that autograd can follow.
 
     Args:
-        products: `[..., D]`.
+        products: Products, `[..., D]`.
         penalty: The weight function.
-        iterations: The paper's K; 0 gives the plain mean.
+        iterations: Number of steps, the paper's K; 0 gives the plain mean.
 
     Returns:
-        `[...]`, between the smallest and the largest product.
+        Robust means, `[...]`, each between the smallest and the largest of its products.
 
     Example:
         >>> robust_mean(torch.tensor([1.0, 2.0, 300.0]), Penalty.named("l1", 1e-6), 50)
@@ -114,14 +115,15 @@ def robust_mean(products: Tensor, penalty: Penalty, iterations: int) -> Tensor:
 
 
 def robust_sum(x: Tensor, weight: Tensor, penalty: Penalty, iterations: int) -> Tensor:
-    """Robust estimate of `x @ weight.T`, holding all N * O * D products: the oracle of the tests and the benchmark.
+    """Robust estimate of `x @ weight.T`, holding all N * O * D products: the reference of the tests and the benchmark.
 
     Args:
-        x: `[N, D]`.
-        weight: `[O, D]`.
+        x: Input, `[N, D]`.
+        weight: Weight, `[O, D]`.
+        penalty, iterations: The same as in :func:`robust_mean`.
 
     Returns:
-        `[N, O]`.
+        Robust sums, `[N, O]`.
     """
     products = x.unsqueeze(1) * weight  # [N, O, D]
     return robust_mean(products, penalty, iterations) * x.shape[-1]

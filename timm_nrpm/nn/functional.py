@@ -1,8 +1,8 @@
 """Reprogrammed linear and convolution as functions, like `torch.nn.functional`.
 
 Both compute Algorithm 1 of NRPM (arXiv 2410.04577): `lam * z + (1 - lam) * z_robust + bias`, where `z` is what the
-plain operation gives without its bias and `z_robust` the robust estimate of the same sum. The memory they need is that
-of the plain operation and a few numbers an output; the gradient is exact, and first order only.
+plain operation gives without its bias and `z_robust` the robust estimate of the same sum. They need the memory of the
+plain operation and a few numbers per output; the gradient is exact, and first order only.
 
 Example:
     >>> x, weight = torch.randn(8, 64), torch.randn(10, 64)
@@ -28,23 +28,24 @@ from timm_nrpm.nn.estimator import Penalty
 from timm_nrpm.nn.kernels import robust_sum
 from timm_nrpm.nn.kernels.convolution import Convolution, Pair
 
-FEW = 16  # rows of a linear map; a vector of positions is this long
+FEW = 16  # fewer rows of a linear map do not fill one vector of the kernels
 
 
 def is_plain(lam: float | Tensor, iterations: int, penalty: str) -> bool:
-    """Whether the plain operation is the whole answer: no iteration, or lambda = 1 and nothing to learn it by.
+    """Whether the plain operation is the whole result: no iteration, no robust penalty, or lambda = 1 and not learned.
 
-    A tensor is asked for its value where that costs nothing. Elsewhere, in a graph or on a device, the operator itself
+    The value of a tensor is read where that costs nothing. Elsewhere, in a graph or on a device, the operator itself
     skips the work at lambda = 1.
     """
     if not isinstance(lam, Tensor):
         return iterations == 0 or penalty == "l2" or lam >= 1
     if lam.requires_grad and torch.is_grad_enabled():
         return False
-    return iterations == 0 or penalty == "l2" or (_at_hand(lam) and bool(lam >= 1))
+    return iterations == 0 or penalty == "l2" or (_is_readable(lam) and bool(lam >= 1))
 
 
-def _at_hand(lam: Tensor) -> bool:
+def _is_readable(lam: Tensor) -> bool:
+    """Whether reading the value neither waits for a device nor breaks a graph."""
     return lam.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -58,16 +59,15 @@ def _check(
         return lam if graph else check_lam(lam), settings
     if lam.numel() != 1:
         raise ValueError(f"lam has shape {list(lam.shape)}, and one lambda serves the whole layer: give one number.")
-    if _at_hand(lam):
+    if _is_readable(lam):
         check_lam(lam.item())
     return lam.reshape(()), settings
 
 
 def _precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The float types to compute in and to return, which autocast may set.
+    """The floating-point types to compute in and to return, which autocast may set.
 
-    Half precision keeps three digits of a product whose distance to the mean is what counts, so that is never computed
-    in.
+    Nothing is computed in half precision, whose three digits of a product are too few for its distance to the mean.
     """
     device = x.device.type
     known = torch.amp.is_autocast_available(device)
@@ -97,10 +97,10 @@ def _mix(
     skip = lam if isinstance(lam, Tensor) and not learned else None
     keep = grad and (x.requires_grad or weight.requires_grad)
     shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    robust = plain  # of no step, which is here so that lambda takes its gradient, 0
+    robust = plain  # without iterations, where lambda still gets its gradient of 0
     if iterations:
         robust, _ = robust_sum(x, weight, plain, skip, *shape, iterations, penalty.numbers, keep)
-    # In place where autograd does not look: the output of a shallow layer costs as much to allocate as to compute.
+    # In place where autograd does not record: the output of a shallow layer costs as much to allocate as to compute.
     return torch.lerp(robust, plain, lam) if grad else robust.lerp_(plain, lam)
 
 
@@ -119,17 +119,17 @@ def nrpm_linear(
     """Linear map mixed with the robust estimate of its sum (NRPM, arXiv 2410.04577, Algorithm 1).
 
     Args:
-        x: `[..., D]`, floating point.
-        weight: `[O, D]`.
-        bias: `[O]`; stays outside the estimate.
+        x: Input, `[..., D]`, floating point.
+        weight: Weight, `[O, D]`.
+        bias: Bias, `[O]`, which is added after the estimate; None for none.
         lam: Lambda in [0, 1], a number or a tensor with one element, which may take a gradient.
         iterations, eps, penalty, delta, gamma: See :class:`timm_nrpm.NRPMConfig`.
 
     Returns:
-        `[..., O]`.
+        Output, `[..., O]`.
 
     Raises:
-        ValueError: Shapes that do not fit, or a setting outside its range.
+        ValueError: The shapes do not fit, or a setting is outside its range.
 
     Example:
         >>> x, weight = torch.randn(2, 5, 64), torch.randn(10, 64)
@@ -144,20 +144,20 @@ def nrpm_linear(
     if is_plain(lam, iterations, penalty) or x.numel() == 0 or weight.numel() == 0:
         return F.linear(x, weight, bias)
     options = Penalty.named(penalty, eps, delta, gamma)
-    kind, dtype = _precision(x)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(kind)  # [N, D]
-    matrix = weight.to(kind)
+    compute_dtype, dtype = _precision(x)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(compute_dtype)  # [N, D]
+    matrix = weight.to(compute_dtype)
     with _without_autocast(x):
         plain = F.linear(rows, matrix)  # [N, O]
-    # The kernels run along positions, so of rows and outputs the more numerous are the positions of a 1x1 convolution;
-    # but a graph must do for any number of rows.
+    # The kernels run along the positions of a 1x1 convolution. These are the rows or, if rows are few, the outputs; in
+    # a graph, which must serve any number of rows, they are always the rows.
     if swap := not torch.compiler.is_compiling() and rows.shape[0] < FEW <= matrix.shape[0]:
         rows, matrix, plain = matrix, rows, plain.t()
     columns, kernel = rows.t()[None, :, None], matrix[..., None, None]  # [1, D, 1, N], [O, D, 1, 1]
     out = _mix(columns, kernel, plain.t()[None, :, None], Convolution(), lam, iterations, options)  # [1, O, 1, N]
     out = out[0, :, 0] if swap else out[0, :, 0].t()
     if bias is not None:
-        out = out.add_(bias.to(kind))
+        out = out.add_(bias.to(compute_dtype))
     return out.to(dtype).reshape(*x.shape[:-1], len(weight))
 
 
@@ -180,19 +180,19 @@ def nrpm_conv2d(
     """2D convolution mixed with the robust estimate of its sum (NRPM, arXiv 2410.04577, Algorithm 1, appendix A.2).
 
     Args:
-        x: `[B, C, H, W]` or `[C, H, W]`, floating point.
-        weight: `[O, C / groups, kH, kW]`.
-        bias: `[O]`; stays outside the estimate.
-        stride, padding, dilation, groups: As in `torch.nn.functional.conv2d`; padding may be `"same"` or `"valid"`.
-            Padded zeros are products like any other, as in the paper.
+        x: Input, `[B, C, H, W]` or `[C, H, W]`, floating point.
+        weight: Weight, `[O, C / groups, kH, kW]`.
+        bias: Bias, `[O]`, which is added after the estimate; None for none.
+        stride, padding, dilation, groups: The same as in `torch.nn.functional.conv2d`; padding may be `"same"` or
+            `"valid"`. Padded zeros are products like any other, as in the paper.
         lam: Lambda in [0, 1], a number or a tensor with one element, which may take a gradient.
         iterations, eps, penalty, delta, gamma: See :class:`timm_nrpm.NRPMConfig`.
 
     Returns:
-        `[B, O, H', W']`, or `[O, H', W']`.
+        Output, `[B, O, H', W']` or `[O, H', W']`.
 
     Raises:
-        ValueError: Shapes that do not fit, or a setting outside its range.
+        ValueError: The shapes do not fit, or a setting is outside its range.
 
     Example:
         >>> x, weight = torch.randn(2, 16, 32, 32), torch.randn(8, 16, 3, 3)
@@ -212,7 +212,7 @@ def nrpm_conv2d(
             raise ValueError(f'padding="same" needs stride 1, and stride is {strides}.')
         total = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
         padding = (total[0] // 2, total[1] // 2)
-        if any(t % 2 for t in total):  # like torch, the odd one goes right and below
+        if any(t % 2 for t in total):  # as in torch, the odd one goes to the right and below
             left, right = padding[1], total[1] - padding[1]
             batch = F.pad(batch, (left, right, padding[0], total[0] - padding[0]))
             padding = 0
@@ -225,13 +225,13 @@ def nrpm_conv2d(
         out = F.conv2d(batch, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     else:
         options = Penalty.named(penalty, eps, delta, gamma)
-        kind, dtype = _precision(x)
-        batch, weight = batch.to(kind), weight.to(kind)
+        compute_dtype, dtype = _precision(x)
+        batch, weight = batch.to(compute_dtype), weight.to(compute_dtype)
         with _without_autocast(x):
             plain = F.conv2d(batch, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
         out = _mix(batch, weight, plain, conv, lam, iterations, options)  # [B, O, H', W']
         if bias is not None:
-            out = out.add_(bias.to(kind).view(-1, 1, 1))
+            out = out.add_(bias.to(compute_dtype).view(-1, 1, 1))
         out = out.to(dtype)
     return out if x.ndim == 4 else out.squeeze(0)
 

@@ -1,7 +1,7 @@
 """Reprogrammed layers: the original classes, with one lambda and the robust estimate (NRPM, Algorithm 1).
 
-A layer becomes reprogrammed by changing its class in place. So it stays the same object in every place that holds it,
-with the same Parameters, hooks, device and training mode, and giving it back its class undoes it without a trace.
+A layer becomes reprogrammed by a change of its class in place. So it stays the same object wherever it is referenced,
+with the same Parameters, hooks, device and training mode, and restoring its class undoes the change without a trace.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _load_keeping(
     missing: Any,
     *rest: Any,
 ) -> None:
-    """Load, and keep what is there for `names` that are missing: a checkpoint of the plain model sets weights alone."""
+    """Load a state, and keep the values of those `names` that it lacks, as a checkpoint of the plain model does."""
     load(state, prefix, metadata, strict, missing, *rest)
     missing[:] = [key for key in missing if key not in {prefix + name for name in names}]
 
@@ -65,11 +65,11 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class Correction(nn.Module):
-    """A factor and a summand for every output, which calibration fits: `gain * z + offset`.
+    """A gain and an offset for every output, which calibration fits: `gain * z + offset`.
 
     Args:
-        like: A tensor whose first dimension counts the outputs, and whose device and dtype to take.
-        channel: The dimension of the outputs in z, counted from the end.
+        like: Tensor whose first dimension counts the outputs, and whose device and dtype the correction takes.
+        channel: Dimension of the outputs in `z`, counted from the end (-1 is the last).
     """
 
     gain: Tensor
@@ -82,7 +82,7 @@ class Correction(nn.Module):
         self.register_buffer("offset", like.new_zeros(len(like)))
 
     def forward(self, z: Tensor, lam: Tensor) -> Tensor:
-        """`z` corrected, or `z` itself where `lam` is 1: chosen on the device, since a graph cannot ask for lambda."""
+        """`z` corrected, or `z` itself where `lam` is 1; the device chooses, since a graph cannot branch on a value."""
         gain, offset = torch.where(lam < 1, self.gain, 1), torch.where(lam < 1, self.offset, 0)
         shape = (-1, *[1] * (-self.channel - 1))
         return gain.to(z.dtype).view(shape) * z + offset.to(z.dtype).view(shape)
@@ -92,17 +92,17 @@ class Correction(nn.Module):
 
 
 class Reprogrammed(nn.Module):
-    """What every reprogrammed layer has beside its original class.
+    """What a reprogrammed layer adds to its original class: lambda, the settings and a correction.
 
     Attributes:
-        lam: Lambda, a Parameter with no dimensions. What counts is its value clamped to [0, 1], which is also what
-            :func:`timm_nrpm.lambdas` reports. Takes a gradient if `config.learnable`.
-        config: The settings; its `lam` and `layers` describe the model, not this layer.
-        correction: None, or what calibration does to the sum, before the bias.
+        lam: Lambda, a Parameter with no dimensions. The layer uses its value clamped to [0, 1], which is also the one
+            that :func:`timm_nrpm.lambdas` reports. It takes a gradient if `config.learnable`.
+        config: Settings of the estimate; its `lam` and `layers` describe the model, not this layer.
+        correction: Correction of the sum before the bias, fitted by calibration; None without calibration.
         linear_backward: Whether the gradient goes through the linear map alone, past the estimate, as an attack may
-            want it: the estimate's own is steep and erratic (backward pass differentiable approximation,
+            need, since the estimate's own gradient is steep and erratic (backward pass differentiable approximation,
             arXiv 1802.00420, section 4.1).
-        channel: The dimension of the outputs, counted from the end.
+        channel: Dimension of the outputs, counted from the end (-1 is the last).
     """
 
     lam: nn.Parameter
@@ -112,20 +112,20 @@ class Reprogrammed(nn.Module):
     channel: int
 
     def is_plain(self) -> bool:
-        """Whether the original operation gives the result, bit for bit: lam = 1 and nothing learns it, or K = 0."""
-        # On a device this waits for it, once a layer: an estimate costs more, and a plain layer saves all of it.
+        """Whether the original operation gives the result bit for bit: K = 0, l2, or lam = 1 and not learned."""
+        # This synchronises with a device once per layer, which costs less than the estimate that a plain layer saves.
         learned = self.lam.requires_grad and torch.is_grad_enabled()
         graph = torch.compiler.is_compiling() or (self.lam.is_cuda and torch.cuda.is_current_stream_capturing())
-        asked = self.lam if learned or graph or self.lam.is_meta else self.lam.cpu()
-        return is_plain(asked, self.config.iterations, self.config.penalty)
+        lam = self.lam if learned or graph or self.lam.is_meta else self.lam.cpu()
+        return is_plain(lam, self.config.iterations, self.config.penalty)
 
     def mix(self, estimate: Callable[..., Tensor], linear: Callable[[], Tensor]) -> Tensor:
         """The mixed sum, with its own gradient or with that of the linear map.
 
         Args:
-            estimate: `nrpm_linear` or `nrpm_conv2d` with the operation's own arguments, to be given those of the
+            estimate: `nrpm_linear` or `nrpm_conv2d` with the arguments of the operation bound, which takes those of the
                 estimate.
-            linear: The linear map with the same.
+            linear: The linear map with the same arguments bound.
         """
         c = self.config
         mixed = partial(
@@ -144,13 +144,13 @@ class Reprogrammed(nn.Module):
         return _StraightThrough.apply(value, linear())
 
     def finish(self, z: Tensor, bias: Tensor | None) -> Tensor:
-        """The sum, corrected if calibration says so, plus bias; at lambda = 1 the plain sum, whatever learns it."""
+        """The sum plus bias, with any correction; none applies at lambda = 1, even while lambda is learned."""
         if self.correction is not None:
             z = self.correction(z, self.lam)
         return z if bias is None else z + bias.to(z.dtype).view(-1, *[1] * (-self.channel - 1))
 
     def add_correction(self) -> Correction:
-        """Give the layer a correction that does nothing yet."""
+        """Add a correction that does not change anything yet, and return it."""
         self.correction = Correction(self.get_parameter("weight").detach(), self.channel)
         return self.correction
 
@@ -172,7 +172,7 @@ class Reprogrammed(nn.Module):
         if lam is not None and not bool((lam >= 0) & (lam <= 1)):
             rest[-1].append(f"{prefix}lam is {lam.tolist()}, and lambda must be in [0, 1].")
             return
-        # The state of a calibrated model brings corrections along, that of one without them has none.
+        # The state of a calibrated model holds corrections; that of another reprogrammed model removes them.
         corrected = prefix + "correction.gain" in state_dict
         if corrected and self.correction is None:
             self.add_correction()
@@ -182,7 +182,7 @@ class Reprogrammed(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # An optimizer may have gone past an end: save what counts.
+        # An optimizer may have left [0, 1]: save the value that the layer uses.
         if not self.lam.is_meta and not bool((self.lam >= 0) & (self.lam <= 1)):
             destination[prefix + "lam"] = self.lam.detach().clamp(0.0, 1.0)
 
@@ -204,7 +204,7 @@ class NRPMTimmLinear(NRPMLinear, TimmLinear):
 
 
 class NRPMConv2d(Reprogrammed, nn.Conv2d):
-    """`nn.Conv2d` mixed with the robust estimate of its sum, every padding mode; `[B, C, H, W]` to `[B, O, H', W']`."""
+    """`nn.Conv2d`, with any padding mode, mixed with the robust estimate; `[B, C, H, W]` to `[B, O, H', W']`."""
 
     channel = -3
 
@@ -272,7 +272,7 @@ REPROGRAMMED: dict[type[nn.Module], type[Reprogrammed]] = {
     ScaledStdConv2d: NRPMScaledStdConv2d,
     ScaledStdConv2dSame: NRPMScaledStdConv2dSame,
 }
-"""Which class takes the place of which. By exact type: a subclass may compute something else, so it is left alone."""
+"""The reprogrammed class of each original class. A subclass is left alone, since it may compute something else."""
 
 LINEAR_MAPS = (
     nn.Linear,
@@ -283,7 +283,7 @@ LINEAR_MAPS = (
     nn.RNNBase,
     nn.RNNCellBase,
 )
-"""Modules that hold a linear map; those whose exact type is not in REPROGRAMMED are reported."""
+"""Modules that hold a linear map; those whose exact type is not in REPROGRAMMED are reported as plain."""
 
 
 def reprogram_layer_(module: nn.Module, config: NRPMConfig, lam: float) -> None:
@@ -304,5 +304,5 @@ def restore_layer_(module: Reprogrammed) -> None:
     for name in ("config", "lam", "correction"):
         delattr(module, name)
     module.__class__ = next(  # type: ignore[assignment]
-        original for original, ours in REPROGRAMMED.items() if ours is type(module)
+        original for original, reprogrammed in REPROGRAMMED.items() if reprogrammed is type(module)
     )

@@ -1,4 +1,4 @@
-"""What a model is wrapped in: seen through or refused, by one function, before any work; and copies of a model."""
+"""Wrappers around a model, which one function removes or refuses before any work; and copies of a model."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ INSIDE: tuple[tuple[type[nn.Module], str], ...] = (
 """Wrappers that compute what the module inside computes, and the attribute that holds it."""
 
 BY_NAME = {"OptimizedModule": "_orig_mod", "ModelEmaV2": "module", "ModelEmaV3": "module"}
-"""What `torch.compile` gives and timm's averages of a model, which take a second to import."""
-
+"""The same by class name, for `torch.compile` and timm's averages of weights, which take a second to import."""
 
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+"""Packages that define torch's quantised layers."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model itself, and how it normalises if a wrapper said so.
+    """A model without its wrappers, and the normalisation that came with it.
 
     Attributes:
         model: The module without its wrappers.
-        mean, std: The normalisation, one number a channel; None leaves it to timm's config of the model.
+        mean, std: Mean and standard deviation, one number per channel; None for those in timm's config of the model.
     """
 
     model: nn.Module
@@ -46,7 +46,7 @@ class Subject:
     std: tuple[float, ...] | None = None
 
     def on_pixels(self) -> PixelModel:
-        """The model on pixels in [0, 1]."""
+        """The model as a PixelModel, which takes pixels in [0, 1]."""
         return PixelModel(self.model, self.mean, self.std)
 
 
@@ -54,7 +54,7 @@ def unwrapped(model: Any) -> nn.Module:
     """The model without DataParallel, DDP, `torch.compile`, an average of weights, PixelModel or Sequential around it.
 
     Raises:
-        ValueError: It is no module, or it is quantised.
+        ValueError: `model` is no module, or is quantised.
 
     Example:
         >>> unwrapped(nn.DataParallel(model)) is model
@@ -67,40 +67,40 @@ def unwrapped(model: Any) -> nn.Module:
     for name, module in model.named_modules():
         if type(module).__module__.startswith(QUANTISED):
             raise ValueError(
-                f"The model is quantised ({name or 'itself'} is torch's quantised {type(module).__name__}), whose sums "
-                "are of integers, and through which no gradient goes: give the floating-point model."
+                f"The model is quantised ({name or 'it'} is torch's quantised {type(module).__name__}), so it adds up "
+                "integers and has no gradient: give the floating-point model."
             )
     return model
 
 
 def subject_of(model: Any, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> Subject:
-    """The model without its wrappers, with the normalisation that was given, or that a wrapper brings along.
+    """The model without its wrappers, with the normalisation that was given or that a wrapper has.
 
     Args:
         model: Any module.
-        mean, std: The normalisation that the caller gave; it goes before that of a wrapper.
+        mean, std: Normalisation from the caller, which takes precedence over that of a wrapper.
 
     Raises:
-        ValueError: It is no module, or one that holds a timm model beside other modules, so that nobody knows what
-            pixels it takes.
+        ValueError: `model` is no module, or holds a timm model beside other modules, so that it is unknown what pixels
+            it takes.
     """
     inner: nn.Module | None = model
     while inner is not None:
         model = inner
-        told = _normalisation_of(model)
-        if told is not None:
-            mean, std = mean or told[0], std or told[1]
+        normalisation = _normalisation_of(model)
+        if normalisation is not None:
+            mean, std = mean or normalisation[0], std or normalisation[1]
         inner = _inside(model)
     model = unwrapped(model)
-    _refuse_company(model, known=mean is not None and std is not None)
+    _refuse_other_modules(model, is_known=mean is not None and std is not None)
     return Subject(model, mean, std)
 
 
 def _normalisation_of(wrapper: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """The mean and deviation that a wrapper normalises by; None if it does not."""
     if isinstance(wrapper, PixelModel):
-        own = wrapper.normalisation()
-        return own["mean"], own["std"]
+        normalisation = wrapper.normalisation()
+        return normalisation["mean"], normalisation["std"]
     if _normalises_first(wrapper):
         first: Any = wrapper[0]  # type: ignore[index]
         return tuple(map(float, first.mean)), tuple(map(float, first.std))
@@ -108,7 +108,7 @@ def _normalisation_of(wrapper: nn.Module) -> tuple[tuple[float, ...], tuple[floa
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
-    """What a wrapper holds; None for a module that is no wrapper."""
+    """The module inside a wrapper; None if `model` is no wrapper."""
     for kind, name in INSIDE:
         if isinstance(model, kind):
             inner: nn.Module = getattr(model, name)
@@ -122,27 +122,27 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 
 def _normalises_first(model: nn.Module) -> bool:
-    """Whether it is `Sequential(torchvision's Normalize, model)`."""
+    """Whether `model` is a Sequential of torchvision's Normalize and a model."""
     if type(model) is not nn.Sequential or len(model) != 2 or type(model[0]).__name__ != "Normalize":
         return False
     return hasattr(model[0], "mean") and hasattr(model[0], "std")
 
 
-def _refuse_company(model: nn.Module, known: bool) -> None:
-    """Raise a ValueError for a module around a timm model, whose normalisation nobody knows."""
-    if hasattr(model, "pretrained_cfg") or known:
+def _refuse_other_modules(model: nn.Module, is_known: bool) -> None:
+    """Raise a ValueError for a module that holds a timm model beside others, unless its normalisation is known."""
+    if hasattr(model, "pretrained_cfg") or is_known:
         return
     for name, module in model.named_modules():
         if hasattr(module, "pretrained_cfg") and hasattr(module, "num_classes"):
             raise ValueError(
                 f"This {type(model).__name__} holds a timm model, {type(module).__name__} as {name!r}, beside other "
-                "modules, so nobody knows what pixels it takes: give the timm model itself, or mean= and std= of the "
-                "normalisation that the whole expects, such as mean=(0.0,), std=(1.0,) where it normalises inside."
+                "modules, so it is unknown what pixels it takes: give the timm model itself, or mean= and std= of the "
+                "normalisation that the whole expects, such as mean=(0.0,), std=(1.0,) if it normalises inside."
             )
 
 
 class _Detached(TorchFunctionMode):
-    """Deep copies of tensors that were computed, as pruning, weight_norm and hooks keep them: their values alone."""
+    """A mode that deep-copies computed tensors, such as pruning, weight_norm and hooks keep, as their values alone."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -156,19 +156,19 @@ class _Detached(TorchFunctionMode):
 
 
 def copied(model: Model, memo: dict[int, Any] | None = None) -> Model:
-    """A deep copy of a model, of computed tensors the values alone.
+    """A deep copy of a model, which holds the values alone of tensors that were computed.
 
     Args:
         model: Any module.
-        memo: What the copy shares with the model, by `id`, as for `copy.deepcopy`.
+        memo: Objects that the copy shares with the model, by their `id`, as in `copy.deepcopy`.
 
     Raises:
-        ValueError: A module whose `forward` was replaced on the instance, which a copy would share: it would go on
-            computing with the modules of the original.
+        ValueError: The `forward` of a module was replaced on the instance. The copy would share it, and go on computing
+            with the modules of the original.
     """
     for name, module in model.named_modules():
-        own = vars(module).get("forward")
-        if own is not None and not (isinstance(own, MethodType) and own.__self__ is module):
+        replaced = vars(module).get("forward")
+        if replaced is not None and not (isinstance(replaced, MethodType) and replaced.__self__ is module):
             raise ValueError(
                 f"The forward of {name or 'the model'} ({type(module).__name__}) was replaced on the instance, and a "
                 "copy of the model would run the original's modules through it. Write a class with that forward, or "

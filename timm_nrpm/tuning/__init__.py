@@ -1,4 +1,4 @@
-"""Paradigms 2 and 3: lambda, or everything, learned under attack."""
+"""Paradigms 2 and 3: lambda alone, or the weights as well, tuned under attack."""
 
 from timm_nrpm.lazy import modules_of
 

@@ -1,6 +1,6 @@
-"""The state of a run on disk: safetensors and JSON, whole or not there at all.
+"""Checkpoints of a run: safetensors and JSON, each written completely or not at all.
 
-step-00000120/state.safetensors     what trains, its optimizer's state, buffers
+step-00000120/state.safetensors     parameters that train, buffers, the optimizer's state
 step-00000120/state.json            step, settings, history; sha256 of the other file and of itself
 """
 
@@ -39,11 +39,12 @@ STATE, TENSORS = "state.json", "state.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved.
+    """A checkpoint that was read.
 
     Attributes:
-        tensors: By name.
-        content: Whatever JSON holds.
+        path: Its folder.
+        tensors: Its tensors by name.
+        content: Its JSON values by name.
     """
 
     path: Path
@@ -52,7 +53,11 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints in a folder, the last `keep` of them.
+    """The last `keep` checkpoints of a run, in a folder.
+
+    Args:
+        folder: The folder, created by the first checkpoint.
+        keep: Number of checkpoints that stay.
 
     Example:
         >>> checkpoints = Checkpoints(Path("run/checkpoints"), keep=3)
@@ -66,21 +71,24 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def paths(self) -> list[Path]:
-        """Whole checkpoints, the oldest first."""
+        """Paths of the checkpoints, the oldest first."""
         return sorted(self.folder.glob("step-*"))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Path:
-        """Write a checkpoint, then remove those too old.
+        """Write a checkpoint, then remove all but the last `keep`.
+
+        Returns:
+            Path of the checkpoint.
 
         Raises:
-            OSError: It could not be written, and what was there before is there still.
+            OSError: The checkpoint could not be written; the earlier ones are intact.
         """
         path = self.folder / f"step-{step:08d}"
-        while path.exists():  # saved before, and good until the new one is
+        while path.exists():  # an earlier one of this step stays until the new one is written
             path = path.with_name(f"{path.name}+")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob(f"{DRAFT}*"):  # of a process that was killed
+            for stale in self.folder.glob(f"{DRAFT}*"):  # left by a process that was killed
                 shutil.rmtree(stale, ignore_errors=True)
             draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=self.folder))
             try:
@@ -93,25 +101,25 @@ class Checkpoints:
                 _to_disk(self.folder)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
-        except Exception as error:  # safetensors has errors of its own for a full disk
+        except Exception as error:  # safetensors raises errors of its own for a full disk
             last = self.paths()
             raise OSError(
                 f"The checkpoint of step {step} could not be written to {self.folder} ({error}). "
                 + (
                     f"The last good one is {last[-1].name}: make room, then resume."
                     if last
-                    else "There is none before."
+                    else "There is no earlier one."
                 )
             ) from error
-        found = self.paths()
-        here = found.index(path)
-        # Those of later steps were broken when the run went on from an earlier one.
-        for old in (*found[: max(0, here + 1 - self.keep)], *found[here + 1 :]):
+        paths = self.paths()
+        here = paths.index(path)
+        # The run resumed from an earlier step, so checkpoints of later steps are broken.
+        for old in (*paths[: max(0, here + 1 - self.keep)], *paths[here + 1 :]):
             shutil.rmtree(old, ignore_errors=True)
         return path
 
     def last(self) -> Checkpoint | None:
-        """The last checkpoint that is whole; None if there is none. A broken one is passed over with a warning."""
+        """The last intact checkpoint, or None; a broken one is skipped with a warning."""
         for path in reversed(self.paths()):
             try:
                 return self.read(path.name)
@@ -124,7 +132,7 @@ class Checkpoints:
         return None
 
     def read(self, name: str) -> Checkpoint:
-        """The checkpoint of that name; any exception if it is not whole."""
+        """The checkpoint of that name. If it is not intact, an exception of any type is raised."""
         path = self.folder / name
         content = json.loads((path / STATE).read_text())
         if content.pop("sha256", None) != checksum_of(content):
@@ -135,12 +143,12 @@ class Checkpoints:
 
 
 def collect(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """All that training changes: what trains, buffers, the optimizer's state, and what calibration did.
+    """Everything that training changes: parameters that train, buffers, the optimizer's state, and corrections.
 
     Args:
         model: The reprogrammed model.
-        wrapped: The module around it that accelerate prepared.
-        optimizer: The bare optimizer.
+        wrapped: The module around the model, as accelerate prepared it.
+        optimizer: The optimizer without accelerate's wrapper.
 
     Returns:
         Tensors and plain values by name.
@@ -151,7 +159,7 @@ def collect(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer) -> dict[
 
 
 def install_(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Undo, in place, all that happened since `collect`."""
+    """Restore, in place, the state that :func:`collect` returned."""
     trained, moments = (
         {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
         for start in ("model.", "optimizer.")

@@ -1,7 +1,7 @@
 """What tuning minimises: adversarial training losses, as compared in the paper (arXiv 2410.04577, Table 5).
 
 A loss takes `f`, which maps pixels `[B, C, H, W]` to logits `[B, N]`, the images, the same images attacked, and labels
-`[B]`. It returns what to minimise and the logits it came by, of the clean and of the attacked images.
+`[B]`. It returns the value to minimise, and the logits of the clean and of the attacked images where it needs them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class Loss(NamedTuple):
-    """A loss, and the logits it came by where it needed them."""
+    """A loss to minimise, and the logits `[B, N]` of the clean and of the attacked images; None where it needs none."""
 
     value: Tensor
     clean: Tensor | None
@@ -33,7 +33,7 @@ class Loss(NamedTuple):
 
 
 def clean(f: Forward, pixels: Tensor, attacked: Tensor, labels: Tensor) -> Loss:
-    """Cross-entropy of the images themselves."""
+    """Cross-entropy of the clean images."""
     logits = f(pixels)
     return Loss(F.cross_entropy(logits, labels), logits, None)
 
@@ -45,8 +45,8 @@ def adversarial(f: Forward, pixels: Tensor, attacked: Tensor, labels: Tensor) ->
 
 
 def both(f: Forward, pixels: Tensor, attacked: Tensor, labels: Tensor) -> Loss:
-    """Cross-entropy of the images and of the attacked ones, summed: adversarial training as it was first proposed
-    (Goodfellow et al., arXiv 1412.6572, section 6, times 2), and as the authors' code for MNIST has it."""
+    """Sum of the cross-entropies of the clean and of the attacked images: adversarial training as it was first proposed
+    (Goodfellow et al., arXiv 1412.6572, section 6, times 2), and as in the NRPM authors' code for MNIST."""
     logits, moved = f(pixels), f(attacked)
     return Loss(F.cross_entropy(logits, labels) + F.cross_entropy(moved, labels), logits, moved)
 
@@ -74,8 +74,8 @@ def mart(f: Forward, pixels: Tensor, attacked: Tensor, labels: Tensor, beta: flo
 def sat(f: Forward, pixels: Tensor, attacked: Tensor, soften: Forward, beta: float) -> Loss:
     """Self-adaptive training under attack: TRADES with soft labels (Huang et al., arXiv 2002.10319, section 4).
 
-    `soften` maps the clean logits to soft labels `[B, N]`, see :class:`Objective`. Which "SAT" it compares with, the
-    NRPM paper does not say.
+    `soften` maps the clean logits to soft labels `[B, N]`, see :class:`Objective`. The NRPM paper does not say which
+    "SAT" it compares with.
     """
     logits, moved = f(pixels), f(attacked)
     targets = soften(logits.detach())
@@ -89,9 +89,15 @@ def _divergence(logits: Tensor, moved: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Kind:
-    """How an objective attacks: from where, in units of eps or of pixels, and up which loss."""
+    """How an objective attacks.
 
-    start: str = "none"  # "none", "ball": anywhere within eps, "near": a normal step of 0.001
+    Attributes:
+        start: Where the attack starts: `"none"` at the image, `"ball"` anywhere within eps of it, uniformly, `"near"`
+            at a normal step of standard deviation 0.001 from it, in pixel units of [0, 1].
+        divergence: Whether the attack maximises the KL divergence from the clean logits, not the cross-entropy.
+    """
+
+    start: str = "none"
     divergence: bool = False
 
 
@@ -108,21 +114,21 @@ KINDS = {
 
 
 class Objective(nn.Module):
-    """A model and what it is to minimise, as one module whose forward is the loss.
+    """A model and its training loss, as one module whose forward returns the loss.
 
-    One forward a step is what DistributedDataParallel counts on, whatever an objective calls inside.
+    DistributedDataParallel expects one forward per step, however often an objective calls the model inside.
 
     Args:
-        net: The model, on pixels.
-        config: Which objective, and its settings.
-        samples, classes: Of the training data; SAT keeps a target for each image.
+        net: The model, which takes pixels in [0, 1].
+        config: Settings of the run, which name the objective.
+        samples, classes: Numbers of training images and of classes, which SAT needs for its targets.
 
     Raises:
-        ValueError: AWP, and no weight trains.
+        ValueError: The objective is AWP, and no weight trains.
 
     Attributes:
-        epoch: Which epoch it is, from 0; set by the loop.
-        targets: Of SAT, `[samples, classes]`, zeros until an image was seen.
+        epoch: Number of the current epoch, from 0; the training loop sets it.
+        targets: Soft labels of SAT, `[samples, classes]`; the row of an image is zero until the image was seen.
     """
 
     targets: Tensor
@@ -131,7 +137,7 @@ class Objective(nn.Module):
         super().__init__()
         self.net, self.config, self.kind = net, config, KINDS[config.objective]
         self.epoch = 0
-        self._weights: dict[nn.Parameter, Tensor] = {}  # of AWP, as they were
+        self._weights: dict[nn.Parameter, Tensor] = {}  # their values before AWP moved them
         if config.objective == "sat":
             self.register_buffer("targets", torch.zeros(samples, classes, device=net.mean.device, dtype=torch.float32))
         if config.objective == "awp" and not self._perturbed():
@@ -141,11 +147,13 @@ class Objective(nn.Module):
             )
 
     def forward(self, pixels: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-        """Loss, and how many of the clean and of the attacked images were right, -1 where nobody looked: `[3]`.
+        """The loss, the number of clean images classified right, and that of attacked images, as a tensor `[3]`.
+
+        A number is -1 where the objective does not compute the logits.
 
         Args:
-            pixels, labels: `[B, C, H, W]` in [0, 1], and `[B]`.
-            rows: The images' numbers in the training data, `[B]`.
+            pixels, labels: The batch, `[B, C, H, W]` in [0, 1] and `[B]`.
+            rows: Indices of the images in the training data, `[B]`.
         """
         attacked = self.attack(pixels, labels, rows)
         if self.config.objective == "awp":
@@ -158,7 +166,7 @@ class Objective(nn.Module):
         return torch.stack([loss.value, *(count.detach() for count in right)])
 
     def attack(self, pixels: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-        """The images to train on, `[B, C, H, W]`, a function of each image, its number and the epoch."""
+        """The attacked images to train on, `[B, C, H, W]`, each independent of the rest of the batch."""
         c = self.config
         if c.objective == "clean" or c.eps == 0:
             return pixels
@@ -176,12 +184,12 @@ class Objective(nn.Module):
         )
 
     def _start(self, pixels: Tensor, rows: Tensor) -> Tensor:
-        """What is added to the pixels before the first step."""
+        """The perturbation `[B, C, H, W]` that the attack starts from."""
         c, generator = self.config, torch.Generator()
         if self.kind.start == "none":
             return torch.zeros_like(pixels)
         draw = torch.rand if self.kind.start == "ball" else torch.randn
-        # Each image's own, so that however many processes share a batch, it is the same.
+        # Each image has its own seed, so its noise is the same however many processes share a batch.
         seeds = [seed_of(c.seed, self.epoch, row) for row in rows.tolist()]
         noise = torch.stack([draw(pixels.shape[1:], generator=generator.manual_seed(seed)) for seed in seeds]).to(
             pixels
@@ -189,6 +197,7 @@ class Objective(nn.Module):
         return (2 * noise - 1) * c.eps if self.kind.start == "ball" else (0.001 * noise).clamp(-c.eps, c.eps)
 
     def _loss(self, pixels: Tensor, attacked: Tensor, labels: Tensor, rows: Tensor) -> Loss:
+        """The loss of the objective."""
         c, images = self.config, (pixels, attacked)
         if c.objective == "clean":
             return clean(self.net, *images, labels)
@@ -206,25 +215,26 @@ class Objective(nn.Module):
     def soften(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """SAT's targets, `[B, N]`: the labels, into which predictions are mixed from epoch `target_start` on.
 
-        Every process keeps all targets, since in the next epoch it meets other images.
+        Every process keeps all targets, since it sees other images in the next epoch.
         """
         hard = F.one_hot(labels, self.targets.shape[1]).to(self.targets)
-        seen = self.targets[rows]
-        now = torch.where(seen.sum(1, keepdim=True) > 0, seen, hard)
+        kept = self.targets[rows]
+        targets = torch.where(kept.sum(1, keepdim=True) > 0, kept, hard)
         if self.epoch >= self.config.target_start:
-            now = torch.lerp(F.softmax(logits.float(), 1), now, self.config.target_momentum)
-        everywhere, values = gather((rows, now))
-        self.targets[everywhere] = values
-        return now
+            targets = torch.lerp(F.softmax(logits.float(), 1), targets, self.config.target_momentum)
+        rows_of_all, targets_of_all = gather((rows, targets))
+        self.targets[rows_of_all] = targets_of_all
+        return targets
 
     def _perturbed(self) -> list[nn.Parameter]:
+        """The weights that AWP perturbs: those that train and have several dimensions."""
         return [p for p in self.net.parameters() if p.requires_grad and p.ndim > 1]
 
     def _shift_weights(self, attacked: Tensor, labels: Tensor) -> None:
         """AWP: move every weight that trains by `weight_perturbation` of its norm up the loss, until `settle` is called
         (Wu et al., arXiv 2004.05884, eq. 7-8)."""
         weights = self._perturbed()
-        before = [b.clone() for b in self.net.buffers()]  # this pass is no part of training
+        before = [b.clone() for b in self.net.buffers()]  # this pass must not change the statistics of BatchNorm
         loss = adversarial(self.net, attacked, attacked, labels).value
         slopes = torch.autograd.grad(loss, weights, allow_unused=True)
         with torch.no_grad():
@@ -233,16 +243,16 @@ class Objective(nn.Module):
             for weight, slope in zip(weights, slopes, strict=True):
                 if slope is None:
                     continue
-                if dist.is_initialized():  # all processes move alike, as one would
+                if dist.is_initialized():  # all processes move the weights in the same way
                     dist.all_reduce(slope)
                 self._weights[weight] = weight.detach().clone()
                 scale = self.config.weight_perturbation * weight.norm() / (slope.norm() + 1e-20)
                 weight.add_(slope.nan_to_num(0.0) * scale.nan_to_num(0.0))
-        torch.clear_autocast_cache()  # which holds the weights as they were
+        torch.clear_autocast_cache()  # it holds the weights from before the move
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Put back, bit for bit, what AWP moved: to be called after backward, whether or not it succeeded."""
+        """Restore the weights that AWP moved, bit for bit. Call it after backward, whether or not that succeeded."""
         for weight, kept in self._weights.items():
             weight.copy_(kept)
         self._weights.clear()

@@ -1,4 +1,4 @@
-"""What one sees while a model is tuned."""
+"""The progress bar of a tuning run, and the values for trackers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from timm_nrpm.jobs.progress import CONSOLE
 
 
 class Bar(Progress):
-    """The progress bar, and below it loss, accuracies and lambdas."""
+    """A progress bar, and below it loss, accuracies and lambdas.
+
+    Args:
+        steps: Number of steps of the whole run.
+        done: Number of steps taken before.
+        evaluation: The last evaluation, if there is one.
+        shown: Whether to show anything.
+    """
 
     def __init__(self, steps: int, done: int, evaluation: Evaluation | None, shown: bool) -> None:
         count = TextColumn("{task.completed}/{task.total}")
@@ -34,11 +41,11 @@ class Bar(Progress):
         yield self.numbers
 
     def doing(self, what: str) -> None:
-        """What goes on."""
+        """Show the current activity, such as "Calibrating"."""
         self.update(self.task, description=what, refresh=True)
 
     def show(self, row: Step) -> None:
-        """A step."""
+        """Show the numbers of a step."""
         shares = {"clean": row.clean, "attacked": row.attacked}
         if self.evaluation is not None:
             shares |= {"clean": self.evaluation.clean, "quick attacks": self.evaluation.quick}
@@ -50,7 +57,7 @@ class Bar(Progress):
 
 
 def tracked(row: Step, layers: Sequence[str]) -> dict[str, float]:
-    """What trackers such as TensorBoard are told of a step, by name."""
+    """The values of a step by name, for trackers such as TensorBoard."""
     values = {"loss": row.loss, "clean": row.clean, "attacked": row.attacked}
     values |= {"norm/lambda": row.norm[0], "norm/rest": row.norm[1], "skipped": float(row.skipped)}
     lams = {f"lambda/{name}": lam for name, lam in zip(layers, row.lams, strict=True)}

@@ -1,11 +1,11 @@
 """The folder of a run: written by one process, read by all.
 
-checkpoints/    what the run goes on from
-history.json    every step
-curves.png      the same, drawn
+checkpoints/    the states from which the run can resume
+history.json    the numbers of every step
+curves.png      a picture of the history
 variant/        the tuned model, for `from_pretrained`
 push-*/         variants that wait to be sent to the Hub
-logs/           of trackers
+logs/           the logs of the trackers
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from timm_nrpm.tuning.checkpoints import Checkpoint, Checkpoints
 
 
 class RunFolder:
-    """Where a run leaves what it does. Every method is called by all processes, and fails in all if it fails in one.
+    """The folder of a run. All processes call every method; if it fails in the main process, it fails in all of them.
 
     Args:
-        path: Is made.
-        keep: How many checkpoints stay.
-        resume: Whether a run in there is to go on.
+        path: Path of the folder, which is created if it does not exist.
+        keep: Number of checkpoints that stay.
+        resume: Whether a run in the folder may go on.
+        accelerator: The Accelerator of the run.
 
     Raises:
-        OSError: It cannot be written to.
-        ValueError: It holds a run, and `resume` is False.
+        OSError: The folder cannot be written to.
+        ValueError: The folder holds a run, and `resume` is False.
     """
 
     def __init__(self, path: str, keep: int, resume: bool, accelerator: Accelerator) -> None:
@@ -49,7 +50,7 @@ class RunFolder:
         def claim() -> None:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.path):  # now, not after an hour
+                with tempfile.TemporaryFile(dir=self.path):  # raises now, and not after an hour
                     pass
             except OSError as error:
                 raise OSError(f"output={path!r} cannot be written to ({error}): give another folder.") from error
@@ -62,7 +63,7 @@ class RunFolder:
         """Send a variant to the Hub with every checkpoint from now on, from the main process.
 
         Raises:
-            ValueError: It could never be sent: no such name, or no licence.
+            ValueError: No push could succeed, since `repo_id` is not allowed or no licence is known.
         """
 
         def start() -> None:
@@ -78,8 +79,15 @@ class RunFolder:
         history: History,
         model: nn.Module,
     ) -> None:
-        """A checkpoint of `state`, tensors and plain values, and of `content`; the history so far; and, if the run is
-        published, the variant that `model` is by now."""
+        """Write a checkpoint and the history so far and, if the run is published, offer the variant to be sent.
+
+        Args:
+            step: Number of steps taken.
+            state: Tensors and plain values by name, see :func:`timm_nrpm.tuning.checkpoints.collect`.
+            content: More values for the checkpoint's JSON.
+            history: The history so far.
+            model: The model as it is now.
+        """
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
         values = {k: v for k, v in state.items() if k not in tensors}
 
@@ -94,15 +102,15 @@ class RunFolder:
         self._on_main(write)
 
     def last(self, identity: Mapping[str, Any]) -> Checkpoint | None:
-        """The last good checkpoint, if there is one.
+        """The last intact checkpoint, if there is one.
 
         Raises:
-            ValueError: It belongs to another run than `identity` tells.
+            ValueError: The checkpoint is of a run with another identity than `identity`.
         """
 
         def find() -> str | None:
-            found = self.checkpoints.last()
-            return None if found is None else found.path.name
+            checkpoint = self.checkpoints.last()
+            return None if checkpoint is None else checkpoint.path.name
 
         name = self._on_main(find)
         if name is None:
@@ -111,12 +119,12 @@ class RunFolder:
         then = saved.content["run"]
         keys = [key for key in {**then, **identity} if then.get(key) != identity.get(key)]
         if keys:
-            other = "; ".join(f"{key}: {then.get(key)!r} then, {identity.get(key)!r} now" for key in keys)
-            raise ValueError(f"The run in {self.path} was another: {other}. Give what it had, or another output.")
+            changes = "; ".join(f"{key}: {then.get(key)!r} then, {identity.get(key)!r} now" for key in keys)
+            raise ValueError(f"The run in {self.path} had other settings: {changes}. Give the same, or another output.")
         return saved
 
     def finish(self, model: nn.Module, history: History) -> None:
-        """History, picture and variant: lambda alone where the weights are those of the base."""
+        """Write the history, its picture and the variant, without the weights if they are those of the base."""
 
         def write() -> None:
             history.save(self.path / "history.json")
@@ -126,9 +134,9 @@ class RunFolder:
                 warnings.warn(f"No picture: {error}", stacklevel=6)
             try:
                 save_pretrained(model, self.path / "variant", full=needs_weights(model))
-            except ValueError as error:  # after all epochs, nothing is thrown away
+            except ValueError as error:  # the tuned model stays in memory, and the call succeeds
                 warnings.warn(
-                    f"No variant was written, and the weights are in memory and in the last checkpoint alone: {error} "
+                    f"No variant was written, and only the memory and the last checkpoint hold the weights: {error} "
                     "Save model.state_dict() before you end the process.",
                     stacklevel=6,
                 )
@@ -138,23 +146,21 @@ class RunFolder:
         self._on_main(write)
 
     def _rehearse(self, model: nn.Module) -> None:
-        """Write a variant and throw it away, to say at the first checkpoint whether there can be one."""
+        """Write a variant and delete it, to warn at the first checkpoint if none can be written at the end."""
         self.rehearsed = True
         with tempfile.TemporaryDirectory(prefix=DRAFT, dir=self.path) as folder:
             try:
                 save_pretrained(model, Path(folder) / "variant", full=needs_weights(model))
             except ValueError as error:
-                warnings.warn(
-                    f"There will be no variant at the end of this run, but checkpoints: {error}", stacklevel=7
-                )
+                warnings.warn(f"This run will leave checkpoints, but no variant at its end: {error}", stacklevel=7)
 
     def _on_main(self, work: Callable[[], str | None]) -> str | None:
-        """What the main process gets; every process fails if it does, instead of waiting for it."""
+        """The result of `work` in the main process. If it fails there, every process raises instead of waiting."""
         outcome: list[str | None] = [None, None, None]
         if self.accelerator.is_main_process:
             try:
                 outcome[0] = work()
-            except Exception as error:  # safetensors has errors of its own for a full disk
+            except Exception as error:  # safetensors raises errors of its own for a full disk
                 outcome[1:] = ["ValueError" if isinstance(error, ValueError) else "OSError", str(error)]
         broadcast_object_list(outcome)
         if outcome[1]:

@@ -1,4 +1,4 @@
-"""What a run is set up with: accelerate, the optimizer, the schedule of learning rates, and a loader that fits."""
+"""Setup of a run: the Accelerator, the optimizer, the learning-rate schedule, and checks of the loader."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def accelerator_of(config: TuneConfig) -> Accelerator:
     """The Accelerator of a run, in the precision and with the trackers that its settings name.
 
     Raises:
-        ValueError: The processes share the model instead of the images.
+        ValueError: The processes share the model instead of the images, or do not know of each other.
     """
     logs = None if config.output is None else str(Path(config.output) / "logs")
     accelerator = Accelerator(
@@ -35,7 +35,7 @@ def accelerator_of(config: TuneConfig) -> Accelerator:
         gradient_accumulation_steps=config.accumulate,
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(config.output, logs),
-        # Buffers sent around before every forward would break a backward whose loss took two.
+        # Broadcasting buffers before every forward would break the backward of a loss that takes two forwards.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     check_processes(accelerator)
@@ -45,7 +45,7 @@ def accelerator_of(config: TuneConfig) -> Accelerator:
 def optimizer_of(
     config: TuneConfig, lams: Sequence[nn.Parameter], weights: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The optimizer: lambdas at a rate of their own, and weight decay for matrices alone."""
+    """The optimizer: lambdas have a learning rate of their own, and only weights of several dimensions decay."""
     groups = [
         {"params": list(lams), "lr": config.lam_lr, "weight_decay": 0.0},
         {"params": [p for p in weights if p.ndim > 1], "lr": config.lr, "weight_decay": config.weight_decay},
@@ -58,7 +58,7 @@ def optimizer_of(
 
 
 def scheduler_of(config: TuneConfig, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler | None:
-    """The schedule of learning rates over epochs of so many steps; None where they are constant."""
+    """The learning-rate schedule over epochs of `steps` steps; None if the learning rate is constant."""
     if config.schedule == "constant":
         return None
     scheduler, _ = create_scheduler_v2(
@@ -79,12 +79,12 @@ def check_batches(model: nn.Module, source: DataLoader[Any], images: int, batche
     Args:
         model: The model to tune.
         source: The loader of its images.
-        images: Number of images of an epoch.
-        batches: Number of batches of an epoch and a process.
+        images: Number of images in an epoch.
+        batches: Number of batches per epoch and process.
         processes: Number of processes.
 
     Raises:
-        ValueError: There is no batch, or the last would be one image, on which BatchNorm chokes after all others.
+        ValueError: There is no batch, or the last batch of an epoch would be one image, on which BatchNorm fails.
     """
     if not batches:
         raise ValueError(
@@ -96,13 +96,13 @@ def check_batches(model: nn.Module, source: DataLoader[Any], images: int, batche
     norms = [m for m in norms if any(p.requires_grad for p in m.parameters())]
     if norms and size > 1 and images % size == 1 and not source.drop_last:
         raise ValueError(
-            f"The last of the {images} images would be a batch of its own, from which BatchNorm, which trains, takes "
-            "no statistics: give drop_last=True or another batch_size."
+            f"The last of the {images} images would be a batch of its own, from which BatchNorm in training mode "
+            "cannot take statistics: give drop_last=True or another batch_size."
         )
 
 
 def classes_of(net: PixelModel, images: DataLoader[Any]) -> int:
-    """The number of logits that a model gives for the first batch, whose labels must be among them."""
+    """The number of classes, which is that of the model's logits. The labels of the first batch must fit it."""
     if not len(images):
         raise ValueError(
             "The loader gives no batch: give it images, or drop_last=False where they are too few for one."

@@ -1,4 +1,4 @@
-"""What trains and what does not: which parameters take gradients, which modules are in training mode."""
+"""Selection of what trains: which parameters take gradients, and which modules are in training mode."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from timm_nrpm.nn.layers import Reprogrammed
 
 
 def select_(model: nn.Module, config: TuneConfig) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Let what is to train take gradients and nothing else.
+    """Set `requires_grad` of the parameters that train, and clear it of all others.
 
     Args:
         model: A reprogrammed model.
-        config: Its `trainable` names what trains; without it the paradigm does, except for what is frozen already.
+        config: Settings of the run. Its `trainable` names the parameters that train; the default is those of its
+            paradigm that the user did not freeze.
 
     Returns:
         The lambdas that train, and the other parameters that do.
 
     Raises:
-        ValueError: A model that is not reprogrammed, whose layers are all plain, or whose weights were made under
-            `torch.inference_mode`; a glob that matches nothing; or nothing left to train. The model is untouched.
+        ValueError: The model is not reprogrammed, its layers are all plain, or its weights were made under
+            `torch.inference_mode`; a glob matches nothing; or nothing is left to train. The model is untouched.
     """
     layers = reprogrammed_layers(model)
     if not layers:
@@ -42,7 +43,7 @@ def select_(model: nn.Module, config: TuneConfig) -> tuple[list[nn.Parameter], l
             f"Reprogrammed with iterations={settings.iterations} and penalty={settings.penalty!r}, every layer is the "
             "plain one whatever lambda is: give iterations >= 1 and another penalty."
         )
-    ours = {id(layer.lam) for layer in layers.values()}
+    lam_ids = {id(layer.lam) for layer in layers.values()}
     named = dict(model.named_parameters())
     if config.trainable is None:
         chosen = _by_paradigm(named, layers, config.paradigm)
@@ -50,48 +51,49 @@ def select_(model: nn.Module, config: TuneConfig) -> tuple[list[nn.Parameter], l
         chosen = _by_name(named, config.trainable)
     for name, parameter in named.items():
         parameter.requires_grad_(name in chosen)
-    lams = [p for name, p in named.items() if name in chosen and id(p) in ours]
-    return lams, [p for name, p in named.items() if name in chosen and id(p) not in ours]
+    lams = [p for name, p in named.items() if name in chosen and id(p) in lam_ids]
+    return lams, [p for name, p in named.items() if name in chosen and id(p) not in lam_ids]
 
 
 def _by_paradigm(named: Mapping[str, nn.Parameter], layers: Mapping[str, Reprogrammed], paradigm: str) -> set[str]:
-    """Names of all lambdas, and under paradigm "all" of all weights, without what the user froze.
+    """Names of all lambdas, and under paradigm "all" of all weights, except those that the user froze.
 
-    A lambda that is frozen since `learnable=False` made it so is not one that the user froze.
+    A lambda that is frozen because of `learnable=False` does not count as frozen by the user.
     """
-    given = {id(layer.lam): layer.config.learnable for layer in layers.values()}
-    lams = {name for name, p in named.items() if id(p) in given and (p.requires_grad or not given[id(p)])}
-    weights = {name for name, p in named.items() if id(p) not in given and p.requires_grad}
+    learnable = {id(layer.lam): layer.config.learnable for layer in layers.values()}
+    lams = {name for name, p in named.items() if id(p) in learnable and (p.requires_grad or not learnable[id(p)])}
+    weights = {name for name, p in named.items() if id(p) not in learnable and p.requires_grad}
     if paradigm == "lambda" and not lams:
         raise ValueError(
-            "Nothing would train: every lambda is frozen though the model was reprogrammed with learnable=True. Let "
-            'them train by requires_grad_(True), or name them by trainable="*.lam".'
+            "Nothing would train: every lambda is frozen though the model was reprogrammed with learnable=True. "
+            'Call requires_grad_(True) on those that should train, or name them by trainable="*.lam".'
         )
     if paradigm == "all" and not weights:
         raise ValueError(
-            "paradigm='all' trains the weights, and every weight of this model is frozen (requires_grad is False): let "
-            "those that shall train take gradients by requires_grad_(True), name them by trainable=, or give "
-            "paradigm='lambda', which trains lambda alone."
+            "paradigm='all' trains the weights, and every weight of this model is frozen (requires_grad is False): "
+            "call requires_grad_(True) on those that should train, name them by trainable=, or give paradigm='lambda', "
+            "which trains lambda alone."
         )
     return lams | weights if paradigm == "all" else lams
 
 
 def _by_name(named: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> set[str]:
-    """Names that match a glob, frozen or not."""
+    """Names of the parameters that match a glob, frozen or not."""
     chosen = set[str]()
     for pattern in patterns:
-        found = fnmatch.filter(named, pattern)
-        if not found:
+        matches = fnmatch.filter(named, pattern)
+        if not matches:
             near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3) or list(named)[:3]
             raise ValueError(f"trainable={pattern!r} matches no parameter. Near names: {', '.join(near)}.")
-        chosen.update(found)
+        chosen.update(matches)
     return chosen
 
 
 def set_modes_(model: nn.Module, training: bool = True) -> None:
-    """Training mode where a weight trains, evaluation mode where none does; what has no weights follows its parent.
+    """Set modules with a weight that trains to training mode, and other modules with weights to evaluation mode.
 
-    Lambda does not count: under paradigm 2 BatchNorm statistics and dropout stay as they are.
+    Modules without weights follow their parent. Lambda does not count as a weight: under paradigm 2 BatchNorm and
+    dropout stay in evaluation mode.
     """
     weights = [p for name, p in model.named_parameters() if name.rpartition(".")[2] != "lam"]
     model.training = any(p.requires_grad for p in weights) if weights else training
@@ -101,7 +103,7 @@ def set_modes_(model: nn.Module, training: bool = True) -> None:
 
 @contextmanager
 def given_back(model: nn.Module) -> Iterator[None]:
-    """What took gradients, training modes and the random generators, afterwards as before."""
+    """Restore `requires_grad`, training modes and random generators at the end, and clear the gradients."""
     learning = {p: p.requires_grad for p in model.parameters()}
     modes = {m: m.training for m in model.modules()}
     states = random.getstate(), np.random.get_state()
@@ -113,7 +115,7 @@ def given_back(model: nn.Module) -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])
             for parameter, flag in learning.items():
-                if parameter.requires_grad != flag:  # not even the flag it has may be set for some weights
+                if parameter.requires_grad != flag:  # some weights refuse even the flag that they have
                     parameter.requires_grad_(flag)
                 parameter.grad = None
             for module, mode in modes.items():

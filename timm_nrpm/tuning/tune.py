@@ -1,4 +1,4 @@
-"""Paradigms 2 and 3: lambda, or everything, tuned under attack in a loop of accelerate's (NRPM, arXiv 2410.04577)."""
+"""Paradigms 2 and 3: lambda, or everything, tuned under attack by a training loop on accelerate (arXiv 2410.04577)."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from timm_nrpm.tuning.setup import accelerator_of, check_batches, classes_of, op
 from timm_nrpm.tuning.trainable import given_back, select_, set_modes_
 
 MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience", "push_to", "license")
-"""Settings that a run may be taken up with other values of: they do not change what it computes."""
+"""Settings that may change when a run resumes, since they do not change what it computes."""
 
 PLAIN = 1000
-"""Training images from which the plain model's statistics are taken anew where weights train."""
+"""Number of training images for the plain model's statistics, which are taken anew where weights train."""
 
 
 def tune(
@@ -58,50 +58,52 @@ def tune(
 ) -> History:
     """Tune lambda (paradigm 2) or everything (paradigm 3) of a reprogrammed model, in place, under attack.
 
-    One process or many: what `accelerate launch` or `torchrun` set up is found and used. CPU processes are started by
-    `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 script.py`; `accelerate launch --cpu` starts a single one.
+    The function runs in one process or in several, as `accelerate launch` or `torchrun` set them up. CPU processes are
+    started by `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 script.py`; `accelerate launch --cpu` starts one.
 
-    With `config.output`, that folder holds `history.json`, `curves.png`, `variant/` (what `from_pretrained` loads) and
-    `checkpoints/`, one every `config.checkpoint_every` steps and one on SIGTERM or Ctrl-C, which then do what they
-    would have done. All processes must see the folder.
+    If `config.output` is set, that folder holds `history.json`, `curves.png`, `variant/` (which `from_pretrained`
+    loads) and `checkpoints/`: one every `config.checkpoint_every` steps, and one on SIGTERM or Ctrl-C, after which the
+    signal has its usual effect. All processes must be able to read and write the folder.
 
     Args:
-        model: A reprogrammed model, `learnable` or not. It is moved to accelerate's device. Afterwards what took
-            gradients and every training mode is as before.
-        loader: Pixels `[B, C, H, W]` in [0, 1] and labels `[B]`; B is for one process. A DataLoader over a dataset with
-            a length, so that processes can share it and a run can be taken up in the middle of an epoch.
-        config: The default is `TuneConfig()`.
-        validation: A loader of the same kind, whose accuracy when clean and under quick attacks is taken before the
-            first and after every epoch.
-        mean, std: The model's normalisation, as for :func:`timm_nrpm.evaluate`.
-        resume: Whether to go on from the last good checkpoint in `config.output`; with none there, from the beginning.
+        model: A reprogrammed model, `learnable` or not. It is moved to accelerate's device. At the end, `requires_grad`
+            and every training mode are as before.
+        loader: A DataLoader of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, where B is the batch size of one
+            process. Its dataset has a length, so that processes can share it and a run can resume within an epoch.
+        config: Settings; the default is `TuneConfig()`.
+        validation: A loader of the same kind, on which the accuracy, clean and under quick attacks, is measured before
+            the first epoch and after every epoch.
+        mean, std: Normalisation of the model, as in :func:`timm_nrpm.evaluate`.
+        resume: Whether to go on from the last intact checkpoint in `config.output`, or from the start if there is none.
         progress: Whether to show a progress bar, with the loss, accuracies and lambdas.
 
     Returns:
-        What happened, step by step.
+        The history of the run, step by step.
 
     Raises:
-        ValueError: A setting, loader or image that does not fit, before anything is changed or lost.
+        ValueError: A setting, the loader or an image does not fit. Nothing was changed or lost.
         Diverged: `config.patience` gradients in a row were not finite. The last checkpoint is intact.
         OSError: A checkpoint could not be written. The one before it is intact.
 
     Example:
-        >>> model = timm_nrpm.create_model("resnet18", pretrained=True, lam=0.5)
-        >>> history = tune(model, loader, TuneConfig(eps=4 / 255, epochs=1, output="run"), validation=validation)
+        >>> model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.5)
+        >>> config = TuneConfig(eps=0.15, epochs=1, calibrate=64, output="run")
+        >>> history = tune(model, training_loader, config, validation=loader)
         >>> timm_nrpm.lambdas(timm_nrpm.from_pretrained("run/variant"))
+        {'conv1': ..., 'layer1.0.conv1': ..., ...}
     """
     config = TuneConfig() if config is None else config
     if not isinstance(config, TuneConfig):
         raise ValueError(f"config={config!r} is no TuneConfig: write tune(model, loader, TuneConfig(epochs=1)).")
     if resume and config.output is None:
         raise ValueError("resume=True needs config.output, the folder of the run.")
-    ours, accumulation = not AcceleratorState._shared_state, dict(GradientState._shared_state)
+    is_first, accumulation = not AcceleratorState._shared_state, dict(GradientState._shared_state)
     subject = subject_of(model, mean, std)
     with torch.inference_mode(False), given_back(subject.model):
         try:
             return _Run(subject, loader, config, validation, resume, progress).all()
         finally:
-            if ours:  # the next call may have another precision
+            if is_first:  # the next call may ask for another precision
                 AcceleratorState._reset_state()
             GradientState._shared_state.clear()  # the caller's Accelerator, if there is one, accumulates as before
             GradientState._shared_state.update(accumulation)
@@ -137,19 +139,19 @@ class _Run:
         optimizer = optimizer_of(config, self.lams, self.weights)
         self.frozen = weights_sha256({n: p for n, p in model.named_parameters() if not p.requires_grad})
         with warnings.catch_warnings():
-            # Recent torch has another name for it, which accelerate cannot pass on.
+            # Recent versions of torch renamed this option, and accelerate cannot pass on the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(self.objective, optimizer, self.source)
         if self.accelerator.num_processes > 1 and not loader.drop_last:
             self.order.multiple = self.loader.total_batch_size
         self.validation = validation
-        self.batches = len(self.loader)  # of an epoch and a process
+        self.batches = len(self.loader)  # per epoch and process
         check_batches(model, self.source, len(self.order), self.batches, self.accelerator.num_processes)
-        self.steps = -(-self.batches // config.accumulate)  # of an epoch
+        self.steps = -(-self.batches // config.accumulate)  # per epoch
         self.scheduler = scheduler_of(config, optimizer, self.steps)
         self.seen = torch.zeros(4 + len(SIGNALS), device=self.accelerator.device)
         if resume:
-            self._take_up()
+            self._resume()
         if config.trackers:
             settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in asdict(config).items()}
             self.accelerator.init_trackers("timm_nrpm", config=settings)
@@ -158,8 +160,8 @@ class _Run:
         self.bar = Bar(config.epochs * self.steps, self.step, last, shown)
 
     def all(self) -> History:
-        """Every epoch that is left."""
-        # Without a folder there is nothing to save, and a signal may do what it does.
+        """Run every epoch that is left."""
+        # Without a folder there is nothing to save, so signals keep their usual effect.
         with self.interruption if self.folder else nullcontext(), self.bar:
             set_modes_(self.model)
             if self.step == 0:
@@ -183,7 +185,7 @@ class _Run:
         return self.history
 
     def images(self) -> Iterable[Any]:
-        """What is left of the epoch: batches as the user's loader gives them, and the images' numbers."""
+        """The batches left in the epoch, as the user's loader gives them, each with the indices of its images."""
         if self.batch == self.batches:
             return ()
         self.order.epoch = self.epoch
@@ -192,15 +194,15 @@ class _Run:
         return self.loader
 
     def train(self, batch: Any, rows: Tensor) -> None:
-        """One batch and, unless gradients accumulate, one step."""
+        """Process one batch and, unless gradients accumulate, take one step."""
         pixels, labels = check_batch(batch, self.classes)
-        set_seed(seed_of(self.config.seed, self.epoch, self.batch, self.accelerator.process_index))  # dropout's
+        set_seed(seed_of(self.config.seed, self.epoch, self.batch, self.accelerator.process_index))  # for dropout
         first = self.batch - self.batch % self.config.accumulate
         together = min(self.config.accumulate, self.batches - first)  # fewer at the end of an epoch
         with self.accelerator.accumulate(self.wrapped):
             try:
                 result = self.wrapped(pixels, labels, rows)
-                # accelerate divides by config.accumulate, always.
+                # accelerate always divides by config.accumulate.
                 self.accelerator.backward(result[0] * (self.config.accumulate / together))
             finally:
                 self.objective.settle()
@@ -213,7 +215,7 @@ class _Run:
             self._after_step(norms)
 
     def _step(self) -> tuple[float, float]:
-        """Move what trains, unless a gradient is not finite; the gradient's norms before clipping."""
+        """Take a step unless a gradient is not finite; return the gradient norms of lambda and of the weights."""
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
         clip = math.inf if self.config.clip is None else self.config.clip
@@ -227,7 +229,7 @@ class _Run:
         return lam, rest
 
     def _after_step(self, norms: tuple[float, float]) -> None:
-        """Write down what happened, and do what is due."""
+        """Record the step, then save, stop or pass a signal on where that is due."""
         c = self.config
         for i, number in enumerate(SIGNALS):
             self.seen[4 + i] = self.interruption.number == number
@@ -264,7 +266,7 @@ class _Run:
             self.save()
 
     def calibrate(self) -> None:
-        """Let statistics follow lambda; where weights train, they follow by themselves.
+        """Adapt the statistics to the current lambda; where weights train, training does so after the first time.
 
         Every process does the same, on the same images.
         """
@@ -277,7 +279,7 @@ class _Run:
         calibrate_(self.model, self._first_images(self.config.calibrate), **net.normalisation())
 
     def settle(self) -> None:
-        """Let the plain model's statistics follow the weights, which moved those that the model computes with."""
+        """Adapt the plain model's statistics to the weights; training adapted only those the model computes with."""
         trained = [name for name, norm in norms_of(self.model).items() if norm.training]
         if trained:
             self.bar.doing("Taking the plain model's statistics")
@@ -290,7 +292,7 @@ class _Run:
     def _first_images(self, count: int) -> Iterator[Tensor]:
         """The first `count` images of an epoch, in batches of all processes together.
 
-        BatchNorm goes by the batch meanwhile, so that smaller ones would give other statistics than one process has.
+        BatchNorm normalises by the batch meanwhile, so smaller batches would give other statistics than one process.
         """
         size = self.loader.total_batch_size
         rows = list(islice(self.order, min(count, len(self.order.sampler))))  # type: ignore[arg-type]
@@ -299,7 +301,7 @@ class _Run:
             yield check_batch(batch, self.classes)[0]
 
     def evaluate(self) -> None:
-        """Accuracy on the validation images, all processes together."""
+        """Measure the accuracy on the validation images, which the processes share."""
         if self.validation is None:
             return
         self.bar.doing("Evaluating")
@@ -323,7 +325,7 @@ class _Run:
             self.accelerator.log({f"validation/{k}": v for k, v in values.items()}, step=self.step)
 
     def save(self) -> None:
-        """A checkpoint, and the history so far."""
+        """Write a checkpoint, and the history so far."""
         if self.folder is None:
             return
         state = collect(self.model, self.wrapped, self.optimizer.optimizer)
@@ -331,7 +333,7 @@ class _Run:
         self.folder.save(self.step, state, content, self.history, self.model)
 
     def _identity(self) -> Mapping[str, object]:
-        """What must be the same for a run to be taken up."""
+        """Settings and hashes that must be the same for a run to resume, as JSON values by name."""
         settings = {k: v for k, v in asdict(self.config).items() if k not in MAY_DIFFER}
         same = {"batch of all processes": self.loader.total_batch_size, "images": len(self.numbered)}
         same |= {"layers": self.history.layers, "sha256 of what is frozen": self.frozen}
@@ -339,10 +341,9 @@ class _Run:
         estimate = {k: v for k, v in asdict(record_of(self.model).config).items() if k not in ("lam", "layers")}
         return json.loads(json.dumps({**settings, **same, **{f"estimate's {k}": v for k, v in estimate.items()}}))
 
-    def _take_up(self) -> None:
-        """Go back to the last good checkpoint, if there is one."""
-        saved = self.folder and self.folder.last(self._identity())
-        if not saved:
+    def _resume(self) -> None:
+        """Go back to the last intact checkpoint, if there is one."""
+        if not (saved := self.folder and self.folder.last(self._identity())):
             return
         install_(self.model, self.wrapped, self.optimizer.optimizer, {**saved.tensors, **saved.content["values"]})
         self.step, self.epoch, self.batch, self.failed = saved.content["position"]

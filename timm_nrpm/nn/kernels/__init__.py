@@ -1,11 +1,11 @@
-"""The estimator of `estimator.py`, fast."""
+"""Fast implementations of the estimator in `estimator.py`."""
 
 import contextlib
 
 from timm_nrpm.errors import SlowPathWarning
 from timm_nrpm.nn.kernels.operator import robust_sum
 
-# Registers itself. Where torch comes without Triton, ordinary operations serve CUDA as well.
+# Importing it registers its kernels. Where torch comes without Triton, ordinary operations serve CUDA as well.
 with contextlib.suppress(ImportError):
     from timm_nrpm.nn.kernels import cuda as cuda
 

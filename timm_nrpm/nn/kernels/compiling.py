@@ -1,9 +1,9 @@
-"""How `estimate.cpp` becomes a library: compiled by the machine's own compiler, and kept in a cache folder.
+"""Compilation of `estimate.cpp` to a library, by the machine's own compiler, in a cache folder.
 
-Compiling takes a few seconds. The library's name says what it is made from and for (source, compiler, instruction set,
-C library), so that a new version, another machine or another torch never meets an old one; and it says the hash of its
-own content, since loading a library that is cut short kills the process. It is put there by renaming, so that processes
-that start together do not disturb each other.
+Compiling takes a few seconds. The library's name holds a hash of what it is made from and for (source, compiler,
+instruction set, C library), so that a new version, another machine or another torch never loads an old one. It also
+holds a hash of the library's content, since loading a truncated library kills the process. The library is moved into
+place by renaming, so that processes that start together do not disturb each other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from timm_nrpm.errors import CompilationError
 
 SOURCE = Path(__file__).with_name("estimate.cpp")
 HEADER = Path(__file__).with_name("panel.h")
-SECONDS = 120  # for the compiler; it needs four
+SECONDS = 120  # time limit of the compiler, which needs four
 
 # The instruction sets that torch itself tells apart. Not -march=native: the cache may be shared by unlike machines.
 INSTRUCTIONS = {
@@ -39,35 +39,35 @@ INSTRUCTIONS = {
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: `TIMM_NRPM_CACHE`, or timm_nrpm in the user's cache folder.
+    """The folder of compiled kernels: `TIMM_NRPM_CACHE`, or timm_nrpm in the user's cache folder.
 
-    What lies there is executed. So a folder or file that others could have written does not count.
+    Its files are executed, so a folder or file that other users could have written is not used.
 
     Raises:
-        RuntimeError: The user has no home.
+        RuntimeError: The user has no home directory.
     """
     if given := os.environ.get("TIMM_NRPM_CACHE"):
         return Path(given)
     folder = user_cache_path("timm_nrpm", appauthor=False)
     if not folder.is_absolute():
-        raise RuntimeError(f"This user has no home, in which the cache would be: {folder}.")
+        raise RuntimeError(f"This user has no home directory for the cache, {folder}: set TIMM_NRPM_CACHE to a folder.")
     return folder
 
 
 def folders() -> Iterator[Path]:
-    """The cache folder, and one for this process alone: for a machine without a writable home, or with a full one."""
+    """The cache folder, then a temporary one of this process, for a machine whose home is full or not writable."""
     with suppress(RuntimeError):  # there is no home
         yield cache_folder()
-    alone = Path(tempfile.mkdtemp(prefix="timm_nrpm-"))
-    atexit.register(shutil.rmtree, alone, ignore_errors=True)
-    yield alone
+    temporary = Path(tempfile.mkdtemp(prefix="timm_nrpm-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    yield temporary
 
 
 def compiler() -> list[str]:
-    """The command that compiles C++: `CXX`, or the first that is there.
+    """The command of the C++ compiler: `CXX`, or the first of g++, c++ and clang++ that is installed.
 
     Raises:
-        CompilationError: None is.
+        CompilationError: There is no compiler.
     """
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     for candidate in candidates:
@@ -78,33 +78,33 @@ def compiler() -> list[str]:
 
 
 def build(folder: Path, cxx: list[str]) -> Path:
-    """The compiled library in `folder`, from before or made now.
+    """Path of the compiled library in `folder`, which is compiled now if it is not there yet.
 
     Args:
-        folder: It need not exist.
-        cxx: The command that compiles.
+        folder: Folder of the library, which need not exist.
+        cxx: Command of the C++ compiler.
 
     Raises:
         CompilationError: The compiler failed.
-        subprocess.TimeoutExpired: It was not done after SECONDS.
-        OSError: The library cannot be written or trusted.
+        subprocess.TimeoutExpired: The compiler was not done after SECONDS.
+        OSError: The library cannot be written, or other users could have written it.
     """
     flags = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w"]
     flags += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
     command = [*cxx, *flags]
     made_from = [SOURCE.read_text(), HEADER.read_text(), *command, _target(command)]
-    start = f"estimate-{_hash(chr(0).join(made_from).encode())}-"
+    prefix = f"estimate-{_hash(chr(0).join(made_from).encode())}-"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _check_owner(folder)
-    for path in folder.glob(f"{start}*.so"):
+    for path in folder.glob(f"{prefix}*.so"):
         _check_owner(path)
-        if path.stem == start + _hash(path.read_bytes()):
+        if path.stem == prefix + _hash(path.read_bytes()):
             return path
-    return _compile(command, folder, start)
+    return _compile(command, folder, prefix)
 
 
-def _compile(command: list[str], folder: Path, start: str) -> Path:
-    """A new library whose name begins with `start`, in `folder` all at once."""
+def _compile(command: list[str], folder: Path, prefix: str) -> Path:
+    """Path of a new library whose name begins with `prefix`, which appears in `folder` when it is complete."""
     for abandoned in folder.glob("compiling-*"):
         if time.time() - abandoned.stat().st_mtime > 2 * SECONDS:
             abandoned.unlink(missing_ok=True)
@@ -114,8 +114,8 @@ def _compile(command: list[str], folder: Path, start: str) -> Path:
     try:
         _run([*command, str(SOURCE), "-o", name])
         os.chmod(draft, 0o755)
-        path = folder / f"{start}{_hash(draft.read_bytes())}.so"
-        _to_disk(draft)  # before it has its name, which a crash of the machine would leave without content
+        path = folder / f"{prefix}{_hash(draft.read_bytes())}.so"
+        _to_disk(draft)  # before renaming: after a crash of the machine the name might exist without the content
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -123,9 +123,10 @@ def _compile(command: list[str], folder: Path, start: str) -> Path:
 
 
 def _target(command: list[str]) -> str:
-    """What the machine code is for: all that the compiler predefines, such as its version and the instruction set.
+    """What the machine code is compiled for: the compiler's predefined macros, the platform and the C library.
 
-    A CXX with -march=native, and a compiler that is built to choose it, differ in this from machine to machine.
+    The macros give the compiler's version and the instruction set, which differs from machine to machine with
+    -march=native in CXX or in the compiler's defaults.
     """
     macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
     libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {}) else ""
@@ -133,11 +134,11 @@ def _target(command: list[str]) -> str:
 
 
 def _run(command: list[str]) -> str:
-    """What a compiler prints."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    if done.returncode:
-        raise CompilationError(f"{command[0]} failed: {done.stderr.strip()[:500]}")
-    return done.stdout
+    """The standard output of a compiler."""
+    process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    if process.returncode:
+        raise CompilationError(f"{command[0]} failed: {process.stderr.strip()[:500]}")
+    return process.stdout
 
 
 def _hash(content: bytes) -> str:
@@ -145,7 +146,7 @@ def _hash(content: bytes) -> str:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until the content of a file is on the disk, which is also when a full one says so."""
+    """Wait until the content of a file is on the disk; a full disk may raise its OSError only here."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -156,4 +157,4 @@ def _to_disk(path: Path) -> None:
 def _check_owner(path: Path) -> None:
     status = path.stat()
     if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
-        raise PermissionError(f"{path} can be written by others")
+        raise PermissionError(f"{path} can be written by other users")

@@ -1,4 +1,4 @@
-"""How a convolution reads its input: what every kernel is told beside the tensors."""
+"""How a convolution reads its input, which every kernel needs to know besides the tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Pair = tuple[int, ...]
 class Convolution:
     """Stride, zero padding, dilation and groups, as in `torch.nn.functional.conv2d`.
 
-    A linear map `[N, D]` to `[N, O]` is the 1x1 convolution `[1, D, 1, N]` to `[1, O, 1, N]`, so there is one case.
+    A linear map `[N, D]` to `[N, O]` is the 1x1 convolution `[1, D, 1, N]` to `[1, O, 1, N]`, so the kernels compute
+    convolutions alone.
     """
 
     stride: Pair = (1, 1)
@@ -29,7 +30,7 @@ class Convolution:
         return (tuple(weight.shape[2:]), self.stride, self.padding) == ((1, 1), (1, 1), (0, 0))
 
     def columns(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`x` `[B, C, H, W]` to `[G, D, B * L]`: L output positions, D = C / G * kH * kW."""
+        """`x` `[B, C, H, W]` unfolded to `[G, D, B * L]`, for L output positions and D = C / G * kH * kW."""
         if self.is_pointwise(weight):
             columns = x.flatten(2)  # [B, C, L]
         else:
@@ -38,14 +39,14 @@ class Convolution:
         return columns.permute(1, 2, 0, 3).flatten(2)  # [G, D, B * L]
 
     def sum_columns(self, columns: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The adjoint of `columns`, to the shape of `x`."""
+        """The adjoint of `columns`, which adds up to the shape of `x`."""
         columns = columns.unflatten(2, (len(x), -1)).permute(2, 0, 1, 3).flatten(1, 2)  # [B, C * kH * kW, L]
         if self.is_pointwise(weight):
             return columns.reshape(x.shape)
         return F.fold(columns, x.shape[2:], _pair(weight.shape[2:]), self.dilation, self.padding, self.stride)
 
     def outputs(self, z: Tensor) -> Tensor:
-        """`[B, G * O, H', W']` to `[G, O, B * L]`."""
+        """`z` `[B, G * O, H', W']` rearranged to `[G, O, B * L]`."""
         return z.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
     def sum_outputs(self, m: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -55,7 +56,7 @@ class Convolution:
 
 
 def empty_results(plain: Tensor, iterations: int, keep: bool) -> tuple[Tensor, Tensor]:
-    """What every implementation of the forward pass fills: the sums, and the state if the gradient needs it."""
+    """Uninitialised results of the forward pass: the sums, and the state, which is empty unless `keep`."""
     out = torch.empty_like(plain)
     if not keep:
         return out, plain.new_empty(0)
@@ -63,21 +64,21 @@ def empty_results(plain: Tensor, iterations: int, keep: bool) -> tuple[Tensor, T
 
 
 def empty_gradients(x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-    """What every implementation of the backward pass fills; a gradient that is not needed has no elements."""
+    """Uninitialised results of the backward pass; a gradient that is not needed has no elements."""
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     contiguous = torch.contiguous_format
     return grad_x, torch.empty_like(weight, memory_format=contiguous) if need_weight else weight.new_empty(0)
 
 
-def strided_as(tensor: Tensor, model: Tensor) -> Tensor:
-    """`tensor`, or a copy whose elements lie as those of `model` do."""
-    if all(n < 2 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), model.stride(), strict=True)):
+def strided_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` if it has the strides of `like`, or a copy that has them."""
+    if all(n < 2 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), like.stride(), strict=True)):
         return tensor
-    return torch.empty_like(model).copy_(tensor)
+    return torch.empty_like(like).copy_(tensor)
 
 
 def state_as(state: Tensor, out: Tensor) -> Tensor:
-    """The state with the strides that `empty_results` gives it, which a hook on saved tensors may have changed."""
+    """The state with the strides of `empty_results`, which a hook on saved tensors may have changed."""
     strides = (out.numel(), *out.stride())
     if all(n < 2 or a == b for n, a, b in zip(state.shape, state.stride(), strides, strict=True)):
         return state

@@ -1,9 +1,9 @@
 """The estimator on CUDA in float32, as Triton kernels over an implicit convolution: nothing is unfolded.
 
-Every program holds a tile of products in registers and walks along the dimension it sums over: the forward pass a tile
-of outputs by positions, along the summands, K times; the gradient of the input a tile of channels by pixels, along
-outputs and taps; the gradient of the weight a tile of outputs by summands by positions, along positions. No program
-writes where another does, so results do not vary from run to run.
+Every program holds a tile of products in registers and walks along the dimension that it sums over. In the forward pass
+the tile is outputs by positions, and the program walks along the summands, K times. For the gradient of the input it is
+channels by pixels, along outputs and taps; for the gradient of the weight, outputs by summands by positions, along
+positions. No two programs write to the same place, so results do not vary from run to run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from timm_nrpm.nn.estimator import Penalty
 from timm_nrpm.nn.kernels import cuda_kernels, operator
 from timm_nrpm.nn.kernels.convolution import Convolution, empty_gradients, empty_results, state_as, strided_as
 
-SPLITS = 64  # ranges of positions whose shares of the gradient of the weight are summed at the end, at most
-PROGRAMS = 1024  # that fill a large GPU: with as many, positions are not split further
+SPLITS = 64  # largest number of ranges of positions, whose parts of the weight's gradient are summed at the end
+PROGRAMS = 1024  # number of programs that fill a large GPU: with this many, positions are not split further
 
 
 def forward(
@@ -32,7 +32,7 @@ def forward(
     penalty: Penalty,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`timm_nrpm.nn.kernels.operator.robust_sum`; lambda is looked at on the device."""
+    """See :func:`timm_nrpm.nn.kernels.operator.robust_sum`; lambda is read on the device."""
     out, state = empty_results(plain, iterations, keep)
     if not out.numel():
         return out, state
@@ -100,7 +100,7 @@ def backward(
 
 def _grid(rows: int, columns: int, groups: int, splits: int = 1) -> Any:
     def grid(tile: dict[str, int]) -> tuple[int, int]:
-        # On the first axis, the only one on which there can be more than 65535 programs.
+        # These are on the first axis, the only one that can hold more than 65535 programs.
         return triton.cdiv(columns, tile["COLUMNS"]) * groups * triton.cdiv(rows, tile["ROWS"]), splits
 
     return grid

@@ -1,9 +1,9 @@
 """Triton kernels of the estimator over an implicit convolution; `cuda.py` launches them.
 
-`bucket` is the number of bits of what varies from batch to batch, so that not every batch size is tuned for anew;
-`x0` ... `x3` and `z0` ... `z3` are the strides of the input and of everything shaped like the output, `whole` is the
-number of elements of the latter; KH, SH, PH and DH are kernel, stride, padding and dilation along the height. Offsets
-are 64 bits wide. `operator.py` describes what is computed, and the state.
+`bucket` is the number of bits of the size that varies with the batch, so that not every batch size is tuned for anew.
+`x0` ... `x3` are the strides of the input, `z0` ... `z3` those of everything shaped like the output, which has `whole`
+elements. KH, SH, PH and DH are kernel, stride, padding and dilation along the height. Offsets are 64 bits wide.
+`operator.py` describes what is computed, and the state.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 import triton
 import triton.language as tl
 
-# Tiles of products that are tried, and how many warps hold one: from depthwise layers to wide ones.
+# Sizes of tiles of products to try, and the number of warps that hold a tile, from depthwise layers to wide ones.
 TILES = [(1, 64, 1), (1, 256, 4), (4, 64, 2), (4, 256, 4), (16, 64, 4), (32, 64, 4), (32, 128, 8), (64, 64, 8)]
-# The same for the gradient of the weight, whose tiles may add up several positions side by side.
+# The same for the gradient of the weight, whose tiles may also span several positions, the third number.
 DEEP_TILES = [(1, 16, 64, 4), (1, 64, 16, 4), (16, 16, 4, 4), (16, 64, 1, 4), (32, 64, 1, 8)]
 
-# Summands added up before they join the others, so that rounding does not grow with the depth.
+# Number of summands added up before they join the total, so that rounding errors do not grow with the depth.
 STRETCH = tl.constexpr(64)
 
 
 def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-    """Of the tiles, those that the layer fills; the largest where there is nothing to time them on."""
+    """The tiles that the layer fills, or the largest of them if there is no GPU to time them on."""
     rows, columns = max(1, arguments["rows"]), max(64, 2 * arguments["columns"])
-    fits = [c for c in configs if c.kwargs["ROWS"] <= rows and c.kwargs["COLUMNS"] <= columns]
-    return fits if torch.cuda.is_available() else fits[-1:]
+    fitting = [c for c in configs if c.kwargs["ROWS"] <= rows and c.kwargs["COLUMNS"] <= columns]
+    return fitting if torch.cuda.is_available() else fitting[-1:]
 
 
 def _tuned(configs: list[triton.Config]) -> Any:
@@ -44,7 +44,7 @@ def _omega(t, eps, scale, shift, low, high, GENERAL: tl.constexpr):
         slope *= scale
         w = w * scale - shift
         slope = tl.where((w > low) & (w < high), slope, 0.0)
-        w = tl.where(w < low, low, w)  # a comparison with NaN is false: it passes
+        w = tl.where(w < low, low, w)  # a comparison with NaN is false, so NaN passes
         w = tl.where(w > high, high, w)
     return w, slope
 
@@ -56,14 +56,14 @@ def _with_sign(value, t):
 
 @triton.jit
 def _place(index, height, width):
-    """Image, row and column of a number that counts positions or pixels over all images."""
+    """Image, row and column of an index that counts positions or pixels over all images."""
     rest = index // width
     return rest // height, rest % height, index % width
 
 
 @triton.jit
 def _block(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which block of columns is this program's, of which group, and the first of its rows; the first two of 64 bits."""
+    """This program's block of columns and its group, both of 64 bits, and the first of its rows."""
     across, down = tl.cdiv(columns, COLUMNS), tl.cdiv(rows, ROWS)
     block, rest = tl.program_id(0) % across, tl.program_id(0) // across
     return block.to(tl.int64), (rest // down).to(tl.int64), rest % down * ROWS
@@ -71,8 +71,8 @@ def _block(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _keep_step(state, whole, valid, k, m, c, inverse, STEPS: tl.constexpr):
-    """Keep what the backward pass needs of step k: the mean `m`, `inverse` = 1 / S, and for earlier steps their product
-    with `c`, the derivative of this step by the mean before it."""
+    """Keep what the backward pass needs of step k: the mean `m` and `inverse` = 1 / S. The factors of earlier steps are
+    multiplied by `c`, the derivative of this step with respect to the mean before it."""
     if k + 1 < STEPS:
         tl.store(state + k * whole, m, mask=valid)
     for earlier in range(k):
@@ -99,7 +99,7 @@ def forward(
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
     HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`rows` outputs of a group, `columns` positions."""
+    """Robust sums and the state, for `rows` outputs of a group and `columns` positions."""
     block, group, first_row = _block(rows, columns, ROWS, COLUMNS)
     whole = tl.cast(whole, tl.int64)
     o = first_row + tl.arange(0, ROWS)
@@ -164,7 +164,7 @@ def backward_x(
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
     HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`rows` channels of a group, `columns` pixels of the input."""
+    """Gradient of the input, for `rows` channels of a group and `columns` pixels."""
     block, group, first_row = _block(rows, columns, ROWS, COLUMNS)
     whole = tl.cast(whole, tl.int64)
     c = first_row + tl.arange(0, ROWS)
@@ -212,7 +212,8 @@ def backward_weight(
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
     HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """`rows` outputs of a group, `columns` summands, over `length` of the `positions`, DEEP at a time."""
+    """Gradient of the weight, for `rows` outputs of a group and `columns` summands, over `length` of the `positions`,
+    DEEP at a time."""
     block, group, first_row = _block(rows, columns, ROWS, COLUMNS)
     whole = tl.cast(whole, tl.int64)
     o = first_row + tl.arange(0, ROWS)

@@ -1,10 +1,11 @@
-// The estimator of estimator.py over a convolution, forward and backward, on the CPU: see kernels/operator.py for what
-// is computed, kernels/native.py for how this file is compiled. float32; a linear map is a 1x1 convolution.
+// The estimator of estimator.py over a convolution, forward and backward, on the CPU in float32. kernels/operator.py
+// describes what is computed, kernels/compiling.py compiles this file. A linear map is a 1x1 convolution.
 //
-// Every product of an output with a panel (panel.h) is made in registers, K times over, so that the work is the
-// arithmetic, and the memory is a panel a thread and what is kept of its outputs. The backward pass cuts a layer whose
-// channels are too few for the threads into ranges of positions, each with its own share of the weight's gradient. How the work is cut depends on the shapes alone, never on the
-// number of threads, and nothing is added up across pieces in an order that could vary: results do not either.
+// Every product of an output with a panel (panel.h) is computed in registers, K times, so that the time goes into
+// arithmetic, and the memory is one panel per thread and what is kept of its outputs. The backward pass cuts a layer
+// whose channels are too few for the threads into ranges of positions, each with its own part of the weight's gradient.
+// How the work is cut depends on the shapes alone, never on the number of threads, and no sum over the pieces is taken
+// in an order that could vary, so results do not vary either.
 
 #include <algorithm>
 #include <cstdint>
@@ -16,15 +17,15 @@
 
 namespace {
 
-constexpr int64_t CACHE = 1 << 18;    // bytes of a panel, well inside a second-level cache
-constexpr int64_t ROWS = 64;          // of a panel in the backward pass, where it shares the first level with its gradient
-constexpr int64_t TASKS = 64;         // pieces to cut the work into at least, where the shapes allow it
-constexpr int64_t STRETCH = 64;       // summands added up before they join the others
-constexpr int64_t GRAIN = 1 << 18;    // products that a thread takes at a time, at least
-constexpr int64_t SMALL = 1 << 15;    // products that one thread finishes before another has woken up
+constexpr int64_t CACHE = 1 << 18;    // bytes of a panel, which fit well into a second-level cache
+constexpr int64_t ROWS = 64;          // rows of a panel in the backward pass, to cache it with its gradient in L1
+constexpr int64_t TASKS = 64;         // smallest number of pieces of the work, where the shapes allow it
+constexpr int64_t STRETCH = 64;       // summands added up before they join the total
+constexpr int64_t GRAIN = 1 << 18;    // smallest number of products that a thread takes at a time
+constexpr int64_t SMALL = 1 << 15;    // products that one thread computes before another has woken up
 constexpr int MAX_STEPS = 4;          // steps whose coefficients the backward pass holds in registers at once
 
-// Passed by value: what stays in registers cannot be changed by a store that the compiler knows nothing of.
+// Passed by value, so that it stays in registers: behind a pointer, any store might change it.
 struct Penalty {
   float eps, scale, shift, low, high;
   // omega(t) and, if asked, -omega'(t) * sign(t), which is 0 where omega is clamped.
@@ -38,7 +39,7 @@ struct Penalty {
     Vec w = inverse * scale - shift;
     if (slope) *slope = (Vec)((Int)(inverse * inverse * scale) & (Int)((w > low) & (w < high)));
     Vec lows = Vec{} + low, highs = Vec{} + high;
-    w = w < lows ? lows : w;  // a comparison with NaN is false: it passes
+    w = w < lows ? lows : w;  // a comparison with NaN is false, so NaN passes
     return w > highs ? highs : w;
   }
 };
@@ -52,7 +53,7 @@ template <bool GENERAL, bool KEEP, int OUTPUTS, int POSITIONS>
 inline void advance(const float* a, const float* x, int64_t depth, int64_t width, const Penalty penalty,
                     Vec (&m)[OUTPUTS][POSITIONS], Step (*kept)[POSITIONS]) {
   Vec S[OUTPUTS][POSITIONS] = {}, T[OUTPUTS][POSITIONS] = {}, A[OUTPUTS][POSITIONS] = {}, B[OUTPUTS][POSITIONS] = {};
-  // In stretches, so that the error of a sum grows with their number and length and not with the depth.
+  // Sums are taken in stretches, so that their error grows with the number and length of these, not with the depth.
   for (int64_t first = 0; first < depth; first += STRETCH) {
     Vec s[OUTPUTS][POSITIONS] = {}, t[OUTPUTS][POSITIONS] = {}, u[OUTPUTS][POSITIONS] = {}, v[OUTPUTS][POSITIONS] = {};
     for (int64_t d = first; d < std::min(depth, first + STRETCH); d++) {
@@ -81,7 +82,7 @@ inline void advance(const float* a, const float* x, int64_t depth, int64_t width
     for (int p = 0; p < POSITIONS; p++) {
       const Vec inverse = 1.0f / S[o][p], move = T[o][p] * inverse;
       if (KEEP) {
-        // sum |t| w^2 = sum (w - eps w^2) for l1: one multiplication less a product.
+        // For l1, sum |t| w^2 = sum (w - eps w^2), which saves one multiplication per product.
         const Vec drop = GENERAL ? A[o][p] : S[o][p] - penalty.eps * A[o][p];
         kept[o][p] = {m[o][p] + move, inverse, (drop - move * B[o][p]) * inverse};
       }
@@ -105,7 +106,7 @@ inline void block(const float* a, const float* panel, int64_t width, const Conv&
         for (int p = 0; p < POSITIONS; p++) {
           float* to = state + o * PANEL + at + p * LANES;
           if (k + 1 < c.steps) store(to + k * plane, kept[o][p].end);
-          // 1 / S_j of the steps before, times what the later steps make of a change.
+          // The factors 1 / S_j of earlier steps are multiplied by the derivatives of later steps.
           for (int64_t j = 0; j < k; j++) {
             float* earlier = to + (c.steps - 1 + j) * plane;
             store(earlier, load(earlier) * kept[o][p].c);
@@ -136,7 +137,7 @@ void forward(const Conv& c, const Penalty penalty, const float* x, const float* 
   const int64_t depth = c.depth(), positions = c.positions();
   const int64_t vectors = std::max<int64_t>(1, std::min<int64_t>(VECTORS, CACHE / (depth * LANES * 4)));
   const int64_t width = vectors * LANES, panels = ceil_div(positions, width);
-  // Few panels: outputs are shared out as well, sixteen at least, so that packing stays a small part.
+  // If panels are few, the outputs are cut into chunks of at least sixteen as well, so that packing takes little time.
   const int64_t cut = std::max<int64_t>(1, std::min(TASKS / std::max<int64_t>(1, panels * c.groups), c.outputs / 16));
   int64_t chunk = ceil_div(ceil_div(c.outputs, cut), 4) * 4;
   if (KEEP) chunk = std::min(chunk, std::max<int64_t>(4, 2 * CACHE / (2 * c.steps * PANEL * 4) / 4 * 4));
@@ -155,7 +156,7 @@ void forward(const Conv& c, const Penalty penalty, const float* x, const float* 
       const int64_t first_output = task % chunks * chunk, group = task / chunks / panels;
       const int64_t first = task / chunks % panels * width, size = std::min(width, positions - first);
       const int64_t outputs = std::min(chunk, c.outputs - first_output), plane = chunk * PANEL;
-      const int64_t channel = group * c.outputs + first_output;  // the first of this task
+      const int64_t channel = group * c.outputs + first_output;  // the first output of this task
       at_hand.set(c, first, size);
       if (packed != task / chunks) pack(panel.get(), width, x, c, at_hand.in, group * c.channels, c.channels);
       packed = task / chunks;
@@ -194,13 +195,13 @@ void forward(const Conv& c, const Penalty penalty, const float* x, const float* 
   }
 }
 
-// What the gradient of a product needs of every step: m_k and two factors, for the positions of a panel.
+// What the gradient of a product needs from every step: m_k and two factors, for the positions of a panel.
 struct Coefficients {
   Vec mean[MAX_STEPS][VECTORS], A[MAX_STEPS][VECTORS], B[MAX_STEPS][VECTORS];
 };
 
 // The gradient of a product, summed over STEPS steps. With s = omega^2 (l1) or -omega' sign(t) (the others),
-// omega + (p - m_{k+1}) omega' is s (eps + (m_{k+1} - m_k) sign(t)) for l1.
+// omega + (p - m_{k+1}) omega' equals s (eps + (m_{k+1} - m_k) sign(t)) for l1.
 template <bool GENERAL, int STEPS>
 inline Vec product_gradient(Vec product_x, float a, const Coefficients& f, int p, const Penalty penalty) {
   Vec g = {};
@@ -240,10 +241,11 @@ void sweep_steps(int64_t steps, const float* a, const float* x, float* grad_x, f
   }
 }
 
-// How the backward pass is cut: input channels, whose gradients are apart, and ranges of positions that share no input.
+// How the backward pass is cut: into chunks of input channels, whose gradients are disjoint, and into ranges of
+// positions that read disjoint inputs.
 struct Cut {
-  int64_t channels, chunks;  // channels of a chunk, and chunks
-  int64_t ranges, length;    // ranges of positions, and positions of one
+  int64_t channels, chunks;  // number of channels in a chunk, and of chunks
+  int64_t ranges, length;    // number of ranges of positions, and of positions in a range
   explicit Cut(const Conv& c) {
     const int64_t taps = c.kernel[0] * c.kernel[1];
     channels = std::max<int64_t>(1, std::min(c.channels, ROWS / taps));
@@ -288,7 +290,7 @@ void backward(const Conv& c, const Penalty penalty, const float* x, const float*
         std::memset(grad_panel.get(), 0, rows * PANEL * 4);
         for (int64_t o = 0; o < c.outputs; o++) {
           const int64_t channel = group * c.outputs + o;
-          const auto line = [&](const float* from, int64_t i) {  // and, beyond the last position, a mean off the products
+          const auto line = [&](const float* from, int64_t i) {  // padded with 1, a mean unlike the products
             float* to = lines.get() + i * PANEL;
             std::fill(to + size, to + PANEL, 1.0f);
             gather(to, from + channel * c.z[1], c, at_hand.out);
@@ -348,8 +350,8 @@ void nrpm_backward(const Conv* c, const Penalty* penalty, int general, const flo
   else backward<false>(*c, *penalty, x, weight, plain, end, state, grad, grad_x, grad_weight, threads);
 }
 
-// What the benchmark measures the others against: `rounds` times |x|, an addition, a reciprocal and two multiply-adds
-// for `count` numbers that stay in the first-level cache, in every thread.
+// The machine's limit, to which the benchmark compares the kernels: in every thread, |x|, an addition, a reciprocal and
+// two multiply-adds, `rounds` times, for `count` numbers that stay in the first-level cache.
 float nrpm_limit(const float* numbers, int64_t count, int64_t rounds, int threads) {
   float result = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : result)

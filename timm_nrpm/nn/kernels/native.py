@@ -1,4 +1,4 @@
-"""The estimator on the CPU in float32: `estimate.cpp`, compiled once a machine by its own C++ compiler."""
+"""The estimator on the CPU in float32: `estimate.cpp`, compiled once per machine by the machine's own compiler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from timm_nrpm.nn.kernels.convolution import Convolution, empty_gradients, empty
 
 Pointer, Integer = ctypes.c_void_p, ctypes.c_int
 
-_lock = threading.Lock()  # the first call compiles, others wait
+_lock = threading.Lock()  # the first call compiles, and others wait for it
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -41,13 +41,13 @@ def _loaded() -> ctypes.CDLL | None:
         for folder in folders():
             try:
                 return _load(build(folder, cxx))
-            except (CompilationError, OSError, AttributeError) as error:  # a full disk, noexec, a lost share
+            except (CompilationError, OSError, AttributeError) as error:  # such as a full disk, or noexec
                 reason = error
     except (CompilationError, OSError, subprocess.TimeoutExpired) as error:
         reason = error
     warnings.warn(
-        f"The fast CPU kernels are not available: {reason}. The same numbers come from a path that is ten times "
-        "slower. Install g++ (or name a compiler in CXX) to have them.",
+        f"The fast CPU kernels are not available: {reason}. The same numbers are computed ten times more slowly. "
+        "Install g++, or name a C++ compiler in the environment variable CXX, to have the fast kernels.",
         SlowPathWarning,
         stacklevel=3,
     )
@@ -55,13 +55,13 @@ def _loaded() -> ctypes.CDLL | None:
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels, compiled if need be; None, after one :class:`SlowPathWarning`, where that cannot be done."""
+    """The kernels, compiled if need be; None, after one :class:`SlowPathWarning`, if that is not possible."""
     with _lock:
         return _loaded()
 
 
 def serves(x: Tensor) -> bool:
-    """Whether these kernels can take `x`."""
+    """Whether these kernels can compute on `x`."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and library() is not None
 
 
@@ -99,7 +99,7 @@ def backward(
     if not out.numel():
         return grad_x.zero_(), grad_weight.zero_()
     state = state_as(state, out)
-    # The input is read with the strides of its gradient, which are its own unless elements overlap or are spread out.
+    # The input is read with the strides of its gradient, which are equal unless its elements overlap or have gaps.
     x, plain, grad = strided_as(x, grad_x if needs[0] else x), strided_as(plain, out), strided_as(grad, out)
     _call(
         "nrpm_backward",
@@ -118,7 +118,7 @@ def backward(
 
 def _call(name: str, description: list[int], penalty: Penalty, tensors: tuple[Tensor | None, ...]) -> None:
     kernels = library()
-    assert kernels is not None  # else another implementation serves
+    assert kernels is not None  # otherwise `serves` chose another implementation
     getattr(kernels, name)(
         (ctypes.c_int64 * len(description))(*description),
         (ctypes.c_float * 5)(*penalty.numbers),
@@ -129,10 +129,10 @@ def _call(name: str, description: list[int], penalty: Penalty, tensors: tuple[Te
 
 
 def _describe(x: Tensor, weight: Tensor, out: Tensor, conv: Convolution, iterations: int) -> list[int]:
-    """The struct `Conv` of estimate.cpp."""
+    """The fields of the struct `Conv` in panel.h."""
     groups, image, sums = conv.groups, list(x.shape[2:]), list(out.shape[2:])
     if conv.is_pointwise(weight) and all(t.stride(2) == t.shape[3] * t.stride(3) for t in (x, out)):
-        image = sums = [1, math.prod(image)]  # rows that follow each other are one long row
+        image = sums = [1, math.prod(image)]  # contiguous rows are one long row
     return [
         *(len(x), groups, x.shape[1] // groups, len(weight) // groups, *image, *sums),
         *(*weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation),
@@ -141,10 +141,15 @@ def _describe(x: Tensor, weight: Tensor, out: Tensor, conv: Convolution, iterati
 
 
 def limit(numbers: Tensor, rounds: int, threads: int) -> float:
-    """Run the loop that the benchmark takes for the limit of the machine: see `nrpm_limit` in estimate.cpp.
+    """Run the loop whose speed the benchmark takes for the machine's limit, see `nrpm_limit` in estimate.cpp.
 
     Args:
-        numbers: `[N]`, float32; few enough for the first-level cache, a multiple of 64.
+        numbers: Numbers to compute on, `[N]`, float32; N is a multiple of 64, and they fit the first-level cache.
+        rounds: Number of passes over the numbers.
+        threads: Number of threads, each of which makes all passes.
+
+    Returns:
+        A sum over the results, so that the compiler cannot leave the loop out.
     """
     kernels = library()
     assert kernels is not None

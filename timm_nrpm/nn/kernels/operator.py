@@ -1,17 +1,16 @@
 """The estimator as one PyTorch operator over a convolution, with its exact gradient: `timm_nrpm::robust_sum`.
 
-Being an operator, it is a single node to autograd, `torch.compile` and `torch.export`. What serves on CUDA
-is registered by `cuda.py`; everywhere else it is decided here.
+Being an operator, it is a single node to autograd, `torch.compile` and `torch.export`. `cuda.py` registers the
+implementation for CUDA; the one for every other device is chosen here.
 
 With the products `p` of an output, `t_k = p - m_k`, `S_k = sum omega(t_k)`, and `m_{k+1} = sum omega(t_k) p / S_k`:
 
     d m_{k+1} / d p   = (omega(t_k) + (p - m_{k+1}) omega'(t_k)) / S_k
     d m_{k+1} / d m_k = c_k = - sum (p - m_{k+1}) omega'(t_k) / S_k
 
-So the gradient of a product is a sum over the steps, in which each is weighted by `r_k = c_{K-1} ... c_{k+1} / S_k`.
-The products are made again for it; what the forward pass keeps are 2K numbers an output, the *state*
-`[2K, B, O, H', W']`: `m_1 ... m_{K-1}`, then `r_0 ... r_{K-1}`, then the product of all c, which is the derivative with
-respect to `m_0`.
+So the gradient of a product is a sum over the steps, each weighted by `r_k = c_{K-1} ... c_{k+1} / S_k`. The backward
+pass computes the products again; the forward pass keeps 2K numbers per output, the *state* `[2K, B, O, H', W']`:
+`m_1 ... m_{K-1}`, then `r_0 ... r_{K-1}`, then the product of all c, which is the derivative with respect to `m_0`.
 """
 
 from __future__ import annotations
@@ -54,17 +53,18 @@ def compute(
     """Robust estimates of the sums of a convolution.
 
     Args:
-        x: `[B, C, H, W]`.
-        weight: `[O, C / groups, kH, kW]`.
-        plain: `[B, O, H', W']`, the plain sums, from which the iteration starts.
-        lam: Lambda, no dimensions. Where it is 1, nothing is estimated and `plain` is returned: so a graph that cannot
-            ask for a value still skips the work. None: estimate.
-        iterations: K >= 1.
+        x: Input, `[B, C, H, W]`.
+        weight: Weight, `[O, C / groups, kH, kW]`.
+        plain: Plain sums, `[B, O, H', W']`, from which the iteration starts.
+        lam: Lambda, without dimensions. If it is 1, nothing is estimated and `plain` is returned, so that a graph,
+            which cannot branch on a value, still skips the work. None always estimates.
+        stride, padding, dilation, groups: The fields of :class:`timm_nrpm.nn.kernels.convolution.Convolution`.
+        iterations: Number of steps, K >= 1.
         penalty: The fields of :class:`timm_nrpm.nn.estimator.Penalty`.
-        keep: Whether a gradient will be asked for.
+        keep: Whether a gradient will be needed.
 
     Returns:
-        `[B, O, H', W']`, and the state (empty unless `keep`).
+        Robust sums, `[B, O, H', W']`, and the state (empty unless `keep`).
     """
     if lam is not None and bool(lam >= 1):
         out, state = empty_results(plain, iterations, keep)

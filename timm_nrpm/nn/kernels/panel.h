@@ -1,6 +1,7 @@
 // What estimate.cpp computes on: vectors, convolutions, and panels of their input.
 //
-// A panel is what a few vectors of output positions read: [D][panel] floats, packed from the input as it lies in memory.
+// A panel holds the input that a few vectors of output positions read: [D][panel] floats, packed from an input of any
+// strides.
 
 #pragma once
 
@@ -20,7 +21,7 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int VECTORS = 4;  // of positions in a panel: enough independent sums to hide the latency of an addition
+constexpr int VECTORS = 4;  // of positions in a panel: independent sums, enough to hide the latency of an addition
 constexpr int PANEL = LANES * VECTORS;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
@@ -30,7 +31,7 @@ typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias
 inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 
-// A few dozen floats: calling memcpy costs more than copying them.
+// For a few dozen floats, a call of memcpy would cost more than the copy.
 inline void copy(float* to, const float* from, int64_t n) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
@@ -44,9 +45,9 @@ inline void copy(float* to, const float* from, int64_t n) {
 
 inline Vec magnitude(Vec v) { return (Vec)((Int)v & 0x7fffffff); }
 
-// 1 / v to float32 accuracy: an approximation of 14 (AVX-512) or 12 bits, and one Newton step, which doubles them.
-// Sharing one between two products, 1 / a = b / (a b), was measured: 15 % faster, but it overflows from distances of
-// 1e19 on, and scaled so that it does not it is no faster.
+// 1 / v to float32 accuracy: an approximation to 14 (AVX-512) or 12 bits, and one Newton step, which doubles the bits.
+// Sharing one reciprocal between two products, 1 / a = b / (a b), was 15 % faster when measured, but it overflows from
+// distances of 1e19 on, and is no faster when scaled so that it does not.
 inline Vec reciprocal(Vec v) {
 #if defined(__AVX512F__)
   Vec r = (Vec)_mm512_rcp14_ps((__m512)v);
@@ -104,7 +105,7 @@ struct Runs {
   Run run[PANEL];
   int count = 0;
   int64_t first = -1;
-  // The same positions as before cost nothing.
+  // Setting the same positions again costs nothing.
   void set(int64_t height, int64_t width, int64_t start, int64_t size) {
     if (first == start) return;
     first = start, count = 0;
@@ -118,12 +119,12 @@ struct Runs {
   const Run* end() const { return run + count; }
 };
 
-// The positions of a panel, cut where the input breaks off and where the output does.
+// The positions of a panel, cut into runs that are contiguous in the input, and into runs contiguous in the output.
 struct Positions {
   Runs in, out;
   void set(const Conv& c, int64_t start, int64_t size) {
     in.set(c.out_height, c.out_width, start, size);
-    if (c.z[2] == c.out_width * c.z[3]) out.set(1, c.area(), start, size);  // rows follow each other
+    if (c.z[2] == c.out_width * c.z[3]) out.set(1, c.area(), start, size);  // the rows are contiguous
     else out.set(c.out_height, c.out_width, start, size);
   }
 };
@@ -133,7 +134,7 @@ inline void each(const Conv& c, const Runs& runs, const F& f) {
   for (const Run& r : runs) f(r.image * c.z[0] + r.row * c.z[2] + r.column * c.z[3], r.at, r.count);
 }
 
-// One output's numbers at the positions of a panel.
+// Copies the numbers of one output at the positions of a panel.
 inline void gather(float* to, const float* from, const Conv& c, const Runs& runs) {
   each(c, runs, [&](int64_t offset, int64_t at, int64_t n) {
     if (c.z[3] == 1) copy(to + at, from + offset, n);
@@ -148,8 +149,8 @@ inline void scatter(float* to, const float* from, const Conv& c, const Runs& run
   });
 }
 
-// Calls f(row of the panel, place in it, offset into x, count) for every stretch of input that the panel reads of the
-// first channel, and leaves out what lies in the padding. The other channels lie alike.
+// Calls f(row of the panel, place in it, offset into x, count) for every stretch of input that the panel reads from the
+// first channel, leaving out what lies in the padding. Other channels are read at the same places.
 template <class F>
 inline void stretches(const Conv& c, const Runs& runs, int64_t first_channel, const F& f) {
   for (const Run& r : runs) {
@@ -158,7 +159,7 @@ inline void stretches(const Conv& c, const Runs& runs, int64_t first_channel, co
       if (h < 0 || h >= c.height) continue;
       for (int64_t j = 0; j < c.kernel[1]; j++) {
         const int64_t w = r.column * c.stride[1] - c.padding[1] + j * c.dilation[1];
-        // Divisions, which cost as much as copying a stretch, only where it sticks out.
+        // A division costs as much as copying a stretch, so it is made only where the stretch crosses the edge.
         const int64_t skip = w < 0 ? ceil_div(-w, c.stride[1]) : 0;
         const bool fits = w + (r.count - 1) * c.stride[1] < c.width;
         const int64_t stop = fits ? r.count : ceil_div(std::max<int64_t>(0, c.width - w), c.stride[1]);
@@ -171,8 +172,8 @@ inline void stretches(const Conv& c, const Runs& runs, int64_t first_channel, co
   }
 }
 
-// Calls f(place in the panel, place in x) for a stretch of many channels that lie apart in x: sixteen channels at a
-// time, which share cache lines where channels are next to each other.
+// Calls f(channel, position) for a stretch whose positions are not adjacent in x: sixteen channels at a time, which
+// share cache lines where channels are adjacent.
 template <class F>
 inline void crosswise(int64_t channels, int64_t count, const F& f) {
   for (int64_t d = 0; d < channels; d += 16)
@@ -180,7 +181,7 @@ inline void crosswise(int64_t channels, int64_t count, const F& f) {
       for (int64_t e = d; e < std::min(channels, d + 16); e++) f(e, i);
 }
 
-// The panel of `channels` channels from `first` on, counted over all groups.
+// Packs the panel of `channels` channels from `first` on, counted over all groups.
 inline void pack(float* panel, int64_t width, const float* x, const Conv& c, const Runs& runs, int64_t first,
                  int64_t channels) {
   const int64_t taps = c.kernel[0] * c.kernel[1], step = c.stride[1] * c.x[3], rows = taps * width;
@@ -193,7 +194,7 @@ inline void pack(float* panel, int64_t width, const float* x, const Conv& c, con
   });
 }
 
-// Adds a panel to where it was packed from.
+// Adds a panel to the places that it was packed from.
 inline void unpack(float* x, const float* panel, int64_t width, const Conv& c, const Runs& runs, int64_t first,
                    int64_t channels) {
   const int64_t taps = c.kernel[0] * c.kernel[1], step = c.stride[1] * c.x[3], rows = taps * width;

@@ -1,6 +1,6 @@
-"""The estimator in tiles that stay in the cache, with ordinary PyTorch operations: any device, any float type.
+"""The estimator in tiles that stay in the cache, by ordinary PyTorch operations, for any device and float type.
 
-The path for float64, for devices without a kernel, and for a machine without a C++ compiler. A block of images is
+It serves float64, devices without a kernel, and machines without a C++ compiler. A block of images is
 unfolded into columns `[G, D, P]` (groups, summands, positions), and a tile of the G * O * D * P products is made, used
 and dropped. Positions are innermost, so every elementwise step runs over contiguous memory whatever D is.
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 from timm_nrpm.nn.estimator import Penalty
 from timm_nrpm.nn.kernels.convolution import Convolution, empty_gradients, empty_results
 
-# Products in a tile, measured on two cores with 2 MiB of L2 each: half of this loses 15 % to the cost of starting an
-# operation, four times this falls out of the cache and loses half.
+# Number of products in a tile. On two cores with 2 MiB of L2 cache each, half of this loses 15 % of the speed to the
+# cost of starting an operation, and four times this falls out of the cache and loses half of it.
 TILE = 1 << 18
 
-# Numbers in the columns of one block of images: 64 MiB of float32.
+# Number of elements in the columns of one block of images: 64 MiB of float32.
 BLOCK = 1 << 24
 
 
@@ -70,14 +70,14 @@ def backward(
 
 
 def _blocks(matrix: Tensor, plain: Tensor) -> list[slice]:
-    """Slices of the images whose columns number about BLOCK; none for an empty batch."""
+    """Slices of the images whose columns have about BLOCK elements; none for an empty batch."""
     columns = matrix.shape[0] * matrix.shape[2] * plain.shape[2:].numel()  # G * D * L, for one image
     size = max(1, BLOCK // max(1, columns))
     return [slice(i, i + size) for i in range(0, len(plain), size)]
 
 
 def _tiles(columns: Tensor, matrix: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices of groups, outputs and positions whose products number about TILE, positions as long as possible."""
+    """Slices of groups, outputs and positions with about TILE products, and with as many positions as possible."""
     (groups, outputs, depth), positions = matrix.shape, columns.shape[2]
     p = max(1, min(positions, max(64, TILE // depth)))
     o = max(1, min(outputs, TILE // (depth * p)))
@@ -91,7 +91,7 @@ def _tiles(columns: Tensor, matrix: Tensor) -> Iterator[tuple[slice, slice, slic
 def _estimate(
     columns: Tensor, matrix: Tensor, start: Tensor, iterations: int, penalty: Penalty, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Means `[G, O, P]` from the means `start`, and the state in the same shape, a tile at a time."""
+    """The robust means `[G, O, P]` from the means `start`, and the state in the same shape, one tile at a time."""
     mean = torch.empty_like(start)
     kept = [torch.empty_like(start) for _ in range(2 * iterations * keep)]
     for g, o, p in _tiles(columns, matrix):
@@ -129,7 +129,7 @@ def _gradients(
     grad_columns: Tensor | None,
     grad_matrix: Tensor | None,
 ) -> None:
-    """Add to the gradients of `columns` and `matrix`, a tile at a time; `means` and `scales` are `[G, O, P]`."""
+    """Add to the gradients of `columns` and `matrix`, one tile at a time; `means` and `scales` are `[G, O, P]`."""
     for g, o, p in _tiles(columns, matrix):
         a = matrix[g, o].unsqueeze(-1)  # [g, o, D, 1]
         b = columns[g, :, p].unsqueeze(1)  # [g, 1, D, p]
