@@ -92,9 +92,10 @@ def test_what_is_default_was_not_given(tmp_path, capsys):
 
 def test_every_call_in_the_documents_has_only_options_with_an_effect(monkeypatch, tmp_path):
     lines = [path.read_text().replace("\\\n", " ") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
-    calls = re.findall(r"(?:timm-nrpm|timm_nrpm\.cli) ((?:evaluate|tune) [^#\n`]*)", "\n".join(lines))
+    names = "|".join(cli._parsers()[1])
+    calls = re.findall(rf"(?:timm-nrpm|timm_nrpm\.cli) ((?:{names}) [^#\n`]*)", "\n".join(lines))
     calls = [call for call in calls if call.split()[1][0] == "-" or " --" in call]
-    assert len(calls) >= 8
+    assert len(calls) >= 15
     monkeypatch.chdir(tmp_path)
     parser, commands = cli._parsers()
     for call in calls:

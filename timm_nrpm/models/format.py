@@ -29,7 +29,14 @@ from timm_nrpm.errors import BrokenVariant, HubError, WrongBase
 from timm_nrpm.models.base import Base, checksum_of
 from timm_nrpm.models.creation import LARGEST_CONFIG, TIMM_FILES, check_image_size, from_timm_files
 from timm_nrpm.models.downloads import sha256_of
-from timm_nrpm.models.reprogramming import model_sha256, record_of, reprogram_, reprogrammed_layers, restore_
+from timm_nrpm.models.reprogramming import (
+    decimal_of,
+    model_sha256,
+    record_of,
+    reprogram_,
+    reprogrammed_layers,
+    restore_,
+)
 
 FORMAT = 1
 CONFIG, TENSORS = "nrpm_config.json", "nrpm.safetensors"
@@ -230,9 +237,9 @@ def _lam(tensor: Tensor | None, layer: str) -> float:
     """Return the lambda of a layer, or raise a ValueError."""
     if tensor is None or tensor.ndim or not tensor.is_floating_point():
         raise ValueError(f"{layer} has no lambda.")
-    if not 0 <= (lam := float(tensor)) <= 1:
-        raise ValueError(f"{layer} has lambda {lam}, which is not in [0, 1].")
-    return lam
+    if not 0 <= float(tensor) <= 1:
+        raise ValueError(f"{layer} has lambda {float(tensor)}, which is not in [0, 1].")
+    return decimal_of(tensor)
 
 
 PARTNERS = {"correction.gain": "correction.offset", "running_mean": "running_var"}

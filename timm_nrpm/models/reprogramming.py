@@ -289,11 +289,11 @@ def lambdas(model: nn.Module) -> dict[str, float]:
         >>> lambdas(create_model("resnet18", lam=0.8))["layer1.0.conv1"]
         0.8
     """
-    return {name: _decimal(layer.lam) for name, layer in reprogrammed_layers(unwrapped(model)).items()}
+    return {name: decimal_of(layer.lam) for name, layer in reprogrammed_layers(unwrapped(model)).items()}
 
 
-def _decimal(lam: Tensor) -> float:
-    # The shortest decimal that gives this float32, so that 0.8 reads 0.8 and not 0.800000011920929.
+def decimal_of(lam: Tensor) -> float:
+    """The shortest decimal that gives this float32, so that 0.8 reads 0.8 and not 0.800000011920929."""
     return min(max(float(str(lam.detach().float().cpu().numpy())), 0.0), 1.0)
 
 
