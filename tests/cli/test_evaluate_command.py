@@ -133,8 +133,8 @@ def test_another_number_of_classes_needs_a_class_map(tmp_path, capsys):
     assert main(call) == 2
     error = capsys.readouterr().err
     assert f"'folder' in --root {root} has 2 classes (one, two), and the model has 10" in error
-    assert "give a model with --num-classes 2, as --root the folder" in error
-    assert "or as --class-map the model's class of each name" in error
+    assert "give a model with --num-classes 2, or the folder" in error
+    assert "or the model's class of each name as --class-map" in error
     assert main([*call, "--class-map", str(tmp_path / "map.txt")]) == 0
     report = timm_nrpm.RobustnessReport.from_json((tmp_path / "out" / "quick-Linf-0.0313725.json").read_text())
     model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.8).eval()

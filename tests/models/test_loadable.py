@@ -212,7 +212,7 @@ def test_a_run_says_early_that_its_model_cannot_be_saved_and_ends_well(tmp_path)
         history = timm_nrpm.tune(model, loader, timm_nrpm.TuneConfig(paradigm="all", **settings))
     messages = [str(w.message) for w in warned if "unfreeze_batch_norm_2d" in str(w.message)]
     assert len(messages) == 2
-    assert "at the end of this run" in messages[0]
+    assert "no variant at its end" in messages[0]
     assert "model.state_dict()" in messages[1]
     assert len(history.steps) == 2
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoints", "curves.png", "history.json"]

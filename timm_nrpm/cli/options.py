@@ -114,7 +114,7 @@ def add_model(parser: argparse.ArgumentParser, lam: float, *, plain: bool = Fals
     size = "height, and width where it differs, of its images in pixels (default: the model's)"
     model.add_argument("--image-size", type=int, nargs="+", metavar="N", help=size)
     for name, what in (("--mean", "mean"), ("--std", "standard deviation")):
-        text = f"{what} that pixels in [0, 1] are normalised by, one number a channel (default: the model's)"
+        text = f"{what} that pixels in [0, 1] are normalised by, one number per channel (default: the model's)"
         model.add_argument(name, type=number, nargs="+", metavar="X", help=text)
     none = ", or none for the plain model" if plain else ""
     model.add_argument(
@@ -167,7 +167,7 @@ def add_images(parser: argparse.ArgumentParser, batch_size: int, split: str, sam
     data.add_argument("--data", default="digits", help="digits, folder, tar, torch/NAME or hfds/NAME (default: digits)")
     root = "folder or tar that holds the images"
     data.add_argument("--root", type=Path, metavar="PATH", help=root).complete = shtab.FILE
-    labels = "labels of class folders: a .txt with a name a line, or a .json object"
+    labels = "labels of class folders: a .txt with one name per line, or a .json object"
     data.add_argument("--class-map", metavar="FILE", help=labels).complete = shtab.FILE
     data.add_argument("--split", default=split, metavar="NAME", help=f"split that is read (default: {split})")
     drawn = data.add_mutually_exclusive_group()

@@ -93,7 +93,7 @@ class _Tar(ReaderImageInTar):
     """timm's reader of a .tar, which opens the file for each image: workers that share one would move its position."""
 
     def __init__(self, root: str, class_map: Mapping[str, int]) -> None:
-        super().__init__(root, class_map, cache_tarinfo=False)  # timm's cache is a pickle, which can run code
+        super().__init__(root, class_map, cache_tarinfo=False)  # reading timm's cache can run code
 
     def __getitem__(self, index: int) -> tuple[BytesIO, int]:
         member, _, inside = self.samples[index]

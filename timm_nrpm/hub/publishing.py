@@ -250,9 +250,9 @@ class _Push:
                 if wait is None or not (may_pass(error) or type(error) is RuntimeError):  # raised by xet
                     raise hub_error(action, error, self.token) from None
                 if pull_request and is_lost_connection(error) and "/commit/" in _address(error):
-                    return self._late_pull_request(action, parent, before)
+                    break
                 time.sleep(wait)
-        raise AssertionError("unreachable")
+        return self._late_pull_request(action, parent, before)
 
     def _late_pull_request(self, action: str, parent: str, before: set[str]) -> tuple[str, str | None]:
         """The commit and the address of a pull request whose reply was lost, once it appears.

@@ -38,8 +38,9 @@ def load_published_(model: Model, file: str | Path) -> Model:
         ValueError: The file holds something else, or `model` is reprogrammed. The model is untouched.
 
     Example:
-        >>> torch.save({"state_dict": plain.state_dict()}, "model_best.pth.tar")
-        >>> model = load_published_(timm.create_model("resnet8_digits"), "model_best.pth.tar").eval()
+        >>> from safetensors.torch import save_file
+        >>> save_file(plain.state_dict(), "weights.safetensors")
+        >>> model = load_published_(timm.create_model("resnet8_digits"), "weights.safetensors").eval()
         >>> model = reprogram_(model, NRPMConfig(lam=0.5))
     """
     file = Path(file)
