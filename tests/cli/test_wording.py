@@ -1,12 +1,17 @@
 """Messages of the library as the command line says them."""
 
 import argparse
+import ast
+from pathlib import Path
 
 import pytest
 
+import timm_nrpm
 from timm_nrpm.cli import options
 from timm_nrpm.cli import program as cli
-from timm_nrpm.cli.wording import called, message_of, worded
+from timm_nrpm.cli.wording import COMMON, called, message_of, worded
+
+PACKAGE = Path(timm_nrpm.__file__).parent
 
 
 def said(command, text):
@@ -41,7 +46,7 @@ def said(command, text):
         ("push", "leave out revision='x'", "leave out --revision x"),
         ("pull", "give local_files_only=True", "give --offline"),
         # What has no flag, and what is no argument, is left.
-        ("evaluate", "give input_size=(C, H, W), or as model= a timm model", "give --image-size H W"),
+        ("evaluate", "give input_size=(C, H, W), or", "give --image-size H W, or"),
         ("push", "mean=(0.5,) of model=x", None),
         ("evaluate", "mean=(0.5,) and std=(0.5, 0.4)", "--mean 0.5 and --std 0.5 0.4"),
         ("evaluate", "gradient_masking at layer1.0.conv1 of tf_efficientnet_lite0", None),
@@ -59,6 +64,15 @@ def test_the_place_of_an_error_says_which_flag_it_was():
         with pytest.raises(ValueError, match="eps=0") as caught, called(eps="--outer"), called(**flags):
             raise ValueError("eps=0")
         assert message_of(caught.value, parser, {}) == (expected if flags else "--outer 0")
+
+
+def test_every_phrase_that_a_command_replaces_is_one_of_the_librarys():
+    """A message that is reworded must not leave the command line with words of Python."""
+    nodes = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    for parser in cli._parsers()[1].values():
+        for phrase in {**COMMON, **parser.get_default("command").names}:
+            assert phrase.isidentifier() or sum(phrase in text for text in texts) > 1, phrase
 
 
 def test_an_error_without_a_message_is_named():

@@ -156,7 +156,7 @@ def test_branches_and_pull_requests(hub, work, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "--variant", "me/nothing"], "there is no such repository, or it is private: log in by"),
+        (["inspect", "--variant", "me/nothing"], "there is no such repository, or it is private: run `hf auth login`"),
         (["pull", "--variant", "me/nothing"], "there is no such repository, or it is private"),
         (["push", "--variant", "v", "other/digits"], "this token may not do that"),
         (["push", "--variant", "v", "digits"], "REPO digits is not allowed (it names no owner)"),

@@ -45,7 +45,6 @@ NAMES = {
     **options.NAMES,
     "resume": "--output",
     "another file": "another folder as --output",
-    "control=False": "--no-control",
 }
 
 

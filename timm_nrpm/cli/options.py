@@ -329,6 +329,5 @@ NAMES = {
     "a folder that save_pretrained wrote": "the folder of a variant, or owner/name on the Hub",
     "Build that model and give it as base=.": "Save it with its weights: save_pretrained(model, folder, full=True).",
     "(C, H, W)": "H W",
-    ", or as model= a timm model": "",
 }
-"""Flags of arguments of another name, and phrases that are said otherwise, where a model or images are given."""
+"""Flags of arguments with another name, and replaced phrases, for commands that take a model and images."""

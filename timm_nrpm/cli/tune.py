@@ -113,7 +113,7 @@ def _add_objective(group: Any) -> None:
         "--paradigm",
         default="lambda",
         choices=PARADIGMS,
-        help="lambda: one number a layer, weights frozen (paradigm 2); all: lambda and weights (3) (default: lambda)",
+        help="lambda: one number per layer, weights frozen (paradigm 2); all: lambda and weights (3) (default: lambda)",
     )
     group.add_argument(
         "--trainable", nargs="+", metavar="GLOB", help="parameters that are tuned instead, as '*.lam' 'layer4.*'"

@@ -23,7 +23,7 @@ COMMON = {
     "timm_nrpm.list_models()": "timm-nrpm models",
     ", or pretrained_cfg_overlay=dict(file=FILE)": "",
     "8 / 255": "8/255",
-    "give token=, or log in by": "log in by",
+    "give token=, or run": "run",
 }
 """Phrases that every command replaces, and what it replaces them by."""
 
