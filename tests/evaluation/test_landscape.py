@@ -114,7 +114,7 @@ IMAGE = torch.full((1, 3, 8, 8), 0.5)
         ),
         (
             lambda net: loss_landscape(net, IMAGE, torch.tensor([-1]), eps=0.1),
-            "labels are .* from -1 to -1: give integers of 0",
+            "labels are .* from -1 to -1: give integers >= 0",
         ),
         (lambda net: loss_landscape(net, IMAGE, torch.tensor([0, 1]), eps=0.1), "give 1 integers"),
         (lambda net: loss_landscape(net, IMAGE, torch.tensor([0.0]), eps=0.1), "of torch.float32: give 1 integers"),

@@ -298,7 +298,7 @@ def test_optuna_is_quiet_and_stays_as_it_was(capfd):
 
 def test_progress_shows_the_best_so_far(capsys):
     search_lambda(toy(), toy_images(), Threat("Linf", 0.1), budget=4, progress=True, **TOY)
-    assert "4/4" in capsys.readouterr().out
+    assert "4/4" in capsys.readouterr().err
 
 
 def test_without_optuna(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a push did."""
+"""The outcome of a push to the Hub."""
 
 from __future__ import annotations
 
