@@ -54,8 +54,8 @@ MARGIN = 0.02
 
 MEANINGS = {
     MASKED: "The same PGD breaks more images along the gradient of the plain model or of the linear maps than along "
-    "the model's own, so its own gradient misleads attackers without keeping them out. At least three images are needed "
-    "to raise this flag.",
+    "the model's own, so its own gradient misleads attackers without keeping them out. At least three images are "
+    "needed to raise this flag.",
     SCORES: "A random search that sees only the scores breaks images that no attack along the model's own gradient "
     "broke. At least three images are needed to raise this flag.",
     NON_FINITE: "A gradient that an attack followed was not finite, so the attack did not move the pixels concerned.",
@@ -67,8 +67,8 @@ MEANINGS = {
     "the attack does not work on this model.",
     FLAT: "Double the bound breaks hardly more images than half of it, so the attacks do not use the room they have.",
     CLIMBING: "On images that survived, the loss was still rising when the attack ended: more steps would break more.",
-    PLAIN_CHANGED: "The weights were trained after the model was reprogrammed. The plain model that it is compared with "
-    "has the same weights at lambda 1; the model it was made from is no longer available: give that one as base=.",
+    PLAIN_CHANGED: "The weights were trained after the model was reprogrammed. The plain model that it is compared "
+    "with has the same weights at lambda 1; the model it was made from is no longer available: give that one as base=.",
 }
 """What each flag means, in a sentence."""
 
