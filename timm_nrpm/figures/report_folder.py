@@ -17,7 +17,9 @@ from timm_nrpm.figures.attacked import draw_attacked
 from timm_nrpm.figures.page import write_page
 from timm_nrpm.figures.robustness import draw_attacks, draw_curves
 from timm_nrpm.models.modes import attackable
+from timm_nrpm.models.reprogramming import reprogrammed_layers
 from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.nn.wrappers import unwrapped
 
 IMAGES = 8
 """Largest number of images in the picture of attacked images."""
@@ -64,7 +66,8 @@ def show(
     if pixels.shape[1] in (1, 3):
         pixels, labels = pixels[:IMAGES], labels[:IMAGES]
         attacked, predictions = attack_one_batch(model, pixels, labels, last, mean=mean, std=std)
-        caption = f"The first images, attacked by PGD from the plain model, {last.threat}; differences amplified"
+        along = "the plain model's gradient" if reprogrammed_layers(unwrapped(model)) else "its own gradient"
+        caption = f"The first images, attacked by PGD along {along}, {last.threat}; differences amplified"
         pictures[caption] = draw_attacked(pixels, attacked, labels, predictions, folder / "attacked.png")
     return write_page(reports, folder / "report.html", title=title, pictures=pictures)
 
