@@ -6,8 +6,8 @@ from torch import nn
 
 from timm_nrpm import Threat
 from timm_nrpm.attacks import evolution
-from timm_nrpm.attacks.ascent import losses
 from timm_nrpm.attacks.evolution import HERD, Herd, evolve
+from timm_nrpm.attacks.gradients import losses
 from timm_nrpm.attacks.pursuit import Pursuit, ascend, search
 
 SHAPE = (3, 6, 6)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from timm_nrpm import Threat
-from timm_nrpm.attacks.ascent import losses
+from timm_nrpm.attacks.gradients import losses
 from timm_nrpm.attacks.pursuit import Pursuit, ascend, likely_targets, search
 
 SHAPE = (3, 6, 6)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from timm_nrpm import Threat
-from timm_nrpm.attacks.ascent import generators
+from timm_nrpm.attacks.gradients import generators
 from timm_nrpm.attacks.threats import NORMS
 
 BOUNDS = {"Linf": st.floats(1e-3, 1), "L2": st.floats(1e-3, 5), "L1": st.floats(1e-2, 20), "L0": st.integers(1, 20)}

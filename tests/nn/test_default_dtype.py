@@ -9,7 +9,7 @@ import torch
 
 import timm_nrpm
 from timm_nrpm import Threat
-from timm_nrpm.attacks.ascent import generators
+from timm_nrpm.attacks.gradients import generators
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.models.registry import DIGITS
 from timm_nrpm.nn.functional import nrpm_conv2d, nrpm_linear

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from timm_nrpm.attacks.ascent import Forward
+from timm_nrpm.attacks.gradients import Forward
 from timm_nrpm.attacks.pursuit import Pursuit, ascend, search
 from timm_nrpm.data.ordering import seed_of
 

@@ -13,8 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from timm_nrpm.attacks.ascent import climb, greedy_pixels, slope
+from timm_nrpm.attacks.apgd import climb
+from timm_nrpm.attacks.gradients import slope
 from timm_nrpm.attacks.sources import Source
+from timm_nrpm.attacks.sparse import greedy_pixels
 from timm_nrpm.attacks.threats import Threat
 
 MASKED = "gradient_masking"

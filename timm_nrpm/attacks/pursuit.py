@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from timm_nrpm.attacks.ascent import DENSE, Forward, direction, generators, losses, slope
-from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.attacks.gradients import DENSE, Forward, direction, generators, losses, slope
+from timm_nrpm.attacks.threats import Threat, wide
 
 LARGEST = 3
 """The side of a search's squares is at most the shorter side of an image divided by this number."""
@@ -75,7 +75,7 @@ class Pursuit:
         allowed = self.threat.allows(self.pixels[rows], images)
         if not bool(allowed.all()):
             inside = self.threat.project(self.pixels[rows], images.nan_to_num(0.0))
-            images = torch.where(_wide(allowed, images), images, inside)
+            images = torch.where(wide(allowed, images), images, inside)
         logits = self.victim(images)
         for _ in range(self.average - 1):
             logits = logits + self.victim(images)
@@ -120,7 +120,7 @@ def ascend(
         follow: Model whose loss is climbed.
         seeds: One seed for each of the rows, which decides its random start.
         steps: Number of gradients.
-        loss: Loss to climb, one of `timm_nrpm.attacks.ascent.LOSSES`.
+        loss: Loss to climb, one of `timm_nrpm.attacks.gradients.LOSSES`.
         size: Size of the first step, in units of the threat's eps.
         momentum: Factor of the previous direction when the gradient is added to it.
         target: Target class of the margin for each image of the pursuit, `[B]`; by default the strongest other class.
@@ -141,7 +141,7 @@ def ascend(
         logits, _, gradient = slope(follow, x, labels, loss, None if target is None else target[rows], average)
         kept = pursuit.take(rows, x, logits) if predicts else torch.ones_like(rows, dtype=torch.bool)
         scale = gradient.flatten(1).abs().mean(1).clamp(min=1e-30)
-        inertia = momentum * inertia + gradient / _wide(scale, gradient)
+        inertia = momentum * inertia + gradient / wide(scale, gradient)
         left = 1 - step / steps
         share = x.new_full((len(rows),), DENSE * left)
         moved = x + size * threat.eps * left * direction(inertia, threat, x, share)
@@ -184,7 +184,7 @@ def search(pursuit: Pursuit, rows: Tensor, seeds: Sequence[int], *, queries: int
         if herd > 1:
             inherits = draw[places, 3] < HERITAGE
             copies = _inherited(pursuit, active, draw[places], herd)
-            proposals = torch.where(_wide(inherits, proposals), copies, proposals)
+            proposals = torch.where(wide(inherits, proposals), copies, proposals)
         pursuit.look(active, pursuit.threat.project(pursuit.pixels[active], proposals))
 
 
@@ -231,11 +231,6 @@ def _amplitude(threat: Threat, channels: int, side: Tensor) -> Tensor:
     if threat.norm == "L2":
         return threat.eps / 2 / (side * math.sqrt(channels))
     return torch.ones_like(side)
-
-
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape `[B]` so that it broadcasts with `[B, C, H, W]`."""
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def likely_targets(pursuit: Pursuit, rows: Tensor, follow: Forward, most: int = 9) -> Tensor:

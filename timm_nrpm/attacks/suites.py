@@ -9,11 +9,13 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from timm_nrpm.attacks.ascent import carlini_wagner, climb, greedy_pixels, random_pixels
+from timm_nrpm.attacks.apgd import climb
+from timm_nrpm.attacks.carlini_wagner import carlini_wagner
 from timm_nrpm.attacks.efforts import Effort
 from timm_nrpm.attacks.evolution import HERD, PARTS, evolve
 from timm_nrpm.attacks.library import MOST_TARGETS, Run, auto_attack, fgsm, original_auto_attack, pgd, square
 from timm_nrpm.attacks.pursuit import Pursuit, ascend, likely_targets, search
+from timm_nrpm.attacks.sparse import greedy_pixels, random_pixels
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.checks import check_choice
 from timm_nrpm.config import SUITES
@@ -194,7 +196,7 @@ def _ascent(
     Args:
         effort: Number of steps; an ascent that starts anew takes twice as many.
         source: Name of the source whose gradient it follows.
-        loss: Loss to climb, one of `timm_nrpm.attacks.ascent.LOSSES`.
+        loss: Loss to climb, one of `timm_nrpm.attacks.gradients.LOSSES`.
         average: Number of forwards that are averaged for each gradient.
         size: Size of the first step, in units of the threat's eps.
         momentum: Factor of the previous direction when the gradient is added to it.

@@ -73,7 +73,7 @@ class Threat:
             return (pixels + change.clamp(-self.eps, self.eps)).clamp(0, 1)
         if self.norm == "L2":
             length = change.flatten(1).norm(dim=1).clamp(min=1e-12)
-            return (pixels + change * _wide((self.eps / length).clamp(max=1), change)).clamp(0, 1)
+            return (pixels + change * wide((self.eps / length).clamp(max=1), change)).clamp(0, 1)
         if self.norm == "L1":
             return (pixels + _within_l1(change, -pixels, 1 - pixels, self.eps)).clamp(0, 1)
         change = moved.clamp(0, 1) - pixels
@@ -91,7 +91,7 @@ class Threat:
         if self.norm != "L0":  # scale the change to the full length
             flat = change.flatten(1)
             length = flat.norm(dim=1) if self.norm == "L2" else flat.abs().sum(1)
-            change = change * _wide(self.eps / length.clamp(min=1e-12), change)
+            change = change * wide(self.eps / length.clamp(min=1e-12), change)
         return self.project(pixels, pixels + change)
 
 
@@ -112,7 +112,7 @@ def check_threat(threat: Threat | None) -> Threat:
     return threat
 
 
-def _wide(values: Tensor, like: Tensor) -> Tensor:
+def wide(values: Tensor, like: Tensor) -> Tensor:
     """Reshape `[B]` so that it broadcasts with `[B, C, H, W]`."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
@@ -125,7 +125,7 @@ def _within_l1(change: Tensor, low: Tensor, high: Tensor, eps: float) -> Tensor:
     """
 
     def cut(threshold: Tensor) -> Tensor:
-        short = change.sign() * (change.abs() - _wide(threshold, change)).clamp(min=0)
+        short = change.sign() * (change.abs() - wide(threshold, change)).clamp(min=0)
         return torch.minimum(torch.maximum(short, low), high)
 
     below = torch.zeros(len(change), device=change.device, dtype=change.dtype)

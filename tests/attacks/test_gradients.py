@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from timm_nrpm import Threat
-from timm_nrpm.attacks.ascent import carlini_wagner, checkpoints, climb, direction, greedy_pixels, losses, random_pixels
+from timm_nrpm.attacks.apgd import checkpoints, climb
+from timm_nrpm.attacks.carlini_wagner import carlini_wagner
+from timm_nrpm.attacks.gradients import direction, losses
+from timm_nrpm.attacks.sparse import greedy_pixels, random_pixels
 
 SHAPE = (3, 4, 4)
 
@@ -141,7 +144,7 @@ def test_a_target_is_approached(batch):
 
 def test_average_tames_a_random_forward():
     """Gradients of a noisy linear model point nowhere; the mean of many points where the linear model does."""
-    from timm_nrpm.attacks.ascent import slope
+    from timm_nrpm.attacks.gradients import slope
 
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))

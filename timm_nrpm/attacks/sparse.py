@@ -1,0 +1,112 @@
+"""Attacks that change few pixels, under L0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from timm_nrpm.attacks.gradients import Forward, generators, losses, slope
+from timm_nrpm.attacks.threats import Threat
+
+
+def greedy_pixels(
+    follow: Forward,
+    pixels: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    *,
+    rounds: int,
+    average: int = 1,
+    fooled: bool = True,
+) -> Tensor:
+    """Attack under L0 along the gradient: set pixels to the corner of the colour cube that the gradient of the margin
+    points to, beginning with those where it predicts the largest gain (after JSMA, Papernot et al., arXiv 1511.07528).
+
+    Args:
+        follow: Model whose margin is climbed.
+        pixels, labels: Images `[B, C, H, W]` in [0, 1], and their classes `[B]`.
+        threat: Threat under L0; its bound is the number of positions that may change.
+        rounds: Number of gradients. The positions are shared evenly among them.
+        average, fooled: The same as in :func:`climb`.
+
+    Returns:
+        Attacked pixels `[B, C, H, W]`, at most `threat.eps` of whose positions changed.
+    """
+    count = min(int(threat.eps), pixels[0, 0].numel())
+    x, free = pixels.clone(), torch.ones_like(pixels[:, 0]).flatten(1)  # [B, H * W]
+    active = torch.arange(len(x), device=x.device)
+    for part in torch.arange(count).tensor_split(min(rounds, count)):
+        images = x[active]
+        logits, _, gradient = slope(follow, images, labels[active], "margin", None, average)
+        if fooled:
+            right = logits.argmax(1) == labels[active]
+            active, images, gradient = active[right], images[right], gradient[right]
+        if not len(active):
+            break
+        corner = (gradient > 0).to(images)
+        gain = (gradient * (corner - images)).sum(1).flatten(1) * free[active]
+        chosen = torch.zeros_like(gain).scatter_(1, gain.topk(len(part)).indices, 1.0)
+        free[active] = free[active] * (1 - chosen)
+        mask = chosen.view(len(images), 1, *images.shape[2:])
+        x[active] = torch.where(mask > 0, corner, images)
+    return threat.project(pixels, x)
+
+
+@torch.no_grad()
+def random_pixels(
+    follow: Forward, pixels: Tensor, labels: Tensor, threat: Threat, seeds: Sequence[int], *, queries: int
+) -> Tensor:
+    """Attack under L0 without gradients: set random pixels to random corners of the colour cube, draw ever fewer of
+    them anew, and keep a draw where the margin grows (Sparse-RS, Croce et al., arXiv 2006.12834).
+
+    Args:
+        follow: Attacked model.
+        pixels, labels: Images `[B, C, H, W]` in [0, 1], and their classes `[B]`.
+        threat: Threat under L0; its bound is the number of positions that may change.
+        seeds: One seed for each image, which decides its draws.
+        queries: Largest number of forwards for each image after the first one.
+
+    Returns:
+        Attacked pixels `[B, C, H, W]`, at most `threat.eps` of whose positions changed.
+    """
+    total, count = pixels[0, 0].numel(), min(int(threat.eps), pixels[0, 0].numel())
+    draws = generators(seeds)
+    flat = pixels.flatten(2)  # [B, C, H * W]
+
+    def painted(rows: Tensor, places: list[Tensor], colours: list[Tensor]) -> Tensor:
+        images = flat[rows].clone()
+        for image, place, colour in zip(images, places, colours, strict=True):
+            image[:, place] = colour.to(image)
+        return images.view(len(rows), *pixels.shape[1:])
+
+    places = [torch.randperm(total, generator=g)[:count].to(pixels.device) for g in draws]
+    colours = [torch.randint(2, (pixels.shape[1], count), generator=g) for g in draws]
+    rows = torch.arange(len(pixels), device=pixels.device)
+    result = painted(rows, places, colours)
+    logits = follow(result)
+    margin = losses(logits, labels, "margin")
+    for query in range(queries):
+        rows = (margin <= 0).nonzero().squeeze(1)
+        if not len(rows):
+            break
+        redrawn = max(1, round(count * 0.3 * (1 - query / queries) ** 2))
+        proposals = []
+        for row in rows.tolist():
+            place, colour, g = places[row].clone(), colours[row].clone(), draws[row]
+            slots = torch.randperm(count, generator=g)[:redrawn]
+            outside = torch.ones(total, dtype=torch.bool)
+            outside[place.cpu()] = False
+            free = outside.nonzero().squeeze(1)
+            if len(free) >= redrawn:
+                place[slots] = free[torch.randperm(len(free), generator=g)[:redrawn]].to(place)
+            colour[:, slots] = torch.randint(2, (len(colour), redrawn), generator=g)
+            proposals.append((place, colour))
+        images = painted(rows, [p for p, _ in proposals], [c for _, c in proposals])
+        values = losses(follow(images), labels[rows], "margin")
+        for i, (row, better) in enumerate(zip(rows.tolist(), (values > margin[rows]).tolist(), strict=True)):
+            if better:
+                places[row], colours[row] = proposals[i]
+                result[row], margin[row] = images[i], values[i]
+    return result
