@@ -28,7 +28,7 @@ from huggingface_hub import errors, get_session
 from timm_nrpm.errors import HubError, NotOnHub, Unreachable
 from timm_nrpm.models import downloads as transfers
 from timm_nrpm.models import network
-from timm_nrpm.models.downloads import insist, is_intact, told
+from timm_nrpm.models.downloads import hub_error, insist, is_intact
 from timm_nrpm.models.network import patience
 
 http = sys.modules.get("httpx2") or sys.modules["httpx"]  # whichever the Hub's client uses
@@ -244,7 +244,7 @@ TOLD = {
 
 @pytest.mark.parametrize(("error", "kind", "message"), TOLD.values(), ids=TOLD)
 def test_each_error_is_told_in_one_line(error, kind, message):
-    found = told("Sending it", error)
+    found = hub_error("Sending it", error)
     assert type(found) is kind
     assert re.match(
         f"Sending it failed: .*{message}" if "failed" not in message else f"Sending it {message}", str(found)
@@ -258,10 +258,10 @@ def test_secrets_are_cut_out():
         ("hf_abcdefgh12345678", None),
         ("hf_abcdefgh12345678", True),
     ):
-        found = str(told(f"Sending {secret}", answered(500, message=f"no {secret} here\nand {secret}"), token))
+        found = str(hub_error(f"Sending {secret}", answered(500, message=f"no {secret} here\nand {secret}"), token))
         assert secret not in found
         assert found.count("***") == 3
-    assert len(str(told("Sending it", answered(500, message="x" * 10_000)))) < 400
+    assert len(str(hub_error("Sending it", answered(500, message="x" * 10_000)))) < 400
 
 
 CALLS = {  # and how often they are made
