@@ -38,7 +38,7 @@ def hub(tmp_path_factory):
 def test_the_examples_in_docstrings_run(hub, tmp_path):
     ours = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
     ours |= {"HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "COLUMNS": "120"}
-    flags = "NUMBER NORMALIZE_WHITESPACE ELLIPSIS IGNORE_EXCEPTION_DETAIL"
+    flags = "NUMBER NORMALIZE_WHITESPACE ELLIPSIS"
     command = [sys.executable, "-m", "pytest", "timm_nrpm", "--doctest-modules", "-p", "docstring_examples", "-q"]
     command += ["--doctest-ignore-import-errors", "--doctest-continue-on-failure", "-p", "no:cacheprovider"]
     command += ["-o", f"doctest_optionflags={flags}", "-o", "addopts=", "-p", "no:xdist", "-W", "ignore"]

@@ -24,6 +24,7 @@ from timm_nrpm.models.registry import create_model
 from timm_nrpm.models.reprogramming import lambdas, reprogram_, reprogrammed_layers
 from timm_nrpm.models.saving import needs_weights, save_pretrained
 from timm_nrpm.models.weights import load_published_
+from timm_nrpm.nn.pixel_model import PixelModel
 
 
 def model_of(args: argparse.Namespace) -> nn.Module:
@@ -31,6 +32,13 @@ def model_of(args: argparse.Namespace) -> nn.Module:
     if args.variant is not None:
         return from_pretrained(args.variant, revision=args.revision, local_files_only=args.offline)
     arguments = _arguments_of_timm(args)
+    model = _new_model(args, arguments)
+    PixelModel(model)  # which refuses a normalisation of other pixels than those in [0, 1]
+    return model
+
+
+def _new_model(args: argparse.Namespace, arguments: dict[str, Any]) -> nn.Module:
+    """The model of `--model` or `--weights`, reprogrammed or plain."""
     pretrained = args.weights is None and not args.no_pretrained
     with called(eps="--estimator-eps"):
         config = None if args.lam is None else _config_of(args)
@@ -59,11 +67,15 @@ def _config_of(args: argparse.Namespace) -> NRPMConfig:
 def _arguments_of_timm(args: argparse.Namespace) -> dict[str, Any]:
     """What `timm.create_model` is given beside the name; images are described where a variant records it."""
     images: dict[str, Any] = {}
+    known = timm.get_pretrained_cfg(args.model.removeprefix("nrpm_"))
+    channels = known.input_size[0] if known is not None else 3
+    for name in ("mean", "std"):
+        values = getattr(args, name)
+        if values is not None and len(values) not in (1, channels):
+            raise ValueError(f"{name}={tuple(values)}: give one number, or one for each of the {channels} channels.")
     if args.image_size is not None:
         if len(args.image_size) > 2 or min(args.image_size) < 1:
             raise ValueError(f"image_size={args.image_size} is not allowed: give a height, or a height and a width.")
-        known = timm.get_pretrained_cfg(args.model.removeprefix("nrpm_"))
-        channels = known.input_size[0] if known is not None else 3
         images["input_size"] = (channels, args.image_size[0], args.image_size[-1])
     images |= {name: tuple(getattr(args, name)) for name in ("mean", "std") if getattr(args, name) is not None}
     arguments: dict[str, Any] = {} if args.num_classes is None else {"num_classes": args.num_classes}
