@@ -31,11 +31,7 @@ SHOWN = (*SAME, "weights", "revision", "no_pretrained", "num_classes", "root", "
 """Options that the message names if another model or other images are evaluated into a folder."""
 
 USELESS = (
-    *options.USELESS_FOR_MODELS,
-    *options.USELESS_FOR_IMAGES,
-    *options.useless_splits("split", "training_split"),
-    *options.USELESS_FOR_CALIBRATION,
-    *options.USELESS_FOR_PLAIN,
+    *options.USELESS_FOR_MEASURING,
     Useless(("no_control",), options.is_plain, "with --lam none the model is plain, and is its own control."),
     Useless(("queries",), lambda args: args.suite == "quick", "the suite quick has no random search."),
     Useless(("effort",), lambda args: args.suite != "adaptive", "the suite {suite} has the numbers of its authors."),
@@ -84,7 +80,7 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.figures.report_folder import show
 
     threats = [Threat(args.norm, eps) for eps in args.eps]
-    make_folder(args.output)
+    inputs.make_folder(args.output)
     with _processes() as (accelerator, device):
         main = accelerator is None or accelerator.is_main_process
         model = inputs.model_of(args).to(device)
@@ -117,18 +113,6 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> None:
             page = show(reports, model, loader, args.output, title=inputs.described_model(args, model))
             terminal.show(f"Written: {page}")
             terminal.give({"page": str(page), "reports": [report.to_dict() for report in reports]})
-
-
-def make_folder(output: Path) -> None:
-    """Make the folder of the results before anything is computed.
-
-    Raises:
-        OSError: It cannot be written to.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise type(error)(f"--output {output} cannot be written to ({error}): give another folder.") from error
 
 
 @contextmanager

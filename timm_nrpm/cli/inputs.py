@@ -155,6 +155,26 @@ def calibrate(args: argparse.Namespace, model: nn.Module, terminal: Terminal) ->
         calibrate_(model, images, progress=terminal.progress)
 
 
+def make_folder(output: Path) -> None:
+    """Make the folder of the results before anything is computed.
+
+    Raises:
+        OSError: It cannot be written to.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"--output {output} cannot be written to ({error}): give another folder.") from error
+
+
+def measured(args: argparse.Namespace, terminal: Terminal) -> tuple[nn.Module, DataLoader[Any]]:
+    """The model in evaluation mode, calibrated if it was reprogrammed just now, and the images it is measured on."""
+    model = model_of(args).eval()
+    loader = chosen_images(args, model)
+    calibrate(args, model, terminal)
+    return model, loader
+
+
 def save(model: nn.Module, folder: Path) -> bool:
     """Save a variant, with its weights where no public name leads to them, so that it can be loaded anywhere.
 

@@ -7,16 +7,7 @@ import json
 from typing import Any
 
 from timm_nrpm.cli import options
-from timm_nrpm.cli.evaluate import make_folder
 from timm_nrpm.cli.terminal import Terminal
-
-USELESS = (
-    *options.USELESS_FOR_MODELS,
-    *options.USELESS_FOR_IMAGES,
-    *options.useless_splits("split", "training_split"),
-    *options.USELESS_FOR_CALIBRATION,
-    *options.USELESS_FOR_PLAIN,
-)
 
 
 def add_certify(commands: Any) -> None:
@@ -26,7 +17,7 @@ def add_certify(commands: Any) -> None:
     parser = options.add_command(
         commands,
         "certify",
-        options.Command(_certify, USELESS, names, stopped),
+        options.Command(_certify, options.USELESS_FOR_MEASURING, names, stopped),
         "certify a radius around every image, by randomized smoothing",
         "Certify, for every image, a radius within which no change whatever moves the prediction of the smoothed "
         "model, and write a report and a picture. A run that was stopped goes on when it is started again.",
@@ -51,7 +42,7 @@ def add_corrupt(commands: Any) -> None:
     parser = options.add_command(
         commands,
         "corrupt",
-        options.Command(_corrupt, USELESS, options.NAMES),
+        options.Command(_corrupt, options.USELESS_FOR_MEASURING, options.NAMES),
         "measure accuracy under noise, blur, weather and compression",
         "Measure what the corruptions of ImageNet-C, and three of this package, cost a model and the plain one, and "
         "write a report and a picture.",
@@ -73,10 +64,8 @@ def _certify(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.cli import inputs
     from timm_nrpm.evaluation.certification import certify
 
-    make_folder(args.output)
-    model = inputs.model_of(args).eval()
-    loader = inputs.chosen_images(args, model)
-    inputs.calibrate(args, model, terminal)
+    inputs.make_folder(args.output)
+    model, loader = inputs.measured(args, terminal)
     report = certify(
         model,
         loader,
@@ -97,10 +86,8 @@ def _corrupt(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.cli import inputs
     from timm_nrpm.evaluation.corruptions import IMAGENET_C, evaluate_corruptions
 
-    make_folder(args.output)
-    model = inputs.model_of(args).eval()
-    loader = inputs.chosen_images(args, model)
-    inputs.calibrate(args, model, terminal)
+    inputs.make_folder(args.output)
+    model, loader = inputs.measured(args, terminal)
     report = evaluate_corruptions(
         model,
         loader,

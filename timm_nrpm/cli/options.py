@@ -320,6 +320,15 @@ def useless_splits(*options: str) -> tuple[Useless, ...]:
     return tuple(map(of, options))
 
 
+USELESS_FOR_MEASURING = (
+    *USELESS_FOR_MODELS,
+    *USELESS_FOR_IMAGES,
+    *useless_splits("split", "training_split"),
+    *USELESS_FOR_CALIBRATION,
+    *USELESS_FOR_PLAIN,
+)
+"""All of these, for commands that measure a model, reprogrammed or plain, on the images of one split."""
+
 NAMES = {
     "checkpoint_path": "--weights",
     " with pretrained=False": "",

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from timm_nrpm.cli import options
-from timm_nrpm.cli.evaluate import make_folder
 from timm_nrpm.cli.given import Useless
 from timm_nrpm.cli.terminal import Terminal
 
@@ -65,7 +64,7 @@ def _search(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.models.reprogramming import record_of, reprogram_
 
     threat = Threat(args.norm, args.eps)
-    make_folder(args.output)
+    inputs.make_folder(args.output)
     model = inputs.model_of(args).eval()
     loader = inputs.chosen_images(args, model)
     calibration = None
