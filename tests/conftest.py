@@ -26,6 +26,14 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def stocked_hub(tmp_path_factory):
+    from stocked_hub import StockedHub
+
+    with StockedHub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
 class SmallNet(nn.Module):
     """Convolutions, a BatchNorm, a layer used twice, and one that is never called."""
 

@@ -167,8 +167,13 @@ def _compare(output: Path, then: dict[str, object], now: dict[str, object]) -> N
     if all(then.get(name) == now[name] for name in (*SAME, "sha256")):
         return
     changed = [name for name in SHOWN if then.get(name) != now[name]]
-    listed = [f"{name}={then.get(name)!r} then, {now[name]!r} now" for name in changed]
+    listed = [f"--{name.replace('_', '-')} {_typed(then.get(name))} then, {_typed(now[name])} now" for name in changed]
     raise ValueError(
         f"{output} holds an evaluation of something else ({'; '.join(listed) or 'the weights or statistics differ'}): "
         "give another folder as --output, or what it had."
     )
+
+
+def _typed(value: object) -> str:
+    """A value of a flag as one types it."""
+    return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
