@@ -34,6 +34,13 @@ def stocked_hub(tmp_path_factory):
         yield hub
 
 
+@pytest.fixture(autouse=True)
+def _no_results_of_other_runs(request, monkeypatch) -> None:
+    """A command would take what attacks left of a plain model from the user's cache."""
+    if "cached" not in request.keywords:
+        monkeypatch.setattr("timm_nrpm.cli.evaluate._controls", lambda: None)
+
+
 class SmallNet(nn.Module):
     """Convolutions, a BatchNorm, a layer used twice, and one that is never called."""
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,8 @@ def add_evaluate(commands: Any) -> None:
         "attack a model in every way there is, and report the worst case",
         "Attack a reprogrammed model, or a plain one with --lam none, by every attack of a suite, and write a page, "
         "pictures and a JSON report for each bound into a folder. A run that was stopped goes on when it is started "
-        "again. Several processes share the images: see timm-nrpm tune --help.",
+        "again. What the attacks leave of the plain model is kept in the user's cache for other lambdas. Several "
+        "processes share the images: see timm-nrpm tune --help.",
         "timm-nrpm evaluate --model resnet8_digits --lam 0.8 --eps 0.1 0.15 --samples 20 --effort fast",
     )
     options.add_model(parser, 0.8, plain=True)
@@ -101,6 +102,7 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> None:
                 seed=args.seed,
                 data=inputs.described_images(args),
                 control=not args.no_control,
+                controls=_controls(),
                 resume=f"{stem}.jsonl",
                 accelerator=accelerator,
                 progress=terminal.progress,
@@ -113,6 +115,15 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> None:
             page = show(reports, model, loader, args.output, title=inputs.described_model(args, model))
             terminal.show(f"Written: {page}")
             terminal.give({"page": str(page), "reports": [report.to_dict() for report in reports]})
+
+
+def _controls() -> Path | None:
+    """The folder in the user's cache that keeps results of plain models, None for a user without a home directory."""
+    from timm_nrpm.nn.kernels.compiling import cache_folder
+
+    with suppress(RuntimeError):
+        return cache_folder() / "controls"
+    return None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from timm_nrpm.attacks.threats import Threat, check_threat
 from timm_nrpm.checks import check_choice
 from timm_nrpm.config import SUITES
 from timm_nrpm.data.images import pixels_of
+from timm_nrpm.evaluation.controls import KeptJudge
 from timm_nrpm.evaluation.judge import Judge
 from timm_nrpm.evaluation.outcome import Joined, join
 from timm_nrpm.evaluation.report import GIVEN, REPROGRAMMED, TRAINED, RobustnessReport
@@ -63,6 +64,7 @@ def evaluate(
     control: bool = True,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    controls: str | Path | None = None,
     resume: str | Path | None = None,
     accelerator: Accelerator | None = None,
     progress: bool = False,
@@ -98,6 +100,9 @@ def evaluate(
         control: Whether to attack the plain model, too.
         mean, std: The model's normalisation, one number for each channel; by default timm's for this model, and none
             for a model that is not timm's.
+        controls: Folder that keeps what the attacks leave of plain models, by a hash of the model, the images, the
+            attacks and this package's code, so that an evaluation of another lambda does not attack the same plain
+            model again. The hash has the types of the model's modules, but not the code of your own modules.
         resume: File that keeps the result of every finished batch, from which a run that was killed continues. With
             several processes, each has a file of its own, with its rank at the end of the name.
         accelerator: Accelerator that shares the batches among its processes. Give each process the same loader, not
@@ -132,13 +137,14 @@ def evaluate(
             stack.enter_context(attackable(module))
 
         def work() -> Share:
-            identity = {"threat": [threat.norm, threat.eps], "suite": suite, "seed": seed, "control": control}
-            identity |= {**asdict(settings), "timm_nrpm": __version__, "processes": processes}
+            run = {"threat": [threat.norm, threat.eps], "suite": suite, "seed": seed, **asdict(settings)}
+            identity = {**run, "control": control, "timm_nrpm": __version__, "processes": processes}
             if resume is not None:  # hashing whole models takes a while
                 identity |= _identities(net, base)
             journal = Journal(shard_of(resume, rank, processes), identity)
-            judges = _judges(loader, net, base, plain, threat, suite, settings, seed)
-            return judge_all(judges, loader, journal, bar, rank, processes)
+            own, *plains = _judges(loader, net, base, plain, threat, suite, settings, seed)
+            beside = [judge if controls is None else _kept(judge, Path(controls), run) for judge in plains]
+            return judge_all([own, *beside], loader, journal, bar, rank, processes)
 
         rows = in_order(together(accelerator, work))
     joined = [join(outcomes) for outcomes in zip(*(row.outcomes for row in rows), strict=True)]
@@ -194,6 +200,13 @@ def _judges(
         beside = sources[name].net if len(sources) > 1 else alike(plain_copy(net.model), net)
         judges.append(Judge({"own": Source(beside, predicts=True)}, threat, suite, effort, seed))
     return judges
+
+
+def _kept(judge: Judge, folder: Path, run: Mapping[str, object]) -> KeptJudge:
+    """Return the judge of a plain model whose outcomes are kept in a folder."""
+    net = judge.net
+    identity = {**run, "model": weights_sha256(net.model.state_dict()), **identity_of(net), **_versions()}
+    return KeptJudge(judge, folder, {**identity, "device": net.mean.device.type})
 
 
 def _check_reiterable(loader: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from timm_nrpm.data.images import check_batch, check_labels, count_of
+from timm_nrpm.evaluation.controls import KeptJudge
 from timm_nrpm.evaluation.judge import Judge
 from timm_nrpm.evaluation.outcome import Outcome
 from timm_nrpm.jobs.journal import Journal, digest_of
@@ -66,7 +67,7 @@ class Share:
 
 
 def judge_all(
-    judges: Sequence[Judge],
+    judges: Sequence[Judge | KeptJudge],
     loader: Iterable[tuple[Tensor, Tensor]],
     journal: Journal,
     bar: Progress,
