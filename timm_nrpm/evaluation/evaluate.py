@@ -150,12 +150,13 @@ def evaluate(
     joined = [join(outcomes) for outcomes in zip(*(row.outcomes for row in rows), strict=True)]
     if plain:
         joined[0].evidence[PLAIN_CHANGED] = float(plain == TRAINED)
-    reports = [_report(results, threat, suite, settings, seed) for results in joined]
+    report, *others = [_report(results, threat, suite, settings, seed) for results in joined]
+    texts = dict.fromkeys([*warning_texts, *(text for row in rows for text in row.warnings)])
     return replace(
-        reports[0],
-        control=reports[1] if len(reports) > 1 else None,
+        report,
+        control=others[0] if others else None,
         plain=plain or REPROGRAMMED,
-        warnings=tuple(dict.fromkeys([*warning_texts, *(text for row in rows for text in row.warnings)])),
+        warnings=tuple(texts),
         seconds=time.perf_counter() - start,
         sha256=sha256,
         data=data,
