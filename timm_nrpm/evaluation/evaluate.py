@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from timm_nrpm.checks import check_choice
 from timm_nrpm.config import SUITES
 from timm_nrpm.data.images import pixels_of
 from timm_nrpm.evaluation.controls import KeptJudge
-from timm_nrpm.evaluation.judge import Judge
+from timm_nrpm.evaluation.judge import Judge, Protocol
 from timm_nrpm.evaluation.outcome import Joined, join
 from timm_nrpm.evaluation.report import GIVEN, REPROGRAMMED, TRAINED, RobustnessReport
 from timm_nrpm.evaluation.sharing import Share, in_order, judge_all, recorded_warnings, shard_of, together
@@ -120,9 +120,8 @@ def evaluate(
         (0.6, 0.8, ('gradient_masking',))
     """
     _check_reiterable(loader)
-    threat = check_threat(threat)
-    settings = _effort(suite, effort, steps, queries)
-    attacks_of(suite, threat, settings, ("own",), 2)  # raises an error before anything is computed
+    protocol = Protocol(check_threat(threat), suite, _effort(suite, effort, steps, queries), seed)
+    attacks_of(suite, protocol.threat, protocol.effort, ("own",), 2)  # raises an error before anything is computed
     subject = subject_of(model, mean, std)
     model, net = subject.model, subject.on_pixels()
     base = None if base is None else unwrapped(base)
@@ -137,20 +136,18 @@ def evaluate(
             stack.enter_context(attackable(module))
 
         def work() -> Share:
-            run = {"threat": [threat.norm, threat.eps], "suite": suite, "seed": seed, **asdict(settings)}
-            identity = {**run, "control": control, "timm_nrpm": __version__, "processes": processes}
+            identity = protocol.to_dict() | {"control": control, "timm_nrpm": __version__, "processes": processes}
             if resume is not None:  # hashing whole models takes a while
                 identity |= _identities(net, base)
             journal = Journal(shard_of(resume, rank, processes), identity)
-            own, *plains = _judges(loader, net, base, plain, threat, suite, settings, seed)
-            beside = [judge if controls is None else _kept(judge, Path(controls), run) for judge in plains]
-            return judge_all([own, *beside], loader, journal, bar, rank, processes)
+            judges = _judges(loader, net, base, plain, protocol, None if controls is None else Path(controls))
+            return judge_all(judges, loader, journal, bar, rank, processes)
 
         rows = in_order(together(accelerator, work))
     joined = [join(outcomes) for outcomes in zip(*(row.outcomes for row in rows), strict=True)]
     if plain:
         joined[0].evidence[PLAIN_CHANGED] = float(plain == TRAINED)
-    report, *others = [_report(results, threat, suite, settings, seed) for results in joined]
+    report, *others = [_report(results, protocol) for results in joined]
     texts = dict.fromkeys([*warning_texts, *(text for row in rows for text in row.warnings)])
     return replace(
         report,
@@ -163,14 +160,15 @@ def evaluate(
     )
 
 
-def _report(joined: Joined, threat: Threat, suite: str, effort: Effort, seed: int) -> RobustnessReport:
+def _report(joined: Joined, protocol: Protocol) -> RobustnessReport:
     """Return the report of one model, without its control."""
+    effort = protocol.effort
     return RobustnessReport(
-        threat,
-        suite,
+        protocol.threat,
+        protocol.suite,
         effort.steps,
         effort.queries,
-        seed,
+        protocol.seed,
         joined.correct,
         joined.attacks,
         flags=flags_of(joined.evidence, len(joined.correct)),
@@ -186,28 +184,27 @@ def _judges(
     net: PixelModel,
     base: nn.Module | None,
     plain: str,
-    threat: Threat,
-    suite: str,
-    effort: Effort,
-    seed: int,
-) -> list[Judge]:
+    protocol: Protocol,
+    controls: Path | None,
+) -> list[Judge | KeptJudge]:
     """Return the judge of a model, and that of the plain model it is compared with, if there is one."""
     ours = bool(reprogrammed_layers(net.model))
-    calibration = _first_images(loader) if ours and (suite == "adaptive" or plain == TRAINED) else []
+    calibration = _first_images(loader) if ours and (protocol.suite == "adaptive" or plain == TRAINED) else []
     sources = sources_of(net.model, calibration, base=base, **net.normalisation())
-    judges = [Judge(sources, threat, suite, effort, seed)]
-    if plain:
-        name = "base" if plain == GIVEN else "plain"
-        beside = sources[name].net if len(sources) > 1 else alike(plain_copy(net.model), net)
-        judges.append(Judge({"own": Source(beside, predicts=True)}, threat, suite, effort, seed))
-    return judges
+    own = Judge(sources, protocol)
+    if not plain:
+        return [own]
+    name = "base" if plain == GIVEN else "plain"
+    beside = sources[name].net if len(sources) > 1 else alike(plain_copy(net.model), net)
+    control = Judge({"own": Source(beside, predicts=True)}, protocol)
+    return [own, control if controls is None else _kept(control, controls)]
 
 
-def _kept(judge: Judge, folder: Path, run: Mapping[str, object]) -> KeptJudge:
+def _kept(judge: Judge, folder: Path) -> KeptJudge:
     """Return the judge of a plain model whose outcomes are kept in a folder."""
     net = judge.net
-    identity = {**run, "model": weights_sha256(net.model.state_dict()), **identity_of(net), **_versions()}
-    return KeptJudge(judge, folder, {**identity, "device": net.mean.device.type})
+    model = {"model": weights_sha256(net.model.state_dict()), **identity_of(net), "device": net.mean.device.type}
+    return KeptJudge(judge, folder, {**judge.protocol.to_dict(), **model, **_versions()})
 
 
 def _check_reiterable(loader: Iterable[tuple[Tensor, Tensor]]) -> None:

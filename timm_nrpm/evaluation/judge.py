@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,19 +24,38 @@ WITHOUT_GRADIENT = ("scores", "best")
 """Sources of attacks that follow no gradient; these attacks query the attacked model."""
 
 
-class Judge:
-    """A model, and the attacks that it has to withstand.
+@dataclass(frozen=True)
+class Protocol:
+    """Everything about an evaluation but models and images.
 
-    Args:
-        sources: Models whose gradients attacks may follow, by name; `"own"` is the attacked model.
+    Attributes:
         threat: What an attacker may change.
         suite: Name of the suite of attacks.
         effort: Numbers of steps, queries and stages.
         seed: Seed of everything random in the attacks.
     """
 
-    def __init__(self, sources: dict[str, Source], threat: Threat, suite: str, effort: Effort, seed: int) -> None:
-        self.sources, self.threat, self.suite, self.effort, self.seed = sources, threat, suite, effort, seed
+    threat: Threat
+    suite: str
+    effort: Effort
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the protocol as JSON."""
+        threat = [self.threat.norm, self.threat.eps]
+        return {"threat": threat, "suite": self.suite, "seed": self.seed, **asdict(self.effort)}
+
+
+class Judge:
+    """A model, and the attacks that it has to withstand.
+
+    Args:
+        sources: Models whose gradients attacks may follow, by name; `"own"` is the attacked model.
+        protocol: Threat, suite, effort and seed.
+    """
+
+    def __init__(self, sources: dict[str, Source], protocol: Protocol) -> None:
+        self.sources, self.protocol = sources, protocol
         self.net = sources["own"].net
 
     def __call__(self, images: Tensor, labels: Tensor, offset: int, tell: Callable[[float, str], None]) -> Outcome:
@@ -52,16 +73,17 @@ class Judge:
         """
         device = self.net.mean.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed_of(self.seed, -2, offset))  # a forward may be random
+            torch.manual_seed(seed_of(self.protocol.seed, -2, offset))  # a forward may be random
             return self._judged(images.to(device), labels.to(device), offset, tell)
 
     def _judged(self, pixels: Tensor, labels: Tensor, offset: int, tell: Callable[[float, str], None]) -> Outcome:
+        p = self.protocol
         logits, again = self.logits(pixels), self.logits(pixels)
         classes = logits.shape[1]
         labels = check_labels(labels, classes, count=len(pixels))
         random = unlike(logits, again) > THRESHOLDS[RANDOM]
-        attacks = attacks_of(self.suite, self.threat, self.effort, self.sources, classes, random=random)
-        pursuit = Pursuit(self.net, pixels, labels, self.threat, EXPECTATION if random else 1)
+        attacks = attacks_of(p.suite, p.threat, p.effort, self.sources, classes, random=random)
+        pursuit = Pursuit(self.net, pixels, labels, p.threat, EXPECTATION if random else 1)
         right = pursuit.take(torch.arange(len(labels), device=pixels.device), pixels, logits)
         turns: dict[str, Turn] = {}
         done = 0
@@ -77,9 +99,9 @@ class Judge:
         probed = right[: max(0, PROBED - offset)].nonzero().squeeze(1)
         if len(probed):
             tell(1.0, "looking for flags")
-            seeds = [seed_of(self.seed, -1, offset + row) for row in probed.tolist()]
-            steps = self.effort.steps if self.suite == "adaptive" else 0
-            probes = probe(self.sources["own"], pixels[probed], labels[probed], self.threat, seeds, steps=steps)
+            seeds = [seed_of(self.protocol.seed, -1, offset + row) for row in probed.tolist()]
+            steps = p.effort.steps if p.suite == "adaptive" else 0
+            probes = probe(self.sources["own"], pixels[probed], labels[probed], p.threat, seeds, steps=steps)
         clean = "".join(str(int(r)) for r in right.tolist())
         non_finite = any(source.net.non_finite for source in self.sources.values())
         return Outcome(clean, turns, probes, non_finite, classes)
@@ -101,7 +123,7 @@ class Judge:
             code[row] = "1"  # this includes images that are not near enough to be attacked
         if len(rows):
             # Attacks that are compared with each other share their seeds; every other attack has its own.
-            seeds = [seed_of(self.seed, 0 if attack.always else place, offset + row) for row in rows.tolist()]
+            seeds = [seed_of(self.protocol.seed, 0 if attack.always else place, offset + row) for row in rows.tolist()]
             with source.followed() as net:
                 survived = attack.pursue(pursuit, rows, net, seeds)
             for row, survives in zip(rows.tolist(), survived.tolist(), strict=True):
