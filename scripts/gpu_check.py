@@ -5,8 +5,9 @@
     python scripts/gpu_check.py --device cpu --quick             # tiny sizes on the CPU: tries the script itself
 
 It needs PyTorch with Triton, and timm; nothing need be installed, not even this package. Parts whose packages are
-missing are left out, and the last lines say which and why. Every part is a process of its own with a time limit, so that
-a crash loses that part alone. After each part, bench-GPU.json and .md in the folder `--out` hold all results so far.
+missing are left out, and the last lines say which and why. Every part is a process of its own with a time limit, so
+that a crash loses that part alone. After each part, bench-GPU.json and bench-GPU.md in the folder `--out` hold all results
+so far.
 """
 
 from __future__ import annotations
@@ -40,23 +41,26 @@ PARTS = {
     "evaluation": ("gpu.learning", 55),
     "tuning": ("gpu.learning", 30),
 }
-"""Module of each part, whose function has the part's name, and its share of the time; what one leaves, later ones get."""
+"""Module of each part, whose function has the part's name, and its share of the time. What is left over, others get."""
 
 ALWAYS = {"machine"}
 NEEDED = {"operator": {"limits"}}
+OF_TRITON = {"warmup", "limits", "tiles"}
 STAND_IN = '"""Stands in for platformdirs."""\nfrom pathlib import Path\n\n\ndef user_cache_path(name, **_):\n    return Path.home() / ".cache" / name\n'  # noqa: E501
 
 
 def run_part(args: argparse.Namespace) -> None:
     """Run one part in this process; the rows go to the file `args.rows`."""
-    from gpu.session import Session
-
     import torch
+    from gpu.session import Session
+    from gpu.warmup import briefly, time_tiles_by
 
     torch.manual_seed(0)
     earlier = json.loads(args.earlier.read_text())["tables"] if args.earlier else {}
     session = Session(args.rows, args.device, args.quick, time.time() + args.seconds, tuple(args.share))
     session.write()
+    if args.device == "cuda" and args.part != "warmup":
+        time_tiles_by(briefly)
     function = getattr(import_module(PARTS[args.part][0]), args.part)
     function(session, earlier) if args.part == "operator" else function(session)
 
@@ -69,8 +73,8 @@ def environment(folder: Path) -> dict[str, str]:
         (folder / "stand-ins" / "platformdirs.py").write_text(STAND_IN)
         paths.append(str(folder / "stand-ins"))
     quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # Tiles that one part has timed need no timing in the next.
-    return {**os.environ, **quiet, "TRITON_CACHE_AUTOTUNING": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    quiet["TRITON_CACHE_DIR"] = str(folder / "triton")  # of this run alone, and shared by its parts
+    return {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def run(part: str, seconds: float, folder: Path, args: argparse.Namespace, shares: int = 1) -> dict[str, Any]:
@@ -168,14 +172,18 @@ def measure(args: argparse.Namespace, parts: list[str]) -> None:
             seconds = left * PARTS[part][1] / sum(PARTS[later][1] for later in parts[index:])
             print(f"{part}: at most {seconds:.0f} s", flush=True)
             began = time.time()
+            if part in OF_TRITON and args.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+                result["left_out"].append(f"{part}: Triton's kernels need a GPU, or TRITON_INTERPRET=1")
+                continue
             shares = max(1, min(8, (os.cpu_count() or 2) - 1)) if part == "warmup" and args.device == "cuda" else 1
             done = run(part, seconds, folder, args, shares)
             result["seconds"][part] = time.time() - began
             result["left_out"] += done["left_out"]
             result["tables"] |= done["tables"]
-            page = save(result, folder, args.out)
+            save(result, folder, args.out)
             if part == "machine" and not done["tables"]:
                 sys.exit(f"The device {args.device} does not work: {' '.join(done['left_out'])}")
+        page = save(result, folder, args.out)
     print(page.read_text())
     print(f"Written: {page.with_suffix('.json')}, {page}")
     print("Left out: " + ("; ".join(result["left_out"]) or "nothing"))

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.layers import EPS, SMALL, TINY, K, Layer
+from gpu.layers import EPS, SMALL, TINY, Layer
 from gpu.session import Session
 from timm_nrpm.nn.estimator import Penalty
 from timm_nrpm.nn.kernels import tiled
 
 ROOT = Path(__file__).parents[2]
+TILES_OF_CHECKS = {"forward": (4, 64, 2, 1), "backward_x": (4, 64, 2, 1), "backward_weight": (1, 16, 64, 4, 1)}
 SETTINGS = (("l1", 1), ("l1", 3), ("huber-mcp", 2))
 
 
@@ -45,14 +46,13 @@ def checks(session: Session) -> None:
         with session.attempt(f"errors of {layer}"), ieee():
             session.need(3)
             _operator_errors(session, layer)
-    if session.device != "cuda":
-        session.leave_out("errors of every way to divide, and of fused mixing", "these are Triton kernels")
-        session.leave_out("pytest -m gpu", "there is no GPU")
-        return
-    for layer in SMALL:
+    for layer in (TINY[:1] if session.quick else SMALL) if session.runs_triton else ():
         with session.attempt(f"errors of every way to divide, {layer}"), ieee():
             session.need(5)
             _kernel_errors(session, layer)
+    if session.device != "cuda":
+        session.leave_out("pytest -m gpu", "there is no GPU")
+        return
     with session.attempt("pytest -m gpu"):
         session.need(20)
         _pytest(session)
@@ -79,17 +79,18 @@ def _kernel_errors(session: Session, layer: Layer) -> None:
     from timm_nrpm.nn.kernels import cuda
     from timm_nrpm.nn.kernels.cuda_kernels import RECIPROCALS
 
-    x, weight, plain = layer.operands(*layer.tensors("cuda"))
-    grad, bias, lam = torch.randn_like(plain), torch.randn(len(weight), device="cuda"), torch.tensor(0.3, device="cuda")
+    x, weight, plain = layer.operands(*layer.tensors(session.device))
+    grad, bias = torch.randn_like(plain), torch.randn(len(weight), device=session.device)
+    lam = torch.tensor(0.3, device=session.device)
     conv, both = layer.convolution, (True, True)
-    wide = [t.double().cpu() for t in (x, weight, plain, grad, bias)]
+    x_wide, weight_wide, plain_wide, grad_wide, bias_wide = (t.double().cpu() for t in (x, weight, plain, grad, bias))
     for name, steps in SETTINGS:
         penalty = Penalty.named(name, EPS, 0.3, 1.0)
-        want, states = tiled.forward(*wide[:3], conv, steps, penalty, True)
-        wanted = tiled.backward(wide[3], *wide[:3], want, states, conv, steps, penalty, both)
-        fused = torch.lerp(want, wide[2], 0.3) + wide[4].view(-1, 1, 1)
+        want, states = tiled.forward(x_wide, weight_wide, plain_wide, conv, steps, penalty, True)
+        wanted = tiled.backward(grad_wide, x_wide, weight_wide, plain_wide, want, states, conv, steps, penalty, both)
+        fused = torch.lerp(want, plain_wide, 0.3) + bias_wide.view(-1, 1, 1)
         for reciprocal in RECIPROCALS:
-            with only_tiles(reciprocal, forward=(4, 64, 2, 1), backward_x=(4, 64, 2, 1), backward_weight=(1, 16, 64, 4, 1)):
+            with only_tiles(reciprocal, **TILES_OF_CHECKS):
                 out, state = cuda.forward(x, weight, plain, None, conv, steps, penalty, True)
                 grads = cuda.backward(grad, x, weight, plain, None, out, state, conv, steps, penalty, both)
                 mixed = cuda.mixed(x, weight, plain, lam, bias, conv, steps, penalty)
@@ -122,7 +123,7 @@ def _pytest(session: Session) -> None:
     print(output)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", output)}
     failed = re.findall(r"^(?:FAILED|ERROR) (.{0,200})", output, re.MULTILINE)
-    session.add("pytest", **{"ended": end, "passed": counts.get("passed", 0), "failed": counts.get("failed", 0),
-                             "skipped": counts.get("skipped", 0), "names of failed tests": "; ".join(failed)})  # fmt: skip
+    row = {"ended": end, **{word: counts.get(word, 0) for word in ("passed", "failed", "skipped")}}
+    session.add("pytest", **row, **{"names of failed tests": "; ".join(failed)})
     if end != "exit status 0":
         session.leave_out("pytest -m gpu", f"{end}: {' '.join(output.split())[-400:]}")

@@ -33,7 +33,9 @@ class Layer:
     def __str__(self) -> str:
         if not self.kernel:
             return f"linear {self.channels} to {self.outputs}, {self.batch} rows"
-        kind = "depthwise " if self.groups == self.channels > 1 else f"{self.groups} groups, " if self.groups > 1 else ""
+        kind = (
+            "depthwise " if self.groups == self.channels > 1 else f"{self.groups} groups, " if self.groups > 1 else ""
+        )
         stride = f"/{self.stride}" if self.stride > 1 else ""
         across = f"{self.channels}" if self.groups == self.channels > 1 else f"{self.channels} to {self.outputs}"
         return f"{kind}{self.kernel}x{self.kernel}{stride}, {across}, {self.size}x{self.size}, batch {self.batch}"

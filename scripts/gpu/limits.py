@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Loops on registers with the arithmetic of the kernels and nothing else, which measure what the card can do.
 
 A step is, for each product, t = x a - m, |t| + eps, a reciprocal, and the two sums; with gradients there are two more
@@ -5,6 +6,8 @@ sums. A step of the backward pass ends in the gradient of the product instead. T
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import triton
@@ -92,19 +95,19 @@ def run(loop: str, numbers: Tensor, rounds: int, reciprocal: str, eps: float = 1
 
 def limits(session: Session) -> None:
     """Add a row for each loop and each way to divide."""
-    if session.device != "cuda":
-        session.leave_out("the limits", "the loops are Triton kernels, and there is no GPU")
-        return
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    numbers = torch.rand(16 * multiprocessors * SIZE, device="cuda").mul_(0.4).add_(0.05)
+    cuda = session.device == "cuda"
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if cuda else 1
+    numbers = (
+        torch.rand((1 if session.quick else 16 * multiprocessors) * SIZE, device=session.device).mul_(0.4).add_(0.05)
+    )
     loops = [(loop, reciprocal) for loop in (*LOOPS, "reciprocal") for reciprocal in RECIPROCALS]
-    rounds, rates = 4096, {}
+    rounds, rates = 2 if session.quick else 4096, {}
     for loop, reciprocal in [("multiply-add", ""), *loops]:
         name = f"{loop}, {reciprocal}".rstrip(", ")
         with session.attempt(f"limit of {name}"):
             session.need(3)
-            work = {name: lambda loop=loop, reciprocal=reciprocal: run(loop, numbers, rounds, reciprocal)}
-            rates[name] = numbers.numel() * rounds / session.medians(work, 0.5)[name]
+            work = partial(run, loop, numbers, rounds, reciprocal)
+            rates[name] = numbers.numel() * rounds / session.medians({name: work}, 0.5)[name]
             session.add("limits", **{
                 "loop": loop, "1 / u": reciprocal, "G steps/s": rates[name] / 1e9,
                 "for each multiprocessor and ns": rates[name] / 1e9 / multiprocessors,

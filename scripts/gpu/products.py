@@ -9,7 +9,7 @@ import torch
 from gpu import limits
 from gpu.layers import LAYERS, TINY, K, Layer, with_gradients, without_gradients
 from gpu.session import Session, Work
-from timm_nrpm.nn.kernels import cuda
+from timm_nrpm.nn.kernels.cuda import RECIPROCAL
 
 COMPILED = 4  # number of layers beside which the compiled reference is measured, since compiling takes a while
 
@@ -27,7 +27,7 @@ def at_the_limit(rates: dict[str, float], both: bool) -> float | None:
 
 def operator(session: Session, tables: dict[str, Any]) -> None:
     """Add a row for each layer and direction; `tables` has the limits."""
-    rates = limits.rates(tables, getattr(cuda, "RECIPROCAL", "divide"))
+    rates = limits.rates(tables, RECIPROCAL)
     layers = TINY if session.quick else LAYERS
     for layer in layers:
         for both in (False, True):
@@ -46,10 +46,11 @@ def operator(session: Session, tables: dict[str, Any]) -> None:
 def _measure(session: Session, layer: Layer, both: bool, limit: float | None) -> None:
     x, weight = layer.tensors(session.device)
     works = _works(layer, x, weight, both)
-    first = session.first_call(works["ours"])
     graph = None
-    with session.attempt(f"{layer}, {'both' if both else 'forward'}, as a CUDA graph"):
-        graph = session.graphed(works["ours"])
+    works["ours"]()  # compiles, and chooses the tile
+    if session.device == "cuda":
+        with session.attempt(f"{layer}, {'both' if both else 'forward'}, as a CUDA graph"):
+            graph = session.graphed(works["ours"])
     timed = {"ours": works["ours"], "plain": works["plain"], **({"graph": graph} if graph else {})}
     seconds = session.medians(timed, 0.8)
     rate = layer.products(weight) / min(seconds["ours"], seconds.get("graph", seconds["ours"]))
@@ -57,7 +58,7 @@ def _measure(session: Session, layer: Layer, both: bool, limit: float | None) ->
         "layer": str(layer), "G products/s": rate / 1e9, "% of the limit": limit and 100 * rate / limit,
         "ms": 1e3 * seconds["ours"], "ms as a graph": 1e3 * seconds["graph"] if graph else None,
         "ms of the plain layer": 1e3 * seconds["plain"], "times the plain layer": seconds["ours"] / seconds["plain"],
-        "s of the first call": first, "MiB": session.peak_mib(works["ours"]),
+        "MiB": session.peak_mib(works["ours"]),
     })  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -54,6 +55,11 @@ class Session:
         draft = self.file.with_suffix(".draft")
         draft.write_text(json.dumps({"tables": self.tables, "left_out": self.left_out}))
         draft.replace(self.file)
+
+    @property
+    def runs_triton(self) -> bool:
+        """Whether kernels can run: on a GPU, or by Triton's interpreter, which is slow and for trying the script."""
+        return self.device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
     def seconds_left(self) -> float:
         return self.deadline - time.time()

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from gpu.layers import EPS, LAYERS, K, Layer
+from gpu.layers import EPS, LAYERS, TINY, K, Layer
 from gpu.session import Session, Work
 from timm_nrpm.nn.estimator import Penalty
 from timm_nrpm.nn.kernels import cuda, cuda_kernels
@@ -50,9 +50,9 @@ def candidates(kernel: str) -> list[Tile]:
     return [tile for table in TABLES[kernel] for tile in table]
 
 
-def launches(layer: Layer) -> dict[str, Work]:
+def launches(layer: Layer, device: str) -> dict[str, Work]:
     """A call of each kernel on a layer."""
-    x, weight, plain = layer.operands(*layer.tensors("cuda"))
+    x, weight, plain = layer.operands(*layer.tensors(device))
     penalty, conv, grad = Penalty.named("l1", EPS), layer.convolution, torch.randn_like(plain)
     out, state = cuda.forward(x, weight, plain, None, conv, K, penalty, True)
     backward = partial(cuda.backward, grad, x, weight, plain, None, out, state, conv, K, penalty)
@@ -64,17 +64,15 @@ def launches(layer: Layer) -> dict[str, Work]:
 
 
 def tiles(session: Session) -> None:
-    if session.device != "cuda":
-        session.leave_out("the tiles", "they are Triton's, and there is no GPU")
-        return
-    for layer in CHOSEN:
+    layers = TINY[:1] if session.quick else CHOSEN
+    for layer in layers:
         with session.attempt(f"tiles of {layer}"):
             session.need(10)
-            works = launches(layer)
+            works = launches(layer, session.device)
             for kernel, work in works.items():
                 with session.attempt(f"tiles of {kernel}, {layer}"):
                     _try_tiles(session, layer, kernel, work)
-    for layer in CHOSEN:
+    for layer in layers:
         with session.attempt(f"fused mixing and bias, {layer}"):
             session.need(5)
             _fused(session, layer)
@@ -83,7 +81,7 @@ def tiles(session: Session) -> None:
 def _try_tiles(session: Session, layer: Layer, kernel: str, work: Work) -> None:
     """Add a row: the best tile, the best of the package's table, and the ways to divide with the best tile."""
     times: dict[Tile, float] = {}
-    for tile in candidates(kernel):
+    for tile in candidates(kernel)[:: 7 if session.quick else 1]:
         with session.attempt(f"tile {tile} of {kernel}, {layer}"), only_tiles("divide", **{kernel: tile}):
             session.need(2)
             times[tile] = session.medians({"": work}, 0.05)[""]
@@ -106,9 +104,9 @@ def _try_tiles(session: Session, layer: Layer, kernel: str, work: Work) -> None:
 
 def _fused(session: Session, layer: Layer) -> None:
     """Add a row: mixing and bias in the kernel beside operations of their own."""
-    x, weight, plain = layer.operands(*layer.tensors("cuda"))
+    x, weight, plain = layer.operands(*layer.tensors(session.device))
     penalty, conv = Penalty.named("l1", EPS), layer.convolution
-    lam, bias = torch.tensor(0.5, device="cuda"), torch.randn(len(weight), device="cuda")
+    lam, bias = torch.tensor(0.5, device=session.device), torch.randn(len(weight), device=session.device)
 
     def apart() -> torch.Tensor:
         out, _ = cuda.forward(x, weight, plain, lam, conv, K, penalty, False)

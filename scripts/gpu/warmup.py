@@ -1,72 +1,87 @@
-"""Compile the kernels that the other parts need, in several processes at once: Triton keeps them on disk."""
+"""Compile the kernels that the other parts need, in several processes at once: Triton keeps them on disk.
+
+Also how long Triton tries the tiles of each layer, which by its own habit would take half the time there is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from gpu.layers import LAYERS, SMALL, Layer, with_gradients, without_gradients
+from gpu.layers import LAYERS, SMALL, TINY, Layer, with_gradients, without_gradients
 from gpu.session import Session, Work
 
 Job = tuple[str, Callable[[], Any]]
 
 
-@contextmanager
-def without_timing() -> Iterator[None]:
-    """Run every tile once instead of timing it."""
+def time_tiles_by(bench: Callable[[Work, tuple[float, ...]], list[float]]) -> None:
+    """Let the kernels of this process time tiles by another function than Triton's, in ms."""
     from timm_nrpm.nn.kernels import cuda_kernels
 
-    def once(call: Work, quantiles: tuple[float, ...]) -> tuple[float, ...]:
-        call()
-        return tuple(0.0 for _ in quantiles)
+    for kernel in (cuda_kernels.forward, cuda_kernels.backward_x, cuda_kernels.backward_weight):
+        kernel.do_bench = bench
+        kernel.cache_results = False  # no timing of this kind is kept on disk
 
-    kernels = (cuda_kernels.forward, cuda_kernels.backward_x, cuda_kernels.backward_weight)
-    for kernel in kernels:
-        kernel.do_bench = once
-    try:
-        yield
-    finally:
-        for kernel in kernels:
-            del kernel.do_bench  # the property of the class comes back
+
+def once(call: Work, quantiles: tuple[float, ...]) -> list[float]:
+    """Run a tile without timing it."""
+    call()
+    return [0.0] * len(quantiles)
+
+
+def briefly(call: Work, quantiles: tuple[float, ...]) -> list[float]:
+    """Time a tile for a few ms, where Triton takes 125: one that takes longer than 1 ms is called three times."""
+    from triton.testing import do_bench
+
+    call()
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+    for event in events:
+        event.record()
+        if event is not events[-1]:
+            call()
+    torch.cuda.synchronize()
+    shortest = min(events[0].elapsed_time(events[1]), events[1].elapsed_time(events[2]))
+    return [shortest] * len(quantiles) if shortest > 1 else do_bench(call, warmup=1, rep=4, quantiles=quantiles)
 
 
 def warmup(session: Session) -> None:
     """Run this process's share of the jobs, those of the parts that come first before the others."""
-    if session.device != "cuda":
-        session.leave_out("compiling ahead", "there is no GPU")
-        return
     index, processes = session.share
-    with without_timing():
-        for name, job in jobs()[index::processes]:
-            with session.attempt(f"compiling ahead, {name}"):
-                session.need(5)
-                job()
-                session.wait()
+    time_tiles_by(once)
+    for name, job in jobs(session)[index::processes]:
+        with session.attempt(f"compiling ahead, {name}"):
+            session.need(5)
+            job()
+            session.wait()
 
 
-def jobs() -> list[Job]:
-    """Everything to compile, as far as names of kernels and sizes tell."""
+def jobs(session: Session) -> list[Job]:
+    """Everything to compile, as far as sizes of layers tell."""
+    layers = list(TINY)
+    if not session.quick:
+        layers = [*SMALL, *LAYERS, *layers_of("resnet50", 224, 32), *layers_of("resnet18_cifar_narrow", 32, 64)]
     made: list[Job] = []
-    for layer in _unlike([*SMALL, *LAYERS, *layers_of("resnet50", 224, 32), *layers_of("resnet18_cifar_narrow", 32, 64)]):
-        made += [(f"{layer}, {both and 'both' or 'forward'}", partial(_run, layer, both)) for both in (False, True)]
-    return made + _of_tiles()
+    for layer in _unlike(layers):
+        for both in (False, True):
+            made.append((f"{layer}, {'both' if both else 'forward'}", partial(_run, layer, session.device, both)))
+    return made if session.quick else made + _of_tiles(session.device)
 
 
-def _run(layer: Layer, both: bool) -> None:
-    x, weight = layer.tensors("cuda")
+def _run(layer: Layer, device: str, both: bool) -> None:
+    x, weight = layer.tensors(device)
     forward = layer.forwards(x, weight)["ours"]
     (with_gradients(forward, x, weight) if both else without_gradients(forward))()
 
 
-def _of_tiles() -> list[Job]:
+def _of_tiles(device: str) -> list[Job]:
     from gpu import tiles
 
     def job(layer: Layer, kernel: str, share: int, shares: int) -> None:
-        work = tiles.launches(layer)[kernel]
+        work = tiles.launches(layer, device)[kernel]
         for tile in tiles.candidates(kernel)[share::shares]:
             with tiles.only_tiles("divide", **{kernel: tile}):
                 work()
@@ -103,9 +118,9 @@ def layers_of(name: str, size: int, batch: int) -> list[Layer]:
         if isinstance(module, torch.nn.Linear):
             found.append(Layer(batch, module.in_features, module.out_features, 0, 0))
         elif isinstance(module, torch.nn.Conv2d):
-            (kernel, _), (stride, _), (padding, *_) = module.kernel_size, module.stride, module.padding  # type: ignore[misc]
             sizes = (batch, module.in_channels, module.out_channels, inputs[0].shape[-1])
-            found.append(Layer(*sizes, kernel, stride, int(padding), module.groups))
+            settings = (module.kernel_size[0], module.stride[0], int(module.padding[0]), module.groups)
+            found.append(Layer(*sizes, *settings))
 
     for module in model.modules():
         module.register_forward_pre_hook(note)

@@ -31,9 +31,9 @@ TILES: list[Tile] = [
 DEEP_TILES: list[Tile] = [(1, 16, 64, 4, 1), (1, 64, 16, 4, 1), (16, 16, 4, 4, 1), (16, 64, 1, 4, 1), (32, 64, 1, 8, 1)]
 
 RECIPROCALS = ("divide", "approximate", "newton", "pairs")
-"""How 1 / u can be computed: by Triton's division; by the special function unit, whose error is 1 unit in the last place,
-without denormal numbers; by that with one Newton step; or 1 / (u v) for two numbers by that unit, which is the
-slowest part of a step on the GPUs that have a quarter of one for each multiply-add or less."""
+"""How 1 / u can be computed: by Triton's division; by the special function unit, to one unit in the last place and
+without denormal numbers; by that with a Newton step; or as v / (u v) and u / (u v), which takes one reciprocal for two
+numbers, of which a multiprocessor computes 16 a clock and eight times as many multiply-adds."""
 
 # Number of summands added up before they join the total, so that rounding errors do not grow with the depth.
 STRETCH = tl.constexpr(64)
@@ -73,9 +73,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 def _approximate_reciprocal(u):
     if _INTERPRETED:
         return ((1.0 / u).to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -163,8 +161,8 @@ def slope_of_step(
 @_tuned(TILES)
 @triton.jit
 def forward(
-    x, weight, plain, lam, bias, out, state, rows, columns, bucket, depth, channels, height, width, out_height, out_width,
-    x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
+    x, weight, plain, lam, bias, out, state, rows, columns, bucket, depth, channels, height, width, out_height,
+    out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
     STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
     HAS_LAM: tl.constexpr, MIXED: tl.constexpr, HAS_BIAS: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr,
