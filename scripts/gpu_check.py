@@ -6,8 +6,8 @@
 
 It needs PyTorch with Triton, and timm; nothing need be installed, not even this package. Parts whose packages are
 missing are left out, and the last lines say which and why. Every part is a process of its own with a time limit, so
-that a crash loses that part alone. After each part, bench-GPU.json and bench-GPU.md in the folder `--out` hold all results
-so far.
+that a crash loses that part alone. After each part, `bench-GPU.json` and `bench-GPU.md` in the folder `--out` hold all
+that was measured so far.
 """
 
 from __future__ import annotations

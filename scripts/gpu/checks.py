@@ -26,7 +26,7 @@ SETTINGS = (("l1", 1), ("l1", 3), ("huber-mcp", 2))
 
 def off(value: Tensor, want: Tensor) -> float:
     """Relative error of all elements together."""
-    want = want.double()
+    value, want = value.detach(), want.detach().double()
     return float((value.double().to(want.device) - want).norm() / want.norm().clamp_min(1e-30))
 
 
