@@ -22,6 +22,9 @@ def evaluation(session: Session) -> None:
     if not find_spec("rich"):
         session.leave_out("the adaptive evaluation", "it draws its progress by rich, which is not installed")
         return
+    library = find_spec("torchattacks") is not None
+    if not library:
+        session.leave_out("the adaptive evaluation under Linf", "torchattacks is not installed: L1 took its place")
     efforts = ("fast",) if session.quick else ("fast", "default")
     count = 4 if session.quick else 180
     with session.attempt("the adaptive evaluation of the digits"):
@@ -32,7 +35,14 @@ def evaluation(session: Session) -> None:
         for effort in efforts:
             with session.attempt(f"the adaptive evaluation of the digits, {effort}"):
                 session.need(10)
-                _evaluate(session, "resnet8_digits, lambda 0.4", model, (pixels, labels), effort, 0.15)
+                _evaluate(
+                    session,
+                    "resnet8_digits, lambda 0.4",
+                    model,
+                    (pixels, labels),
+                    effort,
+                    ("Linf", 0.15) if library else ("L1", 3.0),
+                )
     with session.attempt("the adaptive evaluation of a narrow ResNet-18"):
         session.need(10)
         torch.manual_seed(0)
@@ -41,7 +51,7 @@ def evaluation(session: Session) -> None:
         with torch.no_grad():  # with its own answers as labels, every image is there to be attacked
             labels = model(pixels.to(session.device)).argmax(1).cpu()
         name = "resnet18_cifar_narrow with random weights, lambda 0.5, K = 1"
-        _evaluate(session, name, model, (pixels, labels), "fast", 8 / 255)
+        _evaluate(session, name, model, (pixels, labels), "fast", ("Linf", 8 / 255) if library else ("L1", 12.0))
 
 
 def _digits(session: Session, count: int) -> tuple[Tensor, Tensor]:
@@ -55,13 +65,14 @@ def _digits(session: Session, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _evaluate(
-    session: Session, name: str, model: nn.Module, data: tuple[Tensor, Tensor], effort: str, eps: float
+    session: Session, name: str, model: nn.Module, data: tuple[Tensor, Tensor], effort: str, threat: tuple[str, float]
 ) -> None:
     tiny: dict[str, Any] = {"steps": 1, "queries": 1} if session.quick else {}
     began = time.perf_counter()
-    report = timm_nrpm.evaluate(model, [data], timm_nrpm.Threat("Linf", eps), effort=effort, **tiny)
+    report = timm_nrpm.evaluate(model, [data], timm_nrpm.Threat(*threat), effort=effort, **tiny)
     session.add("evaluation", **{
-        "model": name, "images": len(data[0]), "effort": effort, "s": time.perf_counter() - began,
+        "model": name, "images": len(data[0]), "threat": f"{threat[0]} {threat[1]:.3g}",
+        "effort": effort, "s": time.perf_counter() - began,
         "forwards": sum(attack.forwards for attack in report.attacks),
         "backwards": sum(attack.backwards for attack in report.attacks),
         "worst case in %": 100 * report.worst_case,

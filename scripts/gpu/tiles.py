@@ -21,10 +21,13 @@ from timm_nrpm.nn.kernels.cuda_kernels import DEEP_TILES, RECIPROCALS, TILES, Ti
 # Tiles that are not in the package's tables.
 MORE: list[Tile] = [
     (8, 128, 4, 1), (16, 128, 4, 1), (32, 32, 4, 1), (32, 128, 4, 1), (64, 64, 4, 1), (64, 128, 8, 1),
-    (16, 64, 4, 2), (32, 64, 4, 2), (32, 128, 8, 2), (1, 256, 4, 4), (4, 64, 2, 4),
+    (16, 64, 4, 4), (32, 64, 4, 4), (32, 128, 8, 4), (64, 64, 4, 4), (64, 64, 8, 4), (1, 256, 4, 4), (4, 64, 2, 4),
 ]  # fmt: skip
 MORE_DEEP: list[Tile] = [(8, 32, 8, 4, 1), (16, 32, 4, 4, 1), (32, 32, 2, 4, 1), (16, 64, 2, 8, 1), (4, 64, 8, 4, 1)]
 TABLES = {"forward": (TILES, MORE), "backward_x": (TILES, MORE), "backward_weight": (DEEP_TILES, MORE_DEEP)}
+TRIED_BY = "approximate"
+"""How the tiles to try divide; the other ways are timed with the best tile."""
+
 CHOSEN = (LAYERS[0], LAYERS[1], LAYERS[4])
 """Layers on which tiles are tried: 3x3, 1x1 and depthwise."""
 
@@ -82,7 +85,7 @@ def _try_tiles(session: Session, layer: Layer, kernel: str, work: Work) -> None:
     """Add a row: the best tile, the best of the package's table, and the ways to divide with the best tile."""
     times: dict[Tile, float] = {}
     for tile in candidates(kernel)[:: 7 if session.quick else 1]:
-        with session.attempt(f"tile {tile} of {kernel}, {layer}"), only_tiles("divide", **{kernel: tile}):
+        with session.attempt(f"tile {tile} of {kernel}, {layer}"), only_tiles(TRIED_BY, **{kernel: tile}):
             session.need(2)
             times[tile] = session.medians({"": work}, 0.05)[""]
     if not times:

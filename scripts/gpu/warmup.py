@@ -83,7 +83,7 @@ def _of_tiles(device: str) -> list[Job]:
     def job(layer: Layer, kernel: str, share: int, shares: int) -> None:
         work = tiles.launches(layer, device)[kernel]
         for tile in tiles.candidates(kernel)[share::shares]:
-            with tiles.only_tiles("divide", **{kernel: tile}):
+            with tiles.only_tiles(tiles.TRIED_BY, **{kernel: tile}):
                 work()
 
     return [
