@@ -38,6 +38,7 @@ PARTS = {
     "operator": ("gpu.products", 95),
     "models": ("gpu.models", 90),
     "tiles": ("gpu.tiles", 60),
+    "instructions": ("gpu.instructions", 15),
     "evaluation": ("gpu.learning", 55),
     "tuning": ("gpu.learning", 30),
 }
