@@ -60,6 +60,13 @@ INTERPRETED = """
         gradients = cuda.backward(grad, x, weight, plain, one, out, state, conv, iterations, penalty, (True, True))
         skipped = torch.equal(out, plain) and not any(g.any() for g in gradients) and bool((state[-1] == 1).all())
         errors.append(0.0 if skipped else 1.0)
+        # Mixing and bias in the kernel, and a reciprocal with a Newton step from one of 15 bits.
+        cuda.RECIPROCAL, bias = "newton", torch.randn(outputs)
+        for lam in (0.3, 1.0):
+            mixed = cuda.mixed(x, weight, plain, torch.tensor(lam), bias, conv, iterations, penalty)
+            wanted = torch.lerp(want, wide[2], lam) + bias.double().view(-1, 1, 1)
+            errors.append(off(mixed, wanted))
+        cuda.RECIPROCAL = "divide"
     print(json.dumps(errors))
 """
 
@@ -70,7 +77,7 @@ def test_interpreted(layer):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
-    assert len(errors) == 18
+    assert len(errors) == 24
     assert max(errors) < 1e-5
 
 
@@ -86,7 +93,8 @@ def test_compiles_without_a_gpu(kernel, architecture):
     tuned = getattr(cuda_kernels, kernel)
     names = tuned.fn.arg_names
     constants = {"STEPS": 3, "KH": 3, "KW": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1, "GENERAL": True}
-    pointers = {"x", "weight", "plain", "lam", "out", "state", "grad", "grad_x", "grad_weight"}
+    constants |= {"RECIPROCAL": "divide", "MIXED": True, "HAS_BIAS": True}
+    pointers = {"x", "weight", "plain", "lam", "bias", "out", "state", "grad", "grad_x", "grad_weight"}
     for config in (tuned.configs[0], tuned.configs[-1]):
         fixed = {**constants, "KEEP": True, "HAS_LAM": True, **config.kwargs}
         signature = {
@@ -107,7 +115,8 @@ def test_compiles_without_a_gpu(kernel, architecture):
 @pytest.mark.gpu
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", ["l1", "huber", "mcp", "huber-mcp"])
-def test_on_a_gpu(layer, name):
+def test_on_a_gpu(layer, name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the plain sums are compared, too
     assert torch.cuda.is_available(), "there is no CUDA device: leave the marker gpu out"
     batch, channels, outputs, height, width, kernel, stride, padding, dilation, groups = LAYERS[layer]
     x = torch.randn(8 * batch, channels, height, width, requires_grad=True)

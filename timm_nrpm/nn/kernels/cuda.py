@@ -18,6 +18,10 @@ from timm_nrpm.nn.estimator import Penalty
 from timm_nrpm.nn.kernels import cuda_kernels, operator
 from timm_nrpm.nn.kernels.convolution import Convolution, empty_gradients, empty_results, state_as, strided_as
 
+RECIPROCAL = "divide"
+"""How the kernels compute 1 / u, one of `cuda_kernels.RECIPROCALS`; the others wait for a measurement on a GPU, which
+`scripts/gpu_check.py` makes."""
+
 SPLITS = 64  # largest number of ranges of positions, whose parts of the weight's gradient are summed at the end
 PROGRAMS = 1024  # number of programs that fill a large GPU: with this many, positions are not split further
 
@@ -33,19 +37,54 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`timm_nrpm.nn.kernels.operator.robust_sum`; lambda is read on the device."""
+    return _launch_forward(x, weight, plain, lam, None, conv, iterations, penalty, keep, False)
+
+
+def mixed(
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    lam: Tensor,
+    bias: Tensor | None,
+    conv: Convolution,
+    iterations: int,
+    penalty: Penalty,
+) -> Tensor:
+    """Algorithm 1 in one kernel, `lam * plain + (1 - lam) * sums + bias`, without a gradient.
+
+    Nothing calls it yet: whether it is faster than three kernels is for `scripts/gpu_check.py` to measure.
+    """
+    return _launch_forward(x, weight, plain, lam, bias, conv, iterations, penalty, False, True)[0]
+
+
+def _launch_forward(
+    x: Tensor,
+    weight: Tensor,
+    plain: Tensor,
+    lam: Tensor | None,
+    bias: Tensor | None,
+    conv: Convolution,
+    iterations: int,
+    penalty: Penalty,
+    keep: bool,
+    mix: bool,
+) -> tuple[Tensor, Tensor]:
     out, state = empty_results(plain, iterations, keep)
     if not out.numel():
         return out, state
     weight, plain = weight.contiguous(), strided_as(plain, out)
     rows, columns = len(weight) // conv.groups, out.numel() // len(weight)
     cuda_kernels.forward[_grid(rows, columns, conv.groups)](
-        *(x, weight, plain, lam, out, state),
+        *(x, weight, plain, lam, bias, out, state),
         *(rows, columns, columns.bit_length(), weight[0].numel(), weight.shape[1]),
         *_shape(x, out),
         *penalty.numbers,
         *_constants(weight, conv, iterations, penalty),
         KEEP=keep,
         HAS_LAM=lam is not None,
+        MIXED=mix,
+        HAS_BIAS=bias is not None,
+        RECIPROCAL=RECIPROCAL,
     )
     return out, state
 
@@ -73,7 +112,7 @@ def backward(
     tensors = (x, weight, plain, lam, out, state, grad)
     depth, positions = weight[0].numel(), out.numel() // len(weight)
     outputs, constants = len(weight) // conv.groups, _constants(weight, conv, iterations, penalty)
-    flags = {"KEEP": True, "HAS_LAM": lam is not None}
+    flags = {"KEEP": True, "HAS_LAM": lam is not None, "RECIPROCAL": RECIPROCAL}
     if needs[0]:
         rows, columns = weight.shape[1], x.numel() // x.shape[1]
         cuda_kernels.backward_x[_grid(rows, columns, conv.groups)](

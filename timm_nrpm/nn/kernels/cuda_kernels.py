@@ -4,20 +4,36 @@
 `x0` ... `x3` are the strides of the input, `z0` ... `z3` those of everything shaped like the output, which has `whole`
 elements. KH, SH, PH and DH are kernel, stride, padding and dilation along the height. Offsets are 64 bits wide.
 `operator.py` describes what is computed, and the state.
+
+The tiles are data, and RECIPROCAL says how 1 / u is computed, so that `scripts/gpu_check.py` can time what is not the
+default: no tile, reciprocal or unrolling here was chosen by a measurement on a GPU yet.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-# Sizes of tiles of products to try, and the number of warps that hold a tile, from depthwise layers to wide ones.
-TILES = [(1, 64, 1), (1, 256, 4), (4, 64, 2), (4, 256, 4), (16, 64, 4), (32, 64, 4), (32, 128, 8), (64, 64, 8)]
+Tile = tuple[int, ...]
+
+# Rows, columns and warps of the tiles of products to try, and how often the loop is unrolled; from depthwise layers to
+# wide ones. A thread holds two products at least, which the reciprocal in pairs needs.
+TILES: list[Tile] = [
+    (1, 64, 1, 1), (1, 256, 4, 1), (4, 64, 2, 1), (4, 256, 4, 1),
+    (16, 64, 4, 1), (32, 64, 4, 1), (32, 128, 8, 1), (64, 64, 8, 1),
+]  # fmt: skip
 # The same for the gradient of the weight, whose tiles may also span several positions, the third number.
-DEEP_TILES = [(1, 16, 64, 4), (1, 64, 16, 4), (16, 16, 4, 4), (16, 64, 1, 4), (32, 64, 1, 8)]
+DEEP_TILES: list[Tile] = [(1, 16, 64, 4, 1), (1, 64, 16, 4, 1), (16, 16, 4, 4, 1), (16, 64, 1, 4, 1), (32, 64, 1, 8, 1)]
+
+RECIPROCALS = ("divide", "approximate", "newton", "pairs")
+"""How 1 / u can be computed: by Triton's division; by the special function unit, to one unit in the last place and
+without denormal numbers; by that with a Newton step; or as v / (u v) and u / (u v), which takes one reciprocal for two
+numbers, of which a multiprocessor computes 16 a clock and eight times as many multiply-adds."""
 
 # Number of summands added up before they join the total, so that rounding errors do not grow with the depth.
 STRETCH = tl.constexpr(64)
@@ -30,15 +46,65 @@ def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) 
     return fitting if torch.cuda.is_available() else fitting[-1:]
 
 
-def _tuned(configs: list[triton.Config]) -> Any:
-    keys = ["rows", "bucket", "depth", "STEPS", "GENERAL", "KEEP"]
-    return triton.autotune(configs, key=keys, prune_configs_by={"early_config_prune": _fitting})
+def configs(tiles: Sequence[Tile]) -> list[triton.Config]:
+    """Triton's form of tiles: rows, columns, perhaps positions, warps, and how often the loop is unrolled."""
+    return [
+        triton.Config(dict(zip(("ROWS", "COLUMNS", "DEEP"), sizes, strict=False)) | {"UNROLL": unroll}, num_warps=warps)
+        for *sizes, warps, unroll in tiles
+    ]
+
+
+def use_tiles(kernel: Any, tiles: Sequence[Tile]) -> None:
+    """Let one of the kernels choose among these tiles from now on."""
+    kernel.configs = configs(tiles)
+    kernel.cache.clear()
+
+
+def _tuned(tiles: list[Tile]) -> Any:
+    keys = ["rows", "bucket", "depth", "STEPS", "GENERAL", "KEEP", "RECIPROCAL"]
+    return triton.autotune(configs(tiles), key=keys, prune_configs_by={"early_config_prune": _fitting})
+
+
+# The interpreter has no assembly: there a division without its last 8 bits stands for the special function unit.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def _omega(t, eps, scale, shift, low, high, GENERAL: tl.constexpr):
+def _approximate_reciprocal(u):
+    if _INTERPRETED:
+        return ((1.0 / u).to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _paired_reciprocal(u):
+    """1 / u for two products of a thread at once: v / (u v) and u / (u v)."""
+    if _INTERPRETED:
+        return 1.0 / u
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 p; mul.ftz.f32 p, $2, $3; rcp.approx.ftz.f32 p, p; "
+        "mul.ftz.f32 $0, p, $3; mul.ftz.f32 $1, p, $2; }",
+        "=&f,=&f,f,f", [u], dtype=tl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _reciprocal(u, RECIPROCAL: tl.constexpr):
+    """1 / u in one of the ways of RECIPROCALS."""
+    if RECIPROCAL == "divide":
+        return 1.0 / u
+    if RECIPROCAL == "pairs":
+        return _paired_reciprocal(u)
+    r = _approximate_reciprocal(u)
+    if RECIPROCAL == "newton":
+        r = tl.fma(r, tl.fma(-u, r, 1.0), r)
+    return r
+
+
+@triton.jit
+def weight_and_slope(t, eps, scale, shift, low, high, GENERAL: tl.constexpr, RECIPROCAL: tl.constexpr):
     """omega(t), and -omega'(t) sign(t), which is 0 where omega is clamped."""
-    w = 1.0 / (tl.abs(t) + eps)
+    w = _reciprocal(tl.abs(t) + eps, RECIPROCAL)
     slope = w * w
     if GENERAL:
         slope *= scale
@@ -50,7 +116,7 @@ def _omega(t, eps, scale, shift, low, high, GENERAL: tl.constexpr):
 
 
 @triton.jit
-def _with_sign(value, t):
+def with_sign(value, t):
     return tl.where(t > 0, value, tl.where(t < 0, -value, 0.0))
 
 
@@ -82,24 +148,30 @@ def _keep_step(state, whole, valid, k, m, c, inverse, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _slope_of_step(t, G, move, eps, scale, shift, low, high, GENERAL: tl.constexpr):
+def slope_of_step(
+    t, G, move, eps, scale, shift, low, high, GENERAL: tl.constexpr, RECIPROCAL: tl.constexpr
+):  # fmt: skip
     """`G (omega(t) + (p - m_{k+1}) omega'(t))`, where `t = p - m_k` and `move = m_{k+1} - m_k`."""
-    omega, slope = _omega(t, eps, scale, shift, low, high, GENERAL)
+    omega, slope = weight_and_slope(t, eps, scale, shift, low, high, GENERAL, RECIPROCAL)
     if GENERAL:
-        return G * omega - slope * (G * tl.abs(t) - _with_sign(G * move, t))
-    return slope * (G * eps + _with_sign(G * move, t))  # since omega - |t| omega^2 is eps omega^2
+        return G * omega - slope * (G * tl.abs(t) - with_sign(G * move, t))
+    return slope * (G * eps + with_sign(G * move, t))  # since omega - |t| omega^2 is eps omega^2
 
 
-@_tuned([triton.Config({"ROWS": r, "COLUMNS": c}, num_warps=w) for r, c, w in TILES])
+@_tuned(TILES)
 @triton.jit
 def forward(
-    x, weight, plain, lam, out, state, rows, columns, bucket, depth, channels, height, width, out_height, out_width,
-    x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
+    x, weight, plain, lam, bias, out, state, rows, columns, bucket, depth, channels, height, width, out_height,
+    out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
     STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
-    HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_LAM: tl.constexpr, MIXED: tl.constexpr, HAS_BIAS: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Robust sums and the state, for `rows` outputs of a group and `columns` positions."""
+    """Robust sums and the state, for `rows` outputs of a group and `columns` positions.
+
+    MIXED stores `lam * plain + (1 - lam) * sums` instead, plus the bias if there is one.
+    """
     block, group, first_row = _block(rows, columns, ROWS, COLUMNS)
     whole = tl.cast(whole, tl.int64)
     o = first_row + tl.arange(0, ROWS)
@@ -126,19 +198,19 @@ def forward(
         for first in range(0, depth, STRETCH):
             s = tl.zeros([ROWS, COLUMNS], tl.float32)
             v = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for d in range(first, tl.minimum(first + STRETCH, depth)):
+            for d in tl.range(first, tl.minimum(first + STRETCH, depth), loop_unroll_factor=UNROLL):
                 i, j = d // KW % KH * DH, d % KW * DW
                 inside = valid_p & (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
                 channel = group * channels + d // (KH * KW)  # 64 bits wide, as the group is
                 value = tl.load(x + (channel * x1 + i * x2 + j * x3), mask=inside, other=0.0)
                 a = tl.load(weight + d, mask=valid_o, other=0.0)
                 t = tl.fma(a[:, None].broadcast_to(m.shape), value[None, :].broadcast_to(m.shape), -m)
-                omega, slope = _omega(t, eps, scale, shift, low, high, GENERAL)
+                omega, slope = weight_and_slope(t, eps, scale, shift, low, high, GENERAL, RECIPROCAL)
                 s += omega
                 v = tl.fma(omega, t, v)
                 if KEEP:
                     A += tl.abs(t) * slope
-                    B += _with_sign(slope, t)
+                    B += with_sign(slope, t)
             S += s
             T += v
         move = T / S
@@ -150,19 +222,23 @@ def forward(
     total = m * depth
     if HAS_LAM:
         total = tl.where(steps == 0, start, total)  # bit for bit
+    if MIXED:
+        total = tl.fma(tl.load(lam).broadcast_to(total.shape), start - total, total)
+    if HAS_BIAS:
+        total += tl.load(bias + group * rows + o, mask=valid_o, other=0.0)[:, None]
     tl.store(out + z, total, mask=valid)
     if KEEP:
         tl.store(state + (2 * STEPS - 1) * whole + z, chain, mask=valid)
 
 
-@_tuned([triton.Config({"ROWS": r, "COLUMNS": c}, num_warps=w) for r, c, w in TILES])
+@_tuned(TILES)
 @triton.jit
 def backward_x(
     x, weight, plain, lam, out, state, grad, grad_x, rows, columns, bucket, depth, outputs, height, width, out_height,
     out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
     STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
-    HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_LAM: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the input, for `rows` channels of a group and `columns` pixels."""
     block, group, first_row = _block(rows, columns, ROWS, COLUMNS)
@@ -178,7 +254,7 @@ def backward_x(
     sums = outputs * KH * KW
     if HAS_LAM:
         sums = tl.where(tl.load(lam) >= 1, 0, sums)
-    for n in range(sums):
+    for n in tl.range(0, sums, loop_unroll_factor=UNROLL):
         tap = n % (KH * KW)
         channel = group * outputs + n // (KH * KW)
         h, w = row + PH - tap // KW * DH, column + PW - tap % KW * DW
@@ -196,13 +272,13 @@ def backward_x(
                 end = tl.load(out + z, mask=inside, other=0.0) / depth
             G = g * tl.load(state + (STEPS - 1 + k) * whole + z, mask=inside, other=0.0)
             t = tl.fma(a[:, None].broadcast_to(value.shape), value, -m[None, :].broadcast_to(value.shape))
-            share += _slope_of_step(t, G[None, :], (end - m)[None, :], eps, scale, shift, low, high, GENERAL)
+            share += slope_of_step(t, G[None, :], (end - m)[None, :], eps, scale, shift, low, high, GENERAL, RECIPROCAL)
             m = end
         total += tl.where(inside[None, :], share * a[:, None], 0.0)
     tl.store(grad_x + place, total, mask=valid)
 
 
-@_tuned([triton.Config({"ROWS": r, "COLUMNS": c, "DEEP": d}, num_warps=w) for r, c, d, w in DEEP_TILES])
+@_tuned(DEEP_TILES)
 @triton.jit
 def backward_weight(
     x, weight, plain, lam, out, state, grad, grad_weight, rows, columns, bucket, depth, channels, height, width,
@@ -210,7 +286,8 @@ def backward_weight(
     eps, scale, shift, low, high,
     STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
-    HAS_LAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr,
+    HAS_LAM: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the weight, for `rows` outputs of a group and `columns` summands, over `length` of the `positions`,
     DEEP at a time."""
@@ -230,7 +307,7 @@ def backward_weight(
     sums = tl.cdiv(length, DEEP)
     if HAS_LAM:
         sums = tl.where(tl.load(lam) >= 1, 0, sums)
-    for n in range(sums):
+    for n in tl.range(0, sums, loop_unroll_factor=UNROLL):
         p = first + n * DEEP + tl.arange(0, DEEP)
         valid_p = p < stop
         image, row, column = _place(p, out_height, out_width)
@@ -256,7 +333,7 @@ def backward_weight(
                 -m[:, None, :].broadcast_to(total.shape),
             )
             move = (end - m)[:, None, :]
-            share += _slope_of_step(t, G[:, None, :], move, eps, scale, shift, low, high, GENERAL)
+            share += slope_of_step(t, G[:, None, :], move, eps, scale, shift, low, high, GENERAL, RECIPROCAL)
             m = end
         total += tl.where(valid_p[None, None, :], share * value[None, :, :], 0.0)
     grad_weight += tl.program_id(1).to(tl.int64) * weights

@@ -1,0 +1,1 @@
+"""The parts of `scripts/gpu_check.py`, each a function that measures and adds rows to a session."""

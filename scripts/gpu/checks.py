@@ -1,0 +1,129 @@
+"""Correctness: forward and backward against float64, every way to divide, and the tests that need a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu.layers import EPS, SMALL, TINY, Layer
+from gpu.session import Session
+from timm_nrpm.nn.estimator import Penalty
+from timm_nrpm.nn.kernels import tiled
+
+ROOT = Path(__file__).parents[2]
+TILES_OF_CHECKS = {"forward": (4, 64, 2, 1), "backward_x": (4, 64, 2, 1), "backward_weight": (1, 16, 64, 4, 1)}
+SETTINGS = (("l1", 1), ("l1", 3), ("huber-mcp", 2))
+
+
+def off(value: Tensor, want: Tensor) -> float:
+    """Relative error of all elements together."""
+    value, want = value.detach(), want.detach().double()
+    return float((value.double().to(want.device) - want).norm() / want.norm().clamp_min(1e-30))
+
+
+@contextmanager
+def ieee() -> Iterator[None]:
+    """Convolutions and products in float32, not in TensorFloat-32, which PyTorch allows convolutions by default."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def checks(session: Session) -> None:
+    for layer in TINY if session.quick else SMALL:
+        with session.attempt(f"errors of {layer}"), ieee():
+            session.need(3)
+            _operator_errors(session, layer)
+    for layer in (TINY[:1] if session.quick else SMALL) if session.runs_triton else ():
+        with session.attempt(f"errors of every way to divide, {layer}"), ieee():
+            session.need(5)
+            _kernel_errors(session, layer)
+    if session.device != "cuda":
+        session.leave_out("pytest -m gpu", "there is no GPU")
+        return
+    with session.attempt("pytest -m gpu"):
+        session.need(20)
+        _pytest(session)
+
+
+def _operator_errors(session: Session, layer: Layer) -> None:
+    """The public functions, with gradients, beside float64 on the CPU."""
+    wide = [t.detach().requires_grad_() for t in layer.tensors("cpu", torch.float64)]
+    x, weight = (t.detach().to(session.device, torch.float32).requires_grad_() for t in wide)
+    results = []
+    for tensors in (wide, [x, weight]):
+        out = layer.forwards(*tensors)["ours"]()
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    errors = [off(value, want) for want, value in zip(*results, strict=True)]
+    session.add("errors", **{
+        "layer": str(layer), "forward": errors[0], "gradient of the input": errors[1],
+        "gradient of the weight": errors[2], "within 1e-5": max(errors) < 1e-5,
+    })  # fmt: skip
+
+
+def _kernel_errors(session: Session, layer: Layer) -> None:
+    """The kernels with each way to divide, and with fused mixing and bias, beside float64 on the CPU."""
+    from gpu.tiles import only_tiles
+    from timm_nrpm.nn.kernels import cuda
+    from timm_nrpm.nn.kernels.cuda_kernels import RECIPROCALS
+
+    x, weight, plain = layer.operands(*layer.tensors(session.device))
+    grad, bias = torch.randn_like(plain), torch.randn(len(weight), device=session.device)
+    lam = torch.tensor(0.3, device=session.device)
+    conv, both = layer.convolution, (True, True)
+    x_wide, weight_wide, plain_wide, grad_wide, bias_wide = (t.double().cpu() for t in (x, weight, plain, grad, bias))
+    for name, steps in SETTINGS:
+        penalty = Penalty.named(name, EPS, 0.3, 1.0)
+        want, states = tiled.forward(x_wide, weight_wide, plain_wide, conv, steps, penalty, True)
+        wanted = tiled.backward(grad_wide, x_wide, weight_wide, plain_wide, want, states, conv, steps, penalty, both)
+        fused = torch.lerp(want, plain_wide, 0.3) + bias_wide.view(-1, 1, 1)
+        for reciprocal in RECIPROCALS:
+            with only_tiles(reciprocal, **TILES_OF_CHECKS):
+                out, state = cuda.forward(x, weight, plain, None, conv, steps, penalty, True)
+                grads = cuda.backward(grad, x, weight, plain, None, out, state, conv, steps, penalty, both)
+                mixed = cuda.mixed(x, weight, plain, lam, bias, conv, steps, penalty)
+            session.add("errors of the kernels", **{
+                "layer": str(layer), "penalty": name, "K": steps, "1 / u": reciprocal, "forward": off(out, want),
+                "gradient of the input": off(grads[0], wanted[0]), "gradient of the weight": off(grads[1], wanted[1]),
+                "fused": off(mixed, fused),
+            })  # fmt: skip
+
+
+def _pytest(session: Session) -> None:
+    """Run the tests that are marked `gpu`, and add a row of how many passed."""
+    if not find_spec("pytest"):
+        session.leave_out("pytest -m gpu", "pytest is not installed; the errors above check the same operator")
+        return
+    marked = [str(p) for p in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in p.read_text()]
+    marked = [path for path in marked if Path(path).name != "test_gpu_check.py"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "--continue-on-collection-errors"]
+    command += ["-p", "no:cacheprovider", *(["-n", "6"] if find_spec("xdist") else []), *marked]
+    done: Any
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            timeout=max(10, session.seconds_left() - 3),
+        )  # fmt: skip
+        output, end = done.stdout, f"exit status {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        kept = error.stdout or b""
+        output, end = (kept.decode(errors="replace") if isinstance(kept, bytes) else kept), "stopped by the time box"
+    print(output)
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", output)}
+    failed = re.findall(r"^(?:FAILED|ERROR) (.{0,200})", output, re.MULTILINE)
+    row = {"ended": end, **{word: counts.get(word, 0) for word in ("passed", "failed", "skipped")}}
+    session.add("pytest", **row, **{"names of failed tests": "; ".join(failed)})
+    if end != "exit status 0":
+        session.leave_out("pytest -m gpu", f"{end}: {' '.join(output.split())[-400:]}")
