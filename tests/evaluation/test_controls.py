@@ -31,7 +31,9 @@ def judged(monkeypatch):
 
 
 @pytest.fixture
-def digits():
+def digits(monkeypatch):
+    """Two batches, each judged by itself."""
+    monkeypatch.setattr("timm_nrpm.evaluation.sharing.TOGETHER", 4)
     pixels, labels = timm_nrpm.loaders.digits("test")
     return [(pixels[i : i + 4], labels[i : i + 4]) for i in (0, 4)]
 

@@ -163,6 +163,13 @@ def probe(
     return sums
 
 
+def joined_probes(probes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the results of :func:`probe` on several batches as one: the sums of the counts, and the largest change."""
+    keys = sorted({key for each in probes for key in each})
+    values = {key: [each.get(key, 0.0) for each in probes] for key in keys}
+    return {key: max(of_key) if key == "random" else sum(of_key) for key, of_key in values.items()}
+
+
 def _bounds(threat: Threat, pixels: Tensor) -> tuple[Threat, Threat, Threat]:
     """Return the threat with no bound at all, with half of its bound, and with double its bound."""
     size = pixels[0].numel()

@@ -57,6 +57,8 @@ class Attack:
         passes: Approximate number of forwards and backwards for each image.
         always: Whether the attack serves for comparison, so that it also attacks images that are already broken.
         near: Largest share of its clean margin that an unbroken image may have left to be attacked.
+        points: Number of points of each image that go through a model at once, if every image has random draws of its
+            own, so that images of several batches can be attacked together; 0 for an attack that draws for a batch.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Attack:
     passes: int
     always: bool = False
     near: float = 1.0
+    points: int = 0
 
 
 def once(run: Run) -> Pursue:
@@ -172,7 +175,7 @@ def _pursuit(effort: Effort, sources: Collection[str], classes: int, average: in
             ascent = _ascent(effort, name, loss, average, size=2.0, momentum=0.75, fresh=True, rank=rank)
         yield replace(ascent, near=stage.near)
         if effort.queries:
-            yield Attack("search", "best", _search(effort.queries), effort.queries, near=stage.near)
+            yield Attack("search", "best", _search(effort.queries), effort.queries, near=stage.near, points=1)
         if effort.queries and stage.evolution and not rounds_left:
             # The start of a herd matters: three herds follow the smoothest source before one follows the next source.
             name = followed[next(herds) // 3 % len(followed)]
@@ -225,7 +228,8 @@ def _ascent(
         )
         return pursuit.right[rows]
 
-    return Attack(f"ascent_{source}", source, pursue, steps * (2 * average) + (0 if predicts else steps // EVERY))
+    passes = steps * (2 * average) + (0 if predicts else steps // EVERY)
+    return Attack(f"ascent_{source}", source, pursue, passes, points=1)
 
 
 def _search(queries: int) -> Pursue:
@@ -242,7 +246,8 @@ def _evolution(steps: int, queries: int, source: str, average: int) -> Attack:
         return pursuit.right[rows]
 
     gradients = steps + (PARTS - 1) * (steps // 4)
-    return Attack(f"evolution_{source}", source, pursue, HERD * (2 * gradients + queries) * average)
+    passes = HERD * (2 * gradients + queries) * average
+    return Attack(f"evolution_{source}", source, pursue, passes, points=HERD)
 
 
 def _climb(threat: Threat, steps: int, loss: str) -> Run:

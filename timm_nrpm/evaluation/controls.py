@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from timm_nrpm.evaluation.judge import Judge
+from timm_nrpm.evaluation.judge import Judge, Places
 from timm_nrpm.evaluation.outcome import Outcome
 from timm_nrpm.jobs.journal import digest_of
 from timm_nrpm.models.base import checksum_of
@@ -46,20 +46,21 @@ class KeptJudge:
         self.judge, self.folder = judge, folder
         self.identity = {**identity, "code": code_sha256()}
 
-    def __call__(self, images: Tensor, labels: Tensor, offset: int, tell: Callable[[float, str], None]) -> Outcome:
-        """Return the outcome of a batch, see :meth:`Judge.__call__`."""
-        path = self.path(images, labels, offset)
+    def __call__(self, images: Tensor, labels: Tensor, places: Places, tell: Callable[[float, str], None]) -> Outcome:
+        """Return the outcome of a group, see :meth:`Judge.__call__`."""
+        path = self.path(images, labels, places)
         try:
             return Outcome.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            outcome = self.judge(images, labels, offset, tell)
+            outcome = self.judge(images, labels, places, tell)
         partial = path.with_suffix(f".{os.getpid()}")  # several processes may evaluate the same control
         self.folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(outcome.to_dict()) + "\n", encoding="utf-8")
         partial.replace(path)
         return outcome
 
-    def path(self, images: Tensor, labels: Tensor, offset: int) -> Path:
-        """Return the file of a batch, whose draws depend on the number of images before it."""
-        batch = {"images": digest_of(images, labels), "offset": offset}
-        return self.folder / f"{checksum_of({**self.identity, **batch})}.json"
+    def path(self, images: Tensor, labels: Tensor, places: Places) -> Path:
+        """Return the file of a group of batches."""
+        return (
+            self.folder / f"{checksum_of({**self.identity, 'images': digest_of(images, labels), **vars(places)})}.json"
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from timm_nrpm.attacks.efforts import Effort
-from timm_nrpm.attacks.flags import PROBED, RANDOM, THRESHOLDS, probe, unlike
+from timm_nrpm.attacks.flags import PROBED, RANDOM, THRESHOLDS, joined_probes, probe, unlike
 from timm_nrpm.attacks.pursuit import Pursuit
 from timm_nrpm.attacks.sources import Source
 from timm_nrpm.attacks.suites import EXPECTATION, Attack, attacks_of
@@ -46,6 +46,33 @@ class Protocol:
         return {"threat": threat, "suite": self.suite, "seed": self.seed, **asdict(self.effort)}
 
 
+@dataclass(frozen=True)
+class Places:
+    """Places in the loader of the images of a group, which is one batch or several.
+
+    Attributes:
+        numbers: Number of each image, counted from the first image of the loader.
+        sizes: Number of images in each batch of the group.
+    """
+
+    numbers: list[int]
+    sizes: list[int]
+
+    def parts(self, rows: Tensor, points: int = 0) -> list[Tensor]:
+        """Cut the indices of some images of the group into parts that go through a model together.
+
+        Args:
+            rows: Indices in the group, ascending, `[n]`.
+            points: Number of points of each image; then a part is as many images as have no more points than the
+                largest batch has images. With 0, a part is what the images are of one batch.
+        """
+        if points:
+            return [part for part in rows.split(max(1, max(self.sizes) // points)) if len(part)]
+        ends = torch.tensor(self.sizes, device=rows.device).cumsum(0)
+        counts = torch.bucketize(rows, ends, right=True).bincount(minlength=len(self.sizes))
+        return [part for part in rows.split(counts.tolist()) if len(part)]
+
+
 class Judge:
     """A model, and the attacks that it has to withstand.
 
@@ -58,13 +85,13 @@ class Judge:
         self.sources, self.protocol = sources, protocol
         self.net = sources["own"].net
 
-    def __call__(self, images: Tensor, labels: Tensor, offset: int, tell: Callable[[float, str], None]) -> Outcome:
-        """Attack a batch.
+    def __call__(self, images: Tensor, labels: Tensor, places: Places, tell: Callable[[float, str], None]) -> Outcome:
+        """Attack a group of batches.
 
         Args:
             images: Pixels `[B, C, H, W]` in [0, 1].
             labels: Classes `[B]`.
-            offset: Number of images before this batch.
+            places: Places of these images in the loader.
             tell: Function that is called with the share of the work that is done, from 0 to 1, and a description of the
                 current attack.
 
@@ -73,12 +100,12 @@ class Judge:
         """
         device = self.net.mean.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed_of(self.protocol.seed, -2, offset))  # a forward may be random
-            return self._judged(images.to(device), labels.to(device), offset, tell)
+            torch.manual_seed(seed_of(self.protocol.seed, -2, places.numbers[0]))  # a forward may be random
+            return self._judged(images.to(device), labels.to(device), places, tell)
 
-    def _judged(self, pixels: Tensor, labels: Tensor, offset: int, tell: Callable[[float, str], None]) -> Outcome:
+    def _judged(self, pixels: Tensor, labels: Tensor, places: Places, tell: Callable[[float, str], None]) -> Outcome:
         p = self.protocol
-        logits, again = self.logits(pixels), self.logits(pixels)
+        logits, again = (torch.cat([self.logits(part) for part in pixels.split(places.sizes)]) for _ in range(2))
         classes = logits.shape[1]
         labels = check_labels(labels, classes, count=len(pixels))
         random = unlike(logits, again) > THRESHOLDS[RANDOM]
@@ -93,43 +120,50 @@ class Judge:
             ahead = sum(later.passes * (len(right) if later.always else left[later.near]) for later in attacks[place:])
             tell(done / max(done + ahead, 1), f"{attack.name}, {int(pursuit.right.sum())} of {len(labels)} left")
             done += attack.passes * len(rows)
-            turn = self.attack(attack, place, pursuit, rows, offset)
+            turn = self.attack(attack, place, pursuit, rows, places)
             turns[attack.name] = turns[attack.name].then(turn) if attack.name in turns else turn
-        probes: dict[str, float] = {}
-        probed = right[: max(0, PROBED - offset)].nonzero().squeeze(1)
-        if len(probed):
-            tell(1.0, "looking for flags")
-            seeds = [seed_of(self.protocol.seed, -1, offset + row) for row in probed.tolist()]
-            steps = p.effort.steps if p.suite == "adaptive" else 0
-            probes = probe(self.sources["own"], pixels[probed], labels[probed], p.threat, seeds, steps=steps)
+        tell(1.0, "looking for flags")
+        probes = self.probe(pixels, labels, right, places)
         clean = "".join(str(int(r)) for r in right.tolist())
         non_finite = any(source.net.non_finite for source in self.sources.values())
         return Outcome(clean, turns, probes, non_finite, classes)
 
-    def attack(self, attack: Attack, place: int, pursuit: Pursuit, rows: Tensor, offset: int) -> Turn:
+    def attack(self, attack: Attack, place: int, pursuit: Pursuit, rows: Tensor, places: Places) -> Turn:
         """Run one turn of an attack.
 
         Args:
             attack: The attack.
             place: Place of the attack in the suite.
             pursuit: Pursuit that holds the worst points so far.
-            rows: Indices in the batch of the images to attack, `[n]`.
-            offset: Number of images before this batch.
+            rows: Indices in the group of the images to attack, `[n]`.
+            places: Places of the group's images in the loader.
         """
         source = self.sources["own" if attack.source in WITHOUT_GRADIENT else attack.source]
         before, start = self.passes(source), time.perf_counter()
         code = ["-"] * len(pursuit.labels)
         for row in [] if attack.always else pursuit.standing.tolist():
             code[row] = "1"  # this includes images that are not near enough to be attacked
-        if len(rows):
+        for part in places.parts(rows, attack.points):
             # Attacks that are compared with each other share their seeds; every other attack has its own.
-            seeds = [seed_of(self.protocol.seed, 0 if attack.always else place, offset + row) for row in rows.tolist()]
+            turn = 0 if attack.always else place
+            seeds = [seed_of(self.protocol.seed, turn, places.numbers[row]) for row in part.tolist()]
             with source.followed() as net:
-                survived = attack.pursue(pursuit, rows, net, seeds)
-            for row, survives in zip(rows.tolist(), survived.tolist(), strict=True):
+                survived = attack.pursue(pursuit, part, net, seeds)
+            for row, survives in zip(part.tolist(), survived.tolist(), strict=True):
                 code[row] = str(int(survives))
         forwards, backwards = (now - then for now, then in zip(self.passes(source), before, strict=True))
         return Turn(attack.source, "".join(code), forwards, backwards, time.perf_counter() - start)
+
+    def probe(self, pixels: Tensor, labels: Tensor, right: Tensor, places: Places) -> dict[str, float]:
+        """Look for flags on those images that are right when clean and among the first of the loader."""
+        p = self.protocol
+        steps = p.effort.steps if p.suite == "adaptive" else 0
+        early = torch.tensor([number < PROBED for number in places.numbers], device=right.device)
+        found = []
+        for part in places.parts((right & early).nonzero().squeeze(1)):
+            seeds = [seed_of(p.seed, -1, places.numbers[row]) for row in part.tolist()]
+            found.append(probe(self.sources["own"], pixels[part], labels[part], p.threat, seeds, steps=steps))
+        return joined_probes(found)
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:

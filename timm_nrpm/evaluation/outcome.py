@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
-from timm_nrpm.attacks.flags import evidence_of
+from timm_nrpm.attacks.flags import evidence_of, joined_probes
 from timm_nrpm.evaluation.report import AttackResult
 
 CODES = {"1": True, "0": False, "-": None}
@@ -36,6 +37,13 @@ class Turn:
         forwards, backwards = self.forwards + later.forwards, self.backwards + later.backwards
         return Turn(self.source, survived, forwards, backwards, self.seconds + later.seconds)
 
+    def split(self, sizes: Sequence[int]) -> list[Turn]:
+        """Cut the turn of a group into those of its batches, whose passes and time all count for the first batch."""
+        starts = accumulate(sizes, initial=0)
+        codes = [self.survived[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        first = replace(self, survived=codes[0])
+        return [first, *(Turn(self.source, code, 0, 0, 0.0) for code in codes[1:])]
+
     def to_row(self) -> list[str | int | float]:
         """Return the turn as JSON."""
         return [self.source, self.survived, self.forwards, self.backwards, self.seconds]
@@ -58,6 +66,21 @@ class Outcome:
     probes: dict[str, float]
     non_finite: bool
     classes: int
+
+    def split(self, sizes: Sequence[int]) -> list[Outcome]:
+        """Cut the outcome of a group of batches into those of its batches, whose probes all count for the first."""
+        starts = list(accumulate(sizes, initial=0))[:-1]
+        turns = {name: turn.split(sizes) for name, turn in self.attacks.items()}
+        return [
+            Outcome(
+                self.clean[start : start + size],
+                {name: parts[i] for name, parts in turns.items()},
+                {} if i else self.probes,
+                self.non_finite,
+                self.classes,
+            )
+            for i, (start, size) in enumerate(zip(starts, sizes, strict=True))
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the outcome as JSON, for a journal."""
@@ -99,14 +122,10 @@ def join(outcomes: Sequence[Outcome]) -> Joined:
             "The batches were not all attacked by the same attacks: they are of different versions. Give another file."
         )
     attacks = tuple(_result(name, [outcome.attacks[name] for outcome in outcomes]) for name in names)
-    probes: dict[str, float] = {}
-    for key in sorted({key for outcome in outcomes for key in outcome.probes}):
-        values = (outcome.probes.get(key, 0.0) for outcome in outcomes)
-        probes[key] = max(values) if key == "random" else sum(values)
     evidence = evidence_of(
         {attack.name: (attack.source, attack.survived) for attack in attacks},
         correct,
-        probes,
+        joined_probes([outcome.probes for outcome in outcomes]),
         non_finite=any(outcome.non_finite for outcome in outcomes),
         classes=outcomes[0].classes,
     )

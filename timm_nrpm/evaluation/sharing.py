@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
 from timm_nrpm.data.images import check_batch, check_labels, count_of
 from timm_nrpm.evaluation.controls import KeptJudge
-from timm_nrpm.evaluation.judge import Judge
+from timm_nrpm.evaluation.judge import Judge, Places
 from timm_nrpm.evaluation.outcome import Outcome
 from timm_nrpm.jobs.journal import Journal, digest_of
 
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Part = TypeVar("Part")
+
+TOGETHER = 256
+"""Largest number of images, in several batches, that are judged together, so that those which are still right fill
+whole batches. A run that is killed loses as many at most."""
+
+VALUES = 1 << 20
+"""Largest number of values in their pixels: an image of 224 x 224 has 150 thousand, and passes of such images gain
+nothing from each other."""
 
 
 def shard_of(resume: str | Path | None, rank: int, processes: int) -> Path | None:
@@ -66,6 +75,43 @@ class Share:
     rows: dict[int, Row]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A batch of the loader.
+
+    Attributes:
+        number: Number of the batch, counted from 0.
+        offset: Number of images in the batches before it.
+        pixels, labels: Images `[B, C, H, W]` in [0, 1], and their classes `[B]`.
+        digest: Hash of images and labels.
+    """
+
+    number: int
+    offset: int
+    pixels: Tensor
+    labels: Tensor
+    digest: str
+
+
+def _batches(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+    offset = 0
+    for number, batch in enumerate(loader):
+        pixels, labels = check_batch(batch)
+        labels = check_labels(labels, count=len(pixels))
+        pixels = pixels.float()  # half precision could not keep within the bound
+        yield Batch(number, offset, pixels, labels, digest_of(pixels, labels))
+        offset += len(labels)
+
+
+def _joins(group: Sequence[Batch], batch: Batch) -> bool:
+    """Return whether a batch is judged together with those of a group."""
+    if not group:
+        return True
+    images = sum(len(each.labels) for each in (*group, batch))
+    few = images <= TOGETHER and images * batch.pixels[0].numel() <= VALUES
+    return few and group[0].pixels.shape[1:] == batch.pixels.shape[1:]
+
+
 def judge_all(
     judges: Sequence[Judge | KeptJudge],
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -88,26 +134,31 @@ def judge_all(
         ValueError: The loader gave no images, or other batches than those in the journal.
     """
     task = bar.add_task("Evaluating", total=count_of(loader))
-    offset, digests = 0, []
-    for number, batch in enumerate(loader):
-        pixels, labels = check_batch(batch)
-        labels = check_labels(labels, count=len(pixels))
-        pixels = pixels.float()  # half precision could not keep within the bound
-        digests.append(digest_of(pixels, labels))
-        if number % processes == rank and not journal.has(number, digests[-1]):
+    digests: list[str] = []
+    group: list[Batch] = []
 
-            def tell(share: float, activity: str, judge: int, number: int = number) -> None:
-                done = number + (judge + share) / len(judges)
-                bar.update(task, completed=done, description=f"Evaluating: {activity}")
+    def judge_group() -> None:
+        done = len(digests) - len(group)
 
-            with recorded_warnings() as warning_texts:
-                outcomes = [judge(pixels, labels, offset, partial(tell, judge=i)) for i, judge in enumerate(judges)]
-            judged = [outcome.to_dict() for outcome in outcomes]
-            journal.add(number, {"images": digests[-1], "judged": judged, "warnings": warning_texts})
-        offset += len(labels)
-        bar.update(task, completed=number + 1)
-    if not offset:
+        def tell(judge: int, share: float, activity: str) -> None:
+            completed = done + len(group) * (judge + share) / len(judges)
+            bar.update(task, completed=completed, description=f"Evaluating: {activity}")
+
+        if group:
+            _judge_group(judges, group, journal, tell)
+            group.clear()
+
+    for batch in _batches(loader):
+        if batch.number % processes == rank and not journal.has(batch.number, batch.digest):
+            if not _joins(group, batch):
+                judge_group()
+            group.append(batch)
+        digests.append(batch.digest)
+        bar.update(task, completed=len(digests) - len(group))
+    judge_group()
+    if not digests:
         raise ValueError("The loader gave no images: there is nothing to evaluate.")
+    bar.update(task, completed=len(digests))
     if surplus := [number for number in journal.rows if number >= len(digests)]:
         raise ValueError(
             f"{journal.path} holds {len(surplus)} batches more than the {len(digests)} that the loader gave: give the "
@@ -118,6 +169,34 @@ def judge_all(
         for number, row in journal.rows.items()
     }
     return Share(digests, rows)
+
+
+def _judge_group(
+    judges: Sequence[Judge | KeptJudge],
+    group: Sequence[Batch],
+    journal: Journal,
+    tell: Callable[[int, float, str], None],
+) -> None:
+    """Judge some batches together, and write a row for each of them into the journal.
+
+    Args:
+        judges: Judge of the model and, if there is a control, that of the plain model.
+        group: The batches.
+        journal: Journal of this process.
+        tell: Function that is called with the number of the judge, the share of its work that is done, and a
+            description of the current attack.
+    """
+    sizes = [len(batch.labels) for batch in group]
+    numbers = [batch.offset + row for batch in group for row in range(len(batch.labels))]
+    pixels, labels = torch.cat([batch.pixels for batch in group]), torch.cat([batch.labels for batch in group])
+    with recorded_warnings() as warning_texts:
+        outcomes = [
+            judge(pixels, labels, Places(numbers, sizes), partial(tell, i)).split(sizes)
+            for i, judge in enumerate(judges)
+        ]
+    for batch, *judged in zip(group, *outcomes, strict=True):
+        row = {"images": batch.digest, "judged": [outcome.to_dict() for outcome in judged]}
+        journal.add(batch.number, {**row, "warnings": warning_texts})
 
 
 def in_order(shares: Sequence[Share]) -> list[Row]:
