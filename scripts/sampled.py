@@ -1,0 +1,439 @@
+"""Measure what an estimate from a fixed subset of the input channels would cost, beside the full estimate.
+
+    OMP_NUM_THREADS=1 python scripts/sampled.py --shared SHARED    # an hour and a half on one core
+
+A sampled layer gives `z + (1 - lam) * D / D_S * (r_S - z_S)`, where z is the plain sum of its D products, and z_S and
+r_S are the plain and the robust sum of the D_S products of a subset of its input channels, with all taps. It is exact
+with all channels and unchanged at K = 0. Layers of fewer than 8 input channels, stems and depthwise ones among them,
+keep the full estimate.
+
+SHARED holds checkpoints/ and data/. The rule by which a subset is chosen is itself chosen on images apart from those
+that are reported. Writes results/sampled.json and .md; `--only PART` and `--model NAME` measure a part of it anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent / "reproduce"))
+from lab import FAMILIES, Lab
+
+from timm_nrpm import NRPMConfig, Threat, calibrate_, evaluate, reprogram_
+from timm_nrpm.data.loaders import pixel_loader
+from timm_nrpm.models.reprogramming import reprogrammed_layers
+from timm_nrpm.nn import layers
+from timm_nrpm.nn.functional import nrpm_conv2d, nrpm_linear
+from timm_nrpm.nn.pixel_model import PixelModel
+
+ROOT = Path(__file__).parents[1]
+RULES = ("first", "even", "random", "norm")
+SIZES = (1 / 2, 1 / 4, 1 / 8, 64, 32, 16)
+REPORTED, ATTACKED = (1 / 2, 1 / 4, 1 / 8), (1 / 4, 1 / 8)
+PARTS = ("choice", "time", "clean", "worst")
+LEAST = 8
+"""Number of input channels below which a layer keeps the full estimate."""
+TIME, POINTS = 0.25, 0.005
+"""The option is kept if a model takes at most this share of the full estimate's time, and loses these points."""
+Images = tuple[Tensor, Tensor]  # pixels [N, C, H, W] in [0, 1], labels [N]
+
+
+# --- the sampled estimate ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A subset of the input channels of every layer.
+
+    Attributes:
+        rule: How channels are chosen: the first, evenly spaced, at random with a fixed seed, or those whose weights
+            have the largest norm.
+        size: Number of channels of a layer if 1 or more, or else their share.
+    """
+
+    rule: str
+    size: float
+    known: dict[tuple[int, torch.Size], Tensor | None] = field(default_factory=dict, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.rule}, {'1/' if self.size < 1 else ''}{1 / self.size if self.size < 1 else self.size:g}"
+
+    def channels(self, weight: Tensor) -> Tensor | None:
+        """Indices of the chosen channels of a weight `[O, C, ...]`, computed once; None for all of them."""
+        key = (weight.data_ptr(), weight.shape)
+        if key not in self.known:
+            self.known[key] = self._choose(weight.detach())
+        return self.known[key]
+
+    def _choose(self, weight: Tensor) -> Tensor | None:
+        total = weight.shape[1]
+        count = min(total, math.ceil(self.size * total) if self.size < 1 else int(self.size))
+        if total < LEAST or count == total:
+            return None
+        if self.rule == "first":
+            return torch.arange(count)
+        if self.rule == "even":
+            return torch.arange(count) * total // count
+        if self.rule == "random":
+            return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].sort().values
+        return weight.transpose(0, 1).flatten(1).norm(dim=1).topk(count).indices.sort().values
+
+
+def sampled(
+    sample: Sample,
+    estimate: Callable[..., Tensor],
+    linear: Callable[..., Tensor],
+    dim: int,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    lam: Tensor,
+    iterations: int,
+    eps: float,
+    penalty: str,
+    delta: float,
+    gamma: float,
+    **shape: Any,
+) -> Tensor:
+    """The mixed sum with the robust correction of a subset of channels, in the place of `estimate`.
+
+    Args:
+        sample: The subset.
+        estimate, linear: `nrpm_conv2d` and `conv2d`, or `nrpm_linear` and `linear`.
+        dim: Dimension of the channels in `x`, counted from the end.
+        x, weight: Input and weight of the layer.
+        lam, iterations, eps, penalty, delta, gamma: See :class:`timm_nrpm.NRPMConfig`.
+        **shape: Stride, padding, dilation and groups of a convolution.
+    """
+    robust = partial(
+        estimate, iterations=iterations, eps=eps, penalty=penalty, delta=delta, gamma=gamma, **shape
+    )  # of a subset or of all
+    channels = sample.channels(weight)
+    if channels is None:
+        return robust(x, weight, lam=lam)
+    groups = shape.get("groups", 1)
+    few = x.unflatten(dim, (groups, -1)).index_select(dim, channels).flatten(dim - 1, dim)
+    part = weight.index_select(1, channels)
+    gap = robust(few, part, lam=0.0) - linear(few, part, **shape)
+    return linear(x, weight, **shape) + (1 - lam) * (weight.shape[1] / len(channels)) * gap
+
+
+def sampling(sample: Sample | None) -> AbstractContextManager[Any]:
+    """Make every reprogrammed layer, those of surrogates included, compute the sampled estimate inside the context."""
+    if sample is None:
+        return nullcontext()
+    sample.known.clear()
+    convolution = partial(sampled, sample, nrpm_conv2d, F.conv2d, -3)
+    return mock.patch.multiple(
+        layers, nrpm_conv2d=convolution, nrpm_linear=partial(sampled, sample, nrpm_linear, F.linear, -1)
+    )
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A model and its images.
+
+    Attributes:
+        title: Description of the model.
+        plain: The plain model.
+        config: Its reprogramming.
+        calibration: Batches of pixels to calibrate on.
+        choice, test: Images on which the rule is chosen, and those that are reported.
+        batch: Number of images in a batch.
+        timed: Number of images in the batch that is timed.
+        threat: What an attacker may change.
+        attacked: Number of test images that are attacked.
+        suite: Suite, effort and steps of :func:`timm_nrpm.evaluate`.
+        sizes: Sizes of the subsets among which the rule is chosen.
+    """
+
+    title: str
+    plain: nn.Module
+    config: NRPMConfig
+    calibration: Sequence[Tensor]
+    choice: Images
+    test: Images
+    batch: int
+    timed: int
+    threat: Threat
+    attacked: int
+    suite: dict[str, Any]
+    sizes: Sequence[float] = SIZES
+
+    def full(self, lam: float | None = None) -> nn.Module:
+        """The model reprogrammed and calibrated, with the estimate of the context."""
+        config = self.config if lam is None else NRPMConfig(lam=lam, layers=self.config.layers)
+        model = reprogram_(copy.deepcopy(self.plain), config)
+        return calibrate_(model, self.calibration).requires_grad_(False).eval()
+
+    def logits(self, model: nn.Module, images: Images) -> Tensor:
+        net = PixelModel(model).eval()
+        with torch.no_grad():
+            return torch.cat([net(x) for x in images[0].split(self.batch)])
+
+
+def _paper(lab: Lab, family: str, backbone: str, lam: float, **settings: Any) -> Case:
+    """One of the paper's models, with 1000 training images for calibration and 1000 others for the choice."""
+    dataset = FAMILIES[family].dataset
+    blocks = 10 if dataset == "cifar10" else 1  # classes that the file is ordered by
+    pixels, labels = lab.images(dataset, "train", 2000)
+    apart = torch.arange(2000) % (2000 // blocks) >= 1000 // blocks
+    return Case(
+        plain=lab.plain(family, backbone),
+        config=NRPMConfig(lam=lam, **FAMILIES[family].estimate),
+        calibration=pixels[~apart].split(250),
+        choice=(pixels[apart], labels[apart]),
+        test=lab.images(dataset, "test"),
+        batch=250,
+        suite={"effort": "fast"},
+        **settings,
+    )
+
+
+def resnet18(lab: Lab, shared: Path) -> Case:
+    return _paper(
+        lab, "resnet", "resnet18_cifar_narrow", 0.5, title="the published narrow ResNet-18, CIFAR-10",
+        timed=50, threat=Threat("Linf", 8 / 255), attacked=100,
+    )  # fmt: skip
+
+
+def lenet(lab: Lab, shared: Path) -> Case:
+    return _paper(
+        lab, "lenet", "lenet_mnist", 0.3, title="LeNet, trained for four epochs, MNIST",
+        timed=250, threat=Threat("Linf", 0.1), attacked=200,
+    )  # fmt: skip
+
+
+def efficientnet(lab: Lab, shared: Path) -> Case:
+    model = timm.create_model("tf_efficientnet_lite0")
+    model.load_state_dict(load_file(shared / "checkpoints" / "tf_efficientnet_lite0.safetensors"))
+
+    def read(folder: str) -> Images:
+        pixels, labels = zip(*pixel_loader("folder", shared / "data" / folder, model=model, batch_size=25), strict=True)
+        return torch.cat(pixels), torch.cat(labels)
+
+    pixels, labels = read("photos")
+    chosen = torch.arange(len(labels)) % 3 == 0
+    return Case(
+        title="tf_efficientnet_lite0, 213 photos, calibrated on 100 others", plain=model.eval(), config=NRPMConfig(),
+        calibration=read("photos-unlabelled")[0].split(25), choice=(pixels[chosen], labels[chosen]),
+        test=(pixels[~chosen], labels[~chosen]), batch=25, timed=2, threat=Threat("Linf", 0.5 / 255), attacked=32,
+        suite={"suite": "quick", "steps": 5}, sizes=(1 / 4, 1 / 8),
+    )  # fmt: skip
+
+
+CASES: dict[str, Callable[[Lab, Path], Case]] = {
+    "resnet18": resnet18,
+    "lenet": lenet,
+    "efficientnet": efficientnet,
+}
+
+
+@contextmanager
+def uncorrected(layer: layers.Reprogrammed, lam: float | None = None) -> Iterator[None]:
+    """Leave a layer's correction out, and set its lambda, inside the context."""
+    correction, before = layer.correction, layer.lam.detach().clone()
+    layer.correction = None
+    layer.lam.data.copy_(before if lam is None else torch.tensor(lam))
+    try:
+        yield
+    finally:
+        layer.correction = correction
+        layer.lam.data.copy_(before)
+
+
+def layer_errors(case: Case, model: nn.Module, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    """Medians over the layers of relative errors of their outputs, each on the inputs that the full model gives it.
+
+    `"layers"` is the error of the estimate, `"best"` what would be left if its correction had the best coefficient, and
+    `"products"` the share of the products. `"plain"` is a layer without any correction.
+    """
+    errors: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ("plain", *map(str, samples))}
+
+    def compare(layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        def call(sample: Sample | None, lam: float | None = None) -> Tensor:
+            with sampling(sample), uncorrected(layer, lam):
+                result: Tensor = type(layer).forward(layer, *inputs)
+                return result.flatten()
+
+        exact, z = call(None), call(None, 1.0)
+        norm, products = float(exact.norm()), output.numel() * layer.weight[0].numel()
+        errors["plain"].append((float((z - exact).norm()) / norm, float((z - exact).norm()) / norm, 0.0))
+        for sample in samples:
+            value, channels = call(sample), sample.channels(layer.weight)
+            cosine = float(F.cosine_similarity(value - z, exact - z, dim=0))
+            best = float((z - exact).norm()) / norm * math.sqrt(max(0.0, 1 - cosine**2))
+            used = 1.0 if channels is None else len(channels) / layer.weight.shape[1]
+            errors[str(sample)].append((float((value - exact).norm()) / norm, best, used * products))
+        totals.append(products)
+
+    totals: list[int] = []
+    hooks = [layer.register_forward_hook(compare) for layer in reprogrammed_layers(model).values()]
+    case.logits(model, (case.choice[0][: min(case.batch, 50)], case.choice[1]))
+    for hook in hooks:
+        hook.remove()
+    result = {}
+    for name, rows in errors.items():
+        output, best, used = zip(*rows, strict=True)
+        medians = {"layers": statistics.median(output), "best": statistics.median(best)}
+        result[name] = {**medians, "products": sum(used) / sum(totals)}
+    return result
+
+
+def choose(case: Case) -> dict[str, Any]:
+    """Errors and accuracies of every rule and size on the images of the choice."""
+    model, labels = case.full(), case.choice[1]
+    samples = [Sample(rule, size) for size in case.sizes for rule in RULES]
+    errors = layer_errors(case, model, samples)
+    exact = case.logits(model, case.choice)
+    rows = {"full": {"layers": 0.0, "best": 0.0, "products": 1.0, "logits": 0.0, "accuracy": accuracy(exact, labels)}}
+    for name, sample, lam in [("plain", None, 1.0), *((str(sample), sample, None) for sample in samples)]:
+        with sampling(sample):
+            logits = case.logits(case.full(lam), case.choice)
+        error = float((logits - exact).norm() / exact.norm())
+        rows[name] = {**errors[name], "logits": error, "accuracy": accuracy(logits, labels)}
+        print(name, rows[name], flush=True)
+    return rows
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).float().mean())
+
+
+def paired(before: Sequence[bool], now: Sequence[bool]) -> dict[str, Any]:
+    """Difference of two shares of the same images, with its 95 % interval (Agresti and Min, 2005)."""
+    pairs = list(zip(before, now, strict=True))
+    lost, won = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    total, down, up = len(pairs) + 2, lost + 0.5, won + 0.5
+    middle, half = (up - down) / total, 1.96 * math.sqrt(up + down - (up - down) ** 2 / total) / total
+    return {"difference": (won - lost) / len(pairs), "interval": [middle - half, middle + half]}
+
+
+def compared(samples: Sequence[Sample], right: Callable[[str, Sample | None], Sequence[bool]]) -> dict[str, Any]:
+    """Which images are right in the full, the plain and every sampled model, each compared with the full one."""
+    rows: dict[str, Any] = {}
+    full = right("full", None)
+    for name, sample in [("full", None), ("plain", None), *((str(sample), sample) for sample in samples)]:
+        start = time.perf_counter()
+        hits = full if name == "full" else right(name, sample)
+        rows[name] = {"share": sum(hits) / len(hits), "images": len(hits), **paired(full, hits)}
+        print(name, rows[name], f"{time.perf_counter() - start:.0f} s", flush=True)
+    return rows
+
+
+def clean(case: Case, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Accuracies on all test images, after calibration."""
+
+    def right(name: str, sample: Sample | None) -> list[bool]:
+        with sampling(sample):
+            model = case.full(1.0 if name == "plain" else None)
+            hits: list[bool] = (case.logits(model, case.test).argmax(1) == case.test[1]).tolist()
+            return hits
+
+    return compared(samples, right)
+
+
+def worst(case: Case, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Shares of the attacked images that survive every attack of the case's suite.
+
+    The surrogates of a sampled model are sampled, too, and the plain model is among its sources.
+    """
+    step = len(case.test[1]) // case.attacked  # CIFAR-10 is ordered by class
+    pixels, labels = (part[::step][: case.attacked] for part in case.test)
+    loader = list(zip(pixels.split(100), labels.split(100), strict=True))
+
+    def right(name: str, sample: Sample | None) -> Sequence[bool]:
+        with sampling(sample):
+            model = case.full(1.0 if name == "plain" else None)
+            return evaluate(model, loader, case.threat, control=False, **case.suite).survivors
+
+    return compared(samples, right)
+
+
+def timed(case: Case, samples: Sequence[Sample], rounds: int) -> dict[str, Any]:
+    """Median times of a pass, forward alone and with the backward to pixels and weights, all by turns in one run."""
+    full, plain = reprogram_(copy.deepcopy(case.plain), case.config), copy.deepcopy(case.plain)
+    pixels = case.test[0][: case.timed]
+    runs = [("full", full, None), ("plain", plain, None), *((str(sample), full, sample) for sample in samples)]
+    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "both": []} for name, *_ in runs}
+    for number in range(rounds + 1):
+        for (name, model, sample), kind in ((run, kind) for run in runs for kind in ("forward", "both")):
+            net, x = PixelModel(model).eval(), pixels.clone().requires_grad_(kind == "both")
+            with sampling(sample), torch.set_grad_enabled(kind == "both"):
+                start = time.perf_counter()
+                logits = net(x)
+                if kind == "both":
+                    logits.sum().backward()
+                seconds = time.perf_counter() - start
+            net.zero_grad()
+            if number:  # the first round is a warm-up
+                times[name][kind].append(seconds)
+    medians = {name: {kind: statistics.median(row) for kind, row in rows.items()} for name, rows in times.items()}
+    return {name: {**row, **{f"{k} share": row[k] / medians["full"][k] for k in row}} for name, row in medians.items()}
+
+
+def chosen_rule(parts: dict[str, Any]) -> str:
+    """The rule with the smallest errors of logits, over all models and sizes, on the images of the choice."""
+
+    def error(rule: str) -> float:
+        rows = [row for part in parts.values() for name, row in part["choice"].items() if name.startswith(rule)]
+        return math.exp(statistics.mean(math.log(row["logits"]) for row in rows))
+
+    return min(RULES, key=error)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shared", type=Path, required=True, help="folder with checkpoints/ and data/")
+    parser.add_argument("--only", choices=PARTS, help="measure this part alone, and keep the others")
+    parser.add_argument("--model", choices=CASES, help="measure this model alone, and keep the others")
+    parser.add_argument("--rounds", type=int, default=7, help="number of timed rounds (default: 7)")
+    parser.add_argument("--kept", type=Path, default=ROOT / "results" / ".kept", help="folder of trained models")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for the JSON and the table")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    lab = Lab("quick", args.shared / "data", args.shared / "checkpoints", args.kept)
+    file = args.out / "sampled.json"
+    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    cases = {name: case(lab, args.shared) for name, case in CASES.items() if args.model in (None, name)}
+    for part in PARTS:
+        for name, case in cases.items() if args.only in (None, part) else ():
+            row = content.setdefault(name, {"title": case.title, "threat": str(case.threat), "suite": case.suite})
+            print(name, part, flush=True)
+            if part == "choice":
+                row[part] = choose(case)
+            else:
+                rule = chosen_rule(content)
+                samples = [Sample(rule, size) for size in (REPORTED if part != "worst" else ATTACKED)]
+                row[part] = {
+                    "clean": partial(clean, case, samples),
+                    "time": partial(timed, case, samples, args.rounds),
+                    "worst": partial(worst, case, samples),
+                }[part]()
+            row["torch"] = torch.__version__
+            file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
