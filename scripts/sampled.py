@@ -4,8 +4,9 @@
 
 A sampled layer gives `z + (1 - lam) * D / D_S * (r_S - z_S)`, where z is the plain sum of its D products, and z_S and
 r_S are the plain and the robust sum of the D_S products of a subset of its input channels, with all taps. It is exact
-with all channels and unchanged at K = 0. Layers of fewer than 8 input channels, stems and depthwise ones among them,
-keep the full estimate.
+with all channels and unchanged at K = 0. The unscaled variant leaves out D / D_S, which adds the robust sum of the
+subset to the plain sum of all other channels. Layers of fewer than 8 input channels keep the full estimate, among them
+stems and depthwise ones.
 
 SHARED holds checkpoints/ and data/. The rule by which a subset is chosen is itself chosen on images apart from those
 that are reported. Writes results/sampled.json and .md; `--only PART` and `--model NAME` measure a part of it anew.
@@ -46,7 +47,7 @@ from timm_nrpm.nn.pixel_model import PixelModel
 
 ROOT = Path(__file__).parents[1]
 RULES = ("first", "even", "random", "norm")
-SIZES = (1 / 2, 1 / 4, 1 / 8, 64, 32, 16)
+SIZES = (1 / 2, 1 / 4, 1 / 8, 32, 16)
 REPORTED, ATTACKED = (1 / 2, 1 / 4, 1 / 8), (1 / 4, 1 / 8)
 PARTS = ("choice", "time", "clean", "worst")
 LEAST = 8
@@ -67,14 +68,17 @@ class Sample:
         rule: How channels are chosen: the first, evenly spaced, at random with a fixed seed, or those whose weights
             have the largest norm.
         size: Number of channels of a layer if 1 or more, or else their share.
+        scaled: Whether the correction is scaled up from the subset to all products.
     """
 
     rule: str
     size: float
+    scaled: bool = True
     known: dict[tuple[int, torch.Size], Tensor | None] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return f"{self.rule}, {'1/' if self.size < 1 else ''}{1 / self.size if self.size < 1 else self.size:g}"
+        size = f"{self.size:g}" if self.size >= 1 else f"1/{1 / self.size:g}"
+        return f"{self.rule}, {size}{'' if self.scaled else ', unscaled'}"
 
     def channels(self, weight: Tensor) -> Tensor | None:
         """Indices of the chosen channels of a weight `[O, C, ...]`, computed once; None for all of them."""
@@ -133,7 +137,8 @@ def sampled(
     few = x.unflatten(dim, (groups, -1)).index_select(dim, channels).flatten(dim - 1, dim)
     part = weight.index_select(1, channels)
     gap = robust(few, part, lam=0.0) - linear(few, part, **shape)
-    return linear(x, weight, **shape) + (1 - lam) * (weight.shape[1] / len(channels)) * gap
+    scale = weight.shape[1] / len(channels) if sample.scaled else 1.0
+    return linear(x, weight, **shape) + (1 - lam) * scale * gap
 
 
 def sampling(sample: Sample | None) -> AbstractContextManager[Any]:
@@ -239,7 +244,7 @@ def efficientnet(lab: Lab, shared: Path) -> Case:
         title="tf_efficientnet_lite0, 213 photos, calibrated on 100 others", plain=model.eval(), config=NRPMConfig(),
         calibration=read("photos-unlabelled")[0].split(25), choice=(pixels[chosen], labels[chosen]),
         test=(pixels[~chosen], labels[~chosen]), batch=25, timed=2, threat=Threat("Linf", 0.5 / 255), attacked=32,
-        suite={"suite": "quick", "steps": 5}, sizes=(1 / 4, 1 / 8),
+        suite={"suite": "quick", "steps": 5}, sizes=(1 / 4, 64),
     )  # fmt: skip
 
 
@@ -305,6 +310,7 @@ def choose(case: Case) -> dict[str, Any]:
     """Errors and accuracies of every rule and size on the images of the choice."""
     model, labels = case.full(), case.choice[1]
     samples = [Sample(rule, size) for size in case.sizes for rule in RULES]
+    samples += [Sample("even", size, scaled=False) for size in case.sizes]
     errors = layer_errors(case, model, samples)
     exact = case.logits(model, case.choice)
     rows = {"full": {"layers": 0.0, "best": 0.0, "products": 1.0, "logits": 0.0, "accuracy": accuracy(exact, labels)}}
@@ -397,8 +403,9 @@ def chosen_rule(parts: dict[str, Any]) -> str:
     """The rule with the smallest errors of logits, over all models and sizes, on the images of the choice."""
 
     def error(rule: str) -> float:
-        rows = [row for part in parts.values() for name, row in part["choice"].items() if name.startswith(rule)]
-        return math.exp(statistics.mean(math.log(row["logits"]) for row in rows))
+        rows = [item for part in parts.values() for item in part["choice"].items()]
+        scaled = [row["logits"] for name, row in rows if name.startswith(rule) and "unscaled" not in name]
+        return statistics.mean(math.log(error) for error in scaled if error)
 
     return min(RULES, key=error)
 
