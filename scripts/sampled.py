@@ -21,138 +21,32 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent / "reproduce"))
 from lab import FAMILIES, Lab
+from sampled_layers import RULES, Sample, layer_errors, sampling
 
 from timm_nrpm import NRPMConfig, Threat, calibrate_, evaluate, reprogram_
 from timm_nrpm.data.loaders import pixel_loader
-from timm_nrpm.models.reprogramming import reprogrammed_layers
-from timm_nrpm.nn import layers
-from timm_nrpm.nn.functional import nrpm_conv2d, nrpm_linear
 from timm_nrpm.nn.pixel_model import PixelModel
 
 ROOT = Path(__file__).parents[1]
-RULES = ("first", "even", "random", "norm")
 SIZES = (1 / 2, 1 / 4, 1 / 8, 32, 16)
 REPORTED, ATTACKED = (1 / 2, 1 / 4, 1 / 8), (1 / 4, 1 / 8)
 PARTS = ("choice", "time", "clean", "worst")
-LEAST = 8
-"""Number of input channels below which a layer keeps the full estimate."""
 TIME, POINTS = 0.25, 0.005
 """The option is kept if a model takes at most this share of the full estimate's time, and loses these points."""
 Images = tuple[Tensor, Tensor]  # pixels [N, C, H, W] in [0, 1], labels [N]
-
-
-# --- the sampled estimate ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A subset of the input channels of every layer.
-
-    Attributes:
-        rule: How channels are chosen: the first, evenly spaced, at random with a fixed seed, or those whose weights
-            have the largest norm.
-        size: Number of channels of a layer if 1 or more, or else their share.
-        scaled: Whether the correction is scaled up from the subset to all products.
-    """
-
-    rule: str
-    size: float
-    scaled: bool = True
-    known: dict[tuple[int, torch.Size], Tensor | None] = field(default_factory=dict, compare=False, repr=False)
-
-    def __str__(self) -> str:
-        size = f"{self.size:g}" if self.size >= 1 else f"1/{1 / self.size:g}"
-        return f"{self.rule}, {size}{'' if self.scaled else ', unscaled'}"
-
-    def channels(self, weight: Tensor) -> Tensor | None:
-        """Indices of the chosen channels of a weight `[O, C, ...]`, computed once; None for all of them."""
-        key = (weight.data_ptr(), weight.shape)
-        if key not in self.known:
-            self.known[key] = self._choose(weight.detach())
-        return self.known[key]
-
-    def _choose(self, weight: Tensor) -> Tensor | None:
-        total = weight.shape[1]
-        count = min(total, math.ceil(self.size * total) if self.size < 1 else int(self.size))
-        if total < LEAST or count == total:
-            return None
-        if self.rule == "first":
-            return torch.arange(count)
-        if self.rule == "even":
-            return torch.arange(count) * total // count
-        if self.rule == "random":
-            return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].sort().values
-        return weight.transpose(0, 1).flatten(1).norm(dim=1).topk(count).indices.sort().values
-
-
-def sampled(
-    sample: Sample,
-    estimate: Callable[..., Tensor],
-    linear: Callable[..., Tensor],
-    dim: int,
-    x: Tensor,
-    weight: Tensor,
-    *,
-    lam: Tensor,
-    iterations: int,
-    eps: float,
-    penalty: str,
-    delta: float,
-    gamma: float,
-    **shape: Any,
-) -> Tensor:
-    """The mixed sum with the robust correction of a subset of channels, in the place of `estimate`.
-
-    Args:
-        sample: The subset.
-        estimate, linear: `nrpm_conv2d` and `conv2d`, or `nrpm_linear` and `linear`.
-        dim: Dimension of the channels in `x`, counted from the end.
-        x, weight: Input and weight of the layer.
-        lam, iterations, eps, penalty, delta, gamma: See :class:`timm_nrpm.NRPMConfig`.
-        **shape: Stride, padding, dilation and groups of a convolution.
-    """
-    robust = partial(
-        estimate, iterations=iterations, eps=eps, penalty=penalty, delta=delta, gamma=gamma, **shape
-    )  # of a subset or of all
-    channels = sample.channels(weight)
-    if channels is None:
-        return robust(x, weight, lam=lam)
-    groups = shape.get("groups", 1)
-    few = x.unflatten(dim, (groups, -1)).index_select(dim, channels).flatten(dim - 1, dim)
-    part = weight.index_select(1, channels)
-    gap = robust(few, part, lam=0.0) - linear(few, part, **shape)
-    scale = weight.shape[1] / len(channels) if sample.scaled else 1.0
-    return linear(x, weight, **shape) + (1 - lam) * scale * gap
-
-
-def sampling(sample: Sample | None) -> AbstractContextManager[Any]:
-    """Make every reprogrammed layer, those of surrogates included, compute the sampled estimate inside the context."""
-    if sample is None:
-        return nullcontext()
-    sample.known.clear()
-    convolution = partial(sampled, sample, nrpm_conv2d, F.conv2d, -3)
-    return mock.patch.multiple(
-        layers, nrpm_conv2d=convolution, nrpm_linear=partial(sampled, sample, nrpm_linear, F.linear, -1)
-    )
-
-
-# --- what is measured -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -255,63 +149,12 @@ CASES: dict[str, Callable[[Lab, Path], Case]] = {
 }
 
 
-@contextmanager
-def uncorrected(layer: layers.Reprogrammed, lam: float | None = None) -> Iterator[None]:
-    """Leave a layer's correction out, and set its lambda, inside the context."""
-    correction, before = layer.correction, layer.lam.detach().clone()
-    layer.correction = None
-    layer.lam.data.copy_(before if lam is None else torch.tensor(lam))
-    try:
-        yield
-    finally:
-        layer.correction = correction
-        layer.lam.data.copy_(before)
-
-
-def layer_errors(case: Case, model: nn.Module, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Medians over the layers of relative errors of their outputs, each on the inputs that the full model gives it.
-
-    `"layers"` is the error of the estimate, `"best"` what would be left if its correction had the best coefficient, and
-    `"products"` the share of the products. `"plain"` is a layer without any correction.
-    """
-    errors: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ("plain", *map(str, samples))}
-
-    def compare(layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        def call(sample: Sample | None, lam: float | None = None) -> Tensor:
-            with sampling(sample), uncorrected(layer, lam):
-                result: Tensor = type(layer).forward(layer, *inputs)
-                return result.flatten()
-
-        exact, z = call(None), call(None, 1.0)
-        norm, products = float(exact.norm()), output.numel() * layer.weight[0].numel()
-        errors["plain"].append((float((z - exact).norm()) / norm, float((z - exact).norm()) / norm, 0.0))
-        for sample in samples:
-            value, channels = call(sample), sample.channels(layer.weight)
-            cosine = float(F.cosine_similarity(value - z, exact - z, dim=0))
-            best = float((z - exact).norm()) / norm * math.sqrt(max(0.0, 1 - cosine**2))
-            used = 1.0 if channels is None else len(channels) / layer.weight.shape[1]
-            errors[str(sample)].append((float((value - exact).norm()) / norm, best, used * products))
-        totals.append(products)
-
-    totals: list[int] = []
-    hooks = [layer.register_forward_hook(compare) for layer in reprogrammed_layers(model).values()]
-    case.logits(model, (case.choice[0][: min(case.batch, 50)], case.choice[1]))
-    for hook in hooks:
-        hook.remove()
-    result = {}
-    for name, rows in errors.items():
-        output, best, used = zip(*rows, strict=True)
-        medians = {"layers": statistics.median(output), "best": statistics.median(best)}
-        result[name] = {**medians, "products": sum(used) / sum(totals)}
-    return result
-
-
 def choose(case: Case) -> dict[str, Any]:
     """Errors and accuracies of every rule and size on the images of the choice."""
     model, labels = case.full(), case.choice[1]
     samples = [Sample(rule, size) for size in case.sizes for rule in RULES]
     samples += [Sample("even", size, scaled=False) for size in case.sizes]
-    errors = layer_errors(case, model, samples)
+    errors = layer_errors(model, case.choice[0][: min(case.batch, 50)], samples)
     exact = case.logits(model, case.choice)
     rows = {"full": {"layers": 0.0, "best": 0.0, "products": 1.0, "logits": 0.0, "accuracy": accuracy(exact, labels)}}
     for name, sample, lam in [("plain", None, 1.0), *((str(sample), sample, None) for sample in samples)]:
@@ -410,6 +253,42 @@ def chosen_rule(parts: dict[str, Any]) -> str:
     return min(RULES, key=error)
 
 
+def _shown(row: dict[str, Any] | None) -> str:
+    """A share in %, and its difference from that of the full estimate, in points."""
+    if row is None:
+        return ""
+    low, high = (100 * value for value in row["interval"])
+    return f"{100 * row['share']:.1f}, {100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def markdown(content: dict[str, Any]) -> str:
+    lines = [
+        "# An estimate from a subset of the input channels",
+        "",
+        "`scripts/sampled.py`, one thread. A subset is a rule and a size; `unscaled` leaves the factor D / D_S out. "
+        "Errors are relative to the full estimate: those of layers are medians over the layers, on the inputs that the "
+        "full model gives them, and `best` is what would be left if the correction had the best coefficient in every "
+        "layer. `plain` is the model without any correction, calibrated or not the same. Accuracies are after "
+        "calibration, in %; differences are from the full estimate, in points, with the 95 % interval of paired images "
+        "(Agresti and Min). Times are medians by turns, as shares of the full estimate's.",
+    ]
+    for part in content.values():
+        lines += ["", f"## {part['title'][0].upper()}{part['title'][1:]}", ""]
+        lines += ["| subset | products | layers | best | logits | accuracy |", "|---|---|---|---|---|---|"]
+        for name, row in part["choice"].items():
+            errors = [f"{row[key]:.2f}" for key in ("products", "layers", "best", "logits")]
+            lines.append("| " + " | ".join((name, *errors, f"{100 * row['accuracy']:.1f}")) + " |")
+        lines += ["", f"On the images of the choice. On those reported, under {part['threat']}, {part['suite']}:", ""]
+        lines += ["| subset | forward | with backward | clean | all attacks |", "|---|---|---|---|---|"]
+        for name, row in part.get("time", {}).items():
+            shares = [f"{row[f'{kind} share']:.2f}" for kind in ("forward", "both")]
+            rows = (part.get(key, {}).get(name) for key in ("clean", "worst"))
+            lines.append("| " + " | ".join((name, *shares, *map(_shown, rows))) + " |")
+        counts = [f"{key} {part[key]['full']['images']}" for key in ("clean", "worst") if key in part]
+        lines += ["", f"Number of images: {', '.join(counts)}."]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shared", type=Path, required=True, help="folder with checkpoints/ and data/")
@@ -440,6 +319,7 @@ def main() -> None:
                 }[part]()
             row["torch"] = torch.__version__
             file.write_text(json.dumps(content, indent=1) + "\n")
+            (args.out / "sampled.md").write_text(markdown(content))
 
 
 if __name__ == "__main__":
