@@ -42,7 +42,9 @@ from timm_nrpm.nn.pixel_model import PixelModel
 
 ROOT = Path(__file__).parents[1]
 SIZES = (1 / 2, 1 / 4, 1 / 8, 32, 16)
-REPORTED, ATTACKED = (1 / 2, 1 / 4, 1 / 8), (1 / 4, 1 / 8)
+REPORTED = ((1 / 2, True), (1 / 4, True), (1 / 8, True), (1 / 8, False))
+ATTACKED = ((1 / 2, True), (1 / 8, True), (1 / 8, False))
+"""Sizes that are reported on test images, and those that are attacked, each with whether it is scaled."""
 PARTS = ("choice", "time", "clean", "worst")
 TIME, POINTS = 0.25, 0.005
 """The option is kept if a model takes at most this share of the full estimate's time, and loses these points."""
@@ -266,10 +268,10 @@ def markdown(content: dict[str, Any]) -> str:
         "# An estimate from a subset of the input channels",
         "",
         "`scripts/sampled.py`, one thread. A subset is a rule and a size; `unscaled` leaves the factor D / D_S out. "
-        "Errors are relative to the full estimate: those of layers are medians over the layers, on the inputs that the "
+        "Errors are relative to the full estimate: those of layers are means over the layers, on the inputs that the "
         "full model gives them, and `best` is what would be left if the correction had the best coefficient in every "
-        "layer. `plain` is the model without any correction, calibrated or not the same. Accuracies are after "
-        "calibration, in %; differences are from the full estimate, in points, with the 95 % interval of paired images "
+        "layer. `plain` is the model without any correction. Accuracies are after calibration, in %; differences are "
+        "from the full estimate, in points, with the 95 % interval of paired images "
         "(Agresti and Min). Times are medians by turns, as shares of the full estimate's.",
     ]
     for part in content.values():
@@ -311,7 +313,7 @@ def main() -> None:
                 row[part] = choose(case)
             else:
                 rule = chosen_rule(content)
-                samples = [Sample(rule, size) for size in (REPORTED if part != "worst" else ATTACKED)]
+                samples = [Sample(rule, *rest) for rest in (ATTACKED if part == "worst" else REPORTED)]
                 row[part] = {
                     "clean": partial(clean, case, samples),
                     "time": partial(timed, case, samples, args.rounds),

@@ -131,7 +131,7 @@ def uncorrected(layer: layers.Reprogrammed, lam: float | None = None) -> Iterato
 
 
 def layer_errors(model: nn.Module, pixels: Tensor, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Medians over the layers of relative errors of their outputs, each on the inputs that the full model gives it.
+    """Means over the layers of relative errors of their outputs, each on the inputs that the full model gives it.
 
     `"layers"` is the error of the estimate, `"best"` what would be left if its correction had the best coefficient, and
     `"products"` the share of the products. `"plain"` is a layer without any correction.
@@ -164,6 +164,6 @@ def layer_errors(model: nn.Module, pixels: Tensor, samples: Sequence[Sample]) ->
     result = {}
     for name, rows in errors.items():
         output, best, used = zip(*rows, strict=True)
-        medians = {"layers": statistics.median(output), "best": statistics.median(best)}
-        result[name] = {**medians, "products": sum(used) / sum(totals)}
+        means = {"layers": statistics.mean(output), "best": statistics.mean(best)}
+        result[name] = {**means, "products": sum(used) / sum(totals)}
     return result
