@@ -8,8 +8,8 @@ with all channels and unchanged at K = 0. The unscaled variant leaves out D / D_
 subset to the plain sum of all other channels. Layers of fewer than 8 input channels keep the full estimate, among them
 stems and depthwise ones.
 
-SHARED holds checkpoints/ and data/. The rule by which a subset is chosen is itself chosen on images apart from those
-that are reported. Writes results/sampled.json and .md; `--only PART` and `--model NAME` measure a part of it anew.
+SHARED holds checkpoints/ and data/. The rule by which a subset is chosen is itself chosen for each model, on images apart
+from those that are reported. Writes results/sampled.json and .md; `--only PART` and `--model NAME` measure a part of it anew.
 """
 
 from __future__ import annotations
@@ -244,13 +244,12 @@ def timed(case: Case, samples: Sequence[Sample], rounds: int) -> dict[str, Any]:
     return {name: {**row, **{f"{k} share": row[k] / medians["full"][k] for k in row}} for name, row in medians.items()}
 
 
-def chosen_rule(parts: dict[str, Any]) -> str:
-    """The rule with the smallest errors of logits, over all models and sizes, on the images of the choice."""
+def chosen_rule(choice: dict[str, Any]) -> str:
+    """The rule with the smallest errors of logits, over all sizes, on the images of the choice."""
 
     def error(rule: str) -> float:
-        rows = [item for part in parts.values() for item in part["choice"].items()]
-        scaled = [row["logits"] for name, row in rows if name.startswith(rule) and "unscaled" not in name]
-        return statistics.mean(math.log(error) for error in scaled if error)
+        scaled = (row for name, row in choice.items() if name.startswith(rule) and "unscaled" not in name)
+        return statistics.mean(math.log(row["logits"]) for row in scaled if row["logits"])
 
     return min(RULES, key=error)
 
@@ -312,7 +311,7 @@ def main() -> None:
             if part == "choice":
                 row[part] = choose(case)
             else:
-                rule = chosen_rule(content)
+                rule = chosen_rule(row["choice"])
                 samples = [Sample(rule, *rest) for rest in (ATTACKED if part == "worst" else REPORTED)]
                 row[part] = {
                     "clean": partial(clean, case, samples),
