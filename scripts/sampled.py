@@ -8,8 +8,9 @@ with all channels and unchanged at K = 0. The unscaled variant leaves out D / D_
 subset to the plain sum of all other channels. Layers of fewer than 8 input channels keep the full estimate, among them
 stems and depthwise ones.
 
-SHARED holds checkpoints/ and data/. The rule by which a subset is chosen is itself chosen for each model, on images apart
-from those that are reported. Writes results/sampled.json and .md; `--only PART` and `--model NAME` measure a part of it anew.
+SHARED holds checkpoints/ and data/. The rule by which a subset is chosen is itself chosen for each model, on images
+apart from those that are reported. Writes results/sampled.json and .md; `--only PART` and `--model NAME` measure a part
+of it anew.
 """
 
 from __future__ import annotations
