@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ ROOT = Path(__file__).parents[1]
 SIZES = (1 / 2, 1 / 4, 1 / 8, 32, 16)
 REPORTED = ((1 / 2, True), (1 / 4, True), (1 / 8, True), (1 / 8, False))
 ATTACKED = ((1 / 2, True), (1 / 8, True), (1 / 8, False))
-"""Sizes that are reported on test images, and those that are attacked, each with whether it is scaled."""
 PARTS = ("choice", "time", "clean", "worst")
 TIME, POINTS = 0.25, 0.005
 """The option is kept if a model takes at most this share of the full estimate's time, and loses these points."""
@@ -68,6 +67,9 @@ class Case:
         attacked: Number of test images that are attacked.
         suite: Suite, effort and steps of :func:`timm_nrpm.evaluate`.
         sizes: Sizes of the subsets among which the rule is chosen.
+        reported, strongest: Sizes that are reported on test images, and those that are attacked, each with whether it
+            is scaled.
+        models: The calibrated models that were made so far, by the name of the subset.
     """
 
     title: str
@@ -82,12 +84,18 @@ class Case:
     attacked: int
     suite: dict[str, Any]
     sizes: Sequence[float] = SIZES
+    reported: Sequence[tuple[float, bool]] = REPORTED
+    strongest: Sequence[tuple[float, bool]] = ATTACKED
+    models: dict[str, nn.Module] = field(default_factory=dict)
 
-    def full(self, lam: float | None = None) -> nn.Module:
-        """The model reprogrammed and calibrated, with the estimate of the context."""
-        config = self.config if lam is None else NRPMConfig(lam=lam, layers=self.config.layers)
-        model = reprogram_(copy.deepcopy(self.plain), config)
-        return calibrate_(model, self.calibration).requires_grad_(False).eval()
+    def model(self, name: str, sample: Sample | None = None) -> nn.Module:
+        """The reprogrammed model, calibrated with the estimate of a subset; `"plain"` is the one at lambda 1."""
+        if name not in self.models:
+            config = NRPMConfig(lam=1.0, layers=self.config.layers) if name == "plain" else self.config
+            with sampling(sample):
+                model = calibrate_(reprogram_(copy.deepcopy(self.plain), config), self.calibration)
+            self.models[name] = model.requires_grad_(False).eval()
+        return self.models[name]
 
     def logits(self, model: nn.Module, images: Images) -> Tensor:
         net = PixelModel(model).eval()
@@ -142,6 +150,7 @@ def efficientnet(lab: Lab, shared: Path) -> Case:
         calibration=read("photos-unlabelled")[0].split(25), choice=(pixels[chosen], labels[chosen]),
         test=(pixels[~chosen], labels[~chosen]), batch=25, timed=2, threat=Threat("Linf", 0.5 / 255), attacked=32,
         suite={"suite": "quick", "steps": 5}, sizes=(1 / 4, 64),
+        reported=((1 / 4, True), (64, True), (1 / 8, False)), strongest=((1 / 4, True),),
     )  # fmt: skip
 
 
@@ -154,15 +163,16 @@ CASES: dict[str, Callable[[Lab, Path], Case]] = {
 
 def choose(case: Case) -> dict[str, Any]:
     """Errors and accuracies of every rule and size on the images of the choice."""
-    model, labels = case.full(), case.choice[1]
+    model, labels = case.model("full"), case.choice[1]
     samples = [Sample(rule, size) for size in case.sizes for rule in RULES]
     samples += [Sample("even", size, scaled=False) for size in case.sizes]
     errors = layer_errors(model, case.choice[0][: min(case.batch, 50)], samples)
     exact = case.logits(model, case.choice)
     rows = {"full": {"layers": 0.0, "best": 0.0, "products": 1.0, "logits": 0.0, "accuracy": accuracy(exact, labels)}}
-    for name, sample, lam in [("plain", None, 1.0), *((str(sample), sample, None) for sample in samples)]:
+    for name, sample in [("plain", None), *((str(sample), sample) for sample in samples)]:
+        model = case.model(name, sample)
         with sampling(sample):
-            logits = case.logits(case.full(lam), case.choice)
+            logits = case.logits(model, case.choice)
         error = float((logits - exact).norm() / exact.norm())
         rows[name] = {**errors[name], "logits": error, "accuracy": accuracy(logits, labels)}
         print(name, rows[name], flush=True)
@@ -198,8 +208,8 @@ def clean(case: Case, samples: Sequence[Sample]) -> dict[str, Any]:
     """Accuracies on all test images, after calibration."""
 
     def right(name: str, sample: Sample | None) -> list[bool]:
+        model = case.model(name, sample)
         with sampling(sample):
-            model = case.full(1.0 if name == "plain" else None)
             hits: list[bool] = (case.logits(model, case.test).argmax(1) == case.test[1]).tolist()
             return hits
 
@@ -216,8 +226,8 @@ def worst(case: Case, samples: Sequence[Sample]) -> dict[str, Any]:
     loader = list(zip(pixels.split(100), labels.split(100), strict=True))
 
     def right(name: str, sample: Sample | None) -> Sequence[bool]:
+        model = case.model(name, sample)
         with sampling(sample):
-            model = case.full(1.0 if name == "plain" else None)
             return evaluate(model, loader, case.threat, control=False, **case.suite).survivors
 
     return compared(samples, right)
@@ -255,12 +265,36 @@ def chosen_rule(choice: dict[str, Any]) -> str:
     return min(RULES, key=error)
 
 
+def _suite(settings: dict[str, Any]) -> str:
+    named = {"suite": "adaptive", **settings}
+    return ", ".join(f"{key} {value}" for key, value in named.items())
+
+
 def _shown(row: dict[str, Any] | None) -> str:
     """A share in %, and its difference from that of the full estimate, in points."""
     if row is None:
         return ""
     low, high = (100 * value for value in row["interval"])
     return f"{100 * row['share']:.1f}, {100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def verdict(part: dict[str, Any]) -> str:
+    """Which subsets of a model keep to both limits, in a sentence; a part that was not measured refuses nothing."""
+    times, losses = part.get("time", {}), {key: part.get(key, {}) for key in ("clean", "worst")}
+
+    def within(name: str) -> tuple[bool, bool]:
+        quick = times[name]["forward share"] <= TIME and times[name]["both share"] <= TIME
+        return quick, all(rows[name]["difference"] >= -POINTS for rows in losses.values() if name in rows)
+
+    limits = {name: within(name) for name in times if name not in ("full", "plain")}
+    quick, kind, both = (
+        ", ".join(f"({name})" for name, limit in limits.items() if chosen(limit)) or "none"
+        for chosen in (lambda limit: limit[0], lambda limit: limit[1], all)
+    )
+    return (
+        f"Within {TIME:g} of the time: {quick}. Losing at most {100 * POINTS:g} points of each share measured: {kind}. "
+        f"**Both: {both}.**"
+    )
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -280,21 +314,27 @@ def markdown(content: dict[str, Any]) -> str:
         for name, row in part["choice"].items():
             errors = [f"{row[key]:.2f}" for key in ("products", "layers", "best", "logits")]
             lines.append("| " + " | ".join((name, *errors, f"{100 * row['accuracy']:.1f}")) + " |")
-        lines += ["", f"On the images of the choice. On those reported, under {part['threat']}, {part['suite']}:", ""]
+        lines += [
+            "",
+            f"On the images of the choice. On those reported, under {part['threat']}, {_suite(part['suite'])}:",
+            "",
+        ]
         lines += ["| subset | forward | with backward | clean | all attacks |", "|---|---|---|---|---|"]
         for name, row in part.get("time", {}).items():
             shares = [f"{row[f'{kind} share']:.2f}" for kind in ("forward", "both")]
             rows = (part.get(key, {}).get(name) for key in ("clean", "worst"))
             lines.append("| " + " | ".join((name, *shares, *map(_shown, rows))) + " |")
         counts = [f"{key} {part[key]['full']['images']}" for key in ("clean", "worst") if key in part]
-        lines += ["", f"Number of images: {', '.join(counts)}."]
+        lines += ["", f"Number of images: {', '.join(counts)}. {verdict(part)}"]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shared", type=Path, required=True, help="folder with checkpoints/ and data/")
-    parser.add_argument("--only", choices=PARTS, help="measure this part alone, and keep the others")
+    parser.add_argument(
+        "--only", choices=PARTS, nargs="+", default=PARTS, help="parts to measure anew; the others stay"
+    )
     parser.add_argument("--model", choices=CASES, help="measure this model alone, and keep the others")
     parser.add_argument("--rounds", type=int, default=7, help="number of timed rounds (default: 7)")
     parser.add_argument("--kept", type=Path, default=ROOT / "results" / ".kept", help="folder of trained models")
@@ -306,14 +346,14 @@ def main() -> None:
     content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     cases = {name: case(lab, args.shared) for name, case in CASES.items() if args.model in (None, name)}
     for part in PARTS:
-        for name, case in cases.items() if args.only in (None, part) else ():
+        for name, case in cases.items() if part in args.only else ():
             row = content.setdefault(name, {"title": case.title, "threat": str(case.threat), "suite": case.suite})
             print(name, part, flush=True)
             if part == "choice":
                 row[part] = choose(case)
             else:
                 rule = chosen_rule(row["choice"])
-                samples = [Sample(rule, *rest) for rest in (ATTACKED if part == "worst" else REPORTED)]
+                samples = [Sample(rule, *rest) for rest in (case.strongest if part == "worst" else case.reported)]
                 row[part] = {
                     "clean": partial(clean, case, samples),
                     "time": partial(timed, case, samples, args.rounds),
