@@ -36,6 +36,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent / "reproduce"))
 from lab import FAMILIES, Lab
 from sampled_layers import RULES, Sample, layer_errors, sampling
+from sampled_table import markdown
 
 from timm_nrpm import NRPMConfig, Threat, calibrate_, evaluate, reprogram_
 from timm_nrpm.attacks.library import pgd
@@ -48,9 +49,6 @@ SIZES = (1 / 2, 1 / 4, 1 / 8, 32, 16)
 REPORTED = ((1 / 2, True), (1 / 4, True), (1 / 8, True), (1 / 8, False))
 ATTACKED = ((1 / 2, True), (1 / 8, True), (1 / 8, False))
 PARTS = ("choice", "time", "clean", "worst")
-SUITES = ("the examples of PGD-10 on the plain model", "the adaptive suite, effort fast")
-TIME, POINTS = 0.25, 0.005
-"""The option is kept if a model takes at most this share of the full estimate's time, and loses these points."""
 Images = tuple[Tensor, Tensor]  # pixels [N, C, H, W] in [0, 1], labels [N]
 
 
@@ -274,65 +272,6 @@ def chosen_rule(choice: dict[str, Any]) -> str:
         return statistics.mean(math.log(row["logits"]) for row in scaled if row["logits"])
 
     return min(RULES, key=error)
-
-
-def _shown(row: dict[str, Any] | None) -> str:
-    """A share in %, and its difference from that of the full estimate, in points."""
-    if row is None:
-        return ""
-    low, high = (100 * value for value in row["interval"])
-    return f"{100 * row['share']:.1f}, {100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def verdict(part: dict[str, Any]) -> str:
-    """Which subsets of a model keep to both limits, in a sentence; a part that was not measured refuses nothing."""
-    times, losses = part.get("time", {}), {key: part.get(key, {}) for key in ("clean", "worst")}
-
-    def within(name: str) -> tuple[bool, bool]:
-        quick = times[name]["forward share"] <= TIME and times[name]["both share"] <= TIME
-        return quick, all(rows[name]["difference"] >= -POINTS for rows in losses.values() if name in rows)
-
-    limits = {name: within(name) for name in times if name not in ("full", "plain")}
-    quick, kind, both = (
-        ", ".join(f"({name})" for name, limit in limits.items() if chosen(limit)) or "none"
-        for chosen in (lambda limit: limit[0], lambda limit: limit[1], all)
-    )
-    return (
-        f"Within {TIME:g} of the time: {quick}. Losing at most {100 * POINTS:g} points of each share measured: {kind}. "
-        f"**Both: {both}.**"
-    )
-
-
-def markdown(content: dict[str, Any]) -> str:
-    lines = [
-        "# An estimate from a subset of the input channels",
-        "",
-        "`scripts/sampled.py`, one thread. A subset is a rule and a size; `unscaled` leaves the factor D / D_S out. "
-        "Errors are relative to the full estimate: those of layers are means over the layers, on the inputs that the "
-        "full model gives them, and `best` is what would be left if the correction had the best coefficient in every "
-        "layer. `plain` is the model without any correction. Accuracies are after calibration, in %; differences are "
-        "from the full estimate, in points, with the 95 % interval of paired images "
-        "(Agresti and Min). Times are medians by turns, as shares of the full estimate's.",
-    ]
-    for part in content.values():
-        lines += ["", f"## {part['title'][0].upper()}{part['title'][1:]}", ""]
-        lines += ["| subset | products | layers | best | logits | accuracy |", "|---|---|---|---|---|---|"]
-        for name, row in part["choice"].items():
-            errors = [f"{row[key]:.2f}" for key in ("products", "layers", "best", "logits")]
-            lines.append("| " + " | ".join((name, *errors, f"{100 * row['accuracy']:.1f}")) + " |")
-        lines += [
-            "",
-            f"On the images of the choice. On those reported, under {part['threat']}, {SUITES[bool(part['effort'])]}:",
-            "",
-        ]
-        lines += ["| subset | forward | with backward | clean | all attacks |", "|---|---|---|---|---|"]
-        for name, row in part.get("time", {}).items():
-            shares = [f"{row[f'{kind} share']:.2f}" for kind in ("forward", "both")]
-            rows = (part.get(key, {}).get(name) for key in ("clean", "worst"))
-            lines.append("| " + " | ".join((name, *shares, *map(_shown, rows))) + " |")
-        counts = [f"{key} {part[key]['full']['images']}" for key in ("clean", "worst") if key in part]
-        lines += ["", f"Number of images: {', '.join(counts)}. {verdict(part)}"]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -39,7 +39,9 @@ class Sample:
     rule: str
     size: float
     scaled: bool = True
-    known: dict[tuple[int, torch.Size], Tensor | None] = field(default_factory=dict, compare=False, repr=False)
+    known: dict[tuple[int, torch.Size], tuple[Tensor, Tensor | None]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def __str__(self) -> str:
         size = f"{self.size:g}" if self.size >= 1 else f"1/{1 / self.size:g}"
@@ -49,8 +51,8 @@ class Sample:
         """Indices of the chosen channels of a weight `[O, C, ...]`, computed once; None for all of them."""
         key = (weight.data_ptr(), weight.shape)
         if key not in self.known:
-            self.known[key] = self._choose(weight.detach())
-        return self.known[key]
+            self.known[key] = (weight, self._choose(weight.detach()))  # a weight that is held keeps its address
+        return self.known[key][1]
 
     def _choose(self, weight: Tensor) -> Tensor | None:
         total = weight.shape[1]
@@ -110,7 +112,6 @@ def sampling(sample: Sample | None) -> AbstractContextManager[Any]:
     """Make every reprogrammed layer, those of surrogates included, compute the sampled estimate inside the context."""
     if sample is None:
         return nullcontext()
-    sample.known.clear()
     convolution = partial(sampled, sample, nrpm_conv2d, F.conv2d, -3)
     return mock.patch.multiple(
         layers, nrpm_conv2d=convolution, nrpm_linear=partial(sampled, sample, nrpm_linear, F.linear, -1)
