@@ -18,12 +18,13 @@ def _shown(row: dict[str, Any] | None) -> str:
 
 
 def verdict(part: dict[str, Any]) -> str:
-    """Which subsets of a model keep to both limits, in a sentence; a part that was not measured refuses nothing."""
-    times, losses = part.get("time", {}), {key: part.get(key, {}) for key in ("clean", "worst")}
+    """Which subsets of a model keep to both limits, in a sentence, by the shares that were measured."""
+    times, losses = part.get("time", {}), [part.get(key, {}) for key in ("clean", "worst")]
 
     def within(name: str) -> tuple[bool, bool]:
         quick = times[name]["forward share"] <= TIME and times[name]["both share"] <= TIME
-        return quick, all(rows[name]["difference"] >= -POINTS for rows in losses.values() if name in rows)
+        measured = [rows[name]["difference"] for rows in losses if name in rows]
+        return quick, bool(measured) and min(measured) >= -POINTS
 
     limits = {name: within(name) for name in times if name not in ("full", "plain")}
     quick, kind, both = (
@@ -71,5 +72,5 @@ def markdown(content: dict[str, Any]) -> str:
             rows = (part.get(key, {}).get(name) for key in ("clean", "worst"))
             lines.append("| " + " | ".join((name, *shares, *map(_shown, rows))) + " |")
         counts = [f"{key} {part[key]['full']['images']}" for key in ("clean", "worst") if key in part]
-        lines += ["", f"Number of images: {', '.join(counts)}. {verdict(part)}"]
+        lines += ["", f"Number of images: {', '.join(counts) or 'none'}. {verdict(part)}"]
     return "\n".join(lines) + "\n"
