@@ -26,6 +26,7 @@ constexpr int PANEL = LANES * VECTORS;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t Int __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
@@ -40,6 +41,17 @@ inline void copy(float* to, const float* from, int64_t n) {
   _mm512_mask_storeu_ps(to + i, rest, _mm512_maskz_loadu_ps(rest, from + i));
 #else
   for (; i < n; i++) to[i] = from[i];
+#endif
+}
+
+inline void add(float* to, const float* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(to + i, load(to + i) + load(from + i));
+#if defined(__AVX512F__)
+  const __mmask16 rest = (1u << (n - i)) - 1;
+  _mm512_mask_storeu_ps(to + i, rest, _mm512_maskz_loadu_ps(rest, to + i) + _mm512_maskz_loadu_ps(rest, from + i));
+#else
+  for (; i < n; i++) to[i] += from[i];
 #endif
 }
 
@@ -73,6 +85,16 @@ inline Vec add_with_sign(Vec base, Vec v, Vec t) {
 #endif
 }
 
+// v * sign(t), which is 0 where t = 0.
+inline Vec times_sign(Vec v, Vec t) {
+#if defined(__AVX512F__)
+  const __m512i signs = _mm512_set1_epi32((int32_t)0xA9A9A822);  // -1, 0 or 1 by the class of t, NaN for NaN
+  return v * (Vec)_mm512_fixupimm_ps((__m512)t, (__m512)t, signs, 0);
+#else
+  return add_with_sign(Vec{}, v, t);
+#endif
+}
+
 inline float sum(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
@@ -80,6 +102,22 @@ inline float sum(Vec v) {
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) v[i] += v[i + half];
   return v[0];
+#endif
+}
+
+// Adds the sums of four vectors to four numbers.
+inline void add_sums(const Vec (&v)[4], float* const (&to)[4], int64_t at) {
+#if defined(__AVX512F__)
+  const auto pairs = [](Vec a, Vec b) {
+    return _mm512_castps_pd(_mm512_unpacklo_ps((__m512)a, (__m512)b) + _mm512_unpackhi_ps((__m512)a, (__m512)b));
+  };
+  const __m512d ab = pairs(v[0], v[1]), cd = pairs(v[2], v[3]);
+  const __m512 all = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+  const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+  const __m128 sums = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+  for (int i = 0; i < 4; i++) to[i][at] += sums[i];
+#else
+  for (int i = 0; i < 4; i++) to[i][at] += sum(v[i]);
 #endif
 }
 
@@ -201,9 +239,7 @@ inline void unpack(float* x, const float* panel, int64_t width, const Conv& c, c
   stretches(c, runs, first, [&](int64_t row, int64_t at, int64_t offset, int64_t n) {
     const float* from = panel + row * width + at;
     float* to = x + offset;
-    if (step == 1)
-      for (int64_t d = 0; d < channels; d++)
-        for (int64_t i = 0; i < n; i++) to[d * c.x[1] + i] += from[d * rows + i];
+    if (step == 1) for (int64_t d = 0; d < channels; d++) add(to + d * c.x[1], from + d * rows, n);
     else crosswise(channels, n, [&](int64_t d, int64_t i) { to[d * c.x[1] + i * step] += from[d * rows + i]; });
   });
 }
