@@ -8,6 +8,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "limits.h"
 
 extern "C" {
 
@@ -28,26 +29,13 @@ void nrpm_backward(const Conv* c, const Penalty* penalty, int general, const flo
   else backward<false>(*c, *penalty, tensors, threads);
 }
 
-// The machine's limit, to which the benchmark compares the kernels: in every thread, |x|, an addition, a reciprocal and
-// two multiply-adds, `rounds` times, for `count` numbers that stay in the first-level cache.
-float nrpm_limit(const float* numbers, int64_t count, int64_t rounds, int threads) {
-  float result = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : result)
-  {
-    Vec S[VECTORS] = {}, T[VECTORS] = {};
-    for (int64_t round = 0; round < rounds; round++) {
-      const float a = 1.0f + 1e-6f * round;
-      for (int64_t i = 0; i + PANEL <= count; i += PANEL)
-        for (int v = 0; v < VECTORS; v++) {
-          const Vec t = load(numbers + i + v * LANES) * a - 0.5f;
-          const Vec w = reciprocal(magnitude(t) + 1e-3f);
-          S[v] += w;
-          T[v] += w * t;
-        }
-    }
-    for (int v = 0; v < VECTORS; v++) result += sum(S[v]) + sum(T[v]);
-  }
-  return result;
+// The machine's limit, to which the benchmark compares the kernels: in every thread, the arithmetic of l1 for each product
+// and step, `rounds` times for `count` numbers that stay in the first-level cache. `pass` is 0 for the forward pass, 1 for
+// the forward pass that keeps what a gradient needs, and 2 for the backward pass, which makes LIMIT_STEPS steps.
+float nrpm_limit(const float* numbers, int64_t count, int64_t rounds, int pass, int threads) {
+  if (pass == 2) return limit_of_backward(numbers, count, rounds, threads);
+  if (pass == 1) return limit_of_forward<true>(numbers, count, rounds, threads);
+  return limit_of_forward<false>(numbers, count, rounds, threads);
 }
 
 }  // extern "C"
