@@ -7,6 +7,7 @@
 // not vary either.
 
 #include "backward.h"
+#include "backward_rows.h"
 #include "forward.h"
 #include "limits.h"
 
@@ -26,6 +27,7 @@ void nrpm_backward(const Conv* c, const Penalty* penalty, int general, const flo
                    float* grad_weight, int threads) {
   const Tensors tensors = {x, weight, plain, end, state, grad, grad_x, grad_weight};
   if (general) backward<true>(*c, *penalty, tensors, threads);
+  else if (!grad_weight && gathering_pays(*c)) backward_rows(*c, *penalty, tensors, threads);
   else backward<false>(*c, *penalty, tensors, threads);
 }
 
