@@ -1,5 +1,5 @@
-// The backward pass: every product again, and its gradient. A layer whose channels are too few for the threads is cut into
-// ranges of positions, each with its own part of the weight's gradient.
+// The backward pass: every product again, and its gradient. A layer whose channels are too few for the threads is cut
+// into ranges of positions, each with its own part of the weight's gradient.
 
 #pragma once
 
@@ -11,8 +11,8 @@ namespace {
 constexpr int64_t ROWS[2] = {64, 288};  // of a panel in the backward pass: fewest, and most, which L2 holds twice
 constexpr int MAX_STEPS = 4;          // steps whose coefficients the backward pass holds in registers at once
 
-// What the gradient of a product needs from one step, for a vector of positions: m_k, two factors and, for l1, A + B and
-// A - B.
+// What the gradient of a product needs from one step, for a vector of positions: m_k, two factors and, for l1, A + B
+// and A - B.
 struct Coefficients {
   Vec mean, A, B, plus, minus;
 };
@@ -142,7 +142,8 @@ struct Place {
   Place(const Conv& c, const Positions& positions, int64_t size)
       : c(c), positions(positions), size(size), whole(size == PANEL && c.z[3] == 1 && positions.out.count == 1) {}
 
-  // The numbers of one output, copied to `copied`, which they do not fill, unless they lie in memory as they are needed.
+  // The numbers of one output, copied to `copied`, which they do not fill, unless they lie in memory as they are
+  // needed.
   const float* line(const float* from, int64_t channel, float* copied) const {
     from += channel * c.z[1];
     if (whole) {
@@ -185,8 +186,8 @@ void coefficients(Coefficients* f, int64_t stride, const Tensors& t, const Place
   }
 }
 
-// Adds the gradients of OUTPUTS outputs from `channel` on to the gradient of a panel and, if `into` is given, to that of
-// the weight, whose rows are read from the input `first` on.
+// Adds the gradients of OUTPUTS outputs from `channel` on to the gradient of a panel and, if `into` is given, to that
+// of the weight, whose rows are read from the input `first` on.
 template <bool GENERAL, int OUTPUTS>
 void differentiate(const Tensors& t, const Place& place, int64_t channel, int64_t first, int64_t rows, float* into,
                    const float* panel, float* grad_panel, const Penalty penalty) {

@@ -1,8 +1,8 @@
 // The gradient of the input alone, which attacks follow, where stride is 1 and outputs are few.
 //
 // Every vector of input positions gathers its gradient in registers, over the outputs and taps that read it. The
-// coefficients of the outputs lie in padded rows, so that those of a tap are unaligned loads; nothing is packed or added up
-// in memory.
+// coefficients of the outputs lie in padded rows, so that those of a tap are unaligned loads; nothing is packed or
+// added up in memory.
 
 #pragma once
 
@@ -11,8 +11,8 @@
 
 namespace {
 
-// Coefficients of a band of input rows, [outputs][steps][mean, A, B][rows][pitch]. Outside the output A and B are 0, and
-// the mean is far from every product.
+// Coefficients of a band of input rows, [outputs][steps][mean, A, B][rows][pitch]. Outside the output A and B are 0,
+// and the mean is far from every product.
 struct CoefficientBand {
   static constexpr float FAR = 1e15f;
   int64_t height, in_rows, pitch, plane, output;  // rows of the input and of the output, and distances
@@ -111,7 +111,8 @@ void gather_all(const float* a, const Source* sources, int64_t count, const int6
   }
 }
 
-// Number of input rows in a band whose coefficients fit the cache, cut further where pieces would be few; 0 if none fits.
+// Number of input rows in a band whose coefficients fit the cache, cut further where pieces would be few; 0 if none
+// fits.
 inline int64_t coefficient_height(const Conv& c) {
   const CoefficientBand one(c, 1);
   const int64_t room = CACHE / 4 - c.outputs * one.output, more = c.outputs * 3 * c.steps * one.pitch;
@@ -143,7 +144,8 @@ inline void backward_rows(const Conv& c, const Penalty penalty, const Tensors& t
                    (c.kernel[1] - 1 - i % c.kernel[1]) * c.dilation[1];
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < c.batch * c.groups * bands; task++) {
-      const int64_t first = task % bands * band.height, group = task / bands % c.groups, image = task / bands / c.groups;
+      const int64_t first = task % bands * band.height, group = task / bands % c.groups;
+      const int64_t image = task / bands / c.groups;
       band.fill(coefficients.get(), c, t, image, first, group, penalty);
       int64_t count = 0;
       for (int64_t row = 0; row < std::min(band.height, c.height - first); row++)

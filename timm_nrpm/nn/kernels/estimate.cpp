@@ -1,10 +1,10 @@
 // The estimator of estimator.py over a convolution, forward and backward, on the CPU in float32. kernels/operator.py
 // describes what is computed, kernels/compiling.py compiles this file. A linear map is a 1x1 convolution.
 //
-// Every product of an output with its input is computed in registers, K times, so that the time goes into arithmetic, and
-// the memory is a part of the input per thread and what is kept of its outputs. How the work is cut depends on the shapes
-// alone, never on the number of threads, and no sum over the pieces is taken in an order that could vary, so results do
-// not vary either.
+// Every product of an output with its input is computed in registers, K times, so that the time goes into arithmetic,
+// and the memory is a part of the input per thread and what is kept of its outputs. How the work is cut depends on the
+// shapes alone, never on the number of threads, and no sum over the pieces is taken in an order that could vary, so
+// results do not vary either.
 
 #include "backward.h"
 #include "backward_rows.h"
@@ -31,9 +31,10 @@ void nrpm_backward(const Conv* c, const Penalty* penalty, int general, const flo
   else backward<false>(*c, *penalty, tensors, threads);
 }
 
-// The machine's limit, to which the benchmark compares the kernels: in every thread, the arithmetic of l1 for each product
-// and step, `rounds` times for `count` numbers that stay in the first-level cache. `pass` is 0 for the forward pass, 1 for
-// the forward pass that keeps what a gradient needs, and 2 for the backward pass, which makes LIMIT_STEPS steps.
+// The machine's limit, to which the benchmark compares the kernels: in every thread, the arithmetic of l1 for each
+// product and step, `rounds` times for `count` numbers that stay in the first-level cache. `pass` is 0 for the forward
+// pass, 1 for the forward pass that keeps what a gradient needs, and 2 for the backward pass, which makes LIMIT_STEPS
+// steps.
 float nrpm_limit(const float* numbers, int64_t count, int64_t rounds, int pass, int threads) {
   if (pass == 2) return limit_of_backward(numbers, count, rounds, threads);
   if (pass == 1) return limit_of_forward<true>(numbers, count, rounds, threads);

@@ -157,7 +157,8 @@ struct PanelPass {
     const int64_t start = channel * c.z[1] + r.image * c.z[0] + r.row * c.z[2] + r.column * c.z[3];
     const Layout layout = {adjacent ? c.z[1] : PANEL, adjacent ? whole : 4 * PANEL, rows};
     if (!adjacent)
-      for (int o = 0; o < OUTPUTS; o++) gather(means.get() + o * PANEL, t.plain + (channel + o) * c.z[1], c, at_hand.out);
+      for (int o = 0; o < OUTPUTS; o++)
+        gather(means.get() + o * PANEL, t.plain + (channel + o) * c.z[1], c, at_hand.out);
     Site sites[VECTORS];
     int64_t count = 0;
     for (int64_t at = 0; at < size; at += LANES) {
@@ -225,7 +226,8 @@ void forward_rows(const Conv& c, const Penalty penalty, const Results& t, int th
     const Layout layout = {c.z[1], c.positions() * c.groups * c.outputs, rows.get()};
 #pragma omp for schedule(dynamic, grain)
     for (int64_t task = 0; task < c.batch * c.groups * bands; task++) {
-      const int64_t first = task % bands * band.height, group = task / bands % c.groups, image = task / bands / c.groups;
+      const int64_t first = task % bands * band.height, group = task / bands % c.groups;
+      const int64_t image = task / bands / c.groups;
       band.pack(input.get(), t.x, c, image, first, group * c.channels);
       const int64_t channel = group * c.outputs, height = std::min(band.height, c.out_height - first);
       int64_t count = 0;

@@ -21,7 +21,8 @@ float limit_of_forward(const float* numbers, int64_t count, int64_t rounds, int 
     for (int64_t round = 0; round < rounds; round++) {
       const float a = 1.0f + 1e-6f * round;
       for (int64_t i = 0; i + PANEL <= count; i += PANEL) {
-        const float* const x[VECTORS] = {numbers + i, numbers + i + LANES, numbers + i + 2 * LANES, numbers + i + 3 * LANES};
+        const float* const at = numbers + i;
+        const float* const x[VECTORS] = {at, at + LANES, at + 2 * LANES, at + 3 * LANES};
         add_products<false, KEEP>(&a, x, &row, 1, 0, penalty, m, sums);
       }
     }

@@ -32,8 +32,8 @@ struct Band {
         }
   }
 
-  // Copies the input of the output rows from `first` on, from channel `channel` on, counted over all groups. What lies in
-  // the padding at the sides is never written: it is 0 from the start.
+  // Copies the input of the output rows from `first` on, from channel `channel` on, counted over all groups. What lies
+  // in the padding at the sides is never written: it is 0 from the start.
   void pack(float* to, const float* x, const Conv& c, int64_t image, int64_t first, int64_t channel) const {
     const int64_t step = c.stride[1];
     for (int64_t phase = 0; phase < step; phase++) {

@@ -71,7 +71,9 @@ inline Vec magnitude(Vec v) { return (Vec)((Int)v & 0x7fffffff); }
 
 // 1 / v to float32 accuracy: an approximation to 14 (AVX-512) or 12 bits, and one Newton step, which doubles the bits.
 // Sharing one reciprocal between two products, 1 / a = b / (a b), was 15 % faster when measured, but it overflows from
-// distances of 1e19 on, and is no faster when scaled so that it does not.
+// distances of 1e19 on, and is no faster when scaled so that it does not. Without the Newton step the limit of the forward
+// pass was 1.46 times higher, but sums were off by 2e-5 and gradients by 2e-4 at any depth: distances that are equal, such
+// as those of zeros, have equal errors, which do not average out.
 inline Vec reciprocal(Vec v) {
 #if defined(__AVX512F__)
   Vec r = (Vec)_mm512_rcp14_ps((__m512)v);
