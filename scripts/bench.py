@@ -89,9 +89,16 @@ def seconds(work: Callable[[], Any], device: str, at_least: float = 1.0) -> floa
     return statistics.median(times[1:])
 
 
-def _status(field: str) -> int:
+def resident(field: str) -> int:
+    """Return a field of /proc/self/status in bytes: VmRSS is the resident memory, VmHWM its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def reset_peak() -> None:
+    """Give freed memory back to the system, and let the peak of the resident memory start from what is left."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(work: Callable[[], Any], device: str) -> int:
@@ -105,11 +112,10 @@ def peak_bytes(work: Callable[[], Any], device: str) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
+    reset_peak()
+    before = resident("VmRSS")
     work()
-    return max(0, _status("VmHWM") - before)
+    return max(0, resident("VmHWM") - before)
 
 
 def forget_free_memory() -> None:
@@ -273,7 +279,7 @@ def models(device: str, progress: Progress, _: Memory) -> list[Row]:
 
             row[kind] = {"forward_seconds": seconds(forward, device, 3), "train_seconds": seconds(train, device, 3)}
             row[kind]["train_bytes"] = peak_bytes(train, device)
-            row[kind]["resident_bytes"] = _status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+            row[kind]["resident_bytes"] = resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
             if kind == "ours" and device == "cpu":
                 row["time_goes_to"] = {"forward": _profile(forward, device), "train": _profile(train, device)}
             progress.advance(task)
