@@ -7,8 +7,9 @@
 Writes results/bench-DEVICE.json and results/bench-DEVICE.md. Everything is measured in one run, since machines are
 shared: the estimator, the reference that holds every product in memory, the plain operation, and the limit. The limit
 is a loop over data in the first-level cache that does what a step does to each product: one |x|, an addition, a
-reciprocal and two multiply-adds. Times are medians. A product counts once, whatever K is: at K = 3 the limit in
-products is a third of that in steps.
+reciprocal and two multiply-adds. The limit of forward and backward together is that of two such loops, with the
+arithmetic of the forward pass that keeps what a gradient needs, and with that of the backward pass. Times are medians.
+A product counts once, whatever K is: at K = 3 the limit in products is a third of that in steps.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from bench_tables import K, Row, markdown
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -39,8 +41,6 @@ from timm_nrpm.nn.functional import nrpm_conv2d, nrpm_linear
 from timm_nrpm.nn.kernels import compiling, native
 
 ROOT = Path(__file__).parents[1]
-K = 3
-Row = dict[str, Any]
 Memory = list[tuple[Row, str, Callable[[], Any]]]  # row, key in it, and the call whose memory is measured at the end
 
 # By name: batch, channels, outputs, size, kernel, stride, padding, groups. The first three are the targets.
@@ -89,9 +89,16 @@ def seconds(work: Callable[[], Any], device: str, at_least: float = 1.0) -> floa
     return statistics.median(times[1:])
 
 
-def _status(field: str) -> int:
+def resident(field: str) -> int:
+    """Return a field of /proc/self/status in bytes: VmRSS is the resident memory, VmHWM its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def reset_peak() -> None:
+    """Give freed memory back to the system, and let the peak of the resident memory start from what is left."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(work: Callable[[], Any], device: str) -> int:
@@ -105,11 +112,10 @@ def peak_bytes(work: Callable[[], Any], device: str) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
+    reset_peak()
+    before = resident("VmRSS")
     work()
-    return max(0, _status("VmHWM") - before)
+    return max(0, resident("VmHWM") - before)
 
 
 def forget_free_memory() -> None:
@@ -118,20 +124,28 @@ def forget_free_memory() -> None:
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
 
 
-def limit(device: str) -> float:
-    """Return the most steps (|x|, addition, reciprocal, two multiply-adds) that the machine can do per second.
+def limits(device: str) -> dict[str, float]:
+    """Return the most steps that the machine can do per second, forward and with backward as well ("both").
 
-    It is NaN on a CPU without a compiled kernel.
+    They are NaN where they are not known: on a CPU without a compiled kernel, and with backward on a GPU.
     """
     if device == "cuda":
         # A multiprocessor does 16 reciprocals and 128 multiply-adds per clock; a step takes 1 and about 8 of them.
         properties = torch.cuda.get_device_properties(0)
         clocks = properties.multi_processor_count * torch.cuda.clock_rate() * 1e6
-        return min(16.0, 128 / 8) * clocks
+        return {"forward": min(16.0, 128 / 8) * clocks, "both": math.nan}
     if native.library() is None:
-        return math.nan
-    numbers, rounds, threads = torch.rand(4096), 10_000, torch.get_num_threads()
-    return len(numbers) * rounds * threads / seconds(lambda: native.limit(numbers, rounds, threads), device, 0.3)
+        return {"forward": math.nan, "both": math.nan}
+    numbers, rounds, threads = torch.rand(4096), 5_000, torch.get_num_threads()
+    rates = {
+        name: len(numbers) * rounds * threads * steps
+        / seconds(partial(native.limit, numbers, rounds, name, threads), device, 0.3)
+        for name, (_, steps) in native.LIMITS.items()
+    }  # fmt: skip
+    return {
+        "forward": rates["forward"],
+        "both": 1 / (1 / rates["forward for a gradient"] + 1 / rates["backward"]),
+    }
 
 
 def machine(device: str) -> Row:
@@ -178,7 +192,7 @@ def _operator(
 
         return step
 
-    row: Row = {"layer": name, "products": products, "steps_a_second_at_the_limit": limit(device)}
+    row: Row = {"layer": name, "products": products, "steps_a_second_at_the_limit": limits(device)}
     # The reference holds about a dozen tensors of products for the gradient.
     fits = products * 4 * 12 < 11e9
     for kind, wrap in (("forward", inference), ("both", both)):
@@ -190,7 +204,8 @@ def _operator(
         if fits:
             memory.append((row[kind], "reference_bytes", wrap(reference)))
         row[kind]["products_a_second"] = products / row[kind]["seconds"]
-    row["steps_a_second_at_the_limit"] = max(row["steps_a_second_at_the_limit"], limit(device))  # the machine is shared
+    before, after = row["steps_a_second_at_the_limit"], limits(device)  # the machine is shared
+    row["steps_a_second_at_the_limit"] = {kind: max(before[kind], after[kind]) for kind in after}
     return row
 
 
@@ -264,7 +279,7 @@ def models(device: str, progress: Progress, _: Memory) -> list[Row]:
 
             row[kind] = {"forward_seconds": seconds(forward, device, 3), "train_seconds": seconds(train, device, 3)}
             row[kind]["train_bytes"] = peak_bytes(train, device)
-            row[kind]["resident_bytes"] = _status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+            row[kind]["resident_bytes"] = resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
             if kind == "ours" and device == "cpu":
                 row["time_goes_to"] = {"forward": _profile(forward, device), "train": _profile(train, device)}
             progress.advance(task)
@@ -302,76 +317,6 @@ def scaling(device: str, progress: Progress, _: Memory) -> list[Row]:
             })  # fmt: skip
             progress.advance(task)
     return rows
-
-
-def _gib(count: float | None) -> str:
-    return "" if count is None else f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
-
-
-def _times(value: float | None, by: float | None) -> str:
-    if not value or not by or math.isnan(value / by):
-        return ""
-    ratio = value / by
-    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2f}x"
-
-
-def tables(result: Row) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Return the title, header and rows of every table that has rows."""
-    made = []
-    gpu = result["machine"]["gpu"]
-    for kind, title in (("forward", "Forward"), ("both", "Forward and backward")):
-        rows = [
-            [
-                row["layer"],
-                f"{row[kind]['products_a_second'] / 1e9:.2f}",
-                _times(row[kind]["reference_seconds"], row[kind]["seconds"]),
-                _times(row["steps_a_second_at_the_limit"], K * row[kind]["products_a_second"]),
-                _times(row[kind]["seconds"], row[kind]["plain_seconds"]),
-                _gib(row[kind]["bytes"]),
-                _gib(row[kind].get("reference_bytes")),
-                *([_times(row[kind].get("compiled_reference_seconds"), row[kind]["seconds"])] if gpu else []),
-            ]
-            for row in result.get("operators", [])
-        ]
-        header = ["layer", "G products/s", "faster than the reference", "limit over ours", "ours over plain",
-                  "memory", "of the reference", *(["faster than it compiled"] if gpu else [])]  # fmt: skip
-        made.append((f"{title}, K = {K}, l1, float32", header, rows))
-    rows = []
-    for row in result.get("models", []):
-        for step in ("forward", "train"):
-            ours, plain = row["ours"][f"{step}_seconds"], row["plain"][f"{step}_seconds"]
-            shares = row.get("time_goes_to", {}).get(step, {})
-            rows.append([
-                f"{row['model']}, batch {row['batch']}, {step}", f"{ours:.2f} s", f"{plain:.2f} s", _times(ours, plain),
-                f"{row['batch'] / ours:.1f}", _gib(row["ours"]["resident_bytes"]) if step == "train" else "",
-                ", ".join(f"{name} {share:.0%}" for name, share in shares.items()),
-            ])  # fmt: skip
-    header = ["224x224, every layer", "ours", "plain", "ratio", "images/s", "resident", "where the time goes"]
-    made.append(("Models", header, rows))
-    rows = [
-        [f"{row['varied']} = {row['value']}", f"{row['forward_steps_a_second'] / 1e9:.1f}",
-         f"{row['both_steps_a_second'] / 1e9:.1f}"]
-        for row in result.get("scaling", [])
-    ]  # fmt: skip
-    made.append(("Scaling: G product steps/s, constant if the cost is linear", ["", "forward", "both"], rows))
-    return [table for table in made if table[2]]
-
-
-def markdown(result: Row) -> str:
-    about = result["machine"]
-    lines = [
-        "# What `scripts/bench.py` measured",
-        "",
-        f"{about['gpu'] or about['cpu']} ({', '.join(about['cpu_flags'])}), {about['threads']} threads, torch "
-        f"{about['torch']}, timm {about['timm']}, {about['compiler'] or 'no compiler'}. A product counts once, "
-        "whatever K is. The reference holds every product; it is left out where they would not fit. The limit is a "
-        "loop over data in the first-level cache with the same number of |x|, additions, reciprocals and "
-        "multiply-adds.",
-    ]
-    for title, header, rows in tables(result):
-        lines += ["", f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

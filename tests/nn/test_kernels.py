@@ -31,13 +31,15 @@ def reference(x, weight, conv, iterations, penalty):
     return torch.cat(outs, 1)
 
 
-def run(x, weight, conv, iterations, penalty, grad=None):
+def run(x, weight, conv, iterations, penalty, grad=None, of_weight=True):
     """The operator's sums and, given their gradient, the gradients of x and weight, the start's share included."""
-    x, weight = x.detach().requires_grad_(grad is not None), weight.detach().requires_grad_(grad is not None)
+    x = x.detach().requires_grad_(grad is not None)
+    weight = weight.detach().requires_grad_(grad is not None and of_weight)
     shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
     plain = F.conv2d(x, weight, None, *shape)
     out, _ = operator.robust_sum(x, weight, plain, None, *shape, iterations, penalty.numbers, grad is not None)
-    return (out,) if grad is None else (out, *torch.autograd.grad(out, (x, weight), grad))
+    inputs = (x, weight) if of_weight else (x,)
+    return (out,) if grad is None else (out, *torch.autograd.grad(out, inputs, grad))
 
 
 def off(value, want):
@@ -55,6 +57,8 @@ def check(x, weight, conv, iterations, penalty, tolerance=1e-5):
     assert off(out.flatten(2), want) < tolerance
     assert off(gradients[0], wanted[0]) < tolerance
     assert off(gradients[1], wanted[1]) < tolerance
+    (of_x_alone,) = run(x, weight, conv, iterations, penalty, grad, of_weight=False)[1:]  # as an attack takes it
+    assert off(of_x_alone, wanted[0]) < tolerance
 
 
 # batch, channels, outputs, height, width, kernel, stride, padding, dilation, groups
@@ -158,8 +162,9 @@ def test_threads_change_nothing(layer):
             implementation = native if native.serves(x) else tiled
             out, state = implementation.forward(x, weight, plain, conv, 3, Penalty(0.01), True)
             needs = (True, True)
-            gradients = implementation.backward(grad, x, weight, plain, out, state, conv, 3, Penalty(0.01), needs)
-            results.append((plain, out, *gradients))
+            arguments = (grad, x, weight, plain, out, state, conv, 3, Penalty(0.01))
+            gradients = implementation.backward(*arguments, needs)
+            results.append((plain, out, *gradients, implementation.backward(*arguments, (True, False))[0]))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -175,7 +180,7 @@ def test_gradients_that_are_not_needed_are_not_computed():
         arguments = (torch.ones_like(out), x, weight, plain, out, state, conv, 2, Penalty(0.1))
         both = implementation.backward(*arguments, (True, True))
         first, nothing = implementation.backward(*arguments, (True, False))
-        assert torch.equal(first, both[0])
+        torch.testing.assert_close(first, both[0])  # which may be added up in another order
         assert not nothing.numel()
         nothing, second = implementation.backward(*arguments, (False, True))
         assert torch.equal(second, both[1])
@@ -196,6 +201,14 @@ def test_what_is_not_finite_goes_where_convolution_takes_it(layer, where, bad):
         touched[:, touched.any(0).any(1).any(1)] = True
     assert torch.equal(out.isfinite(), touched.logical_not())
     assert not all(g.isfinite().all() for g in gradients)
+
+
+def test_products_that_equal_the_mean():
+    """There omega has a kink, and its derivative counts as 0 on every path."""
+    x, weight = torch.randint(-1, 3, (2, 4, 9, 17)).float(), torch.randint(0, 2, (9, 4, 2, 2)) * 2.0 - 1
+    products = F.unfold(x, 2).mT.unsqueeze(2) * weight.flatten(1)  # [B, L, O, D]
+    assert (products == products.mean(-1, keepdim=True)).any()
+    check(x, weight, Convolution(), 1, Penalty(0.01))
 
 
 def test_large_and_small_numbers():

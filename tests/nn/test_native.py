@@ -26,6 +26,7 @@ PROGRAM = """
     from timm_nrpm.nn.kernels import native
     torch.manual_seed(0)
     x, weight = torch.randn(2, 5, 9, 9, requires_grad=True), torch.randn(7, 5, 3, 3, requires_grad=True)
+    own = torch.randn(5, 1, 3, 3)  # depthwise and fixed, so that the gradient is that of x alone
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -33,11 +34,12 @@ PROGRAM = """
             like = x.to(memory_format=torch.channels_last)
             other = {"penalty": "huber-mcp", "delta": 0.3, "gamma": 1.0}
             out = out + nrpm_conv2d(like, weight, padding=1, lam=0.2, eps=0.05, **other)
-            grads = torch.autograd.grad(out.square().sum(), (x, weight))
+            each = nrpm_conv2d(x, own, padding=1, groups=5, lam=0.2, eps=0.05)
+            grads = torch.autograd.grad(out.square().sum() + each.square().sum(), (x, weight))
     for w in caught:
         print("WARNING", w.message)
     print("FAST", native.library() is not None)
-    torch.save((out.detach(), *grads), sys.argv[1])
+    torch.save((out.detach(), each.detach(), *grads), sys.argv[1])
 """
 
 
@@ -58,13 +60,16 @@ def finish(process):
 def expected(tmp_path):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 5, 9, 9, requires_grad=True), torch.randn(7, 5, 3, 3, requires_grad=True)
+    own = torch.randn(5, 1, 3, 3)
     wide = x.double(), weight.double()
     out = nrpm_conv2d(*wide, padding=1, lam=0.2, eps=0.05)
-    out = (out + nrpm_conv2d(*wide, padding=1, lam=0.2, eps=0.05, penalty="huber-mcp", delta=0.3, gamma=1.0)).float()
-    want = (out.detach(), *torch.autograd.grad(out.square().sum(), (x, weight)))
+    out = (out + nrpm_conv2d(*wide, padding=1, lam=0.2, eps=0.05, penalty="huber-mcp", delta=0.3, gamma=1.0))
+    each = nrpm_conv2d(wide[0], own.double(), padding=1, groups=5, lam=0.2, eps=0.05)
+    wanted = out, each, *torch.autograd.grad(out.square().sum() + each.square().sum(), (x, weight))
 
     def compare(name):
-        torch.testing.assert_close(torch.load(tmp_path / name, weights_only=True), want, rtol=1e-4, atol=1e-4)
+        for value, want in zip(torch.load(tmp_path / name, weights_only=True), wanted, strict=True):
+            assert (value.double() - want).norm() < 1e-5 * want.norm()
 
     return compare
 

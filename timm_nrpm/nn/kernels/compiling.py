@@ -28,7 +28,7 @@ from platformdirs import user_cache_path
 from timm_nrpm.errors import CompilationError
 
 SOURCE = Path(__file__).with_name("estimate.cpp")
-HEADER = Path(__file__).with_name("panel.h")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 SECONDS = 120  # time limit of the compiler, which needs four
 
 # The instruction sets that torch itself tells apart. Not -march=native: the cache may be shared by unlike machines.
@@ -92,7 +92,7 @@ def build(folder: Path, cxx: list[str]) -> Path:
     flags = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w"]
     flags += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
     command = [*cxx, *flags]
-    made_from = [SOURCE.read_text(), HEADER.read_text(), *command, _target(command)]
+    made_from = [*(path.read_text() for path in (SOURCE, *HEADERS)), *command, _target(command)]
     prefix = f"estimate-{_hash(chr(0).join(made_from).encode())}-"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _check_owner(folder)

@@ -27,7 +27,7 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     loaded.nrpm_forward.argtypes = [Pointer, Pointer, Integer, *[Pointer] * 5, Integer]
     loaded.nrpm_backward.argtypes = [Pointer, Pointer, Integer, *[Pointer] * 8, Integer]
-    loaded.nrpm_limit.argtypes = [Pointer, ctypes.c_int64, ctypes.c_int64, Integer]
+    loaded.nrpm_limit.argtypes = [Pointer, ctypes.c_int64, ctypes.c_int64, Integer, Integer]
     loaded.nrpm_forward.restype = loaded.nrpm_backward.restype = None
     loaded.nrpm_limit.restype = ctypes.c_float
     return loaded
@@ -140,12 +140,17 @@ def _describe(x: Tensor, weight: Tensor, out: Tensor, conv: Convolution, iterati
     ]
 
 
-def limit(numbers: Tensor, rounds: int, threads: int) -> float:
-    """Run the loop whose speed the benchmark takes for the machine's limit, see `nrpm_limit` in estimate.cpp.
+LIMITS = {"forward": (0, 1), "forward for a gradient": (1, 1), "backward": (2, 3)}
+"""The passes that `limit` knows: their number in estimate.cpp, and the steps that they make with each number."""
+
+
+def limit(numbers: Tensor, rounds: int, name: str, threads: int) -> float:
+    """Run a loop whose speed the benchmark takes for the machine's limit, see `nrpm_limit` in estimate.cpp.
 
     Args:
         numbers: Numbers to compute on, `[N]`, float32; N is a multiple of 64, and they fit the first-level cache.
         rounds: Number of passes over the numbers.
+        name: The pass whose arithmetic is done, a key of `LIMITS`.
         threads: Number of threads, each of which makes all passes.
 
     Returns:
@@ -153,4 +158,4 @@ def limit(numbers: Tensor, rounds: int, threads: int) -> float:
     """
     kernels = library()
     assert kernels is not None
-    return kernels.nrpm_limit(numbers.data_ptr(), len(numbers), rounds, threads)
+    return kernels.nrpm_limit(numbers.data_ptr(), len(numbers), rounds, LIMITS[name][0], threads)

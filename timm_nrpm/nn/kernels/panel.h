@@ -1,4 +1,4 @@
-// What estimate.cpp computes on: vectors, convolutions, and panels of their input.
+// Convolutions, and panels of their input.
 //
 // A panel holds the input that a few vectors of output positions read: [D][panel] floats, packed from an input of any
 // strides.
@@ -8,80 +8,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+
+#include "vectors.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
 constexpr int VECTORS = 4;  // of positions in a panel: independent sums, enough to hide the latency of an addition
 constexpr int PANEL = LANES * VECTORS;
-
-typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef int32_t Int __attribute__((vector_size(LANES * 4)));
-typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
-
-// For a few dozen floats, a call of memcpy would cost more than the copy.
-inline void copy(float* to, const float* from, int64_t n) {
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
-#if defined(__AVX512F__)
-  const __mmask16 rest = (1u << (n - i)) - 1;
-  _mm512_mask_storeu_ps(to + i, rest, _mm512_maskz_loadu_ps(rest, from + i));
-#else
-  for (; i < n; i++) to[i] = from[i];
-#endif
-}
-
-inline Vec magnitude(Vec v) { return (Vec)((Int)v & 0x7fffffff); }
-
-// 1 / v to float32 accuracy: an approximation to 14 (AVX-512) or 12 bits, and one Newton step, which doubles the bits.
-// Sharing one reciprocal between two products, 1 / a = b / (a b), was 15 % faster when measured, but it overflows from
-// distances of 1e19 on, and is no faster when scaled so that it does not.
-inline Vec reciprocal(Vec v) {
-#if defined(__AVX512F__)
-  Vec r = (Vec)_mm512_rcp14_ps((__m512)v);
-  return r + r * (1.0f - v * r);
-#elif defined(__AVX2__)
-  Vec r = (Vec)_mm256_rcp_ps((__m256)v);
-  return r + r * (1.0f - v * r);
-#else
-  return 1.0f / v;
-#endif
-}
-
-// base + v where t > 0, base - v where t < 0, base where t = 0.
-inline Vec add_with_sign(Vec base, Vec v, Vec t) {
-#if defined(__AVX512F__)
-  const __mmask16 apart = _mm512_cmp_ps_mask((__m512)t, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  const __m512i sign = _mm512_set1_epi32((int32_t)0x80000000);
-  const __m512i flipped = _mm512_ternarylogic_epi32((__m512i)v, (__m512i)t, sign, 0x78);  // v ^ (t & sign)
-  return (Vec)_mm512_mask_add_ps((__m512)base, apart, (__m512)base, _mm512_castsi512_ps(flipped));
-#else
-  const Int flipped = (Int)v ^ ((Int)t & (int32_t)0x80000000);
-  return base + (Vec)(flipped & (Int)(t != 0.0f));
-#endif
-}
-
-inline float sum(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) v[i] += v[i + half];
-  return v[0];
-#endif
-}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -201,9 +134,7 @@ inline void unpack(float* x, const float* panel, int64_t width, const Conv& c, c
   stretches(c, runs, first, [&](int64_t row, int64_t at, int64_t offset, int64_t n) {
     const float* from = panel + row * width + at;
     float* to = x + offset;
-    if (step == 1)
-      for (int64_t d = 0; d < channels; d++)
-        for (int64_t i = 0; i < n; i++) to[d * c.x[1] + i] += from[d * rows + i];
+    if (step == 1) for (int64_t d = 0; d < channels; d++) add(to + d * c.x[1], from + d * rows, n);
     else crosswise(channels, n, [&](int64_t d, int64_t i) { to[d * c.x[1] + i * step] += from[d * rows + i]; });
   });
 }
