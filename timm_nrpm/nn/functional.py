@@ -41,10 +41,10 @@ def is_plain(lam: float | Tensor, iterations: int, penalty: str) -> bool:
         return iterations == 0 or penalty == "l2" or lam >= 1
     if lam.requires_grad and torch.is_grad_enabled():
         return False
-    return iterations == 0 or penalty == "l2" or (_is_readable(lam) and bool(lam >= 1))
+    return iterations == 0 or penalty == "l2" or (is_readable(lam) and bool(lam >= 1))
 
 
-def _is_readable(lam: Tensor) -> bool:
+def is_readable(lam: Tensor) -> bool:
     """Whether reading the value neither waits for a device nor breaks a graph."""
     return lam.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -59,7 +59,7 @@ def _check(
         return lam if graph else check_lam(lam), settings
     if lam.numel() != 1:
         raise ValueError(f"lam has shape {list(lam.shape)}, and one lambda serves the whole layer: give one number.")
-    if _is_readable(lam):
+    if is_readable(lam):
         check_lam(lam.item())
     return lam.reshape(()), settings
 
@@ -77,8 +77,10 @@ def _precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The context in which autocast is off; none at all where it is off already, since entering it takes a while."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def _mix(
@@ -87,10 +89,10 @@ def _mix(
     plain: Tensor,  # [B, O, H', W']
     conv: Convolution,
     lam: float | Tensor,
-    iterations: int,
-    penalty: Penalty,
+    estimator: Estimator,
 ) -> Tensor:
     """Algorithm 1 without bias, `[B, O, H', W']`."""
+    iterations, eps, penalty, delta, gamma = estimator
     lam = lam.to(plain) if isinstance(lam, Tensor) else lam
     grad = torch.is_grad_enabled()
     learned = isinstance(lam, Tensor) and lam.requires_grad and grad
@@ -99,7 +101,8 @@ def _mix(
     shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
     robust = plain  # without iterations, where lambda still gets its gradient of 0
     if iterations:
-        robust, _ = robust_sum(x, weight, plain, skip, *shape, iterations, penalty.numbers, keep)
+        numbers = Penalty.named(penalty, eps, delta, gamma).numbers
+        robust, _ = robust_sum(x, weight, plain, skip, *shape, iterations, numbers, keep)
     # In place where autograd does not record: the output of a shallow layer costs as much to allocate as to compute.
     return torch.lerp(robust, plain, lam) if grad else robust.lerp_(plain, lam)
 
@@ -136,14 +139,20 @@ def nrpm_linear(
         >>> nrpm_linear(x, weight, lam=0.8).shape
         torch.Size([2, 5, 10])
     """
-    lam, (iterations, eps, penalty, delta, gamma) = _check(lam, iterations, eps, penalty, delta, gamma)
+    lam, estimator = _check(lam, iterations, eps, penalty, delta, gamma)
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"nrpm_linear got x {list(x.shape)} and weight {list(weight.shape)}: x must be [..., D] and weight [O, D]."
         )
-    if is_plain(lam, iterations, penalty) or x.numel() == 0 or weight.numel() == 0:
+    if is_plain(lam, estimator.iterations, estimator.penalty):
         return F.linear(x, weight, bias)
-    options = Penalty.named(penalty, eps, delta, gamma)
+    return mixed_linear(x, weight, bias, lam, estimator)
+
+
+def mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lam: float | Tensor, estimator: Estimator) -> Tensor:
+    """What :func:`nrpm_linear` computes of arguments that are known to be right, where lambda counts."""
+    if x.numel() == 0 or weight.numel() == 0:
+        return F.linear(x, weight, bias)
     compute_dtype, dtype = _precision(x)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(compute_dtype)  # [N, D]
     matrix = weight.to(compute_dtype)
@@ -154,7 +163,7 @@ def nrpm_linear(
     if swap := not torch.compiler.is_compiling() and rows.shape[0] < FEW <= matrix.shape[0]:
         rows, matrix, plain = matrix, rows, plain.t()
     columns, kernel = rows.t()[None, :, None], matrix[..., None, None]  # [1, D, 1, N], [O, D, 1, 1]
-    out = _mix(columns, kernel, plain.t()[None, :, None], Convolution(), lam, iterations, options)  # [1, O, 1, N]
+    out = _mix(columns, kernel, plain.t()[None, :, None], Convolution(), lam, estimator)  # [1, O, 1, N]
     out = out[0, :, 0] if swap else out[0, :, 0].t()
     if bias is not None:
         out = out.add_(bias.to(compute_dtype))
@@ -199,41 +208,61 @@ def nrpm_conv2d(
         >>> nrpm_conv2d(x, weight, padding="same", lam=0.8).shape
         torch.Size([2, 8, 32, 32])
     """
-    lam, (iterations, eps, penalty, delta, gamma) = _check(lam, iterations, eps, penalty, delta, gamma)
+    lam, estimator = _check(lam, iterations, eps, penalty, delta, gamma)
     if weight.ndim != 4 or x.ndim not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
         raise ValueError(
             f"nrpm_conv2d got x {list(x.shape)}, weight {list(weight.shape)} and groups={groups}: "
             "x must be [B, C, H, W] or [C, H, W] and weight [O, C / groups, kH, kW]."
         )
     batch = x if x.ndim == 4 else x.unsqueeze(0)
-    kernel, strides, dilations = _pair(weight.shape[2:]), _pair(stride), _pair(dilation)
+    batch, conv = padded(batch, weight, stride, padding, dilation, groups)
+    if is_plain(lam, estimator.iterations, estimator.penalty):
+        out = F.conv2d(batch, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    else:
+        out = mixed_conv2d(batch, weight, bias, conv, lam, estimator)
+    return out if x.ndim == 4 else out.squeeze(0)
+
+
+def padded(
+    x: Tensor,  # [B, C, H, W]
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Convolution]:
+    """Return the input, padded where padding is uneven, and the convolution of it."""
+    strides, dilations = _pair(stride), _pair(dilation)
     if padding == "same":
         if strides != (1, 1):
             raise ValueError(f'padding="same" needs stride 1, and stride is {strides}.')
-        total = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
         padding = (total[0] // 2, total[1] // 2)
         if any(t % 2 for t in total):  # as in torch, the odd one goes to the right and below
             left, right = padding[1], total[1] - padding[1]
-            batch = F.pad(batch, (left, right, padding[0], total[0] - padding[0]))
+            x = F.pad(x, (left, right, padding[0], total[0] - padding[0]))
             padding = 0
     elif padding == "valid":
         padding = 0
     elif isinstance(padding, str):
         raise ValueError(f'padding={padding!r} is not known: give an integer, a pair, "same" or "valid".')
-    conv = Convolution(strides, _pair(padding), dilations, groups)
-    if is_plain(lam, iterations, penalty) or batch.numel() == 0 or weight.numel() == 0:
-        out = F.conv2d(batch, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    else:
-        options = Penalty.named(penalty, eps, delta, gamma)
-        compute_dtype, dtype = _precision(x)
-        batch, weight = batch.to(compute_dtype), weight.to(compute_dtype)
-        with _without_autocast(x):
-            plain = F.conv2d(batch, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-        out = _mix(batch, weight, plain, conv, lam, iterations, options)  # [B, O, H', W']
-        if bias is not None:
-            out = out.add_(bias.to(compute_dtype).view(-1, 1, 1))
-        out = out.to(dtype)
-    return out if x.ndim == 4 else out.squeeze(0)
+    return x, Convolution(strides, _pair(padding), dilations, groups)
+
+
+def mixed_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Convolution, lam: float | Tensor, estimator: Estimator
+) -> Tensor:
+    """What :func:`nrpm_conv2d` computes of arguments that are known to be right, where lambda counts."""
+    if x.numel() == 0 or weight.numel() == 0:
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    compute_dtype, dtype = _precision(x)
+    x, weight = x.to(compute_dtype), weight.to(compute_dtype)
+    with _without_autocast(x):
+        plain = F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    out = _mix(x, weight, plain, conv, lam, estimator)  # [B, O, H', W']
+    if bias is not None:
+        out = out.add_(bias.to(compute_dtype).view(-1, 1, 1))
+    return out.to(dtype)
 
 
 def _pair(value: int | Sequence[int]) -> Pair:

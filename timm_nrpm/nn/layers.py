@@ -16,8 +16,8 @@ from timm.layers import CondConv2d, Conv2dSame, ScaledStdConv2d, ScaledStdConv2d
 from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 
-from timm_nrpm.config import NRPMConfig
-from timm_nrpm.nn.functional import is_plain, nrpm_conv2d, nrpm_linear
+from timm_nrpm.config import Estimator, NRPMConfig
+from timm_nrpm.nn.functional import is_plain, is_readable, mixed_conv2d, mixed_linear, padded
 
 
 class _Clamp(torch.autograd.Function):
@@ -83,9 +83,13 @@ class Correction(nn.Module):
 
     def forward(self, z: Tensor, lam: Tensor) -> Tensor:
         """`z` corrected, or `z` itself where `lam` is 1; the device chooses, since a graph cannot branch on a value."""
-        gain, offset = torch.where(lam < 1, self.gain, 1), torch.where(lam < 1, self.offset, 0)
+        gain, offset = self.gain, self.offset
+        if not is_readable(lam):
+            gain, offset = torch.where(lam < 1, gain, 1), torch.where(lam < 1, offset, 0)
+        elif lam >= 1:
+            return z
         shape = (-1, *[1] * (-self.channel - 1))
-        return gain.to(z.dtype).view(shape) * z + offset.to(z.dtype).view(shape)
+        return torch.addcmul(offset.to(z.dtype).view(shape), gain.to(z.dtype).view(shape), z)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         _load_keeping(super()._load_from_state_dict, ("gain", "offset"), state_dict, prefix, *rest)
@@ -119,28 +123,19 @@ class Reprogrammed(nn.Module):
         lam = self.lam if learned or graph or self.lam.is_meta else self.lam.cpu()
         return is_plain(lam, self.config.iterations, self.config.penalty)
 
-    def mix(self, estimate: Callable[..., Tensor], linear: Callable[[], Tensor]) -> Tensor:
+    def mix(self, mixed: Callable[[Tensor, Estimator], Tensor], linear: Callable[[], Tensor]) -> Tensor:
         """The mixed sum, with its own gradient or with that of the linear map.
 
         Args:
-            estimate: `nrpm_linear` or `nrpm_conv2d` with the arguments of the operation bound, which takes those of the
-                estimate.
-            linear: The linear map with the same arguments bound.
+            mixed: Function from lambda and the settings of the estimate to the mixed sum.
+            linear: Function that gives the linear map of the same input.
         """
-        c = self.config
-        mixed = partial(
-            estimate,
-            lam=_Clamp.apply(self.lam),
-            iterations=c.iterations,
-            eps=c.eps,
-            penalty=c.penalty,
-            delta=c.delta,
-            gamma=c.gamma,
-        )
+        learned = self.lam.requires_grad and torch.is_grad_enabled()
+        lam = _Clamp.apply(self.lam) if learned else self.lam.detach().clamp(0.0, 1.0)
         if not self.linear_backward:
-            return mixed()
+            return mixed(lam, self.config.estimator)
         with torch.no_grad():
-            value = mixed()
+            value = mixed(lam, self.config.estimator)
         return _StraightThrough.apply(value, linear())
 
     def finish(self, z: Tensor, bias: Tensor | None) -> Tensor:
@@ -195,7 +190,7 @@ class NRPMLinear(Reprogrammed, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.is_plain():
             return super().forward(input)
-        z = self.mix(partial(nrpm_linear, input, self.weight), partial(F.linear, input, self.weight))
+        z = self.mix(partial(mixed_linear, input, self.weight, None), partial(F.linear, input, self.weight))
         return self.finish(z, self.bias)
 
 
@@ -212,13 +207,12 @@ class NRPMConv2d(Reprogrammed, nn.Conv2d):
         if self.is_plain():
             return super().forward(input)
         x, weight, padding = self.operands(input)
-        estimate, linear = (
-            partial(
-                operation, x, weight, stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups
-            )
-            for operation in (nrpm_conv2d, F.conv2d)
-        )
-        return self.finish(self.mix(estimate, linear), self.bias)
+        batch = x if x.ndim == 4 else x.unsqueeze(0)
+        batch, conv = padded(batch, weight, self.stride, padding, self.dilation, self.groups)
+        operands = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        linear = partial(F.conv2d, batch, weight, None, *operands)
+        z = self.mix(partial(mixed_conv2d, batch, weight, None, conv), linear)
+        return self.finish(z if x.ndim == 4 else z.squeeze(0), self.bias)
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Input, weight and zero padding of the convolution that the original class computes."""
