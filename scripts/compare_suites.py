@@ -95,8 +95,8 @@ def markdown(content: dict[str, Any]) -> str:
         "# The adaptive suite, before and now",
         "",
         f"`scripts/compare_suites.py`, by turns, threads: {content['threads']}, torch {content['torch']}, "
-        f"{content['cpu']}. Each model's plain model is attacked beside it. Accuracies in %; passes are images that went "
-        "through a model, of the reprogrammed model's attacks; seconds are medians, of both models.",
+        f"{content['cpu']}. Each model's plain model is attacked beside it. Accuracies in %; passes are images that "
+        "went through a model, of the reprogrammed model's attacks; seconds are medians, of both models.",
     ]
     for name, runs in content["runs"].items():
         lines += ["", f"## {CASES[name].title}", ""]
