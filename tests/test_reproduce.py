@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import timm
@@ -380,7 +381,7 @@ def test_a_run_that_is_killed_goes_on(scripts, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     command = [sys.executable, "-c", code(True), "--out", str(out), "--resume"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = forked.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text() == "abc") and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -389,7 +390,7 @@ def test_a_run_that_is_killed_goes_on(scripts, tmp_path, monkeypatch, capsys):
     process.stderr.close()
     kept = json.loads((out / "table-1.json").read_text())
     assert list(kept["rows"]) == ["a", "b"]
-    again = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # killed once more, with nothing lost
+    again = forked.Popen(command, stderr=subprocess.DEVNULL)  # killed once more, with nothing lost
     while log.read_text() != "abcc" and time.monotonic() < deadline:
         time.sleep(0.05)
     again.kill()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 from statistics import NormalDist
 
+import forked
 import numpy as np
 import pytest
 import timm
@@ -318,7 +319,7 @@ def test_a_killed_run_goes_on(tmp_path, finished):
     whole = certify(Line(bias=-2.4), loader(12), **SETTINGS, resume=tmp_path / "whole.jsonl")
     path = tmp_path / "killed.jsonl"
     code = KILLED.format(tests=os.path.dirname(__file__), path=str(path))
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+    with forked.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 120
         while not path.exists() or path.read_bytes().count(b"\n") < 1 + finished:
             assert process.poll() is None, process.stderr.read()

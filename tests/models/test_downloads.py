@@ -175,16 +175,18 @@ def test_killed_while_uploading(hub, worker, small, repo, tmp_path):
     mortal = Worker(hub, tmp_path / "mortal", WITHOUT="matplotlib")
     mortal("1")  # it has started, which takes a while beside the others
     weights = hashlib.sha256((worker.folder / "whole" / "model.safetensors").read_bytes()).hexdigest()
+    place = f"/lfs/{hashlib.sha1(repo.encode()).hexdigest()}/"  # others upload the same weights meanwhile
     push, start = f"push('whole', {repo!r})", len(hub.requests)
-    hub.fault(Fault("stall", "PUT", weights))
+    hub.fault(fault := Fault("stall", "PUT", place + weights, times=-1))  # also when it is tried again before the kill
     mortal.start(push)
     until(lambda: len(hub.repos[repo].objects) == 1 if repo in hub.repos else False)
-    until(lambda: any(r.status == 0 and weights in r.path for r in hub.requests[start:]))
+    until(lambda: any(r.status == 0 and place + weights in r.path for r in hub.requests[start:]))
     mortal.kill()
+    hub.faults.remove(fault)
     assert pushed(hub, repo) == 0
     start = len(hub.requests)
     worker(push)
-    assert [weights in r.path for r in hub.requests[start:] if r.method == "PUT"] == [True]
+    assert [weights in r.path for r in hub.requests[start:] if r.method == "PUT" and place in r.path] == [True]
     assert pushed(hub, repo) == 1
     assert worker.load(repo) == small
 
@@ -194,10 +196,12 @@ def test_killed_while_pulling(hub, worker, small, repo, tmp_path):
     mortal("1")  # it has started, which takes a while beside the others
     worker.push(repo, full=True)
     pull, start = f"str(nrpm.pull({repo!r}, {str(tmp_path / 'copies' / 'v')!r}, cache_dir='cache'))", len(hub.requests)
-    hub.fault(Fault("stall", "GET", f"/lfs/{hashlib.sha1(repo.encode()).hexdigest()}/.*name=model.safetensors"))
+    place = f"/lfs/{hashlib.sha1(repo.encode()).hexdigest()}/"
+    hub.fault(fault := Fault("stall", "GET", f"{place}.*name=model.safetensors", times=-1))
     mortal.start(pull)
-    until(lambda: any(r.status == 0 and "name=model" in r.path for r in hub.requests[start:]))
+    until(lambda: any(r.status == 0 and re.search(fault.path, r.path) for r in hub.requests[start:]))
     mortal.kill()
+    hub.faults.remove(fault)
     assert not (tmp_path / "copies" / "v").exists()
     worker(pull)
     assert [file.name for file in (tmp_path / "copies").iterdir()] == ["v"]

@@ -9,11 +9,11 @@ import os
 import re
 import socket
 import ssl
-import subprocess
 import sys
 import threading
 from contextlib import contextmanager, suppress
 
+import forked
 import pytest
 import timm
 from hub_cache import hub_cache
@@ -128,7 +128,7 @@ def without_network(endpoint, home, program, *arguments, **settings):
     ours = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     ours |= {"HF_HOME": str(home), "TORCH_HOME": str(home)}
     command = [sys.executable, "-c", program, endpoint, *arguments]
-    done = subprocess.run(
+    done = forked.run(
         command, env={**os.environ, **ours, **settings}, capture_output=True, text=True, check=True, cwd=home
     )
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
