@@ -20,7 +20,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-LONGEST = ("test_examples.py", "test_downloads.py", "test_tune.py", "test_reproduce.py", "test_evaluate.py")
+LONGEST = (
+    *("test_published.py", "test_examples.py", "test_downloads.py", "test_tune.py", "test_reproduce.py"),
+    "test_evaluate.py",
+)
 """Files that take a minute each: they come first, so that no process waits for another at the end."""
 
 

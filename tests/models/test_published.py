@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
+import forked
 import pytest
 import timm
 import torch
@@ -210,7 +210,7 @@ def test_the_command_tunes_the_published_models(tmp_path, data, paradigm, proces
     command += ["--iterations", "1", "--epochs", "1", "--samples", "64", "--batch-size", "16", "--evaluate-steps", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *command, "--validation-samples", "30", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = forked.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     history = History.from_json((tmp_path / "history.json").read_text())
     assert len(history.steps) == 4 // processes
