@@ -90,11 +90,13 @@ RESNET = [  # lam, eps, calibrated, lowest and highest accuracy
 ]
 
 
+@pytest.mark.parametrize(("every", "margin"), [(10, 4.5), pytest.param(1, 0.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("lam", "eps", "calibrated", "low", "high"), RESNET)
-def test_narrow_resnet18_on_the_whole_test_set(lam, eps, calibrated, low, high):
-    got = accuracy(reprogrammed(lam, eps, calibrated), *cifar("test", 1))
+def test_narrow_resnet18_on_the_test_set(lam, eps, calibrated, low, high, every, margin):
+    """On a tenth of it, with three standard deviations of an accuracy on 1000 images; slowly, on the whole."""
+    got = accuracy(reprogrammed(lam, eps, calibrated), *cifar("test", every))
     print(f"lam={lam} eps={eps} calibrated={calibrated}: {got:.2f} %")
-    assert low <= got <= high
+    assert low - margin <= got <= high + margin
 
 
 def test_calibration_recovers_what_reprogramming_lost():
