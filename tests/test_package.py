@@ -32,7 +32,7 @@ def mentioned() -> set[str]:
 @pytest.fixture(scope="module")
 def imported() -> dict[str, list[str]]:
     """What there is after the import: the names of the package, those that it exports, and the modules."""
-    code = "import json, sys, timm_nrpm as t; print(json.dumps([dir(t), t.__all__, sorted(sys.modules)]))"
+    code = "import json, sys, timm_nrpm as t; print(json.dumps([dir(t), t.__all__, list(sys.modules)]))"
     return dict(zip(("listed", "names", "modules"), fresh(code), strict=True))
 
 
