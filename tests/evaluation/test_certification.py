@@ -300,7 +300,7 @@ def test_model_and_generators_are_left_as_they_were():
 SETTINGS = {"sigma": 0.5, "n0": 10, "n": 40, "batch_size": 7, "seed": 3}
 KILLED = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/.."]
 from test_certification import SETTINGS, Line, certify, loader
 certify(Line(bias=-2.4, pause=0.01), loader(12), **SETTINGS, resume={path!r})
 """
