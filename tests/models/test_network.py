@@ -54,7 +54,7 @@ def outcome(call):
 """
 
 CALLS = """
-network.CONTACT, network.SILENCE = 0.5, 0.2
+network.CONTACT, network.SILENCE = 0.25, 0.1
 functions = {
     "weights": lambda: timm_nrpm.create_model("resnet10t", pretrained=True),
     "weights in a repository": lambda: timm_nrpm.create_model("hf-hub:me/base", pretrained=True),
@@ -137,14 +137,14 @@ def without_network(endpoint, home, program, *arguments, **settings):
 REASONS = {
     "refused": "Connection refused",
     "unknown": r"[Nn]ame.*",
-    "full": r"no (connection|answer) within 0.5 seconds",
-    "silent": r"no answer within 0.5 seconds \(TIMM_NRPM_TIMEOUT=60 waits longer\)",
+    "full": r"no (connection|answer) within 0.25 seconds",
+    "silent": r"no answer within 0.25 seconds \(TIMM_NRPM_TIMEOUT=60 waits longer\)",
 }
 
 
 @pytest.mark.parametrize("kind", REASONS)
 def test_it_is_told_at_once_and_in_short(tmp_path, kind):
-    """A patience of half a second stands for the real one, so that all can be tried; at last one has the real one."""
+    """A quarter of a second stands for the real patience, so that all can be tried; at last one has the real one."""
     with out_of_reach(kind) as (endpoint, connections):
         (functions, commands, seconds, waited), said = without_network(
             endpoint, tmp_path, PROGRAM + CALLS, str(network.CONTACT)
@@ -208,7 +208,7 @@ print(json.dumps(str(timm_nrpm.save_pretrained(model, "variant"))))
     without_network("http://127.0.0.1:9", tmp_path, PROGRAM + save)
     hub_cache(tmp_path / "hub", "me/x", {file.name: file.read_bytes() for file in (tmp_path / "variant").iterdir()})
     load = """
-network.CONTACT, network.SILENCE = 0.5, 0.2
+network.CONTACT, network.SILENCE = 0.25, 0.1
 model = timm_nrpm.from_pretrained("me/x")
 print(json.dumps([timm_nrpm.lambdas(model)["fc"], waited]))
 """
@@ -302,7 +302,7 @@ def test_what_is_no_network_and_what_may_pass(cause, told_as):
 
 
 def test_a_connection_that_takes_too_long_is_no_network():
-    assert network.why_no_network(http.ConnectTimeout("x")) == "no connection within 6 seconds"
+    assert network.why_no_network(http.ConnectTimeout("x")) == "no connection within 5 seconds"
     assert network.why_no_network(http.ReadTimeout("x")) is None
 
 

@@ -31,7 +31,7 @@ HTTP: Any = import_module(HTTPError.__module__.partition(".")[0])
 PATIENCE = 60.0
 """Seconds without data from the server after which a request fails; the variable TIMM_NRPM_TIMEOUT overrides it."""
 
-CONTACT = 6.0
+CONTACT = 5.0
 """Seconds within which a server must accept a connection, and answer the first question that this process asks it."""
 
 REMEMBERED = 10.0
