@@ -1,15 +1,19 @@
 # make demo    sets up everything in .venv and runs the demo
-# make test    sets up everything in .venv and passes the tests
+# make test    sets up everything in .venv and passes the tests that take seconds
+# make slow    passes those that take minutes
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test check clean
+.PHONY: demo test slow check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/timm-nrpm demo
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n 2
+
+slow: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m 'slow and not gpu'
 
 check: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet -e '.[dev]'

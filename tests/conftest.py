@@ -20,6 +20,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+LONGEST = (
+    *("test_published.py", "test_examples.py", "test_downloads.py", "test_tune.py", "test_reproduce.py"),
+    "test_evaluate.py",
+)
+"""Files that take a minute each: they come first, so that no process waits for another at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     random.seed(0)  # which timm's augmentation draws from

@@ -13,6 +13,8 @@ def hub_cache(root, repo, files, commit="0123456789abcdef0123456789abcdef0123456
     for name, content in files.items():
         if isinstance(content, dict):
             save_file(content, snapshot / name)
+        elif isinstance(content, bytes):
+            (snapshot / name).write_bytes(content)
         else:
             (snapshot / name).write_text(content)
     return commit

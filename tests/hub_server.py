@@ -40,6 +40,7 @@ LICENSES += ["cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0"]
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
 CARD = re.compile(r"---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|$)", re.DOTALL)
 LIST_OPTIONS = {"author", "filter", "search", "limit", "full", "cardData", "sort", "expand", "pipeline_tag"}
+KINDS = ("status", "cut", "flip", "slow")
 SILENT = ("reset", "stall", "lost", "lost-stall")  # the faults that leave the client without an answer
 
 
@@ -49,7 +50,8 @@ class Fault:
 
     status: answers `status` and does nothing. reset: reads the request, then resets the connection. cut: sends half of
     the body and closes. flip: changes one bit in the middle of the body. lost: does what was asked, then closes without
-    an answer. stall: does nothing and keeps the connection open for `seconds`. lost-stall: does it, then stalls.
+    an answer. stall: does nothing and keeps the connection open for `seconds`. lost-stall: does it, then stalls. slow:
+    waits for `seconds`, then answers as if nothing were wrong.
     """
 
     kind: str
@@ -60,7 +62,7 @@ class Fault:
     seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("status", "cut", "flip", *SILENT):
+        if self.kind not in (*KINDS, *SILENT):
             raise ValueError(f"unknown kind of fault {self.kind!r}")
 
 
@@ -944,6 +946,9 @@ class Handler(BaseHTTPRequestHandler):
         call = Call(hub, self.server.storage, self.command, target, self.headers, body, upload)
         fault = hub.take(self.command, target, body=False)
         kind = fault.kind if fault else ""
+        if fault and kind == "slow":
+            hub.stopping.wait(fault.seconds)
+            fault, kind = None, ""
         answer = Answer(fault.status if fault else 0)
         if kind == "status":
             answer = Refused(answer.status, "The server is not well").answer

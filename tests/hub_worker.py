@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import Future
 from itertools import count
 
+import forked
 import pytest
 from hub_server import Hub
 
@@ -115,7 +116,7 @@ class Worker:
         self.folder, self.said = folder, []
         self._numbers, self._asked = count(), {}
         with open(folder / "log", "a") as log:
-            self.process = subprocess.Popen(
+            self.process = forked.Popen(
                 [sys.executable, "-c", WORKER], env=keep, cwd=folder, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip

@@ -1,9 +1,10 @@
 """Every example in a docstring runs and prints what it says."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
+
+import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -13,7 +14,7 @@ def test_the_examples_in_docstrings_run(stocked_hub, tmp_path):
     command = [sys.executable, "-m", "pytest", "timm_nrpm", "--doctest-modules", "-p", "docstring_examples", "-q"]
     command += ["--doctest-ignore-import-errors", "--doctest-continue-on-failure", "-p", "no:cacheprovider"]
     command += ["-o", f"doctest_optionflags={flags}", "-o", "addopts=", "-p", "no:xdist", "-W", "ignore"]
-    done = subprocess.run(
+    done = forked.run(
         command, cwd=ROOT, env=stocked_hub.environment(tmp_path), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-20000:]

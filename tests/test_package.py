@@ -29,6 +29,13 @@ def mentioned() -> set[str]:
     return {path for text in TEXTS for path in re.findall(r"\btimm_nrpm(?:\.[A-Za-z_]\w*)+", text.read_text())}
 
 
+@pytest.fixture(scope="module")
+def imported() -> dict[str, list[str]]:
+    """What there is after the import: the names of the package, those that it exports, and the modules."""
+    code = "import json, sys, timm_nrpm as t; print(json.dumps([dir(t), t.__all__, list(sys.modules)]))"
+    return dict(zip(("listed", "names", "modules"), fresh(code), strict=True))
+
+
 EACH_PATH = """
     import json, os, sys, timm_nrpm
     missing = []
@@ -57,16 +64,12 @@ def test_every_path_that_is_mentioned_is_there_after_the_import():
         "flags",
     ):
         assert f"timm_nrpm.{name}" in paths
-    assert fresh(EACH_PATH, *sorted(paths | {f"timm_nrpm.{name}" for name in MODULES})) == []
-    assert fresh(EACH_PATH, "timm_nrpm.nosuch", "timm_nrpm.evaluation.diagnostics.nosuch") == [
-        "timm_nrpm.nosuch",
-        "timm_nrpm.evaluation.diagnostics.nosuch",
-    ]
+    absent = ["timm_nrpm.nosuch", "timm_nrpm.evaluation.diagnostics.nosuch"]
+    assert fresh(EACH_PATH, *sorted(paths | {f"timm_nrpm.{name}" for name in MODULES}), *absent) == absent
 
 
-def test_the_face_is_small_and_every_wing_is_listed():
-    code = "import json, timm_nrpm; print(json.dumps([dir(timm_nrpm), timm_nrpm.__all__]))"
-    listed, names = fresh(code)
+def test_the_face_is_small_and_every_wing_is_listed(imported):
+    listed, names = imported["listed"], imported["names"]
     wings = {path.parent.name for path in (ROOT / "timm_nrpm").glob("*/__init__.py")}
     assert {*wings, *names} <= set(listed)
     assert len(names) <= 30
@@ -82,8 +85,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
     assert callable(timm_nrpm.inspect)  # a function, beside modules
 
 
-def test_the_import_is_light():
-    code = "import json, sys, timm_nrpm; dir(timm_nrpm); print(json.dumps(sorted(sys.modules)))"
+def test_the_import_is_light(imported):
     heavy = {
         "accelerate",
         "torchattacks",
@@ -94,7 +96,7 @@ def test_the_import_is_light():
         "imagecorruptions_imaug",
         "pandas",
     }
-    loaded = set(fresh(code))
+    loaded = set(imported["modules"])
     assert not heavy & loaded
     assert not {"timm_nrpm.evaluation.diagnostics", "timm_nrpm.tuning.tune", "timm_nrpm.cli.program"} & loaded
 
@@ -140,9 +142,9 @@ STATE = """
 """
 
 
-def test_the_import_changes_nothing_but_timms_registry():
-    code = "import json, sys, timm_nrpm; print(json.dumps([m for m in sys.modules if m.count('.') < 2]))"
-    others = [m for m in fresh(code) if m != "__main__" and m.split(".")[0] != "timm_nrpm" and not m.startswith("__")]
+def test_the_import_changes_nothing_but_timms_registry(imported):
+    modules = [name for name in imported["modules"] if name.count(".") < 2 and not name.startswith("__")]
+    others = [name for name in modules if name.split(".")[0] != "timm_nrpm"]
     changed, moved, added = fresh(STATE, json.dumps(others))
     assert changed == {}
     assert moved == []

@@ -1,4 +1,7 @@
-"""A program that tunes on the digits, for tests that need processes: `python tune_digits.py '{"config": ...}'`."""
+"""A program that tunes on the digits, for tests that need processes: `python tune_digits.py '[{"config": ...}, ...]'`.
+
+It makes one run after another, since a process takes longer to start than a run.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,34 +22,38 @@ from timm_nrpm.data.loaders import digits
 class Slow(TensorDataset):
     """Images that take their time."""
 
+    delay = 0.0
+
     def __getitem__(self, index: int) -> Any:
-        time.sleep(SETTINGS.get("delay", 0.0))
+        time.sleep(self.delay)
         return super().__getitem__(index)
 
 
-def model() -> torch.nn.Module:
-    if SETTINGS.get("model") == "mlp":  # without BatchNorm, which on CPU processes takes statistics of its own images
+def model(settings: Mapping[str, Any]) -> torch.nn.Module:
+    if settings.get("model") == "mlp":  # without BatchNorm, which on CPU processes takes statistics of its own images
         torch.manual_seed(1)
         net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
         return timm_nrpm.reprogram_(net, timm_nrpm.NRPMConfig(lam=0.5))
-    return timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.5, eps=SETTINGS.get("eps", 1e-3))
+    return timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.5, eps=settings.get("eps", 1e-3))
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    config = timm_nrpm.TuneConfig(**SETTINGS["config"])
+def run(settings: Mapping[str, Any]) -> None:
+    config = timm_nrpm.TuneConfig(**settings["config"])
     images, labels = digits("train")
-    count = SETTINGS.get("images", 256)
-    loader = DataLoader(Slow(images[:count], labels[:count]), batch_size=SETTINGS.get("batch", 16), shuffle=True)
+    count = settings.get("images", 256)
+    data = Slow(images[:count], labels[:count])
+    data.delay = settings.get("delay", 0.0)
+    loader = DataLoader(data, batch_size=settings.get("batch", 16), shuffle=True)
     test = TensorDataset(*(t[:45] for t in digits("test")))
-    validation = DataLoader(test, batch_size=10) if SETTINGS.get("validation") else None
-    net = model()
-    history = timm_nrpm.tune(net, loader, config, validation=validation, resume=SETTINGS.get("resume", False))
+    validation = DataLoader(test, batch_size=10) if settings.get("validation") else None
+    net = model(settings)
+    history = timm_nrpm.tune(net, loader, config, validation=validation, resume=settings.get("resume", False))
     if os.environ.get("RANK", "0") == "0":
-        torch.save(net.state_dict(), SETTINGS["result"])
-        print(history.to_json())
+        torch.save(net.state_dict(), settings["result"])
+        print(history.to_json(), flush=True)
 
 
 if __name__ == "__main__":
-    SETTINGS = json.loads(sys.argv[1])
-    main()
+    torch.set_num_threads(1)
+    for one in json.loads(sys.argv[1]):
+        run(one)

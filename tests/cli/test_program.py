@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 
 import timm_nrpm
@@ -69,7 +70,7 @@ def started(tmp_path, *arguments):
     """A command as a process of its own, once the file in its folder is there that shows that it is at work."""
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "timm_nrpm.cli", *arguments, "--output", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return process, folder
 
 

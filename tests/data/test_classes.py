@@ -221,7 +221,7 @@ def test_torchvisions_datasets_are_refused_too():
 
 
 def test_datasets_of_the_hub(tmp_path):
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs the package datasets")
     write(tmp_path / "data", "train/cow9", "train/ant", "train/bee")
     name, options = f"hfds/{tmp_path / 'data'}", {"root": tmp_path / "cache", **SIZE}
     with pytest.raises(ValueError, match=r"has 3 classes \(ant, bee, cow9\), and the model has 1000"):

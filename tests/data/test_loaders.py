@@ -257,7 +257,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
 
 def test_a_dataset_of_the_hub(tmp_path, drawn):
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs the package datasets")
     write(tmp_path / "data", *drawn, "train")
     pixels, labels = read(pixel_loader(f"hfds/{tmp_path / 'data'}", tmp_path / "cache", input_size=SIZE, workers=2))
     assert len(torch.unique(labels)) == len(CLASSES)

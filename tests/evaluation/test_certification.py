@@ -9,6 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 from statistics import NormalDist
 
+import forked
 import numpy as np
 import pytest
 import timm
@@ -299,7 +300,7 @@ def test_model_and_generators_are_left_as_they_were():
 SETTINGS = {"sigma": 0.5, "n0": 10, "n": 40, "batch_size": 7, "seed": 3}
 KILLED = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/.."]
 from test_certification import SETTINGS, Line, certify, loader
 certify(Line(bias=-2.4, pause=0.01), loader(12), **SETTINGS, resume={path!r})
 """
@@ -318,7 +319,7 @@ def test_a_killed_run_goes_on(tmp_path, finished):
     whole = certify(Line(bias=-2.4), loader(12), **SETTINGS, resume=tmp_path / "whole.jsonl")
     path = tmp_path / "killed.jsonl"
     code = KILLED.format(tests=os.path.dirname(__file__), path=str(path))
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+    with forked.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 120
         while not path.exists() or path.read_bytes().count(b"\n") < 1 + finished:
             assert process.poll() is None, process.stderr.read()

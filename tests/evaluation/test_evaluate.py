@@ -1,12 +1,12 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import timm
 import torch
@@ -389,7 +389,7 @@ def test_original_auto_attack_gets_its_authors_numbers(monkeypatch):
 SCRIPT = """
 import sys, time
 import torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/.."]
 from test_evaluate import EIGHTH, batches
 import timm_nrpm
 from accelerate import PartialState
@@ -417,7 +417,7 @@ def started(tmp_path, out, resume=None, processes=1):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     launcher += [] if processes == 1 else ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    return subprocess.Popen([sys.executable, *launcher, str(script)], env=environment, cwd=tmp_path)
+    return forked.Popen([sys.executable, *launcher, str(script)], env=environment, cwd=tmp_path)
 
 
 def read(path) -> RobustnessReport:

@@ -16,7 +16,7 @@ from timm_nrpm.evaluation.search import Candidate, ParetoFront, search_lambda
 from timm_nrpm.figures.pareto import draw_front
 from timm_nrpm.models.registry import DIGITS
 
-optuna = pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna", reason="needs Optuna, of timm_nrpm[search]")
 
 TOY = {"mean": (0.5,), "std": (1.0,), "steps": 3, "bound": 0.3}
 
@@ -311,7 +311,7 @@ def test_without_optuna(monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_the_plot(found, tmp_path, suffix):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs Matplotlib, of timm_nrpm[demo]")
     path = draw_front(found, tmp_path / f"front{suffix}")
     assert path.stat().st_size > 5000
     alone = ParetoFront(Threat(), 1, 0, 5, 0.0, (trial(1.0, 0.0, "plain"), trial(math.inf, 0.0)))

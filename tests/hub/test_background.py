@@ -3,17 +3,18 @@
 import json
 import os
 import re
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from hub_server import Fault, Hub
+from hub_worker import Worker
 
 import timm_nrpm
 from timm_nrpm import TuneConfig
+from timm_nrpm.models.format import CONFIG
 
 TOKEN = "hf_push0123456789"
 PROGRAM = Path(__file__).parents[1] / "tune_digits.py"
@@ -36,27 +37,32 @@ def environment(hub, tmp_path, **more):
 
 def tune(hub, tmp_path, *, processes=1, more=None, **config):
     settings = {"epochs": 2, "steps": 1, "output": str(tmp_path / "run"), "push_to": "me/run", "checkpoint_every": 3}
-    given = {"images": 64, "result": str(tmp_path / "state.pt"), "config": {**settings, **config}}
+    return launch(hub, tmp_path, {**settings, **config}, processes=processes, more=more)
+
+
+def launch(hub, tmp_path, *configs, processes=1, more=None):
+    """Run the program with one configuration after another; the results are 0.pt, 1.pt and so on."""
+    given = [
+        {"images": 64, "result": str(tmp_path / f"{number}.pt"), "config": config}
+        for number, config in enumerate(configs)
+    ]
     command = [sys.executable, *(["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else [])]
     variables = environment(hub, tmp_path, **(more or {}), **({"ACCELERATE_USE_CPU": "true"} if processes == 2 else {}))
-    start = time.monotonic()
-    done = subprocess.run(
-        [*command, str(PROGRAM), json.dumps(given)], env=variables, capture_output=True, text=True, timeout=300
-    )
-    return done, time.monotonic() - start
+    command += [str(PROGRAM), json.dumps(given)]
+    return forked.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
 
 def on_hub(hub, tmp_path, name="me/run"):
     """Lambdas of what is on the Hub, loaded by a process of its own."""
     variables = environment(hub, tmp_path, HF_HOME=str(tmp_path / "elsewhere"))
-    done = subprocess.run([sys.executable, "-c", FOUND, name], env=variables, capture_output=True, text=True)
+    done = forked.run([sys.executable, "-c", FOUND, name], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_last_variant_is_on_the_hub(hub, tmp_path, processes):
-    done, _ = tune(hub, tmp_path, processes=processes, lam_lr=0.1)
+    done = tune(hub, tmp_path, processes=processes, lam_lr=0.1)
     assert done.returncode == 0, done.stderr
     assert "PushWarning" not in done.stderr
     assert on_hub(hub, tmp_path) == timm_nrpm.lambdas(timm_nrpm.from_pretrained(tmp_path / "run" / "variant"))
@@ -71,7 +77,7 @@ def test_the_last_variant_is_on_the_hub(hub, tmp_path, processes):
 
 
 def test_paradigm_3_brings_its_weights(hub, tmp_path):
-    done, _ = tune(hub, tmp_path, paradigm="all", epochs=1, checkpoint_every=100)
+    done = tune(hub, tmp_path, paradigm="all", epochs=1, checkpoint_every=100)
     assert done.returncode == 0, done.stderr
     files = hub.repo("me/run").files()
     assert files["model.safetensors"] == (tmp_path / "run" / "variant" / "model.safetensors").read_bytes()
@@ -79,41 +85,50 @@ def test_paradigm_3_brings_its_weights(hub, tmp_path):
 
 
 FAULTS = {
-    "down": Fault("status", "*", "/api/", -1, status=503),
-    "broken lines": Fault("reset", "*", "", -1),
-    "silent": Fault("stall", "*", "/api/", -1, seconds=600),
-    "the commit fails": Fault("status", "POST", "/commit/", -1, status=500),
+    "down": Fault("status", "*", "/api/.*down", -1, status=503),
+    "broken-lines": Fault("reset", "*", "broken-lines", -1),
+    "silent": Fault("stall", "*", "/api/.*silent", -1, seconds=600),
+    "the-commit-fails": Fault("status", "POST", "the-commit-fails/commit/", -1, status=500),
 }
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """What the same run computes when it pushes nothing."""
-    folder = tmp_path_factory.mktemp("alone")
+def troubled(tmp_path_factory):
+    """A run that pushes nothing and then one for each fault, in one process: the hub, the folder and what was said.
+
+    The repository of each run has the name of the fault that befalls it.
+    """
+    folder = tmp_path_factory.mktemp("troubled")
+    config = {"epochs": 2, "steps": 1, "checkpoint_every": 3}
+    configs = [config, *({**config, "output": str(folder / name), "push_to": f"me/{name}"} for name in FAULTS)]
     with Hub(folder / "hub") as server:
-        done, _ = tune(server, folder, push_to=None)
+        server.user("me", TOKEN)
+        for fault in FAULTS.values():
+            server.fault(fault)
+        done = launch(server, folder, *configs, more={"TIMM_NRPM_TIMEOUT": "2"})
         assert done.returncode == 0, done.stderr
-        assert not server.requests
-    return torch.load(folder / "state.pt", weights_only=True)
+        assert "/me/down" in server.requests[0].path  # none is of the first run
+        server.clear()
+        worker = Worker(server, folder / "worker", WITHOUT="matplotlib", HF_TOKEN=TOKEN)
+        yield server, folder, done, worker
+        worker.kill()
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_a_hub_that_is_down_neither_ends_nor_changes_the_run(hub, tmp_path, fault, alone):
-    hub.fault(fault)
-    done, seconds = tune(hub, tmp_path, more={"TIMM_NRPM_TIMEOUT": "2"})
-    assert done.returncode == 0, done.stderr
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert all(torch.equal(state[name], tensor) for name, tensor in alone.items())
-    assert "me/run was not updated, and the run goes on" in done.stderr
-    assert f"timm-nrpm push --variant {tmp_path}/run/variant me/run" in done.stderr
-    assert len(timm_nrpm.lambdas(timm_nrpm.from_pretrained(tmp_path / "run" / "variant"))) == 10
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_hub_that_is_down_neither_ends_nor_changes_the_run(troubled, name):
+    hub, folder, done, worker = troubled
+    alone = torch.load(folder / "0.pt", weights_only=True)
+    state = torch.load(folder / f"{list(FAULTS).index(name) + 1}.pt", weights_only=True)
+    assert all(torch.equal(state[key], tensor) for key, tensor in alone.items())
+    assert f"me/{name} was not updated, and the run goes on" in done.stderr
+    variant = folder / name / "variant"
+    command = re.search(rf"timm-nrpm (push --variant {variant} me/{name})", done.stderr)
+    lambdas = timm_nrpm.lambdas(timm_nrpm.from_pretrained(variant))
+    assert len(lambdas) == 10
     assert TOKEN not in done.stderr + done.stdout
-    assert seconds < 150
-    hub.clear()
-    command = [sys.executable, "-m", "timm_nrpm.cli", "push", "--variant", str(tmp_path / "run" / "variant"), "me/run"]
-    pushed = subprocess.run(command, env=environment(hub, tmp_path), capture_output=True, text=True)
-    assert pushed.returncode == 0, pushed.stderr
-    assert on_hub(hub, tmp_path)
+    assert f"me/{name}" not in hub.repos or CONFIG not in hub.repo(f"me/{name}").files()
+    assert worker(f"nrpm.cli.program.main({command[1].split()!r})") == 0
+    assert worker(f"nrpm.lambdas(nrpm.from_pretrained('me/{name}'))") == lambdas
 
 
 @pytest.mark.parametrize(
@@ -125,7 +140,7 @@ def test_a_hub_that_is_down_neither_ends_nor_changes_the_run(hub, tmp_path, faul
     ],
 )
 def test_what_could_never_be_sent_is_refused_before_the_run(hub, tmp_path, settings, message):
-    done, _ = tune(hub, tmp_path, **settings)
+    done = tune(hub, tmp_path, **settings)
     assert done.returncode == 1
     assert re.search(f"ValueError: .*{message}", done.stderr), done.stderr
     assert not hub.requests

@@ -1,4 +1,4 @@
-"""The commands that have to do with the Hub, each in a process of its own, as somebody types them."""
+"""The commands that have to do with the Hub, each in a process of its own: a fork, or slowly, as one types them."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from hub_server import Hub
@@ -35,8 +36,28 @@ def work(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", params=["forked", pytest.param("typed", marks=pytest.mark.slow)])
+def command(request):
+    """A function that runs a command in a folder."""
+    run = (forked if request.param == "forked" else subprocess).run
+
+    def command(hub, folder, *arguments, token=TOKEN, **more):
+        """What `timm-nrpm ARGUMENTS` prints; its status and the last line of its errors if it fails."""
+        kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+        ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1", "COLUMNS": "120"}
+        ours |= dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"), "1")
+        ours |= {**({"HF_TOKEN": token} if token else {}), **more}
+        line = [sys.executable, "-m", "timm_nrpm.cli", *map(str, arguments)]
+        done = run(line, env={**kept, **ours}, cwd=folder, capture_output=True, text=True, timeout=120)
+        assert TOKEN not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout if done.returncode == 0 else (done.returncode, done.stderr.strip().splitlines()[-1])
+
+    return command
+
+
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
+def hub(command, tmp_path_factory):
     with Hub(tmp_path_factory.mktemp("hub")) as server:
         server.user("me", TOKEN)
         server.user("other", "hf_other0123456789")
@@ -44,19 +65,7 @@ def hub(tmp_path_factory):
         assert server.unexpected == []
 
 
-def command(hub, folder, *arguments, token=TOKEN, **more):
-    """What `timm-nrpm ARGUMENTS` prints, in `folder`; its status and errors if it fails."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-    ours = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
-    ours |= {"HF_HUB_DISABLE_TELEMETRY": "1", "COLUMNS": "120", **({"HF_TOKEN": token} if token else {}), **more}
-    line = [sys.executable, "-m", "timm_nrpm.cli", *map(str, arguments)]
-    done = subprocess.run(line, env={**kept, **ours}, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert TOKEN not in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout if done.returncode == 0 else (done.returncode, done.stderr.strip().splitlines()[-1])
-
-
-def test_publish_look_and_fetch(hub, work, tmp_path):
+def test_publish_look_and_fetch(command, hub, work, tmp_path):
     said = command(hub, work, "push", "--variant", "v", "me/digits", "--report", "report.json", "--dry-run")
     assert said.startswith("Nothing was sent. me/digits would hold:\n")
     assert not hub.requests
@@ -101,7 +110,7 @@ def test_publish_look_and_fetch(hub, work, tmp_path):
     assert "flags: " in said
 
 
-def test_every_command_of_the_hub_gives_json(hub, work, tmp_path):
+def test_every_command_of_the_hub_gives_json(command, hub, work, tmp_path):
     pushed = json.loads(command(hub, work, "push", "--variant", "v", "me/json", "--json"))
     assert pushed["commit"] == hub.repo("me/json").commits()[0].oid
     about = json.loads(command(hub, work, "inspect", "--variant", "me/json", "--json"))
@@ -123,7 +132,7 @@ def test_every_command_of_the_hub_gives_json(hub, work, tmp_path):
 EXTRA = ["README.md", "evaluation.json", "lambdas.png"]
 
 
-def test_pull_replaces_a_variant_and_nothing_else(hub, work, tmp_path):
+def test_pull_replaces_a_variant_and_nothing_else(command, hub, work, tmp_path):
     command(hub, work, "push", "--variant", "v", "me/pulled")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
@@ -137,7 +146,7 @@ def test_pull_replaces_a_variant_and_nothing_else(hub, work, tmp_path):
     assert not (tmp_path / "v" / "evaluation.json").exists()
 
 
-def test_branches_and_pull_requests(hub, work, tmp_path):
+def test_branches_and_pull_requests(command, hub, work, tmp_path):
     command(hub, work, "push", "--variant", "v", "me/branches", "--public")
     repo = hub.repo("me/branches")
     assert not repo.private
@@ -167,7 +176,7 @@ def test_branches_and_pull_requests(hub, work, tmp_path):
         (["pull", "--variant", "no owner"], "--variant 'no owner' is not allowed"),
     ],
 )
-def test_what_fails_says_why(hub, work, arguments, message):
+def test_what_fails_says_why(command, hub, work, arguments, message):
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if "home" not in path.parts}
     status, said = command(hub, work, *arguments)
     assert status == 2
@@ -176,7 +185,7 @@ def test_what_fails_says_why(hub, work, arguments, message):
     assert before == {path: path.stat().st_mtime_ns for path in work.rglob("*") if "home" not in path.parts}
 
 
-def test_a_wrong_token(hub, work):
+def test_a_wrong_token(command, hub, work):
     call = ["push", "--variant", "v", "me/wrong"]
     assert "the token is not valid" in command(hub, work, *call, token="hf_wrong0123456789")[1]
 
@@ -237,12 +246,12 @@ def test_the_reports_of_a_folder_go_along(work, tmp_path):
     assert "evaluation.json" not in timm_nrpm.push_to_hub(tmp_path / "v", "me/v", dry_run=True, reports=()).files
 
 
-def test_what_is_not_in_the_cache_is_not_said_to_be_nowhere(hub, work, tmp_path):
+def test_what_is_not_in_the_cache_is_not_said_to_be_nowhere(command, hub, work, tmp_path):
     command(hub, work, "push", "--variant", "v", "me/cached", "--report", "report.json")
     load = "import timm_nrpm; timm_nrpm.from_pretrained('me/cached')"
     home = {"HF_HOME": str(tmp_path / "home")}
     ours = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0", **home}
-    subprocess.run([sys.executable, "-c", load], env={**os.environ, **ours}, check=True)
+    forked.run([sys.executable, "-c", load], env={**os.environ, **ours}, check=True)
     said = command(hub, tmp_path, "inspect", "--variant", "me/cached", "--offline", **home)
     assert "If it was evaluated, the evaluation is not in the cache." in said
     assert "copy: " in command(hub, tmp_path, "pull", "--variant", "me/cached", "--output", "copy", "--offline", **home)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
+import forked
 import pytest
 import timm
 import torch
@@ -90,11 +90,13 @@ RESNET = [  # lam, eps, calibrated, lowest and highest accuracy
 ]
 
 
+@pytest.mark.parametrize(("every", "margin"), [(10, 4.5), pytest.param(1, 0.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("lam", "eps", "calibrated", "low", "high"), RESNET)
-def test_narrow_resnet18_on_the_whole_test_set(lam, eps, calibrated, low, high):
-    got = accuracy(reprogrammed(lam, eps, calibrated), *cifar("test", 1))
+def test_narrow_resnet18_on_the_test_set(lam, eps, calibrated, low, high, every, margin):
+    """On a tenth of it, with three standard deviations of an accuracy on 1000 images; slowly, on the whole."""
+    got = accuracy(reprogrammed(lam, eps, calibrated), *cifar("test", every))
     print(f"lam={lam} eps={eps} calibrated={calibrated}: {got:.2f} %")
-    assert low <= got <= high
+    assert low - margin <= got <= high + margin
 
 
 def test_calibration_recovers_what_reprogramming_lost():
@@ -210,7 +212,7 @@ def test_the_command_tunes_the_published_models(tmp_path, data, paradigm, proces
     command += ["--iterations", "1", "--epochs", "1", "--samples", "64", "--batch-size", "16", "--evaluate-steps", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *command, "--validation-samples", "30", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = forked.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     history = History.from_json((tmp_path / "history.json").read_text())
     assert len(history.steps) == 4 // processes

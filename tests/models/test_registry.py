@@ -1,7 +1,7 @@
 import fnmatch
-import subprocess
 import sys
 
+import forked
 import pytest
 import timm
 import torch
@@ -157,9 +157,10 @@ except timm_nrpm.errors.WeightsUnavailable as error:
 def test_no_network_and_nothing_cached(tmp_path, name, environment):
     """Offline by choice, and a refused connection, for which the client retries before it gives up."""
     clean = {"PATH": "", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1", **environment}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", OFFLINE.format(name=name)], env=clean, capture_output=True, text=True, timeout=300
     )
     assert len(done.stdout.strip().splitlines()) == 1, done.stderr
     assert f"weights of {name} can be neither downloaded nor found in the cache" in done.stdout
     assert "Connect to the network once" in done.stdout
+    assert "HF_HUB_OFFLINE=1 in the environment reads the cache alone" in done.stdout

@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import timm
 import torch
@@ -335,7 +336,7 @@ def test_killed_while_saving_leaves_a_whole_variant_or_a_refused_one(tmp_path):
     folder = tmp_path / "v"
     outcomes = set()
     for delay in (0.0, 0.05, 0.3, 0.7, None, 0.3):
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(folder)], stdout=subprocess.PIPE, text=True)
+        process = forked.Popen([sys.executable, "-c", SAVER, str(folder)], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "ready\n"
         while delay is None and not (folder / FILES[0]).exists():  # once, on a machine however slow, it is done
             time.sleep(0.01)

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -46,18 +47,28 @@ def loader(count: int = 64, batch: int = 16, split: str = "train") -> DataLoader
     return DataLoader(TensorDataset(pixels[:count], labels[:count]), batch_size=batch, shuffle=split == "train")
 
 
-def program(processes: int = 1, **settings) -> list[str]:
+def program(processes: int = 1, *runs: dict) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    return [sys.executable, *launcher, str(PROGRAM), json.dumps(settings)]
+    return [sys.executable, *launcher, str(PROGRAM), json.dumps(runs)]
 
 
-def run(tmp_path: Path, name: str, processes: int = 1, **settings) -> tuple[History, dict[str, torch.Tensor]]:
-    """Tune in processes of their own; the history and the tuned weights."""
-    result = tmp_path / f"{name}.pt"
-    command = program(processes, **settings, result=str(result))
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+Outcome = tuple[History, dict[str, torch.Tensor]]
+
+
+def run_all(folder: Path, processes: int, runs: list[dict]) -> list[Outcome]:
+    """Tune in processes of their own, once for each of the settings; the histories and the tuned weights."""
+    results = [folder / f"{number}-of-{processes}.pt" for number in range(len(runs))]
+    given = [{**settings, "result": str(result)} for settings, result in zip(runs, results, strict=True)]
+    done = forked.run(program(processes, *given), capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return History.from_json(done.stdout.splitlines()[-1]), torch.load(result, weights_only=True)
+    histories = [History.from_json(line) for line in done.stdout.splitlines()[-len(runs) :]]
+    return [
+        (history, torch.load(result, weights_only=True)) for history, result in zip(histories, results, strict=True)
+    ]
+
+
+def run(folder: Path, processes: int = 1, **settings) -> Outcome:
+    return run_all(folder, processes, [settings])[0]
 
 
 def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], only: str = "") -> float:
@@ -150,16 +161,34 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize(("model", "settings"), SHARED.values(), ids=SHARED)
-def test_two_processes_learn_what_one_learns(tmp_path, model, settings):
-    """At the same batch of both together, after 20 steps. The estimate's eps is 0.05: at 1e-3 and a learning rate of
-    0.05 a deep ResNet is chaotic, and rounding errors of 1e-8 grow a thousandfold in three steps."""
-    config = {"eps": 0.1, "steps": 2, "epochs": 1, "evaluate_steps": 2, **settings}
-    options = {"model": model, "eps": 0.05, "images": 320, "config": config, "validation": True}
-    one, alone = run(tmp_path, "one", 1, **options, batch=16)
-    two, shared = run(tmp_path, "two", 2, **options, batch=8)
+STATISTICS = {**FAST, "paradigm": "all", "eps": 0.0, "objective": "clean", "lr": 0.0, "lam_lr": 0.0, "weight_decay": 0}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> dict[str, tuple[Outcome, Outcome]]:
+    """Each run of one process, and of two at the same batch of both together, of 20 steps.
+
+    The estimate's eps is 0.05: at 1e-3 and a learning rate of 0.05 a deep ResNet is chaotic, and rounding errors of
+    1e-8 grow a thousandfold in three steps.
+    """
+    runs = [
+        {"model": model, "eps": 0.05, "images": 320, "config": {**FAST, **settings}, "validation": True, "batch": 16}
+        for model, settings in SHARED.values()
+    ]
+    runs.append({"config": STATISTICS, "images": 64, "batch": 32})
+    folder = tmp_path_factory.mktemp("shared")
+    one, two = (
+        run_all(folder, count, [{**settings, "batch": settings["batch"] // count} for settings in runs])
+        for count in (1, 2)
+    )
+    return dict(zip([*SHARED, "statistics"], zip(one, two, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_learn_what_one_learns(shared, name):
+    (one, alone), (two, together) = shared[name]
     assert len(one.steps) == len(two.steps) == 20
-    assert differ(alone, shared, ".lam") < 1e-4
+    assert differ(alone, together, ".lam") < 1e-4
     assert max(abs(a.loss - b.loss) for a, b in zip(one.steps, two.steps, strict=True)) < 1e-3
     # 45 images in batches of 10 and two processes: some are evaluated twice, and none is counted twice.
     assert [e.clean * 45 for e in one.evaluations] == [e.clean * 45 for e in two.evaluations]
@@ -169,17 +198,15 @@ def test_two_processes_learn_what_one_learns(tmp_path, model, settings):
 def test_three_processes_leave_frozen_statistics_alone(tmp_path):
     """The mean of three equal numbers is not always that number. The variant, lambda alone, is the test of it."""
     settings = {"config": {**FAST, "output": str(tmp_path / "run")}, "images": 24, "batch": 4}
-    _, after = run(tmp_path, "three", 3, **settings)
+    _, after = run(tmp_path, 3, **settings)
     before = bundled().state_dict()
     assert [k for k in before if not torch.equal(before[k], after[k]) and not k.endswith(".lam")] == []
     assert (tmp_path / "run" / "variant" / "nrpm.safetensors").stat().st_size < 5000
 
 
-def test_moving_statistics_are_the_mean_of_all_processes(tmp_path):
+def test_moving_statistics_are_the_mean_of_all_processes(shared):
     """Those of the first BatchNorm, since those after it see what it made of each process's images."""
-    config = {**FAST, "paradigm": "all", "eps": 0.0, "objective": "clean", "lr": 0.0, "lam_lr": 0.0, "weight_decay": 0}
-    _, one = run(tmp_path, "one", 1, config=config, images=64, batch=32)
-    _, two = run(tmp_path, "two", 2, config=config, images=64, batch=16)
+    (_, one), (_, two) = shared["statistics"]
     assert not torch.equal(one["bn1.running_mean"], bundled().bn1.running_mean)
     torch.testing.assert_close(two["bn1.running_mean"], one["bn1.running_mean"])
 
@@ -187,7 +214,7 @@ def test_moving_statistics_are_the_mean_of_all_processes(tmp_path):
 def test_processes_that_would_each_tune_alone_are_refused(tmp_path):
     """As they would on a machine without CUDA, where ACCELERATE_USE_CPU was forgotten."""
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
-    command = program(2, model="mlp", images=16, config=FAST, result=str(tmp_path / "x"))
+    command = program(2, {"model": "mlp", "images": 16, "config": FAST, "result": str(tmp_path / "x")})
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode != 0
     assert "2 processes were started, and accelerate would let each tune alone" in done.stderr
@@ -237,23 +264,29 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_at_any_moment_and_taken_up_it_is_as_if_nothing_had_happened(tmp_path, seed):
-    def settings(name: str, **more) -> dict:
-        return {**KILLED, **more, "config": {**KILLED["config"], "output": str(tmp_path / name)}}
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Outcome:
+    """The run that nobody kills."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(folder, **{**KILLED, "config": {**KILLED["config"], "output": str(folder / "run")}})
 
-    whole, untouched = run(tmp_path, "whole", **settings("whole"))
+
+# Seed 7 kills it after its first checkpoint, 1 before, and 5 after its second.
+@pytest.mark.parametrize("seed", [7, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 5))])
+def test_killed_at_any_moment_and_taken_up_it_is_as_if_nothing_had_happened(tmp_path, whole, seed):
     chance = random.Random(seed)
     folder = tmp_path / "killed"
+    settings = {**KILLED, "config": {**KILLED["config"], "output": str(folder)}}
     wanted = chance.choice([0, 1, 2])  # checkpoints to wait for
-    command = program(**settings("killed", delay=0.01), result=str(tmp_path / "killed.pt"))
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+    command = program(1, {**settings, "delay": 0.01, "result": str(tmp_path / "killed.pt")})
+    with forked.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         wait_for(lambda: len(list(folder.glob("checkpoints/step-*"))) >= wanted, process)
         time.sleep(chance.random())
         process.send_signal(signal.SIGKILL)
-    resumed, after = run(tmp_path, "resumed", **settings("killed", resume=True))
-    assert resumed.steps == whole.steps
-    assert resumed.evaluations == whole.evaluations
+    resumed, after = run(tmp_path, **settings, resume=True)
+    history, untouched = whole
+    assert resumed.steps == history.steps
+    assert resumed.evaluations == history.evaluations
     assert differ(untouched, after) == 0.0
 
 
@@ -262,15 +295,15 @@ def test_sigterm_saves_the_step_it_was_in(tmp_path, processes):
     folder = tmp_path / "run"
     config = {**KILLED["config"], "output": str(folder), "checkpoint_every": 2}
     settings = {**KILLED, "config": config}
-    command = program(processes, **settings, delay=0.05, result=str(tmp_path / "stopped.pt"))
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+    command = program(processes, {**settings, "delay": 0.05, "result": str(tmp_path / "stopped.pt")})
+    with forked.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         wait_for((folder / "checkpoints" / "step-00000002").exists, process)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
     assert process.returncode in (-signal.SIGTERM, 1)  # torchrun says 1
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000002", "step-00000003"]
     assert len(History.from_json((folder / "history.json").read_text()).steps) == 3
-    resumed, _ = run(tmp_path, "resumed", processes, **{**settings, "resume": True})
+    resumed, _ = run(tmp_path, processes, **settings, resume=True)
     assert [row.step for row in resumed.steps] == list(range(1, len(resumed.steps) + 1))
     assert [row.step for row in resumed.evaluations] == [0, len(resumed.steps) // 2, len(resumed.steps)]
 

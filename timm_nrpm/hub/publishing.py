@@ -42,6 +42,9 @@ from timm_nrpm.models.saving import filling, needs_weights, save_pretrained
 FILES = (CONFIG, TENSORS, *TIMM_FILES, EVALUATION, PICTURE, CARD)
 """The files of a repository that belong to a variant; all others stay."""
 
+WITHOUT_NETWORK = "dry_run=True completes the folder without the network"
+"""Advice on working offline: HF_HUB_OFFLINE does not help to send anything."""
+
 
 def push_to_hub(
     model: nn.Module | str | Path,
@@ -304,7 +307,7 @@ class _Push:
             raise Unreachable(f"{error} If something was sent, pushing again sends what is missing.") from None
 
     def _do(self, action: str, call: Any) -> Any:
-        return insist(action, call, token=self.token)
+        return insist(action, call, token=self.token, offline=WITHOUT_NETWORK)
 
 
 def _address(error: BaseException) -> str:

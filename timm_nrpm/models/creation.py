@@ -21,7 +21,7 @@ from torch import nn
 
 from timm_nrpm.errors import HubError, WeightsUnavailable
 from timm_nrpm.models.downloads import is_lost_connection
-from timm_nrpm.models.network import network_error_of, patience
+from timm_nrpm.models.network import OFFLINE, network_error_of, patience
 
 TIMM_FILES = ("config.json", "model.safetensors")
 """Names of the files in which timm saves a model: its config and its weights."""
@@ -99,7 +99,7 @@ def unavailable(name: str, reason: str) -> str:
     return (
         f"The pretrained weights of {name} can be neither downloaded nor found in the cache ({reason}). "
         "Connect to the network once, or point to a copy: checkpoint_path=FILE with pretrained=False, or "
-        "pretrained_cfg_overlay=dict(file=FILE)."
+        f"pretrained_cfg_overlay=dict(file=FILE). {OFFLINE}."
     )
 
 

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.sha import git_hash
 
 from timm_nrpm.errors import HubError, NotOnHub, Unreachable
-from timm_nrpm.models.network import HTTP, NoNetwork, network_error_of, patience, say
+from timm_nrpm.models.network import HTTP, OFFLINE, NoNetwork, network_error_of, patience, say
 
 Result = TypeVar("Result")
 
@@ -78,13 +78,14 @@ def may_pass(error: BaseException) -> bool:
     return is_lost_connection(error) or is_garbled(error)
 
 
-def insist(what: str, call: Callable[[], Result], *, token: str | bool | None = None) -> Result:
+def insist(what: str, call: Callable[[], Result], *, token: str | bool | None = None, offline: str = OFFLINE) -> Result:
     """Return what `call` returns, after up to four attempts while its failure may pass.
 
     Args:
         what: The action named in messages, such as "Downloading me/x".
         call: Function that talks to the Hub and can be repeated without harm.
         token: Token that is removed from messages, in case a server repeats it.
+        offline: Advice on how to do without the network, which the message gives if there is none.
 
     Raises:
         NotOnHub: The Hub has no such repository, revision or file, or does not show it.
@@ -97,22 +98,22 @@ def insist(what: str, call: Callable[[], Result], *, token: str | bool | None = 
                 return call()
         except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             if wait is None or not may_pass(error):
-                raise hub_error(what, error, token) from None  # the client's text may be long and hold secrets
+                raise hub_error(what, error, token, offline) from None  # the client's text may be long and hold secrets
         except Exception as error:
             if not may_pass(error):
                 raise
             if wait is None:
-                raise hub_error(what, error, token) from None
+                raise hub_error(what, error, token, offline) from None
         say(f"{what} failed, and is tried again in {wait:g} s.")
         time.sleep(wait)
     raise AssertionError("unreachable")
 
 
-def hub_error(what: str, error: BaseException, token: str | bool | None = None) -> HubError:
+def hub_error(what: str, error: BaseException, token: str | bool | None = None, offline: str = OFFLINE) -> HubError:
     """The HubError that describes a failure of the Hub's client in one line.
 
     Args:
-        what, token: The same as in :func:`insist`.
+        what, token, offline: The same as in :func:`insist`.
         error: The error that the client raised.
     """
     if is_upload(error) and error.__cause__ is not None:
@@ -129,9 +130,9 @@ def hub_error(what: str, error: BaseException, token: str | bool | None = None) 
         kind = Unreachable
         network = network_error_of(error)
         if isinstance(error, NoNetwork):
-            why = f"{error}; check the network"
+            why = f"{error}; check the network ({offline})"
         elif network is not None:
-            why = f"{network}, and the cache does not hold it: connect to the network once"
+            why = f"{network}, and the cache does not hold it: connect to the network once ({offline})"
         elif isinstance(error.__cause__, FileMetadataError):
             why = "the server that HF_ENDPOINT names does not answer like the Hub"
         else:
@@ -202,14 +203,17 @@ class Repository:
             NotOnHub: The file is not in the repository.
             HubError: The file cannot be downloaded, or is too large.
         """
-        local, size = self.local_files_only or self._is_cached(name), None
+        local, size, unreachable = self.local_files_only or self._is_cached(name), None, None
         if at_most is not None and not local:
             try:
                 size = self._size(name)
-            except Unreachable:
-                local = True  # it may be in the cache
+            except Unreachable as error:
+                local, unreachable = True, error  # it may be in the cache
         self._check_size(name, size, at_most)
-        path = self._get(name, local, False)
+        try:
+            path = self._get(name, local, False)
+        except Unreachable as error:
+            raise unreachable or error from None
         if not self.local_files_only and not is_intact(path):
             path = self._get(name, local, True)
             if not is_intact(path):
@@ -261,7 +265,7 @@ class Repository:
         return self._do(f"Looking for {name} in {self}", lambda: get_hf_file_metadata(url, token=self.token)).size
 
     def _do(self, action: str, call: Callable[[], Result]) -> Result:
-        return insist(action, call, token=self.token)
+        return insist(action, call, token=self.token, offline=f"local_files_only=True, or {OFFLINE}")
 
     def _check_size(self, name: str, size: int | None, at_most: int | None) -> None:
         if at_most is not None and size is not None and size > at_most:

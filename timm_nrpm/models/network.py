@@ -12,7 +12,9 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -29,8 +31,14 @@ HTTP: Any = import_module(HTTPError.__module__.partition(".")[0])
 PATIENCE = 60.0
 """Seconds without data from the server after which a request fails; the variable TIMM_NRPM_TIMEOUT overrides it."""
 
-CONNECT = 10.0
-"""Largest number of seconds that connecting may take."""
+CONTACT = 5.0
+"""Seconds within which a server must accept a connection, and answer the first question that this process asks it."""
+
+REMEMBERED = 10.0
+"""Seconds for which a server that let that time pass is not asked again, so that nobody waits anew for each file."""
+
+OFFLINE = "HF_HUB_OFFLINE=1 in the environment reads the cache alone, without the network"
+"""Advice on working offline, as a part of messages."""
 
 SILENCE = 2.0
 """Seconds of waiting after which a message names the server."""
@@ -48,14 +56,20 @@ class NoNetwork(OfflineModeIsEnabled):
     """
 
 
+class NoAnswer(Exception):
+    """A server does not answer the first question that it is asked; the message says for how long."""
+
+
 def why_no_network(error: BaseException) -> str | None:
-    """Why no connection could be made (unknown host, refusal, no route); None for any other error."""
+    """Why a server is out of reach (unknown host, refusal, no route, or silence); None for any other error."""
+    if isinstance(error, NoAnswer):
+        return str(error)
     if not isinstance(error, (HTTP.ConnectError, HTTP.ConnectTimeout)):
         return None
     reason: BaseException | None = error
     while reason is not None:
         if isinstance(reason, HTTP.ConnectTimeout):
-            return f"no connection within {CONNECT:g} seconds"
+            return f"no connection within {CONTACT:g} seconds"
         refused = isinstance(reason, (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError))
         if refused or (isinstance(reason, OSError) and reason.errno in NO_ROUTE):
             return str(getattr(reason, "strerror", None) or reason)
@@ -82,6 +96,8 @@ def limit() -> float:
 _lock = threading.Lock()
 _patient: list[Any] = []
 _changed: list[tuple[Any, Any]] = []
+_answered: set[bytes] = set()
+_unreachable: dict[bytes, tuple[float, str]] = {}
 
 
 @contextmanager
@@ -109,25 +125,60 @@ def patience() -> Iterator[None]:
                 del client.send
 
 
-def _send(send: Callable[..., Result], request: Any, **options: Any) -> Result:
+def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
     """Send a request with a limit on connecting, a message about a long wait, and one error for a missing network."""
-    limits = request.extensions.get("timeout")
+    limits, host, server = request.extensions.get("timeout"), request.url.host, request.url.netloc
     if limits:
-        limits["connect"] = min(limits.get("connect") or CONNECT, CONNECT)
-    host = request.url.host
+        limits["connect"] = min(limits.get("connect") or CONTACT, CONTACT)
+    start, (until, message) = time.monotonic(), _unreachable.get(server, (0.0, ""))
+    if start < until:
+        raise NoNetwork(message)
     timer = threading.Timer(SILENCE, say, [f"Waiting for an answer from {host} ..."])
     timer.daemon = True
     if request.method != "PUT":  # which is an upload with a progress bar
         timer.start()
     try:
-        return send(request, **options)
+        first = server not in _answered and request.method in ("GET", "HEAD")  # others may send for longer than that
+        response = _first_answer(send, request, options) if first else send(request, **options)
+        _answered.add(server)
+        return response
     except Exception as error:
         reason = why_no_network(error)
         if reason is None:
             raise
-        raise NoNetwork(f"{host} cannot be reached: {reason}") from None
+        message = f"{host} cannot be reached: {reason}"
+        if time.monotonic() - start > SILENCE:
+            _unreachable[server] = time.monotonic() + REMEMBERED, message
+        raise NoNetwork(message) from None
     finally:
         timer.cancel()
+
+
+def _first_answer(send: Callable[..., Any], request: Any, options: Mapping[str, Any]) -> Any:
+    """Send a request, and return its response if the head of that arrives in time; its body may take longer.
+
+    The request is sent by another thread, since the look-up of a name has no time limit of its own.
+
+    Raises:
+        NoAnswer: It does not arrive in time.
+    """
+    answer: futures.Future[Any] = futures.Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(send(request, **{**options, "stream": True}))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    seconds = limit() if "TIMM_NRPM_TIMEOUT" in os.environ else CONTACT
+    threading.Thread(target=ask, daemon=True).start()
+    futures.wait([answer], seconds)
+    if not answer.done():
+        raise NoAnswer(f"no answer within {seconds:g} seconds (TIMM_NRPM_TIMEOUT={PATIENCE:g} waits longer)")
+    response = answer.result()
+    if not options.get("stream"):
+        response.read()
+    return response
 
 
 def say(text: str) -> None:
