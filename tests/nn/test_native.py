@@ -63,7 +63,7 @@ def expected(tmp_path):
     own = torch.randn(5, 1, 3, 3)
     wide = x.double(), weight.double()
     out = nrpm_conv2d(*wide, padding=1, lam=0.2, eps=0.05)
-    out = (out + nrpm_conv2d(*wide, padding=1, lam=0.2, eps=0.05, penalty="huber-mcp", delta=0.3, gamma=1.0))
+    out = out + nrpm_conv2d(*wide, padding=1, lam=0.2, eps=0.05, penalty="huber-mcp", delta=0.3, gamma=1.0)
     each = nrpm_conv2d(wide[0], own.double(), padding=1, groups=5, lam=0.2, eps=0.05)
     wanted = out, each, *torch.autograd.grad(out.square().sum() + each.square().sum(), (x, weight))
 
