@@ -8,7 +8,8 @@ from timm_nrpm import Threat
 from timm_nrpm.attacks import evolution
 from timm_nrpm.attacks.evolution import HERD, Herd, evolve
 from timm_nrpm.attacks.gradients import losses
-from timm_nrpm.attacks.pursuit import Pursuit, ascend, search
+from timm_nrpm.attacks.pursuit import Pursuit, ascend
+from timm_nrpm.attacks.random_search import search
 
 SHAPE = (3, 6, 6)
 THREATS = [Threat("Linf", 0.05), Threat("L2", 0.4), Threat("L1", 2.0)]

@@ -6,7 +6,8 @@ from torch import nn
 
 from timm_nrpm import Threat
 from timm_nrpm.attacks.gradients import losses
-from timm_nrpm.attacks.pursuit import Pursuit, ascend, likely_targets, search
+from timm_nrpm.attacks.pursuit import Pursuit, ascend, likely_targets
+from timm_nrpm.attacks.random_search import search
 
 SHAPE = (3, 6, 6)
 THREATS = [Threat("Linf", 0.1), Threat("L2", 0.7), Threat("L1", 4.0)]

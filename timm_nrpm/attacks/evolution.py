@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from timm_nrpm.attacks.gradients import Forward
-from timm_nrpm.attacks.pursuit import Pursuit, ascend, search
+from timm_nrpm.attacks.pursuit import Pursuit, ascend
+from timm_nrpm.attacks.random_search import search
 from timm_nrpm.data.ordering import seed_of
 
 HERD = 10

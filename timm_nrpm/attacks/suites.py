@@ -14,7 +14,8 @@ from timm_nrpm.attacks.carlini_wagner import carlini_wagner
 from timm_nrpm.attacks.efforts import Effort
 from timm_nrpm.attacks.evolution import HERD, PARTS, evolve
 from timm_nrpm.attacks.library import MOST_TARGETS, Run, auto_attack, fgsm, original_auto_attack, pgd, square
-from timm_nrpm.attacks.pursuit import Pursuit, ascend, likely_targets, search
+from timm_nrpm.attacks.pursuit import Pursuit, ascend, likely_targets
+from timm_nrpm.attacks.random_search import search
 from timm_nrpm.attacks.sparse import greedy_pixels, random_pixels
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.checks import check_choice
