@@ -158,6 +158,16 @@ def slope_of_step(
     return slope * (G * eps + with_sign(G * move, t))  # since omega - |t| omega^2 is eps omega^2
 
 
+@triton.jit
+def _mixed(total, start, lam, bias, output, valid_o, MIXED: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Sums mixed with the plain ones, and with a bias, where these are asked for."""
+    if MIXED:
+        total = tl.fma(tl.load(lam).broadcast_to(total.shape), start - total, total)
+    if HAS_BIAS:
+        total += tl.load(bias + output, mask=valid_o, other=0.0)[:, None]
+    return total
+
+
 @_tuned(TILES)
 @triton.jit
 def forward(
@@ -189,15 +199,12 @@ def forward(
     if HAS_LAM:
         steps = tl.where(tl.load(lam) >= 1, 0, STEPS)
     m = start / depth
-    chain = tl.full([ROWS, COLUMNS], 1.0, tl.float32)
+    zero = tl.zeros([ROWS, COLUMNS], tl.float32)
+    chain = zero + 1.0
     for k in range(steps):
-        S = tl.zeros([ROWS, COLUMNS], tl.float32)
-        T = tl.zeros([ROWS, COLUMNS], tl.float32)
-        A = tl.zeros([ROWS, COLUMNS], tl.float32)
-        B = tl.zeros([ROWS, COLUMNS], tl.float32)
+        S, T, A, B = zero, zero, zero, zero
         for first in range(0, depth, STRETCH):
-            s = tl.zeros([ROWS, COLUMNS], tl.float32)
-            v = tl.zeros([ROWS, COLUMNS], tl.float32)
+            s, v = zero, zero
             for d in tl.range(first, tl.minimum(first + STRETCH, depth), loop_unroll_factor=UNROLL):
                 i, j = d // KW % KH * DH, d % KW * DW
                 inside = valid_p & (top + i >= 0) & (top + i < height) & (left + j >= 0) & (left + j < width)
@@ -222,10 +229,7 @@ def forward(
     total = m * depth
     if HAS_LAM:
         total = tl.where(steps == 0, start, total)  # bit for bit
-    if MIXED:
-        total = tl.fma(tl.load(lam).broadcast_to(total.shape), start - total, total)
-    if HAS_BIAS:
-        total += tl.load(bias + group * rows + o, mask=valid_o, other=0.0)[:, None]
+    total = _mixed(total, start, lam, bias, group * rows + o, valid_o, MIXED, HAS_BIAS)
     tl.store(out + z, total, mask=valid)
     if KEEP:
         tl.store(state + (2 * STEPS - 1) * whole + z, chain, mask=valid)
