@@ -179,12 +179,12 @@ def test_the_recorded_worst_case_is_what_the_readme_says():
 @pytest.mark.slow
 @pytest.mark.parametrize("lam", [0.5, 1.0])
 def test_narrow_resnet18_in_the_worst_case(lam):
-    """The same with fewer steps, half an hour."""
-    pixels, labels = cifar("test", 20)
+    """The same on the first 200 of these images, four minutes."""
+    pixels, labels = (part[:200] for part in cifar("test", 20))
     loader = list(zip(pixels.split(100), labels.split(100), strict=True))
-    report = evaluate(reprogrammed(lam, 5e-4, lam < 1), loader, Threat("Linf", 8 / 255), steps=20, queries=50)
+    report = evaluate(reprogrammed(lam, 5e-4, lam < 1), loader, Threat("Linf", 8 / 255))
     print(report)
-    assert report.samples == 500
+    assert report.samples == 200
     assert report.worst_case <= 0.43
     assert report.accuracy("pgd") >= 0.57 or lam == 1.0
     assert (MASKED in report.flags) == (lam < 1)
