@@ -469,6 +469,24 @@ def test_batches_that_are_judged_together_change_nothing(monkeypatch, norm):
     assert reports[2] == reports[0]
 
 
+def test_attacks_take_gradients_for_pixels_alone(monkeypatch):
+    """No weight and no lambda of any model that is followed, whatever trains in the model that was given."""
+    from timm_nrpm.evaluation import judge
+
+    model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.5, learnable=True)
+    seen, attack = [], judge.Judge.__call__
+
+    def recorded(self, *given):
+        seen.extend(p.requires_grad for source in self.sources.values() for p in source.net.parameters())
+        return attack(self, *given)
+
+    monkeypatch.setattr(judge.Judge, "__call__", recorded)
+    evaluate(model, batches(4, 4), EIGHTH, steps=1, queries=1, effort="fast")
+    assert len(seen) > 100
+    assert not any(seen)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_two_processes_find_what_one_finds(tmp_path, uninterrupted):
     assert started(tmp_path, tmp_path / "two.json", str(tmp_path / "journal"), 2).wait(300) == 0
     assert read(tmp_path / "two.json") == uninterrupted
