@@ -24,7 +24,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DIGITS = """
-from timm_nrpm.data.loaders import digits
+try:
+    from timm_nrpm.data.loaders import digits
+except ImportError:  # older versions
+    from timm_nrpm.data import digits
 (train, _), (pixels, labels) = digits("train"), digits("test")
 model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.4).eval()
 images = train[:1000]
