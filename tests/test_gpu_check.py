@@ -38,10 +38,10 @@ def session(tmp_path, seconds=300.0):
     ("module", "part", "tables"),
     [
         ("checks", "checks", {"errors"}),
-        ("products", "operator", {"operator", "operator, both", "reference"}),
-        ("models", "models", {"models", "graphs"}),
+        pytest.param("products", "operator", {"operator", "operator, both", "reference"}, marks=pytest.mark.slow),
+        pytest.param("models", "models", {"models", "graphs"}, marks=pytest.mark.slow),
         ("instructions", "instructions", {"instructions"}),
-        ("learning", "evaluation", {"evaluation"}),
+        pytest.param("learning", "evaluation", {"evaluation"}, marks=pytest.mark.slow),
         ("learning", "tuning", {"tuning"}),
     ],
 )

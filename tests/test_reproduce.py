@@ -445,7 +445,7 @@ class RobustConv2d(torch.nn.Module):
 """
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.01])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 1.01])
 def test_parity_with_a_checkout(scripts, tiny, tmp_path, monkeypatch, scale):
     """A stand-in for the authors' file: the same layer agrees to rounding, another one does not."""
     (tmp_path / "checkout" / "models").mkdir(parents=True)
