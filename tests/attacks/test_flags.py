@@ -139,7 +139,7 @@ def test_broken_defences_are_flagged(data, defence, expected):
     """With and without the model beneath it to make examples on."""
     beneath = timm.create_model(DIGITS, pretrained=True).eval()
     for base in (None, copy.deepcopy(beneath)):
-        options = {"mean": (0.5,), "std": (0.5,), "steps": 10, "queries": 100}
+        options = {"mean": (0.5,), "std": (0.5,), "steps": 10, "queries": 20, "effort": "fast"}
         report = evaluate(defence(copy.deepcopy(beneath)), data, THREAT, base=base, **options)
         assert expected <= set(report.flags), report.evidence
         if base is not None and defence is not Noisy:
@@ -160,7 +160,7 @@ def test_the_cheap_flags_are_in_every_suite(data):
 def test_a_saturated_loss_is_seen_through(data):
     """Its cross-entropy has no gradient, its margin has: the adaptive worst case is the plain model's, give or take."""
     beneath = timm.create_model(DIGITS, pretrained=True).eval()
-    options = {"mean": (0.5,), "std": (0.5,), "steps": 10, "queries": 50}
+    options = {"mean": (0.5,), "std": (0.5,), "steps": 10, "queries": 20}
     broken, plain = (evaluate(m, data, THREAT, **options) for m in (Clipped(beneath), beneath))
     assert broken.accuracy("pgd") > plain.accuracy("pgd") + 0.1
     assert broken.worst_case <= plain.worst_case + 0.05
