@@ -1,6 +1,6 @@
 """Measure what gradient checkpointing saves of the memory of a training step, and what time it costs.
 
-    python scripts/bench_memory.py    # resnet50 at 224x224, batch 8: five minutes on one core
+    python scripts/bench_memory.py    # resnet50 at 224x224, batch 8: two minutes on two cores
 
 Writes results/bench-memory.json and .md. The blocks of the first stages hold most of the memory, since their outputs
 are large, and no more of the work than the others: computing only these again in the backward pass saves the most for

@@ -1,6 +1,6 @@
 """Compare the adaptive suite with that of an older checkout: what each leaves and its time, by turns in one run.
 
-    python scripts/compare_suites.py --old CHECKOUT --shared SHARED    # twenty minutes on two cores
+    python scripts/compare_suites.py --old CHECKOUT --shared SHARED    # seven minutes on two cores
 
 Two models are attacked, each with its plain model beside it: the bundled model at lambda 0.4 (K = 3, eps 1e-3),
 calibrated on the first 1000 training images, under Linf 0.15 on the first 180 test images; and, if SHARED is given,
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -138,8 +137,9 @@ def main() -> None:
                 runs[name][when].append(measured(checkout, case, shared, args.threads, effort))
                 print(name, when, f"{runs[name][when][-1]['seconds']:.1f} s", flush=True)
     import torch
+    from bench import machine
 
-    content = {"threads": args.threads, "torch": torch.__version__, "cpu": platform.machine(), "runs": runs}
+    content = {"threads": args.threads, "torch": torch.__version__, "cpu": machine("cpu")["cpu"], "runs": runs}
     (args.out / "suites.json").write_text(json.dumps(content, indent=1) + "\n")
     text = markdown(content)
     (args.out / "suites.md").write_text(text)

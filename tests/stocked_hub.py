@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import timm
+import torch
 from hub_server import Hub
 from safetensors.torch import save_file
 
@@ -23,7 +24,9 @@ class StockedHub(Hub):
         variant = timm_nrpm.save_pretrained(model, folder / "variant")
         files = {path.name: path.read_bytes() for path in variant.iterdir()}
         self.create("me/resnet18-nrpm").commit({**files, "README.md": b"---\ntags: [timm_nrpm]\n---\n"})
-        save_file(timm.create_model("resnet18").state_dict(), folder / "model.safetensors")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            save_file(timm.create_model("resnet18").state_dict(), folder / "model.safetensors")
         config = json.dumps({"architecture": "resnet18", "num_classes": 1000}).encode()
         weights = (folder / "model.safetensors").read_bytes()
         self.create("timm/resnet18.a1_in1k").commit({"config.json": config, "model.safetensors": weights})

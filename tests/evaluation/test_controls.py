@@ -118,6 +118,19 @@ def test_a_damaged_file_is_written_anew(content, judged, digits, tmp_path):
 
 
 @pytest.mark.cached
+def test_a_cache_that_cannot_be_written_stops_nobody(judged, tmp_path, monkeypatch, digits):
+    (tmp_path / "cache").write_text("a file, and no folder")
+    monkeypatch.setattr("timm_nrpm.nn.kernels.compiling.cache_folder", lambda: tmp_path / "cache")
+    call = ["evaluate", "--suite", "quick", "--steps", "1", "--first", "4", "--calibrate", "20", "--output"]
+    assert main([*call, str(tmp_path / "out")]) == 0
+    assert judged.count(None) == 1
+    judged.clear()
+    with pytest.raises(OSError):  # who names a folder is told before anything is attacked
+        measured(reprogrammed(0.5), digits, tmp_path / "cache" / "controls")
+    assert judged == []
+
+
+@pytest.mark.cached
 def test_a_user_gets_it_without_asking(judged, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("timm_nrpm.nn.kernels.compiling.cache_folder", lambda: tmp_path / "cache")
     call = ["evaluate", "--suite", "quick", "--steps", "1", "--first", "5", "--calibrate", "20", "--output"]

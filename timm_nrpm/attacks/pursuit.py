@@ -1,4 +1,4 @@
-"""A pursuit keeps the worst point that any attack has found for each image, and an ascent that makes it worse.
+"""A pursuit keeps the worst point that any attack has found for each image, and an ascent goes on from there.
 
 An attack on a reprogrammed model fails where it starts from scratch and follows a single gradient: the model's own
 gradient is erratic, and the gradients of similar models point elsewhere. So every point that an attack visits is shown

@@ -118,11 +118,13 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> None:
 
 
 def _controls() -> Path | None:
-    """The folder in the user's cache that keeps results of plain models, None for a user without a home directory."""
+    """The folder in the user's cache that keeps results of plain models, None where there can be none."""
     from timm_nrpm.nn.kernels.compiling import cache_folder
 
-    with suppress(RuntimeError):
-        return cache_folder() / "controls"
+    with suppress(RuntimeError, OSError):  # no home directory, or one that cannot be written
+        folder = cache_folder() / "controls"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     return None
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,13 @@ class KeptJudge:
         judge: Judge that finds what the folder does not hold.
         folder: Folder of the outcomes, which is made if need be. A file that is damaged is written anew.
         identity: Everything, as JSON, that an outcome depends on beside the images and this package's code.
+
+    Raises:
+        OSError: The folder cannot be made.
     """
 
     def __init__(self, judge: Judge, folder: Path, identity: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.judge, self.folder = judge, folder
         self.identity = {**identity, "code": code_sha256()}
 
@@ -54,9 +59,9 @@ class KeptJudge:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             outcome = self.judge(images, labels, places, tell)
         partial = path.with_suffix(f".{os.getpid()}")  # several processes may evaluate the same control
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(outcome.to_dict()) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with suppress(OSError):  # a full disk costs the next evaluation time, and this one nothing
+            partial.write_text(json.dumps(outcome.to_dict()) + "\n", encoding="utf-8")
+            partial.replace(path)
         return outcome
 
     def path(self, images: Tensor, labels: Tensor, places: Places) -> Path:

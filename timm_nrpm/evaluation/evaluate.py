@@ -113,6 +113,7 @@ def evaluate(
     Raises:
         ValueError: Pixels are outside [0, 1], labels are not classes of the model, a setting is outside its range, the
             loader is empty, or the file `resume` belongs to another run.
+        OSError: The folder `controls` cannot be made.
 
     Example:
         >>> report = evaluate(model, loader, Threat("Linf", 0.12), effort="fast")

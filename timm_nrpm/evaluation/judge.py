@@ -123,7 +123,7 @@ class Judge:
             turn = self.attack(attack, place, pursuit, rows, places)
             turns[attack.name] = turns[attack.name].then(turn) if attack.name in turns else turn
         tell(1.0, "looking for flags")
-        probes = self.probe(pixels, labels, right, places)
+        probes = self.probes(pixels, labels, right, places)
         clean = "".join(str(int(r)) for r in right.tolist())
         non_finite = any(source.net.non_finite for source in self.sources.values())
         return Outcome(clean, turns, probes, non_finite, classes)
@@ -154,7 +154,7 @@ class Judge:
         forwards, backwards = (now - then for now, then in zip(self.passes(source), before, strict=True))
         return Turn(attack.source, "".join(code), forwards, backwards, time.perf_counter() - start)
 
-    def probe(self, pixels: Tensor, labels: Tensor, right: Tensor, places: Places) -> dict[str, float]:
+    def probes(self, pixels: Tensor, labels: Tensor, right: Tensor, places: Places) -> dict[str, float]:
         """Look for flags on those images that are right when clean and among the first of the loader."""
         p = self.protocol
         steps = p.effort.steps if p.suite == "adaptive" else 0
