@@ -17,7 +17,7 @@ from torch import Tensor
 from gpu.layers import EPS, SMALL, TINY, Layer
 from gpu.session import Session
 from timm_nrpm.nn.estimator import Penalty
-from timm_nrpm.nn.kernels import tiled
+from timm_nrpm.nn.kernels import operator
 
 ROOT = Path(__file__).parents[2]
 TILES_OF_CHECKS = {"forward": (4, 64, 2, 1), "backward_x": (4, 64, 2, 1), "backward_weight": (1, 16, 64, 4, 1)}
@@ -74,30 +74,26 @@ def _operator_errors(session: Session, layer: Layer) -> None:
 
 
 def _kernel_errors(session: Session, layer: Layer) -> None:
-    """The kernels with each way to divide, and with fused mixing and bias, beside float64 on the CPU."""
+    """The kernels with each way to divide, beside float64 on the CPU."""
     from gpu.tiles import only_tiles
     from timm_nrpm.nn.kernels import cuda
     from timm_nrpm.nn.kernels.cuda_kernels import RECIPROCALS
 
-    x, weight, plain = layer.operands(*layer.tensors(session.device))
-    grad, bias = torch.randn_like(plain), torch.randn(len(weight), device=session.device)
-    lam = torch.tensor(0.3, device=session.device)
-    conv, both = layer.convolution, (True, True)
-    x_wide, weight_wide, plain_wide, grad_wide, bias_wide = (t.double().cpu() for t in (x, weight, plain, grad, bias))
+    x, weight = layer.operands(*layer.tensors(session.device))
+    lam, last, both = torch.tensor(0.3, device=session.device), not layer.kernel, (True, True)
+    grad = torch.randn_like(layer.convolution.plain(x, weight))
+    x_wide, weight_wide, lam_wide, grad_wide = (t.double().cpu() for t in (x, weight, lam, grad))
     for name, steps in SETTINGS:
-        penalty = Penalty.named(name, EPS, 0.3, 1.0)
-        want, states = tiled.forward(x_wide, weight_wide, plain_wide, conv, steps, penalty, True)
-        wanted = tiled.backward(grad_wide, x_wide, weight_wide, plain_wide, want, states, conv, steps, penalty, both)
-        fused = torch.lerp(want, plain_wide, 0.3) + bias_wide.view(-1, 1, 1)
+        settings = layer.settings(Penalty.named(name, EPS, 0.3, 1.0), steps)
+        want, states = operator.compute(x_wide, weight_wide, lam_wide, True, *settings, last, True)
+        wanted = operator.compute_backward(grad_wide, x_wide, weight_wide, lam_wide, states, True, *settings, *both)
         for reciprocal in RECIPROCALS:
             with only_tiles(reciprocal, **TILES_OF_CHECKS):
-                out, state = cuda.forward(x, weight, plain, None, conv, steps, penalty, True)
-                grads = cuda.backward(grad, x, weight, plain, None, out, state, conv, steps, penalty, both)
-                mixed = cuda.mixed(x, weight, plain, lam, bias, conv, steps, penalty)
+                out, state = cuda.compute(x, weight, lam, True, *settings, last, True)
+                grads = cuda.compute_backward(grad, x, weight, lam, state, True, *settings, *both)
             session.add("errors of the kernels", **{
                 "layer": str(layer), "penalty": name, "K": steps, "1 / u": reciprocal, "forward": off(out, want),
                 "gradient of the input": off(grads[0], wanted[0]), "gradient of the weight": off(grads[1], wanted[1]),
-                "fused": off(mixed, fused),
             })  # fmt: skip
 
 

@@ -32,8 +32,8 @@ VARIANTS: list[tuple[str, bool, str, Tile]] = [
     ("backward_weight", True, "approximate", (32, 64, 1, 8, 1)),
 ]
 CONSTANTS = {"STEPS": K, "KH": 3, "KW": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1, "GENERAL": False}
-FLAGS = {"HAS_LAM": True, "MIXED": False, "HAS_BIAS": False}
-POINTERS = {"x", "weight", "plain", "lam", "bias", "out", "state", "grad", "grad_x", "grad_weight"}
+FLAGS = {"SKIP": True}
+POINTERS = {"x", "weight", "plain", "lam", "out", "state", "grad", "grad_x", "grad_weight"}
 NUMBERS = {"eps", "scale", "shift", "low", "high"}
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from gpu.session import Work
 from timm_nrpm.nn.estimator import Penalty, robust_mean
 from timm_nrpm.nn.functional import nrpm_conv2d, nrpm_linear
-from timm_nrpm.nn.kernels.convolution import Convolution
+from timm_nrpm.nn.kernels.convolution import Convolution, Pair
 
 EPS, K = 1e-3, 3
+Settings = tuple[Pair, Pair, Pair, int, int, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,15 @@ class Layer:
         ours = partial(nrpm_conv2d, x, weight, lam=0.0, iterations=K, eps=EPS, **settings)  # type: ignore[arg-type]
         return {"ours": ours, "plain": partial(F.conv2d, x, weight, **settings), "reference": reference}
 
-    def operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Input, weight and plain sums of the convolution that the kernels see, without gradients."""
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and weight of the convolution that the kernels see, without gradients."""
         x, weight = x.detach(), weight.detach()
-        if not self.kernel:
-            return x.t()[None, :, None], weight[..., None, None], F.linear(x, weight).t()[None, :, None]
-        return x, weight, F.conv2d(x, weight, None, self.stride, self.padding, 1, self.groups)
+        return (x, weight) if self.kernel else (x.t()[None, :, None], weight[..., None, None])
+
+    def settings(self, penalty: Penalty, iterations: int) -> Settings:
+        """What the operator is told besides tensors and lambda, in the order of its arguments."""
+        conv = self.convolution
+        return conv.stride, conv.padding, conv.dilation, conv.groups, iterations, penalty.numbers
 
     def _reference(self, x: Tensor, weight: Tensor) -> Tensor:
         if not self.kernel:

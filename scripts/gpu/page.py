@@ -17,7 +17,6 @@ TITLES = {
     "graphs": "Small models, as called and as a CUDA graph",
     "tiles": "Tiles and ways to divide",
     "instructions": "Instructions for each product and step, counted in the machine code",
-    "fused mixing and bias": "Mixing and bias in the kernel",
     "evaluation": "Adaptive evaluations, the plain model's included",
     "tuning": "Steps of tuning",
 }

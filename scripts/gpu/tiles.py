@@ -1,4 +1,4 @@
-"""The time of candidate tiles and of each way to divide, and of mixing and bias in the kernel: what could be a default.
+"""The time of candidate tiles and of each way to divide: what could be a default.
 
 The package's tables in `cuda_kernels.py` are data: a tile that is faster here belongs into them, and one that is never
 the fastest out of them.
@@ -6,7 +6,7 @@ the fastest out of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -55,14 +55,17 @@ def candidates(kernel: str) -> list[Tile]:
 
 def launches(layer: Layer, device: str) -> dict[str, Work]:
     """A call of each kernel on a layer."""
-    x, weight, plain = layer.operands(*layer.tensors(device))
-    penalty, conv, grad = Penalty.named("l1", EPS), layer.convolution, torch.randn_like(plain)
-    out, state = cuda.forward(x, weight, plain, None, conv, K, penalty, True)
-    backward = partial(cuda.backward, grad, x, weight, plain, None, out, state, conv, K, penalty)
+    x, weight = layer.operands(*layer.tensors(device))
+    conv, penalty, lam = layer.convolution, Penalty.named("l1", EPS), torch.tensor(0.5, device=device)
+    plain = conv.plain(x, weight)
+    grad, grad_x, grad_weight = torch.randn_like(plain), torch.empty_like(x), torch.empty_like(weight)
+    out, state = cuda.compute(x, weight, lam, True, *layer.settings(penalty, K), not layer.kernel, True)
+    nothing = x.new_empty(0)
+    backward = (grad, x, weight, lam, True, state)
     return {
-        "forward": partial(cuda.forward, x, weight, plain, None, conv, K, penalty, False),
-        "backward_x": partial(backward, (True, False)),
-        "backward_weight": partial(backward, (False, True)),
+        "forward": partial(cuda.forward, x, weight, plain, lam, True, out, nothing, conv, K, penalty),
+        "backward_x": partial(cuda.backward_x, *backward, grad_x, conv, K, penalty),
+        "backward_weight": partial(cuda.backward_weight, *backward, grad_weight, conv, K, penalty),
     }
 
 
@@ -75,10 +78,6 @@ def tiles(session: Session) -> None:
             for kernel, work in works.items():
                 with session.attempt(f"tiles of {kernel}, {layer}"):
                     _try_tiles(session, layer, kernel, work)
-    for layer in layers:
-        with session.attempt(f"fused mixing and bias, {layer}"):
-            session.need(5)
-            _fused(session, layer)
 
 
 def _try_tiles(session: Session, layer: Layer, kernel: str, work: Work) -> None:
@@ -103,25 +102,3 @@ def _try_tiles(session: Session, layer: Layer, kernel: str, work: Work) -> None:
     })  # fmt: skip
     for tile, seconds in sorted(times.items(), key=lambda pair: pair[1]):
         session.add("every tile", kernel=kernel, layer=str(layer), tile=str(tile), ms=1e3 * seconds)
-
-
-def _fused(session: Session, layer: Layer) -> None:
-    """Add a row: mixing and bias in the kernel beside operations of their own."""
-    x, weight, plain = layer.operands(*layer.tensors(session.device))
-    penalty, conv = Penalty.named("l1", EPS), layer.convolution
-    lam, bias = torch.tensor(0.5, device=session.device), torch.randn(len(weight), device=session.device)
-
-    def apart() -> torch.Tensor:
-        out, _ = cuda.forward(x, weight, plain, lam, conv, K, penalty, False)
-        return out.lerp_(plain, lam).add_(bias.view(-1, 1, 1))
-
-    works: dict[str, Callable[[], torch.Tensor]] = {
-        "apart": apart,
-        "fused": partial(cuda.mixed, x, weight, plain, lam, bias, conv, K, penalty),
-    }
-    seconds = session.medians(works, 0.4)
-    graphs = session.medians({name: session.graphed(work) for name, work in works.items()}, 0.4)
-    session.add("fused mixing and bias", **{
-        "layer": str(layer), "ms apart": 1e3 * seconds["apart"], "ms fused": 1e3 * seconds["fused"],
-        "apart, as a graph": 1e3 * graphs["apart"], "fused, as a graph": 1e3 * graphs["fused"],
-    })  # fmt: skip

@@ -32,8 +32,7 @@ INTERPRETED = """
     os.environ["TRITON_INTERPRET"] = "1"
     import torch, torch.nn.functional as F
     from timm_nrpm.nn.estimator import Penalty
-    from timm_nrpm.nn.kernels import cuda, tiled
-    from timm_nrpm.nn.kernels.convolution import Convolution
+    from timm_nrpm.nn.kernels import cuda, operator
 
     def off(value, want):
         return ((value.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
@@ -41,31 +40,32 @@ INTERPRETED = """
     torch.manual_seed(0)
     errors = []
     batch, channels, outputs, height, width, kernel, *shape = json.loads(sys.argv[1])
-    conv = Convolution(*map(tuple, shape[:3]), shape[3])
+    x = torch.randn(batch, channels, height, width).to(memory_format=torch.channels_last)
+    weight = torch.randn(outputs, channels // shape[-1], *kernel)
+    plain = F.conv2d(x, weight, None, *shape)
+    grad = torch.randn_like(plain)
+    needs = (True, True)
     for name, iterations in (("l1", 1), ("l1", 3), ("huber-mcp", 2)):
-        penalty = Penalty.named(name, 0.05, 0.3, 1.0)
-        x = torch.randn(batch, channels, height, width).to(memory_format=torch.channels_last)
-        weight = torch.randn(outputs, channels // conv.groups, *kernel)
-        plain = F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-        grad = torch.randn_like(plain)
-        wide = [t.double() for t in (x, weight, plain, grad)]
-        want, states = tiled.forward(*wide[:3], conv, iterations, penalty, True)
-        wanted = tiled.backward(wide[3], *wide[:3], want, states, conv, iterations, penalty, (True, True))
-        out, state = cuda.forward(x, weight, plain, None, conv, iterations, penalty, True)
-        alone, _ = cuda.forward(x, weight, plain, torch.tensor(0.5), conv, iterations, penalty, False)
-        gradients = cuda.backward(grad, x, weight, plain, None, out, state, conv, iterations, penalty, (True, True))
-        errors += [off(*pair) for pair in zip((out, alone, state, *gradients), (want, want, states, *wanted))]
+        settings = (*shape, iterations, Penalty.named(name, 0.05, 0.3, 1.0).numbers)
+        for lam, skip in ((0.0, False), (0.3, True), (1.0, False)):
+            lam = torch.tensor(lam)
+            wide = [t.double() for t in (x, weight, lam)]
+            want, states = operator.compute(*wide, skip, *settings, True, True)
+            wanted = operator.compute_backward(grad.double(), *wide, states, skip, *settings, *needs)
+            out, state = cuda.compute(x, weight, lam, skip, *settings, True, True)
+            alone, _ = cuda.compute(x, weight, lam, skip, *settings, False, False)
+            gradients = cuda.compute_backward(grad, x, weight, lam, state, skip, *settings, *needs)
+            errors += [off(*pair) for pair in zip((out, alone, state, *gradients), (want, want, states, *wanted))]
         one = torch.tensor(1.0)  # the work is skipped, bit for bit
-        out, state = cuda.forward(x, weight, plain, one, conv, iterations, penalty, True)
-        gradients = cuda.backward(grad, x, weight, plain, one, out, state, conv, iterations, penalty, (True, True))
-        skipped = torch.equal(out, plain) and not any(g.any() for g in gradients) and bool((state[-1] == 1).all())
+        out, state = cuda.compute(x, weight, one, True, *settings, True, True)
+        gradients = cuda.compute_backward(grad, x, weight, one, state, True, *settings, *needs)
+        wanted = operator.convolution(*shape).plain_gradients(grad, x, weight, needs)
+        skipped = torch.equal(out, plain) and all(map(torch.equal, gradients, wanted))
         errors.append(0.0 if skipped else 1.0)
-        # Mixing and bias in the kernel, and a reciprocal with a Newton step from one of 15 bits.
-        cuda.RECIPROCAL, bias = "newton", torch.randn(outputs)
-        for lam in (0.3, 1.0):
-            mixed = cuda.mixed(x, weight, plain, torch.tensor(lam), bias, conv, iterations, penalty)
-            wanted = torch.lerp(want, wide[2], lam) + bias.double().view(-1, 1, 1)
-            errors.append(off(mixed, wanted))
+        # A reciprocal with a Newton step from one of 15 bits.
+        cuda.RECIPROCAL = "newton"
+        alone, _ = cuda.compute(x, weight, lam * 0.3, True, *settings, True, False)
+        errors.append(off(alone, operator.compute(*wide[:2], wide[2] * 0.3, True, *settings, True, False)[0]))
         cuda.RECIPROCAL = "divide"
     print(json.dumps(errors))
 """
@@ -77,7 +77,7 @@ def test_interpreted(layer):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
-    assert len(errors) == 24
+    assert len(errors) == 3 * (3 * 5 + 2)
     assert max(errors) < 1e-5
 
 
@@ -93,10 +93,10 @@ def test_compiles_without_a_gpu(kernel, architecture):
     tuned = getattr(cuda_kernels, kernel)
     names = tuned.fn.arg_names
     constants = {"STEPS": 3, "KH": 3, "KW": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1, "GENERAL": True}
-    constants |= {"RECIPROCAL": "divide", "MIXED": True, "HAS_BIAS": True}
-    pointers = {"x", "weight", "plain", "lam", "bias", "out", "state", "grad", "grad_x", "grad_weight"}
+    constants |= {"RECIPROCAL": "divide", "SKIP": True}
+    pointers = {"x", "weight", "plain", "lam", "out", "state", "grad", "grad_x", "grad_weight"}
     for config in (tuned.configs[0], tuned.configs[-1]):
-        fixed = {**constants, "KEEP": True, "HAS_LAM": True, **config.kwargs}
+        fixed = {**constants, "KEEP": True, **config.kwargs}
         signature = {
             name: "constexpr" if name in fixed
             else "*fp32" if name in pointers

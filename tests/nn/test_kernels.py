@@ -31,13 +31,14 @@ def reference(x, weight, conv, iterations, penalty):
     return torch.cat(outs, 1)
 
 
-def run(x, weight, conv, iterations, penalty, grad=None, of_weight=True):
-    """The operator's sums and, given their gradient, the gradients of x and weight, the start's share included."""
+def run(x, weight, conv, iterations, penalty, grad=None, of_weight=True, lam=0.0):
+    """The mixed sums and, given their gradient, the gradients of x and weight."""
     x = x.detach().requires_grad_(grad is not None)
     weight = weight.detach().requires_grad_(grad is not None and of_weight)
     shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    plain = F.conv2d(x, weight, None, *shape)
-    out, _ = operator.robust_sum(x, weight, plain, None, *shape, iterations, penalty.numbers, grad is not None)
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    value = x.new_full((), lam)
+    out, _ = operator.mixed_sum(x, weight, value, False, *shape, iterations, penalty.numbers, last, grad is not None)
     inputs = (x, weight) if of_weight else (x,)
     return (out,) if grad is None else (out, *torch.autograd.grad(out, inputs, grad))
 
@@ -48,17 +49,22 @@ def off(value, want):
 
 def check(x, weight, conv, iterations, penalty, tolerance=1e-5):
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
-    want = reference(*wide, conv, iterations, penalty)
-    (alone,) = run(x, weight, conv, iterations, penalty)
-    grad = torch.randn_like(alone)
-    wanted = torch.autograd.grad(want, wide, grad.double().flatten(2))
-    out, *gradients = run(x, weight, conv, iterations, penalty, grad)
-    assert off(alone.flatten(2), want) < tolerance
-    assert off(out.flatten(2), want) < tolerance
-    assert off(gradients[0], wanted[0]) < tolerance
-    assert off(gradients[1], wanted[1]) < tolerance
-    (of_x_alone,) = run(x, weight, conv, iterations, penalty, grad, of_weight=False)[1:]  # as an attack takes it
-    assert off(of_x_alone, wanted[0]) < tolerance
+    robust = reference(*wide, conv, iterations, penalty)
+    plain = F.conv2d(*wide, None, conv.stride, conv.padding, conv.dilation, conv.groups).flatten(2)
+    grad = None
+    for lam in (0.0, 0.4):  # the estimate alone, whose errors nothing hides, and a mix
+        want = torch.lerp(robust, plain, lam)
+        (alone,) = run(x, weight, conv, iterations, penalty, lam=lam)
+        grad = torch.randn_like(alone) if grad is None else grad
+        wanted = torch.autograd.grad(want, wide, grad.double().flatten(2), retain_graph=True)
+        out, *gradients = run(x, weight, conv, iterations, penalty, grad, lam=lam)
+        assert off(alone.flatten(2), want) < tolerance
+        assert off(out.flatten(2), want) < tolerance
+        assert off(gradients[0], wanted[0]) < tolerance
+        assert off(gradients[1], wanted[1]) < tolerance
+        # As an attack takes it.
+        (of_x_alone,) = run(x, weight, conv, iterations, penalty, grad, of_weight=False, lam=lam)[1:]
+        assert off(of_x_alone, wanted[0]) < tolerance
 
 
 # batch, channels, outputs, height, width, kernel, stride, padding, dilation, groups
@@ -156,15 +162,8 @@ def test_threads_change_nothing(layer):
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            plain = F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-            if results:
-                plain = results[0][0]  # torch's own sums may depend on the number of threads
-            implementation = native if native.serves(x) else tiled
-            out, state = implementation.forward(x, weight, plain, conv, 3, Penalty(0.01), True)
-            needs = (True, True)
-            arguments = (grad, x, weight, plain, out, state, conv, 3, Penalty(0.01))
-            gradients = implementation.backward(*arguments, needs)
-            results.append((plain, out, *gradients, implementation.backward(*arguments, (True, False))[0]))
+            results.append([*run(x, weight, conv, 3, Penalty(0.01), grad, lam=0.4)])
+            results[-1].append(run(x, weight, conv, 3, Penalty(0.01), grad, of_weight=False, lam=0.4)[1])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -172,19 +171,21 @@ def test_threads_change_nothing(layer):
             assert torch.equal(value, want)
 
 
-def test_gradients_that_are_not_needed_are_not_computed():
+@pytest.mark.parametrize("implementation", [native, tiled] if COMPILER else [tiled])
+def test_gradients_that_are_not_needed_are_not_computed(implementation, monkeypatch):
     x, weight, conv = operands(*LAYERS["odd"])
-    plain = F.conv2d(x, weight, None, conv.stride, conv.padding)
-    for implementation in (native, tiled) if COMPILER else (tiled,):
-        out, state = implementation.forward(x, weight, plain, conv, 2, Penalty(0.1), True)
-        arguments = (torch.ones_like(out), x, weight, plain, out, state, conv, 2, Penalty(0.1))
-        both = implementation.backward(*arguments, (True, True))
-        first, nothing = implementation.backward(*arguments, (True, False))
-        torch.testing.assert_close(first, both[0])  # which may be added up in another order
-        assert not nothing.numel()
-        nothing, second = implementation.backward(*arguments, (False, True))
-        assert torch.equal(second, both[1])
-        assert not nothing.numel()
+    monkeypatch.setattr(operator, "_implementation", lambda x: implementation)
+    shape, numbers = (conv.stride, conv.padding, conv.dilation, conv.groups), Penalty(0.1).numbers
+    lam = torch.tensor(0.3)
+    out, state = operator.compute(x, weight, lam, False, *shape, 2, numbers, False, True)
+    arguments = (torch.ones_like(out), x, weight, lam, state, False, *shape, 2, numbers)
+    both = operator.compute_backward(*arguments, True, True)
+    first, nothing = operator.compute_backward(*arguments, True, False)
+    torch.testing.assert_close(first, both[0])  # which may be added up in another order
+    assert not nothing.numel()
+    nothing, second = operator.compute_backward(*arguments, False, True)
+    assert torch.equal(second, both[1])
+    assert not nothing.numel()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -263,15 +264,18 @@ def test_linear_of_few_rows(rows):
         assert off(value, wanted) < 1e-5
 
 
-def test_the_operator_is_what_torch_expects():
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("lam", [0.5, 1.0])
+def test_the_operator_is_what_torch_expects(skip, keep, lam):
     x, weight, conv = operands(*LAYERS["uneven"])
     shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    plain = F.conv2d(x, weight, None, *shape)
-    for lam in (None, torch.tensor(0.5)):
-        for tensors in ((x, weight, plain), [t.detach().requires_grad_() for t in (x, weight, plain)]):
-            keep = tensors[0].requires_grad
-            arguments = (*tensors, lam, *map(list, shape[:3]), conv.groups, 2, [0.1, 1.0, 0.0, 0.0, math.inf], keep)
-            torch.library.opcheck(operator.robust_sum, arguments)
+    lam = torch.tensor(lam, requires_grad=keep and not skip)
+    tensors = [t.detach().requires_grad_(keep) for t in (x, weight)]
+    numbers = [0.1, 1.0, 0.0, 0.0, math.inf]
+    for last in (False, True):
+        arguments = (*tensors, lam, skip, *map(list, shape[:3]), conv.groups, 2, numbers, last, keep)
+        torch.library.opcheck(operator.mixed_sum, arguments)
 
 
 class Net(torch.nn.Module):
@@ -304,7 +308,7 @@ def test_one_graph(lam, learned):
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), want)
     exported = torch.export.export(net, (x.detach(),))
-    assert "timm_nrpm.robust_sum" in str(exported.graph)
+    assert "timm_nrpm.mixed_sum" in str(exported.graph)
     torch.testing.assert_close(exported.module()(x.detach()), want)
 
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from timm_nrpm.config import Estimator, check_estimator, check_lam
 from timm_nrpm.nn.estimator import Penalty
-from timm_nrpm.nn.kernels import robust_sum
+from timm_nrpm.nn.kernels import mixed_sum
 from timm_nrpm.nn.kernels.convolution import Convolution, Pair
 
 FEW = 16  # fewer rows of a linear map do not fill one vector of the kernels
@@ -76,35 +74,26 @@ def _precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype, dtype
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """The context in which autocast is off; none at all where it is off already, since entering it takes a while."""
-    device = x.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if enabled else nullcontext()
-
-
 def _mix(
     x: Tensor,  # [B, C, H, W]
     weight: Tensor,  # [O, C / groups, kH, kW]
-    plain: Tensor,  # [B, O, H', W']
     conv: Convolution,
     lam: float | Tensor,
     estimator: Estimator,
+    channels_last: bool,
 ) -> Tensor:
     """Algorithm 1 without bias, `[B, O, H', W']`."""
     iterations, eps, penalty, delta, gamma = estimator
-    lam = lam.to(plain) if isinstance(lam, Tensor) else lam
+    lam = lam.to(x) if isinstance(lam, Tensor) else x.new_full((), lam)
+    if not iterations:  # lambda is learned, and gets its gradient of 0
+        plain = conv.plain(x, weight)
+        return torch.lerp(plain, plain, lam)
     grad = torch.is_grad_enabled()
-    learned = isinstance(lam, Tensor) and lam.requires_grad and grad
-    skip = lam if isinstance(lam, Tensor) and not learned else None
-    keep = grad and (x.requires_grad or weight.requires_grad)
+    learned = lam.requires_grad and grad
+    keep = grad and (x.requires_grad or weight.requires_grad or learned)
     shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    robust = plain  # without iterations, where lambda still gets its gradient of 0
-    if iterations:
-        numbers = Penalty.named(penalty, eps, delta, gamma).numbers
-        robust, _ = robust_sum(x, weight, plain, skip, *shape, iterations, numbers, keep)
-    # In place where autograd does not record: the output of a shallow layer costs as much to allocate as to compute.
-    return torch.lerp(robust, plain, lam) if grad else robust.lerp_(plain, lam)
+    numbers = Penalty.named(penalty, eps, delta, gamma).numbers
+    return mixed_sum(x, weight, lam, not learned, *shape, iterations, numbers, channels_last, keep)[0]
 
 
 def nrpm_linear(
@@ -156,14 +145,12 @@ def mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lam: float | Te
     compute_dtype, dtype = _precision(x)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(compute_dtype)  # [N, D]
     matrix = weight.to(compute_dtype)
-    with _without_autocast(x):
-        plain = F.linear(rows, matrix)  # [N, O]
     # The kernels run along the positions of a 1x1 convolution. These are the rows or, if rows are few, the outputs; in
     # a graph, which must serve any number of rows, they are always the rows.
     if swap := not torch.compiler.is_compiling() and rows.shape[0] < FEW <= matrix.shape[0]:
-        rows, matrix, plain = matrix, rows, plain.t()
+        rows, matrix = matrix, rows
     columns, kernel = rows.t()[None, :, None], matrix[..., None, None]  # [1, D, 1, N], [O, D, 1, 1]
-    out = _mix(columns, kernel, plain.t()[None, :, None], Convolution(), lam, estimator)  # [1, O, 1, N]
+    out = _mix(columns, kernel, Convolution(), lam, estimator, channels_last=not swap)  # [1, O, 1, N]
     out = out[0, :, 0] if swap else out[0, :, 0].t()
     if bias is not None:
         out = out.add_(bias.to(compute_dtype))
@@ -257,9 +244,8 @@ def mixed_conv2d(
         return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     compute_dtype, dtype = _precision(x)
     x, weight = x.to(compute_dtype), weight.to(compute_dtype)
-    with _without_autocast(x):
-        plain = F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    out = _mix(x, weight, plain, conv, lam, estimator)  # [B, O, H', W']
+    last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
+    out = _mix(x, weight, conv, lam, estimator, last)  # [B, O, H', W']
     if bias is not None:
         out = out.add_(bias.to(compute_dtype).view(-1, 1, 1))
     return out.to(dtype)

@@ -17,11 +17,10 @@ struct Coefficients {
   Vec mean, A, B, plus, minus;
 };
 
-// The gradient of a product, summed over STEPS steps. With s = omega^2 (l1) or -omega' sign(t) (the others),
-// omega + (p - m_{k+1}) omega' equals s (eps + (m_{k+1} - m_k) sign(t)) for l1.
+// The gradient of a product, from its start `g` on, summed over STEPS steps. With s = omega^2 (l1) or
+// -omega' sign(t) (the others), omega + (p - m_{k+1}) omega' equals s (eps + (m_{k+1} - m_k) sign(t)) for l1.
 template <bool GENERAL, int STEPS>
-inline Vec product_gradient(Vec x, float a, const Coefficients* f, const Penalty penalty) {
-  Vec g = {};
+inline Vec product_gradient(Vec g, Vec x, float a, const Coefficients* f, const Penalty penalty) {
   for (int k = 0; k < STEPS; k++) {
     const Vec t = x * a - f[k].mean;
     Vec slope;
@@ -35,8 +34,7 @@ inline Vec product_gradient(Vec x, float a, const Coefficients* f, const Penalty
 // The same for l1 where no distance t is exactly 0. `nearest` falls to the bits of the smallest |t|, which cost less
 // than to treat 0 separately.
 template <int STEPS>
-inline Vec product_gradient_apart(Vec x, float a, const Coefficients* f, const Penalty penalty, Bits& nearest) {
-  Vec g = {};
+inline Vec product_gradient_apart(Vec g, Vec x, float a, const Coefficients* f, const Penalty penalty, Bits& nearest) {
   for (int k = 0; k < STEPS; k++) {
     const Vec t = x * a - f[k].mean, w = reciprocal(magnitude(t) + penalty.eps);
     const Bits distance = (Bits)magnitude(t);
@@ -52,19 +50,22 @@ struct Block {
   const float* a[OUTPUTS];   // rows of the weight
   float* grad_a[OUTPUTS];    // their gradients
   const Coefficients* f;     // [vectors][OUTPUTS][STEPS]
+  const Vec* start;          // [vectors][OUTPUTS], what is the same for all products of an output
 };
 
 template <bool GENERAL, int STEPS, bool WEIGHT, int OUTPUTS>
 inline void product_gradients(const Block<OUTPUTS>& b, Vec value, int64_t d, int p, const Penalty penalty,
                               float* grad_x, Vec (&totals)[OUTPUTS]) {
   const Coefficients* f = b.f + p * OUTPUTS * STEPS;
+  const Vec* start = b.start + p * OUTPUTS;
   Vec g[OUTPUTS];
   Bits nearest = ~Bits{};
   for (int o = 0; o < OUTPUTS; o++)
-    g[o] = GENERAL ? product_gradient<true, STEPS>(value, b.a[o][d], f + o * STEPS, penalty)
-                   : product_gradient_apart<STEPS>(value, b.a[o][d], f + o * STEPS, penalty, nearest);
+    g[o] = GENERAL ? product_gradient<true, STEPS>(start[o], value, b.a[o][d], f + o * STEPS, penalty)
+                   : product_gradient_apart<STEPS>(start[o], value, b.a[o][d], f + o * STEPS, penalty, nearest);
   if (!GENERAL && __builtin_expect(has_zero(nearest), 0))
-    for (int o = 0; o < OUTPUTS; o++) g[o] = product_gradient<false, STEPS>(value, b.a[o][d], f + o * STEPS, penalty);
+    for (int o = 0; o < OUTPUTS; o++)
+      g[o] = product_gradient<false, STEPS>(start[o], value, b.a[o][d], f + o * STEPS, penalty);
   Vec grad = load(grad_x);
   for (int o = 0; o < OUTPUTS; o++) {
     grad += g[o] * b.a[o][d];
@@ -127,10 +128,10 @@ struct Cut {
   }
 };
 
-// The tensors of a backward pass.
+// The tensors of a backward pass, and lambda.
 struct Tensors {
-  const float *x, *weight, *plain, *end, *state, *grad;
-  float *grad_x, *grad_weight;
+  const float *x, *weight, *state, *grad;
+  float *grad_x, *grad_weight, lam;
 };
 
 // The positions of a panel in the tensors shaped like the output.
@@ -155,31 +156,36 @@ struct Place {
   }
 };
 
-// The coefficients of one output for `held` steps from k on, `[vectors][stride]`. Positions past the last one have no
-// gradient.
+// What a product receives through the plain sum, mixed in or as the start of the steps, given the product of all c.
+inline Vec plain_gradient(Vec grad, float lam, Vec product) { return grad * (lam + (1.0f - lam) * product); }
+
+// The coefficients of one output for `held` steps from k on, `[vectors][stride]`, and what its products start from,
+// `[vectors][outputs]`. Positions past the last one have no gradient.
 template <bool GENERAL>
-void coefficients(Coefficients* f, int64_t stride, const Tensors& t, const Place& place, int64_t channel, int64_t k,
-                  int64_t held, const Penalty penalty) {
+void coefficients(Coefficients* f, int64_t stride, Vec* start, int64_t outputs, const Tensors& t, const Place& place,
+                  int64_t channel, int64_t k, int64_t held, const Penalty penalty) {
   const Conv& c = place.c;
   const int64_t whole = c.positions() * c.groups * c.outputs, vectors = ceil_div(place.size, LANES);
-  const float size_of_sum = c.depth();
+  const float share = (1.0f - t.lam) * c.depth();
   alignas(64) float lines[4][PANEL];
   if (!place.whole) {
     std::fill(lines[0], lines[0] + PANEL, 0.0f);
     for (int i = 1; i < 4; i++) std::fill(lines[i], lines[i] + PANEL, 1.0f);
   }
   const float* g = place.line(t.grad, channel, lines[0]);
-  const float* mean = place.line(k ? t.state + (k - 1) * whole : t.plain, channel, lines[1]);
+  if (!k) {
+    const float* product = place.line(t.state + (2 * c.steps + 1) * whole, channel, lines[3]);
+    for (int64_t p = 0; p < vectors; p++)
+      start[p * outputs] = plain_gradient(load(g + p * LANES), t.lam, load(product + p * LANES));
+  }
+  const float* mean = place.line(t.state + k * whole, channel, lines[1]);
   for (int64_t i = 0; i < held; i++, k++) {
-    const bool last = k + 1 == c.steps;
-    const float* next = place.line(last ? t.end : t.state + k * whole, channel, lines[1 + (i + 1) % 2]);
-    const float* inverse = place.line(t.state + (c.steps - 1 + k) * whole, channel, lines[3]);
+    const float* next = place.line(t.state + (k + 1) * whole, channel, lines[1 + (i + 1) % 2]);
+    const float* inverse = place.line(t.state + (c.steps + 1 + k) * whole, channel, lines[3]);
     for (int64_t p = 0; p < vectors; p++) {
       const int64_t at = p * LANES;
-      const Vec m = k ? load(mean + at) : load(mean + at) / size_of_sum;
-      const Vec end = last ? load(next + at) / size_of_sum : load(next + at);
-      const Vec G = load(g + at) * size_of_sum * load(inverse + at);
-      const Vec A = GENERAL ? G : G * penalty.eps, B = G * (end - m);
+      const Vec m = load(mean + at), G = load(g + at) * share * load(inverse + at);
+      const Vec A = GENERAL ? G : G * penalty.eps, B = G * (load(next + at) - m);
       f[p * stride + i] = {m, A, B, A + B, A - B};
     }
     mean = next;
@@ -195,8 +201,9 @@ void differentiate(const Tensors& t, const Place& place, int64_t channel, int64_
   const int64_t depth = c.depth();
   const int vectors = ceil_div(place.size, LANES);
   Coefficients f[VECTORS * OUTPUTS * MAX_STEPS];
+  Vec start[VECTORS * OUTPUTS];
   Block<OUTPUTS> b;
-  b.f = f;
+  b.f = f, b.start = start;
   for (int o = 0; o < OUTPUTS; o++) {
     b.a[o] = t.weight + (channel + o) * depth + first;
     b.grad_a[o] = into + (channel + o) * depth + first;
@@ -204,7 +211,8 @@ void differentiate(const Tensors& t, const Place& place, int64_t channel, int64_
   for (int64_t k = 0, held; k < c.steps; k += held) {
     held = std::min<int64_t>(MAX_STEPS, c.steps - k);
     for (int o = 0; o < OUTPUTS; o++)
-      coefficients<GENERAL>(f + o * held, OUTPUTS * held, t, place, channel + o, k, held, penalty);
+      coefficients<GENERAL>(f + o * held, OUTPUTS * held, start + o, OUTPUTS, t, place, channel + o, k, held, penalty);
+    if (k) std::fill(start, start + VECTORS * OUTPUTS, Vec{});
     if (into) sweep_steps<GENERAL, true>(held, b, panel, grad_panel, rows, vectors, penalty);
     else sweep_steps<GENERAL, false>(held, b, panel, grad_panel, rows, vectors, penalty);
   }

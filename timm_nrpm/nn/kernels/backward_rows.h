@@ -11,8 +11,8 @@
 
 namespace {
 
-// Coefficients of a band of input rows, [outputs][steps][mean, A, B][rows][pitch]. Outside the output A and B are 0,
-// and the mean is far from every product.
+// Coefficients of a band of input rows, [outputs][1 + 3 * steps][rows][pitch]: what the gradients of the products start
+// from, and for each step mean, A and B. Outside the output all are 0 but the mean, which is far from every product.
 struct CoefficientBand {
   static constexpr float FAR = 1e15f;
   int64_t height, in_rows, pitch, plane, output;  // rows of the input and of the output, and distances
@@ -21,10 +21,10 @@ struct CoefficientBand {
         in_rows(height + (c.kernel[0] - 1) * c.dilation[0]),
         pitch(ceil_div(c.width, LANES) * LANES + (c.kernel[1] - 1) * c.dilation[1]),
         plane(in_rows * pitch),
-        output(3 * c.steps * plane) {}
+        output((1 + 3 * c.steps) * plane) {}
 
-  void clear(float* to, int64_t count) const {  // as outside the output, `count` numbers of each plane
-    for (int64_t i = 0; i < 3; i++) std::fill(to + i * plane, to + i * plane + count, i ? 0.0f : FAR);
+  void clear(float* to, int64_t steps, int64_t count) const {  // as outside the output, `count` numbers of each plane
+    for (int64_t i = 0; i < 1 + 3 * steps; i++, to += plane) std::fill(to, to + count, i % 3 == 1 ? FAR : 0.0f);
   }
 
   // Computes the inside; what lies outside at the sides is cleared from the start.
@@ -38,7 +38,7 @@ struct CoefficientBand {
         float* row = to + o * output + r * pitch;
         const int64_t z = image * c.z[0] + (group * c.outputs + o) * c.z[1] + (top + r) * c.z[2];
         if (top + r < 0 || top + r >= c.out_height)
-          for (int64_t k = 0; k < c.steps; k++) clear(row + 3 * k * plane, pitch);
+          clear(row, c.steps, pitch);
         else
           for (int64_t at = begin; at < end; at += LANES)
             fill_vector(row + left + at, c, t, z + at, std::min<int64_t>(LANES, end - at), penalty);
@@ -47,12 +47,13 @@ struct CoefficientBand {
 
   void fill_vector(float* to, const Conv& c, const Tensors& t, int64_t z, int64_t n, const Penalty penalty) const {
     const int64_t whole = c.positions() * c.groups * c.outputs;
-    const float size_of_sum = c.depth();
-    const Vec g = load(t.grad + z, n) * size_of_sum;
-    Vec mean = load(t.plain + z, n) / size_of_sum;
+    const Vec grad = load(t.grad + z, n), g = grad * ((1.0f - t.lam) * c.depth());
+    store(to, plain_gradient(grad, t.lam, load(t.state + (2 * c.steps + 1) * whole + z, n)));
+    Vec mean = load(t.state + z, n);
+    to += plane;
     for (int64_t k = 0; k < c.steps; k++, to += 3 * plane) {
-      const Vec end = k + 1 == c.steps ? load(t.end + z, n) / size_of_sum : load(t.state + k * whole + z, n);
-      const Vec G = g * load(t.state + (c.steps - 1 + k) * whole + z, n);
+      const Vec end = load(t.state + (k + 1) * whole + z, n);
+      const Vec G = g * load(t.state + (c.steps + 1 + k) * whole + z, n);
       store(to, mean, n), store(to + plane, G * penalty.eps, n), store(to + 2 * plane, G * (end - mean), n);
       mean = end;
     }
@@ -79,6 +80,8 @@ inline void gather_gradients(const float* a, const Source* sources, int64_t chan
       const float* weights = a + (o * c.channels + channel) * count + tap;
       for (int p = 0; p < POSITIONS; p++) {
         const float* from = sources[p].f + o * band.output + taps[tap];
+        const Vec start = load(from);
+        from += band.plane;
         Coefficients f[STEPS];
         for (int k = 0; k < STEPS; k++, from += 3 * band.plane) {
           const Vec A = load(from + band.plane), B = load(from + 2 * band.plane);
@@ -87,10 +90,10 @@ inline void gather_gradients(const float* a, const Source* sources, int64_t chan
         Vec g[CHANNELS];
         Bits nearest = ~Bits{};
         for (int i = 0; i < CHANNELS; i++)
-          g[i] = product_gradient_apart<STEPS>(x[i][p], weights[i * count], f, penalty, nearest);
+          g[i] = product_gradient_apart<STEPS>(start, x[i][p], weights[i * count], f, penalty, nearest);
         if (__builtin_expect(has_zero(nearest), 0))
           for (int i = 0; i < CHANNELS; i++)
-            g[i] = product_gradient<false, STEPS>(x[i][p], weights[i * count], f, penalty);
+            g[i] = product_gradient<false, STEPS>(start, x[i][p], weights[i * count], f, penalty);
         for (int i = 0; i < CHANNELS; i++) grad[i][p] += g[i] * weights[i * count];
       }
     }
@@ -115,7 +118,7 @@ void gather_all(const float* a, const Source* sources, int64_t count, const int6
 // fits.
 inline int64_t coefficient_height(const Conv& c) {
   const CoefficientBand one(c, 1);
-  const int64_t room = CACHE / 4 - c.outputs * one.output, more = c.outputs * 3 * c.steps * one.pitch;
+  const int64_t room = CACHE / 4 - c.outputs * one.output, more = c.outputs * (1 + 3 * c.steps) * one.pitch;
   if (room < 0) return 0;
   const int64_t bands = std::max<int64_t>(1, std::min(c.height, TASKS / (c.batch * c.groups)));
   return std::min({c.height, 1 + room / more, ceil_div(c.height, bands)});
@@ -138,7 +141,7 @@ inline void backward_rows(const Conv& c, const Penalty penalty, const Tensors& t
     Buffer coefficients = buffer(size);
     std::unique_ptr<int64_t[]> offsets(new int64_t[taps]);
     std::unique_ptr<Source[]> sources(new Source[band.height * vectors]);
-    for (int64_t i = 0; i < c.outputs * c.steps; i++) band.clear(coefficients.get() + i * 3 * band.plane, band.plane);
+    for (int64_t o = 0; o < c.outputs; o++) band.clear(coefficients.get() + o * band.output, c.steps, band.plane);
     for (int64_t i = 0; i < taps; i++)
       offsets[i] = (c.kernel[0] - 1 - i / c.kernel[1]) * c.dilation[0] * band.pitch +
                    (c.kernel[1] - 1 - i % c.kernel[1]) * c.dilation[1];

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, ...]
+Needs = tuple[bool, bool]  # whether the gradients of the input and of the weight are needed
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,25 @@ class Convolution:
     def is_pointwise(self, weight: Tensor) -> bool:
         """Whether every output position reads one input position, its own: 1x1, or a linear map."""
         return (tuple(weight.shape[2:]), self.stride, self.padding) == ((1, 1), (1, 1), (0, 0))
+
+    def shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+        """The shape of the output, `[B, O, H', W']`."""
+        sizes = zip(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        return (x.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes))
+
+    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The plain sums, `[B, O, H', W']`, in the type of `x` whatever autocast says."""
+        with _without_autocast(x):
+            return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def plain_gradients(self, grad: Tensor, x: Tensor, weight: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
+        """The gradients of the plain sums; one that is not needed has no elements."""
+        with _without_autocast(x):
+            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+                *(grad, x, weight, None, self.stride, self.padding, self.dilation, False, (0, 0), self.groups),
+                (*needs, False),
+            )
+        return grad_x if needs[0] else x.new_empty(0), grad_weight if needs[1] else weight.new_empty(0)
 
     def columns(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x` `[B, C, H, W]` unfolded to `[G, D, B * L]`, for L output positions and D = C / G * kH * kW."""
@@ -55,12 +77,15 @@ class Convolution:
         return m.permute(2, 0, 1, 3).reshape(shape)
 
 
-def empty_results(plain: Tensor, iterations: int, keep: bool) -> tuple[Tensor, Tensor]:
+def empty_results(
+    x: Tensor, weight: Tensor, conv: Convolution, iterations: int, keep: bool, channels_last: bool
+) -> tuple[Tensor, Tensor]:
     """Uninitialised results of the forward pass: the sums, and the state, which is empty unless `keep`."""
-    out = torch.empty_like(plain)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(conv.shape(x, weight), dtype=x.dtype, device=x.device, memory_format=layout)
     if not keep:
-        return out, plain.new_empty(0)
-    return out, plain.new_empty_strided((2 * iterations, *out.shape), (out.numel(), *out.stride()))
+        return out, x.new_empty(0)
+    return out, x.new_empty_strided((2 * iterations + 2, *out.shape), (out.numel(), *out.stride()))
 
 
 def empty_gradients(x: Tensor, weight: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
@@ -77,12 +102,17 @@ def strided_as(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(tensor)
 
 
-def state_as(state: Tensor, out: Tensor) -> Tensor:
-    """The state with the strides of `empty_results`, which a hook on saved tensors may have changed."""
-    strides = (out.numel(), *out.stride())
-    if all(n < 2 or a == b for n, a, b in zip(state.shape, state.stride(), strides, strict=True)):
-        return state
-    return state.new_empty_strided(state.shape, strides).copy_(state)
+def in_planes(state: Tensor) -> Tensor:
+    """The state with its planes one behind the other, as it was, unless a hook on saved tensors has moved it."""
+    dense = any(state[0].is_contiguous(memory_format=f) for f in (torch.contiguous_format, torch.channels_last))
+    return state if dense and state.stride(0) == state[0].numel() else state.contiguous()
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The context in which autocast is off; none at all where it is off already, since entering it takes a while."""
+    device = x.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def _pair(sizes: tuple[int, ...]) -> Pair:

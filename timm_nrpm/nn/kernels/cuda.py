@@ -8,6 +8,7 @@ positions. No two programs write to the same place, so results do not vary from 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from timm_nrpm.nn.estimator import Penalty
 from timm_nrpm.nn.kernels import cuda_kernels, operator
-from timm_nrpm.nn.kernels.convolution import Convolution, empty_gradients, empty_results, state_as, strided_as
+from timm_nrpm.nn.kernels.convolution import Convolution, empty_gradients, empty_results, in_planes, strided_as
 
 RECIPROCAL = "divide"
 """How the kernels compute 1 / u, one of `cuda_kernels.RECIPROCALS`; the others wait for a measurement on a GPU, which
@@ -30,111 +31,90 @@ def forward(
     x: Tensor,
     weight: Tensor,
     plain: Tensor,
-    lam: Tensor | None,
-    conv: Convolution,
-    iterations: int,
-    penalty: Penalty,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`timm_nrpm.nn.kernels.operator.robust_sum`; lambda is read on the device."""
-    return _launch_forward(x, weight, plain, lam, None, conv, iterations, penalty, keep, False)
-
-
-def mixed(
-    x: Tensor,
-    weight: Tensor,
-    plain: Tensor,
     lam: Tensor,
-    bias: Tensor | None,
-    conv: Convolution,
-    iterations: int,
-    penalty: Penalty,
-) -> Tensor:
-    """Algorithm 1 in one kernel, `lam * plain + (1 - lam) * sums + bias`, without a gradient.
-
-    Nothing calls it yet: whether it is faster than three kernels is for `scripts/gpu_check.py` to measure.
-    """
-    return _launch_forward(x, weight, plain, lam, bias, conv, iterations, penalty, False, True)[0]
-
-
-def _launch_forward(
-    x: Tensor,
-    weight: Tensor,
-    plain: Tensor,
-    lam: Tensor | None,
-    bias: Tensor | None,
-    conv: Convolution,
-    iterations: int,
-    penalty: Penalty,
-    keep: bool,
-    mix: bool,
-) -> tuple[Tensor, Tensor]:
-    out, state = empty_results(plain, iterations, keep)
-    if not out.numel():
-        return out, state
-    weight, plain = weight.contiguous(), strided_as(plain, out)
-    rows, columns = len(weight) // conv.groups, out.numel() // len(weight)
-    cuda_kernels.forward[_grid(rows, columns, conv.groups)](
-        *(x, weight, plain, lam, bias, out, state),
-        *(rows, columns, columns.bit_length(), weight[0].numel(), weight.shape[1]),
-        *_shape(x, out),
-        *penalty.numbers,
-        *_constants(weight, conv, iterations, penalty),
-        KEEP=keep,
-        HAS_LAM=lam is not None,
-        MIXED=mix,
-        HAS_BIAS=bias is not None,
-        RECIPROCAL=RECIPROCAL,
-    )
-    return out, state
-
-
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    plain: Tensor,
-    lam: Tensor | None,
+    skip: bool,
     out: Tensor,
     state: Tensor,
     conv: Convolution,
     iterations: int,
     penalty: Penalty,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    """See :func:`timm_nrpm.nn.kernels.operator.robust_sum_backward`."""
-    grad_x, grad_weight = empty_gradients(x, weight, *needs)
-    if not out.numel():
-        return grad_x.zero_(), grad_weight.zero_()
-    weight, plain, grad = weight.contiguous(), strided_as(plain, out), strided_as(grad, out)
-    state = state_as(state, out)
-    x = strided_as(x, grad_x) if needs[0] else x
-    tensors = (x, weight, plain, lam, out, state, grad)
-    depth, positions = weight[0].numel(), out.numel() // len(weight)
-    outputs, constants = len(weight) // conv.groups, _constants(weight, conv, iterations, penalty)
-    flags = {"KEEP": True, "HAS_LAM": lam is not None, "RECIPROCAL": RECIPROCAL}
-    if needs[0]:
-        rows, columns = weight.shape[1], x.numel() // x.shape[1]
-        cuda_kernels.backward_x[_grid(rows, columns, conv.groups)](
-            *(*tensors, grad_x, rows, columns, columns.bit_length(), depth, outputs),
-            *_shape(x, out),
-            *penalty.numbers,
-            *constants,
-            **flags,
-        )
-    if needs[1]:
-        programs = conv.groups * triton.cdiv(outputs, 16) * triton.cdiv(depth, 64)
-        splits = max(1, min(SPLITS, positions // 256, triton.cdiv(PROGRAMS, programs)))
-        parts = grad_weight.new_empty(splits, *grad_weight.shape)
-        cuda_kernels.backward_weight[_grid(outputs, depth, conv.groups, splits)](
-            *(*tensors, parts, outputs, depth, positions.bit_length(), depth, weight.shape[1]),
-            *(*_shape(x, out), weight.numel(), positions, -(-positions // splits)),
-            *penalty.numbers,
-            *constants,
-            **flags,
-        )
-        torch.sum(parts, 0, out=grad_weight)
-    return grad_x, grad_weight
+) -> None:
+    """Fill `out` and, unless it is empty, `state`, from the plain sums; lambda is read on the device.
+
+    See :func:`timm_nrpm.nn.kernels.operator.mixed_sum`.
+    """
+    weight, plain = weight.contiguous(), strided_as(plain, out)
+    rows, columns = len(weight) // conv.groups, out.numel() // len(weight)
+    cuda_kernels.forward[_grid(rows, columns, conv.groups)](
+        *(x, weight, plain, lam, out, state),
+        *(rows, columns, columns.bit_length(), weight[0].numel(), weight.shape[1]),
+        *_shape(x, out),
+        *penalty.numbers,
+        *_constants(weight, conv, iterations, penalty),
+        KEEP=bool(state.numel()),
+        SKIP=skip,
+        RECIPROCAL=RECIPROCAL,
+    )
+
+
+def backward_x(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    skip: bool,
+    state: Tensor,
+    grad_x: Tensor,
+    conv: Convolution,
+    iterations: int,
+    penalty: Penalty,
+) -> None:
+    """Fill the gradient of the input through the steps of the estimate, without what comes through the plain sums."""
+    weight, state = weight.contiguous(), in_planes(state)
+    grad, x = strided_as(grad, state[0]), strided_as(x, grad_x)
+    rows, columns = weight.shape[1], x.numel() // x.shape[1]
+    cuda_kernels.backward_x[_grid(rows, columns, conv.groups)](
+        *(x, weight, lam, state, grad, grad_x),
+        *(rows, columns, columns.bit_length(), weight[0].numel(), len(weight) // conv.groups),
+        *_shape(x, grad),
+        *penalty.numbers,
+        *_constants(weight, conv, iterations, penalty),
+        KEEP=True,
+        SKIP=skip,
+        RECIPROCAL=RECIPROCAL,
+    )
+
+
+def backward_weight(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lam: Tensor,
+    skip: bool,
+    state: Tensor,
+    grad_weight: Tensor,
+    conv: Convolution,
+    iterations: int,
+    penalty: Penalty,
+) -> None:
+    """The same for the gradient of the weight."""
+    weight, state = weight.contiguous(), in_planes(state)
+    grad = strided_as(grad, state[0])
+    depth, positions, outputs = weight[0].numel(), grad.numel() // len(weight), len(weight) // conv.groups
+    programs = conv.groups * triton.cdiv(outputs, 16) * triton.cdiv(depth, 64)
+    splits = max(1, min(SPLITS, positions // 256, triton.cdiv(PROGRAMS, programs)))
+    parts = grad_weight.new_empty(splits, *grad_weight.shape)
+    cuda_kernels.backward_weight[_grid(outputs, depth, conv.groups, splits)](
+        *(x, weight, lam, state, grad, parts),
+        *(outputs, depth, positions.bit_length(), depth, weight.shape[1]),
+        *(*_shape(x, grad), weight.numel(), positions, -(-positions // splits)),
+        *penalty.numbers,
+        *_constants(weight, conv, iterations, penalty),
+        KEEP=True,
+        SKIP=skip,
+        RECIPROCAL=RECIPROCAL,
+    )
+    torch.sum(parts, 0, out=grad_weight)
 
 
 def _grid(rows: int, columns: int, groups: int, splits: int = 1) -> Any:
@@ -154,20 +134,45 @@ def _constants(weight: Tensor, conv: Convolution, iterations: int, penalty: Pena
     return (iterations, *weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation, general)
 
 
-@operator.robust_sum.register_kernel("cuda")
-def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    if x.dtype != torch.float32:
-        return operator.compute(x, *arguments)
-    weight, plain, lam, *shape, iterations, penalty, keep = arguments
-    with torch.cuda.device(x.device):
-        return forward(x, weight, plain, lam, operator.convolution(*shape), iterations, Penalty(*penalty), keep)
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()  # the interpreter's tensors are on the CPU
 
 
-@operator.robust_sum_backward.register_kernel("cuda")
-def _(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+@operator.mixed_sum.register_kernel("cuda")
+def compute(x: Tensor, weight: Tensor, lam: Tensor, skip: bool, *settings: Any) -> tuple[Tensor, Tensor]:
+    """See :func:`timm_nrpm.nn.kernels.operator.compute`; the plain sums are PyTorch's."""
     if x.dtype != torch.float32:
-        return operator.compute_backward(grad, x, *arguments)
-    weight, plain, lam, out, state, *shape, iterations, penalty, need_x, need_weight = arguments
+        return operator.compute(x, weight, lam, skip, *settings)
+    *shape, iterations, penalty, channels_last, keep = settings
+    conv = operator.convolution(*shape)
+    out, state = empty_results(x, weight, conv, iterations, keep, channels_last)
+    if out.numel():
+        with _device_of(x):
+            plain = conv.plain(x, weight)
+            forward(x, weight, plain, lam, skip, out, state, conv, iterations, Penalty(*penalty))
+    return out, state
+
+
+@operator.mixed_sum_backward.register_kernel("cuda")
+def compute_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, lam: Tensor, state: Tensor, skip: bool, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    """See :func:`timm_nrpm.nn.kernels.operator.compute_backward`; what comes through the plain sums is PyTorch's."""
+    if x.dtype != torch.float32:
+        return operator.compute_backward(grad, x, weight, lam, state, skip, *settings)
+    *shape, iterations, penalty, need_x, need_weight = settings
     conv, needs = operator.convolution(*shape), (need_x, need_weight)
-    with torch.cuda.device(x.device):
-        return backward(grad, x, weight, plain, lam, out, state, conv, iterations, Penalty(*penalty), needs)
+    grad_x, grad_weight = empty_gradients(x, weight, *needs)
+    if not grad.numel():
+        return grad_x.zero_(), grad_weight.zero_()
+    arguments = (grad, x, weight, lam, skip, state)
+    with _device_of(x):
+        if need_x:
+            backward_x(*arguments, grad_x, conv, iterations, Penalty(*penalty))
+        if need_weight:
+            backward_weight(*arguments, grad_weight, conv, iterations, Penalty(*penalty))
+        through_plain = grad * torch.lerp(state[-1], torch.ones_like(lam), lam)
+        parts = conv.plain_gradients(through_plain, x, weight, needs)
+    for gradient, part in zip((grad_x, grad_weight), parts, strict=True):
+        gradient += part
+    return grad_x, grad_weight

@@ -139,12 +139,11 @@ def _block(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _keep_step(state, whole, valid, k, m, c, inverse, STEPS: tl.constexpr):
     """Keep what the backward pass needs of step k: the mean `m` and `inverse` = 1 / S. The factors of earlier steps are
     multiplied by `c`, the derivative of this step with respect to the mean before it."""
-    if k + 1 < STEPS:
-        tl.store(state + k * whole, m, mask=valid)
+    tl.store(state + (k + 1) * whole, m, mask=valid)
     for earlier in range(k):
-        r = state + (STEPS - 1 + earlier) * whole
+        r = state + (STEPS + 1 + earlier) * whole
         tl.store(r, tl.load(r, mask=valid) * c, mask=valid)
-    tl.store(state + (STEPS - 1 + k) * whole, inverse, mask=valid)
+    tl.store(state + (STEPS + 1 + k) * whole, inverse, mask=valid)
 
 
 @triton.jit
@@ -158,29 +157,18 @@ def slope_of_step(
     return slope * (G * eps + with_sign(G * move, t))  # since omega - |t| omega^2 is eps omega^2
 
 
-@triton.jit
-def _mixed(total, start, lam, bias, output, valid_o, MIXED: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Sums mixed with the plain ones, and with a bias, where these are asked for."""
-    if MIXED:
-        total = tl.fma(tl.load(lam).broadcast_to(total.shape), start - total, total)
-    if HAS_BIAS:
-        total += tl.load(bias + output, mask=valid_o, other=0.0)[:, None]
-    return total
-
-
 @_tuned(TILES)
 @triton.jit
 def forward(
-    x, weight, plain, lam, bias, out, state, rows, columns, bucket, depth, channels, height, width, out_height,
-    out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
+    x, weight, plain, lam, out, state, rows, columns, bucket, depth, channels, height, width, out_height, out_width,
+    x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
     STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
-    HAS_LAM: tl.constexpr, MIXED: tl.constexpr, HAS_BIAS: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
+    SKIP: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Robust sums and the state, for `rows` outputs of a group and `columns` positions.
+    """Mixed sums and the state, for `rows` outputs of a group and `columns` positions.
 
-    MIXED stores `lam * plain + (1 - lam) * sums` instead, plus the bias if there is one.
+    With SKIP nothing is estimated where lambda is 1.
     """
     block, group, first_row = _block(rows, columns, ROWS, COLUMNS)
     whole = tl.cast(whole, tl.int64)
@@ -195,10 +183,13 @@ def forward(
     top, left = top.to(tl.int32), left.to(tl.int32)  # in an image 32 bits are enough
     weight += (group * rows + o) * depth
     start = tl.load(plain + z, mask=valid, other=0.0)
+    share = tl.load(lam)
     steps = STEPS
-    if HAS_LAM:
-        steps = tl.where(tl.load(lam) >= 1, 0, STEPS)
+    if SKIP:
+        steps = tl.where(share >= 1, 0, STEPS)
     m = start / depth
+    if KEEP:
+        tl.store(state + z, m, mask=valid)
     zero = tl.zeros([ROWS, COLUMNS], tl.float32)
     chain = zero + 1.0
     for k in range(steps):
@@ -226,25 +217,25 @@ def forward(
             c = (A - move * B) / S
             _keep_step(state + z, whole, valid, k, m, c, 1.0 / S, STEPS)
             chain *= c
-    total = m * depth
-    if HAS_LAM:
+    robust = m * depth
+    total = tl.fma(share.broadcast_to(m.shape), start - robust, robust)
+    if SKIP:
         total = tl.where(steps == 0, start, total)  # bit for bit
-    total = _mixed(total, start, lam, bias, group * rows + o, valid_o, MIXED, HAS_BIAS)
     tl.store(out + z, total, mask=valid)
     if KEEP:
-        tl.store(state + (2 * STEPS - 1) * whole + z, chain, mask=valid)
+        tl.store(state + (2 * STEPS + 1) * whole + z, chain, mask=valid)
 
 
 @_tuned(TILES)
 @triton.jit
 def backward_x(
-    x, weight, plain, lam, out, state, grad, grad_x, rows, columns, bucket, depth, outputs, height, width, out_height,
-    out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
+    x, weight, lam, state, grad, grad_x, rows, columns, bucket, depth, outputs, height, width, out_height, out_width,
+    x0, x1, x2, x3, z0, z1, z2, z3, whole, eps, scale, shift, low, high,
     STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
-    HAS_LAM: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
+    SKIP: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the input, for `rows` channels of a group and `columns` pixels."""
+    """Gradient of the input through the estimate's steps, for `rows` channels of a group and `columns` pixels."""
     block, group, first_row = _block(rows, columns, ROWS, COLUMNS)
     whole = tl.cast(whole, tl.int64)
     c = first_row + tl.arange(0, ROWS)
@@ -256,8 +247,9 @@ def backward_x(
     value = tl.load(x + place, mask=valid, other=0.0)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     sums = outputs * KH * KW
-    if HAS_LAM:
-        sums = tl.where(tl.load(lam) >= 1, 0, sums)
+    robust = 1 - tl.load(lam)
+    if SKIP:
+        sums = tl.where(robust <= 0, 0, sums)
     for n in tl.range(0, sums, loop_unroll_factor=UNROLL):
         tap = n % (KH * KW)
         channel = group * outputs + n // (KH * KW)
@@ -266,15 +258,12 @@ def backward_x(
         inside &= (h // SH < out_height) & (w // SW < out_width)
         z = channel * z1 + image * z0 + h // SH * z2 + w // SW * z3
         a = tl.load(weight + channel * depth + c * (KH * KW) + tap, mask=valid_c, other=0.0)
-        g = tl.load(grad + z, mask=inside, other=0.0) * depth
-        m = tl.load(plain + z, mask=inside, other=0.0) / depth
+        g = tl.load(grad + z, mask=inside, other=0.0) * (robust * depth)
+        m = tl.load(state + z, mask=inside, other=0.0)
         share = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in tl.static_range(STEPS):
-            if k + 1 < STEPS:
-                end = tl.load(state + k * whole + z, mask=inside, other=0.0)
-            else:
-                end = tl.load(out + z, mask=inside, other=0.0) / depth
-            G = g * tl.load(state + (STEPS - 1 + k) * whole + z, mask=inside, other=0.0)
+            end = tl.load(state + (k + 1) * whole + z, mask=inside, other=0.0)
+            G = g * tl.load(state + (STEPS + 1 + k) * whole + z, mask=inside, other=0.0)
             t = tl.fma(a[:, None].broadcast_to(value.shape), value, -m[None, :].broadcast_to(value.shape))
             share += slope_of_step(t, G[None, :], (end - m)[None, :], eps, scale, shift, low, high, GENERAL, RECIPROCAL)
             m = end
@@ -285,16 +274,16 @@ def backward_x(
 @_tuned(DEEP_TILES)
 @triton.jit
 def backward_weight(
-    x, weight, plain, lam, out, state, grad, grad_weight, rows, columns, bucket, depth, channels, height, width,
-    out_height, out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, weights, positions, length,
+    x, weight, lam, state, grad, grad_weight, rows, columns, bucket, depth, channels, height, width, out_height,
+    out_width, x0, x1, x2, x3, z0, z1, z2, z3, whole, weights, positions, length,
     eps, scale, shift, low, high,
     STEPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, GENERAL: tl.constexpr, KEEP: tl.constexpr,
-    HAS_LAM: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr,
+    SKIP: tl.constexpr, RECIPROCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the weight, for `rows` outputs of a group and `columns` summands, over `length` of the `positions`,
-    DEEP at a time."""
+    """Gradient of the weight through the estimate's steps, for `rows` outputs of a group and `columns` summands, over
+    `length` of the `positions`, DEEP at a time."""
     block, group, first_row = _block(rows, columns, ROWS, COLUMNS)
     whole = tl.cast(whole, tl.int64)
     o = first_row + tl.arange(0, ROWS)
@@ -309,8 +298,9 @@ def backward_weight(
     stop = tl.minimum(first + length, positions)
     total = tl.zeros([ROWS, COLUMNS, DEEP], tl.float32)
     sums = tl.cdiv(length, DEEP)
-    if HAS_LAM:
-        sums = tl.where(tl.load(lam) >= 1, 0, sums)
+    robust = 1 - tl.load(lam)
+    if SKIP:
+        sums = tl.where(robust <= 0, 0, sums)
     for n in tl.range(0, sums, loop_unroll_factor=UNROLL):
         p = first + n * DEEP + tl.arange(0, DEEP)
         valid_p = p < stop
@@ -322,15 +312,12 @@ def backward_weight(
         )  # [COLUMNS, DEEP]
         z = (group * rows + o)[:, None] * z1 + (image * z0 + row * z2 + column * z3)[None, :]
         kept = valid_o[:, None] & valid_p[None, :]  # [ROWS, DEEP]
-        g = tl.load(grad + z, mask=kept, other=0.0) * depth
-        m = tl.load(plain + z, mask=kept, other=0.0) / depth
+        g = tl.load(grad + z, mask=kept, other=0.0) * (robust * depth)
+        m = tl.load(state + z, mask=kept, other=0.0)
         share = tl.zeros([ROWS, COLUMNS, DEEP], tl.float32)
         for k in tl.static_range(STEPS):
-            if k + 1 < STEPS:
-                end = tl.load(state + k * whole + z, mask=kept, other=0.0)
-            else:
-                end = tl.load(out + z, mask=kept, other=0.0) / depth
-            G = g * tl.load(state + (STEPS - 1 + k) * whole + z, mask=kept, other=0.0)
+            end = tl.load(state + (k + 1) * whole + z, mask=kept, other=0.0)
+            G = g * tl.load(state + (STEPS + 1 + k) * whole + z, mask=kept, other=0.0)
             t = tl.fma(
                 a[:, :, None].broadcast_to(total.shape),
                 value[None, :, :].broadcast_to(total.shape),

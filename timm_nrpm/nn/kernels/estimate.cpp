@@ -1,4 +1,4 @@
-// The estimator of estimator.py over a convolution, forward and backward, on the CPU in float32. kernels/operator.py
+// Algorithm 1 over a convolution, forward and backward, on the CPU in float32. kernels/operator.py
 // describes what is computed, kernels/compiling.py compiles this file. A linear map is a 1x1 convolution.
 //
 // Every product of an output with its input is computed in registers, K times, so that the time goes into arithmetic,
@@ -13,19 +13,18 @@
 
 extern "C" {
 
-void nrpm_forward(const Conv* c, const Penalty* penalty, int general, const float* x, const float* weight,
-                  const float* plain, float* out, float* state, int threads) {
-  const Results results = {x, weight, plain, out, state};
+void nrpm_forward(const Conv* c, const Penalty* penalty, int general, float lam, const float* x, const float* weight,
+                  float* out, float* state, int threads) {
+  const Results results = {x, weight, out, state, lam};
   if (general && state) forward<true, true>(*c, *penalty, results, threads);
   else if (general) forward<true, false>(*c, *penalty, results, threads);
   else if (state) forward<false, true>(*c, *penalty, results, threads);
   else forward<false, false>(*c, *penalty, results, threads);
 }
 
-void nrpm_backward(const Conv* c, const Penalty* penalty, int general, const float* x, const float* weight,
-                   const float* plain, const float* end, const float* state, const float* grad, float* grad_x,
-                   float* grad_weight, int threads) {
-  const Tensors tensors = {x, weight, plain, end, state, grad, grad_x, grad_weight};
+void nrpm_backward(const Conv* c, const Penalty* penalty, int general, float lam, const float* x, const float* weight,
+                   const float* state, const float* grad, float* grad_x, float* grad_weight, int threads) {
+  const Tensors tensors = {x, weight, state, grad, grad_x, grad_weight, lam};
   if (general) backward<true>(*c, *penalty, tensors, threads);
   else if (!grad_weight && gathering_pays(*c)) backward_rows(*c, *penalty, tensors, threads);
   else backward<false>(*c, *penalty, tensors, threads);

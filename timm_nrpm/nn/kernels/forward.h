@@ -1,4 +1,4 @@
-// The forward pass: the steps of eq. 3 for blocks of outputs and positions, in registers.
+// The forward pass, for blocks of outputs and positions, in registers: the plain sums, the steps of eq. 3, the mixing.
 
 #pragma once
 
@@ -10,6 +10,26 @@ namespace {
 
 constexpr int64_t STRETCH = 144;    // summands added up before they join the total
 constexpr int64_t GRAIN = 1 << 18;  // smallest number of products that a thread takes at a time
+
+// The plain means of OUTPUTS rows of the weight at POSITIONS vectors of positions.
+template <int OUTPUTS, int POSITIONS>
+inline void plain_means(const float* a, const float* const (&x)[POSITIONS], const int64_t* rows, int64_t depth,
+                        Vec (&means)[OUTPUTS][POSITIONS]) {
+  Vec total[OUTPUTS][POSITIONS] = {};
+  for (int64_t first = 0; first < depth; first += STRETCH) {
+    Vec sums[OUTPUTS][POSITIONS] = {};
+    for (int64_t d = first; d < std::min(depth, first + STRETCH); d++)
+      for (int p = 0; p < POSITIONS; p++) {
+        const Vec value = load(x[p] + rows[d]);
+        for (int o = 0; o < OUTPUTS; o++) sums[o][p] += value * a[o * depth + d];
+      }
+    for (int o = 0; o < OUTPUTS; o++)
+      for (int p = 0; p < POSITIONS; p++) total[o][p] += sums[o][p];
+  }
+  const float share = 1.0f / depth;
+  for (int o = 0; o < OUTPUTS; o++)
+    for (int p = 0; p < POSITIONS; p++) means[o][p] = total[o][p] * share;
+}
 
 struct Step {
   Vec end, inverse, c;  // m_{k+1}, 1 / S_k, c_k = d m_{k+1} / d m_k
@@ -75,7 +95,7 @@ inline void advance(const float* a, const float* const (&x)[POSITIONS], const in
 
 // A vector of positions: its input, and where the first output's numbers lie.
 struct Site {
-  const float *x, *plain;
+  const float* x;
   float *out, *state;
   int64_t count;
 };
@@ -86,58 +106,92 @@ struct Layout {
   const int64_t* rows;
 };
 
-// All steps for OUTPUTS rows of the weight at POSITIONS sites.
+// What is the same for all blocks of a layer.
+struct Layer {
+  const Conv& c;
+  const Penalty penalty;
+  const float lam;
+};
+
+// All steps for OUTPUTS rows of the weight at POSITIONS sites from their plain means on, and the mixing.
 template <bool GENERAL, bool KEEP, int OUTPUTS, int POSITIONS>
-inline void block(const float* a, const Site* sites, const Layout& layout, const Conv& c, const Penalty penalty) {
-  const float size_of_sum = c.depth();
+inline void block(const float* a, const Site* sites, const Layout& layout, const Layer& layer,
+                  const Vec (&means)[OUTPUTS][POSITIONS]) {
+  const Conv& c = layer.c;
+  const float size_of_sum = c.depth(), lam = layer.lam;
   const float* x[POSITIONS];
   Vec m[OUTPUTS][POSITIONS];
   for (int p = 0; p < POSITIONS; p++) {
     x[p] = sites[p].x;
-    for (int o = 0; o < OUTPUTS; o++)
-      m[o][p] = load(sites[p].plain + o * layout.output, sites[p].count) / size_of_sum;
+    for (int o = 0; o < OUTPUTS; o++) {
+      m[o][p] = means[o][p];
+      if (KEEP) store(sites[p].state + o * layout.output, means[o][p], sites[p].count);
+    }
   }
   for (int64_t k = 0; k < c.steps; k++) {
     Step kept[OUTPUTS][POSITIONS];
-    advance<GENERAL, KEEP>(a, x, layout.rows, c.depth(), penalty, m, kept);
+    advance<GENERAL, KEEP>(a, x, layout.rows, c.depth(), layer.penalty, m, kept);
     if (!KEEP) continue;
     for (int p = 0; p < POSITIONS; p++) {
       const int64_t n = sites[p].count;
       for (int o = 0; o < OUTPUTS; o++) {
         float* to = sites[p].state + o * layout.output;
+        float* factors = to + (c.steps + 1) * layout.plane;
+        float* product = to + (2 * c.steps + 1) * layout.plane;
         const Step& step = kept[o][p];
-        if (k + 1 < c.steps) store(to + k * layout.plane, step.end, n);
+        store(to + (k + 1) * layout.plane, step.end, n);
         // The factors 1 / S_j of earlier steps are multiplied by the derivatives of later steps.
         for (int64_t j = 0; j < k; j++) {
-          float* earlier = to + (c.steps - 1 + j) * layout.plane;
+          float* earlier = factors + j * layout.plane;
           store(earlier, load(earlier, n) * step.c, n);
         }
-        store(to + (c.steps - 1 + k) * layout.plane, step.inverse, n);
-        float* product = to + (2 * c.steps - 1) * layout.plane;
+        store(factors + k * layout.plane, step.inverse, n);
         store(product, k ? load(product, n) * step.c : step.c, n);
       }
     }
   }
   for (int p = 0; p < POSITIONS; p++)
-    for (int o = 0; o < OUTPUTS; o++) store(sites[p].out + o * layout.output, m[o][p] * size_of_sum, sites[p].count);
+    for (int o = 0; o < OUTPUTS; o++) {
+      const Vec mixed = m[o][p] + lam * (means[o][p] - m[o][p]);
+      store(sites[p].out + o * layout.output, mixed * size_of_sum, sites[p].count);
+    }
+}
+
+// The same with the plain means, of which TOGETHER sites at a time have enough independent sums to hide the latency of
+// an addition, where a block has few positions since a step needs more registers.
+template <bool GENERAL, bool KEEP, int OUTPUTS, int POSITIONS, int TOGETHER>
+inline void blocks(const float* a, const Site* sites, const Layout& layout, const Layer& layer) {
+  const float* x[TOGETHER];
+  for (int p = 0; p < TOGETHER; p++) x[p] = sites[p].x;
+  Vec all[OUTPUTS][TOGETHER];
+  plain_means(a, x, layout.rows, layer.c.depth(), all);
+  for (int i = 0; i < TOGETHER; i += POSITIONS) {
+    Vec means[OUTPUTS][POSITIONS];
+    for (int o = 0; o < OUTPUTS; o++)
+      for (int p = 0; p < POSITIONS; p++) means[o][p] = all[o][i + p];
+    block<GENERAL, KEEP>(a, sites + i, layout, layer, means);
+  }
 }
 
 template <bool GENERAL, bool KEEP, int OUTPUTS>
-void estimate(const float* a, const Site* sites, int64_t count, const Layout& layout, const Conv& c,
-              const Penalty penalty) {
+void estimate(const float* a, const Site* sites, int64_t count, const Layout& layout, const Layer& layer) {
   int64_t i = 0;
   if constexpr (OUTPUTS == 1) {
-    for (; !KEEP && i + 8 <= count; i += 8) block<GENERAL, KEEP, 1, KEEP ? 4 : 8>(a, sites + i, layout, c, penalty);
-    for (; i + 4 <= count; i += 4) block<GENERAL, KEEP, 1, 4>(a, sites + i, layout, c, penalty);
-    for (; i + 2 <= count; i += 2) block<GENERAL, KEEP, 1, 2>(a, sites + i, layout, c, penalty);
+    // Six sums of each kind and their means stay in registers, of which AVX-512 has 32: eight do not, and are slower.
+    if constexpr (!KEEP)
+      for (; i + 6 <= count; i += 6) blocks<GENERAL, KEEP, 1, 6, 6>(a, sites + i, layout, layer);
+    for (; i + 4 <= count; i += 4) blocks<GENERAL, KEEP, 1, 4, 4>(a, sites + i, layout, layer);
+    for (; i + 2 <= count; i += 2) blocks<GENERAL, KEEP, 1, 2, 2>(a, sites + i, layout, layer);
+  } else {
+    for (; i + 4 <= count; i += 4) blocks<GENERAL, KEEP, OUTPUTS, 1, 4>(a, sites + i, layout, layer);
   }
-  for (; i < count; i++) block<GENERAL, KEEP, OUTPUTS, 1>(a, sites + i, layout, c, penalty);
+  for (; i < count; i++) blocks<GENERAL, KEEP, OUTPUTS, 1, 1>(a, sites + i, layout, layer);
 }
 
-// The tensors of a forward pass.
+// The tensors of a forward pass, and lambda.
 struct Results {
-  const float *x, *weight, *plain;
-  float *out, *state;
+  const float *x, *weight;
+  float *out, *state, lam;
 };
 
 // The positions of a panel, for one block of outputs after another.
@@ -147,7 +201,8 @@ struct PanelPass {
   const Penalty penalty;
   const Results& t;
   const int64_t whole = c.positions() * c.groups * c.outputs;  // numbers in the output
-  Buffer means = buffer(4 * PANEL), steps = buffer(KEEP ? 2 * c.steps * 4 * PANEL : 0);
+  const int64_t planes = KEEP ? 2 * c.steps + 2 : 0;               // of the state
+  Buffer sums = buffer(4 * PANEL), steps = buffer(planes * 4 * PANEL);
 
   template <int OUTPUTS>
   void run(int64_t channel, const float* panel, const int64_t* rows, const Positions& at_hand, int64_t size) {
@@ -156,22 +211,19 @@ struct PanelPass {
     const Run& r = at_hand.out.run[0];
     const int64_t start = channel * c.z[1] + r.image * c.z[0] + r.row * c.z[2] + r.column * c.z[3];
     const Layout layout = {adjacent ? c.z[1] : PANEL, adjacent ? whole : 4 * PANEL, rows};
-    if (!adjacent)
-      for (int o = 0; o < OUTPUTS; o++)
-        gather(means.get() + o * PANEL, t.plain + (channel + o) * c.z[1], c, at_hand.out);
     Site sites[VECTORS];
     int64_t count = 0;
     for (int64_t at = 0; at < size; at += LANES) {
       const int64_t n = std::min<int64_t>(LANES, size - at);
-      if (adjacent) sites[count++] = {panel + at, t.plain + start + at, t.out + start + at, t.state + start + at, n};
-      else sites[count++] = {panel + at, means.get() + at, means.get() + at, steps.get() + at, n};
+      if (adjacent) sites[count++] = {panel + at, t.out + start + at, t.state + start + at, n};
+      else sites[count++] = {panel + at, sums.get() + at, steps.get() + at, n};
     }
-    estimate<GENERAL, KEEP, OUTPUTS>(a, sites, count, layout, c, penalty);
+    estimate<GENERAL, KEEP, OUTPUTS>(a, sites, count, layout, {c, penalty, t.lam});
     if (adjacent) return;
     for (int o = 0; o < OUTPUTS; o++) {
       const int64_t to = (channel + o) * c.z[1];
-      scatter(t.out + to, means.get() + o * PANEL, c, at_hand.out);
-      for (int64_t k = 0; KEEP && k < c.steps * 2; k++)
+      scatter(t.out + to, sums.get() + o * PANEL, c, at_hand.out);
+      for (int64_t k = 0; k < planes; k++)
         scatter(t.state + k * whole + to, steps.get() + (k * 4 + o) * PANEL, c, at_hand.out);
     }
   }
@@ -234,19 +286,19 @@ void forward_rows(const Conv& c, const Penalty penalty, const Results& t, int th
       for (int64_t row = 0; row < height; row++)
         for (int64_t at = 0; at < c.out_width; at += LANES) {
           const int64_t z = image * c.z[0] + channel * c.z[1] + (first + row) * c.z[2] + at;
-          sites[count++] = {input.get() + row * c.stride[0] * band.line + at, t.plain + z, t.out + z, t.state + z,
+          sites[count++] = {input.get() + row * c.stride[0] * band.line + at, t.out + z, t.state + z,
                             std::min<int64_t>(LANES, c.out_width - at)};
         }
       const auto shifted = [&](int64_t o) {  // to the next outputs
         for (int64_t i = 0; i < count; i++)
-          sites[i].plain += o * c.z[1], sites[i].out += o * c.z[1], sites[i].state += o * c.z[1];
+          sites[i].out += o * c.z[1], sites[i].state += o * c.z[1];
       };
       const float* a = t.weight + channel * depth;
       int64_t o = 0;
       for (; o + 4 <= c.outputs; o += 4, shifted(4))
-        estimate<GENERAL, KEEP, 4>(a + o * depth, sites.get(), count, layout, c, penalty);
+        estimate<GENERAL, KEEP, 4>(a + o * depth, sites.get(), count, layout, {c, penalty, t.lam});
       for (; o < c.outputs; o++, shifted(1))
-        estimate<GENERAL, KEEP, 1>(a + o * depth, sites.get(), count, layout, c, penalty);
+        estimate<GENERAL, KEEP, 1>(a + o * depth, sites.get(), count, layout, {c, penalty, t.lam});
     }
   }
 }

@@ -46,7 +46,7 @@ float limit_of_backward(const float* numbers, int64_t count, int64_t rounds, int
       for (int64_t i = 0; i + PANEL <= count; i += PANEL)
         for (int v = 0; v < VECTORS; v++) {
           const Vec value = load(numbers + i + v * LANES);
-          const Vec g = product_gradient_apart<LIMIT_STEPS>(value, a, f, penalty, nearest);
+          const Vec g = product_gradient_apart<LIMIT_STEPS>(Vec{}, value, a, f, penalty, nearest);
           grad_x[v] += g * a;
           grad_a[v] += g * value;
         }

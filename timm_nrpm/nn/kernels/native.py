@@ -8,6 +8,7 @@ import math
 import subprocess
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,17 +17,17 @@ from torch import Tensor
 from timm_nrpm.errors import CompilationError, SlowPathWarning
 from timm_nrpm.nn.estimator import Penalty
 from timm_nrpm.nn.kernels.compiling import build, compiler, folders
-from timm_nrpm.nn.kernels.convolution import Convolution, empty_gradients, empty_results, state_as, strided_as
+from timm_nrpm.nn.kernels.convolution import Convolution, in_planes, strided_as
 
-Pointer, Integer = ctypes.c_void_p, ctypes.c_int
+Pointer, Integer, Number = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 _lock = threading.Lock()  # the first call compiles, and others wait for it
 
 
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
-    loaded.nrpm_forward.argtypes = [Pointer, Pointer, Integer, *[Pointer] * 5, Integer]
-    loaded.nrpm_backward.argtypes = [Pointer, Pointer, Integer, *[Pointer] * 8, Integer]
+    loaded.nrpm_forward.argtypes = [Pointer, Pointer, Integer, Number, *[Pointer] * 4, Integer]
+    loaded.nrpm_backward.argtypes = [Pointer, Pointer, Integer, Number, *[Pointer] * 6, Integer]
     loaded.nrpm_limit.argtypes = [Pointer, ctypes.c_int64, ctypes.c_int64, Integer, Integer]
     loaded.nrpm_forward.restype = loaded.nrpm_backward.restype = None
     loaded.nrpm_limit.restype = ctypes.c_float
@@ -66,63 +67,60 @@ def serves(x: Tensor) -> bool:
 
 
 def forward(
-    x: Tensor, weight: Tensor, plain: Tensor, conv: Convolution, iterations: int, penalty: Penalty, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """See :func:`timm_nrpm.nn.kernels.operator.robust_sum`."""
-    out, state = empty_results(plain, iterations, keep)
-    if not out.numel():
-        return out, state
-    weight, plain = weight.contiguous(), strided_as(plain, out)
+    x: Tensor,
+    weight: Tensor,
+    lam: float,
+    out: Tensor,
+    state: Tensor,
+    conv: Convolution,
+    iterations: int,
+    penalty: Penalty,
+) -> None:
+    """Fill `out` and, unless it is empty, `state`; see :func:`timm_nrpm.nn.kernels.operator.mixed_sum`."""
     _call(
         "nrpm_forward",
         _describe(x, weight, out, conv, iterations),
         penalty,
-        (x, weight, plain, out, state if keep else None),
+        lam,
+        (x, weight.contiguous(), out, state if state.numel() else None),
     )
-    return out, state
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    plain: Tensor,
-    out: Tensor,
+    lam: float,
     state: Tensor,
+    grad_x: Tensor,
+    grad_weight: Tensor,
     conv: Convolution,
     iterations: int,
     penalty: Penalty,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    """See :func:`timm_nrpm.nn.kernels.operator.robust_sum_backward`."""
-    grad_x, grad_weight = empty_gradients(x, weight, *needs)
-    if not out.numel():
-        return grad_x.zero_(), grad_weight.zero_()
-    state = state_as(state, out)
+) -> None:
+    """Add to the gradients that are not empty; see :func:`timm_nrpm.nn.kernels.operator.mixed_sum_backward`."""
+    state = in_planes(state)
+    grad = strided_as(grad, state[0])
+    gradients = [gradient if gradient.numel() else None for gradient in (grad_x, grad_weight)]
     # The input is read with the strides of its gradient, which are equal unless its elements overlap or have gaps.
-    x, plain, grad = strided_as(x, grad_x if needs[0] else x), strided_as(plain, out), strided_as(grad, out)
+    x = x if gradients[0] is None else strided_as(x, grad_x)
     _call(
         "nrpm_backward",
-        _describe(x, weight, out, conv, iterations),
+        _describe(x, weight, grad, conv, iterations),
         penalty,
-        (
-            *(x, weight.contiguous(), plain, out, state, grad),
-            *(
-                gradient.zero_() if needed else None
-                for gradient, needed in zip((grad_x, grad_weight), needs, strict=True)
-            ),
-        ),
+        lam,
+        (x, weight.contiguous(), state, grad, *gradients),
     )
-    return grad_x, grad_weight
 
 
-def _call(name: str, description: list[int], penalty: Penalty, tensors: tuple[Tensor | None, ...]) -> None:
+def _call(name: str, description: list[int], penalty: Penalty, lam: float, tensors: Sequence[Tensor | None]) -> None:
     kernels = library()
     assert kernels is not None  # otherwise `serves` chose another implementation
     getattr(kernels, name)(
         (ctypes.c_int64 * len(description))(*description),
         (ctypes.c_float * 5)(*penalty.numbers),
         penalty != Penalty(penalty.eps),  # anything but l1
+        lam,
         *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
         torch.get_num_threads(),
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from timm_nrpm.nn.estimator import Penalty
-from timm_nrpm.nn.kernels.convolution import Convolution, empty_gradients, empty_results
+from timm_nrpm.nn.kernels.convolution import Convolution
 
 # Number of products in a tile. On two cores with 2 MiB of L2 cache each, half of this loses 15 % of the speed to the
 # cost of starting an operation, and four times this falls out of the cache and loses half of it.
@@ -24,49 +24,57 @@ BLOCK = 1 << 24
 
 
 def forward(
-    x: Tensor, weight: Tensor, plain: Tensor, conv: Convolution, iterations: int, penalty: Penalty, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """See :func:`timm_nrpm.nn.kernels.operator.robust_sum`."""
-    out, state = empty_results(plain, iterations, keep)
+    x: Tensor,
+    weight: Tensor,
+    lam: float,
+    out: Tensor,
+    state: Tensor,
+    conv: Convolution,
+    iterations: int,
+    penalty: Penalty,
+) -> None:
+    """Fill `out` and, unless it is empty, `state`; see :func:`timm_nrpm.nn.kernels.operator.mixed_sum`."""
     matrix = weight.flatten(1).unflatten(0, (conv.groups, -1))  # [G, O, D]
     depth = matrix.shape[2]
+    plain = conv.plain(x, weight)
     for block in _blocks(matrix, plain):
         start = conv.outputs(plain[block]) / depth
         columns = conv.columns(x[block], weight)
-        m, kept = _estimate(columns, matrix, start, iterations, penalty, keep)
-        out[block] = conv.sum_outputs(m * depth, plain[block].shape)
+        m, kept = _estimate(columns, matrix, start, iterations, penalty, bool(state.numel()))
+        out[block] = torch.lerp(conv.sum_outputs(m * depth, plain[block].shape), plain[block], lam)
         for slot, value in zip(state, kept, strict=True):
             slot[block] = conv.sum_outputs(value, plain[block].shape)
-    return out, state
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    plain: Tensor,
-    out: Tensor,
+    lam: float,
     state: Tensor,
+    grad_x: Tensor,
+    grad_weight: Tensor,
     conv: Convolution,
     iterations: int,
     penalty: Penalty,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    """See :func:`timm_nrpm.nn.kernels.operator.robust_sum_backward`."""
-    grad_x, grad_weight = empty_gradients(x, weight, *needs)
+) -> None:
+    """Add to the gradients that are not empty; see :func:`timm_nrpm.nn.kernels.operator.mixed_sum_backward`."""
     matrix = weight.flatten(1).unflatten(0, (conv.groups, -1))  # [G, O, D]
-    grad_matrix = grad_weight.zero_().view(matrix.shape) if needs[1] else None
+    grad_matrix = grad_weight.view(matrix.shape) if grad_weight.numel() else None
     depth = matrix.shape[2]
-    for block in _blocks(matrix, plain):
-        ends = [plain[block] / depth, *(slot[block] for slot in state[: iterations - 1]), out[block] / depth]
-        means = [conv.outputs(m) for m in ends]  # m_0 ... m_K
-        scales = [conv.outputs(slot[block] * grad[block] * depth) for slot in state[iterations - 1 : -1]]
+    of_sums = grad * (1 - lam)
+    for block in _blocks(matrix, grad):
+        means = [conv.outputs(slot[block]) for slot in state[: iterations + 1]]  # m_0 ... m_K
+        scales = [conv.outputs(slot[block] * of_sums[block] * depth) for slot in state[iterations + 1 : -1]]
         columns = conv.columns(x[block], weight)
-        grad_columns = torch.zeros_like(columns) if needs[0] else None
+        grad_columns = torch.zeros_like(columns) if grad_x.numel() else None
         _gradients(columns, matrix, means, scales, penalty, grad_columns, grad_matrix)
         if grad_columns is not None:
             grad_x[block] = conv.sum_columns(grad_columns, x[block], weight)
-    return grad_x, grad_weight
+    needs = (bool(grad_x.numel()), bool(grad_weight.numel()))
+    of_x, of_weight = conv.plain_gradients(grad * lam + of_sums * state[-1], x, weight, needs)
+    grad_x += of_x
+    grad_weight += of_weight
 
 
 def _blocks(matrix: Tensor, plain: Tensor) -> list[slice]:
@@ -93,12 +101,12 @@ def _estimate(
 ) -> tuple[Tensor, list[Tensor]]:
     """The robust means `[G, O, P]` from the means `start`, and the state in the same shape, one tile at a time."""
     mean = torch.empty_like(start)
-    kept = [torch.empty_like(start) for _ in range(2 * iterations * keep)]
+    kept = [torch.empty_like(start) for _ in range((2 * iterations + 2) * keep)]
     for g, o, p in _tiles(columns, matrix):
         a = matrix[g, o].unsqueeze(-1)  # [g, o, D, 1]
         b = columns[g, :, p].unsqueeze(1)  # [g, 1, D, p]
         m = start[g, o, p].unsqueeze(2)  # [g, o, 1, p]
-        ends: list[Tensor] = []
+        means = [m]
         factors: list[Tensor] = []
         whole = torch.ones_like(m)
         for _ in range(iterations):
@@ -113,8 +121,8 @@ def _estimate(
             c = (move * slope.sum(2, keepdim=True) - slope.mul_(t).sum(2, keepdim=True)) * inverse
             m = m + move
             factors, whole = [*(f * c for f in factors), inverse], whole * c
-            ends.append(m)
-        for slot, value in zip(kept, [*ends[:-1], *factors, whole] if keep else [], strict=True):
+            means.append(m)
+        for slot, value in zip(kept, [*means, *factors, whole] if keep else [], strict=True):
             slot[g, o, p] = value.squeeze(2)
         mean[g, o, p] = m.squeeze(2)
     return mean, kept
