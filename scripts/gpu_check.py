@@ -47,7 +47,6 @@ PARTS = {
 ALWAYS = {"machine"}
 NEEDED = {"operator": {"limits"}}
 OF_TRITON = {"warmup", "limits", "tiles"}
-STAND_IN = '"""Stands in for platformdirs."""\nfrom pathlib import Path\n\n\ndef user_cache_path(name, **_):\n    return Path.home() / ".cache" / name\n'  # noqa: E501
 
 
 def run_part(args: argparse.Namespace) -> None:
@@ -69,12 +68,10 @@ def run_part(args: argparse.Namespace) -> None:
 def environment(folder: Path) -> dict[str, str]:
     """The variables of the parts' processes, which find the package in this checkout."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    if not find_spec("platformdirs"):
-        (folder / "stand-ins").mkdir(exist_ok=True)
-        (folder / "stand-ins" / "platformdirs.py").write_text(STAND_IN)
-        paths.append(str(folder / "stand-ins"))
     quiet = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     quiet["TRITON_CACHE_DIR"] = str(folder / "triton")  # of this run alone, and shared by its parts
+    if not find_spec("platformdirs"):  # by which the package finds its own folder
+        quiet["TIMM_NRPM_CACHE"] = str(folder / "kernels")
     return {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 

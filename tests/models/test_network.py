@@ -11,6 +11,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from contextlib import contextmanager, suppress
 
 import forked
@@ -180,6 +181,24 @@ def advice(name):
     if name in ("a variant", "inspect", "pull"):
         return "local_files_only=True, or HF_HUB_OFFLINE=1 in the environment reads the cache alone"
     return "HF_HUB_OFFLINE=1 in the environment reads the cache alone"
+
+
+def test_silence_counts_from_the_first_question(monkeypatch):
+    """The client asks some questions with a limit of its own, after which it asks the next one."""
+    for name in ("_answered", "_unreachable", "_silent_since"):
+        monkeypatch.setattr(network, name, type(getattr(network, name))())
+    monkeypatch.setattr(network, "CONTACT", 3.0)
+    monkeypatch.delenv("TIMM_NRPM_TIMEOUT", raising=False)
+    with out_of_reach("silent") as (endpoint, connections), patience():
+        start = time.monotonic()
+        with pytest.raises(http.ReadTimeout):
+            get_session().get(endpoint, timeout=1.5)
+        with pytest.raises(network.NoNetwork, match="no answer within 3 seconds"):
+            get_session().get(endpoint)
+        assert 2.9 < time.monotonic() - start < 4.4
+        with pytest.raises(network.NoNetwork):  # at once
+            get_session().get(endpoint)
+        assert len(connections) == 2
 
 
 def test_without_network_the_cache_is_taken_at_once(tmp_path):

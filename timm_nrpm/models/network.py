@@ -97,6 +97,7 @@ _lock = threading.Lock()
 _patient: list[Any] = []
 _changed: list[tuple[Any, Any]] = []
 _answered: set[bytes] = set()
+_silent_since: dict[bytes, float] = {}
 _unreachable: dict[bytes, tuple[float, str]] = {}
 
 
@@ -133,31 +134,47 @@ def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
     start, (until, message) = time.monotonic(), _unreachable.get(server, (0.0, ""))
     if start < until:
         raise NoNetwork(message)
+    silent = _silence_before(server, start)
     timer = threading.Timer(SILENCE, say, [f"Waiting for an answer from {host} ..."])
     timer.daemon = True
     if request.method != "PUT":  # which is an upload with a progress bar
         timer.start()
     try:
         first = server not in _answered and request.method in ("GET", "HEAD")  # others may send for longer than that
-        response = _first_answer(send, request, options) if first else send(request, **options)
+        response = _first_answer(send, request, options, silent) if first else send(request, **options)
         _answered.add(server)
         return response
     except Exception as error:
+        # The client asks some questions with a shorter limit of its own and goes on without an answer.
+        if isinstance(error, HTTP.ReadTimeout):
+            _silent_since.setdefault(server, start)
+        else:
+            _silent_since.pop(server, None)
         reason = why_no_network(error)
         if reason is None:
             raise
         message = f"{host} cannot be reached: {reason}"
-        if time.monotonic() - start > SILENCE:
+        if silent + time.monotonic() - start > SILENCE:
             _unreachable[server] = time.monotonic() + REMEMBERED, message
         raise NoNetwork(message) from None
     finally:
         timer.cancel()
 
 
-def _first_answer(send: Callable[..., Any], request: Any, options: Mapping[str, Any]) -> Any:
+def _silence_before(server: bytes, now: float) -> float:
+    """Seconds for which a server has been silent when it is asked again, if that was just now and without a pause."""
+    silent = now - _silent_since.get(server, now)
+    if silent > REMEMBERED:
+        del _silent_since[server]
+        return 0.0
+    return silent
+
+
+def _first_answer(send: Callable[..., Any], request: Any, options: Mapping[str, Any], silent: float) -> Any:
     """Send a request, and return its response if the head of that arrives in time; its body may take longer.
 
-    The request is sent by another thread, since the look-up of a name has no time limit of its own.
+    The request is sent by another thread, since the look-up of a name has no time limit of its own. The `silent`
+    seconds that an earlier question has waited in vain count, but for one second.
 
     Raises:
         NoAnswer: It does not arrive in time.
@@ -172,7 +189,7 @@ def _first_answer(send: Callable[..., Any], request: Any, options: Mapping[str, 
 
     seconds = limit() if "TIMM_NRPM_TIMEOUT" in os.environ else CONTACT
     threading.Thread(target=ask, daemon=True).start()
-    futures.wait([answer], seconds)
+    futures.wait([answer], max(seconds - silent, min(seconds, 1.0)))
     if not answer.done():
         raise NoAnswer(f"no answer within {seconds:g} seconds (TIMM_NRPM_TIMEOUT={PATIENCE:g} waits longer)")
     response = answer.result()

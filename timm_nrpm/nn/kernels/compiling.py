@@ -23,7 +23,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 
 from timm_nrpm.errors import CompilationError
 
@@ -48,6 +47,8 @@ def cache_folder() -> Path:
     """
     if given := os.environ.get("TIMM_NRPM_CACHE"):
         return Path(given)
+    from platformdirs import user_cache_path  # which no other part of the package needs
+
     folder = user_cache_path("timm_nrpm", appauthor=False)
     if not folder.is_absolute():
         raise RuntimeError(f"This user has no home directory for the cache, {folder}: set TIMM_NRPM_CACHE to a folder.")
