@@ -11,28 +11,11 @@
 #include "forward.h"
 #include "limits.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-// Asks the system for large pages in a buffer that is about to be written for the first time: where it gives pages of
-// 4 KiB, clearing them one by one takes longer than the estimate of a shallow layer.
-static void expect_large_pages(float* buffer, int64_t count) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t page = 4096, start = ((uintptr_t)buffer + page - 1) / page * page;
-  const uintptr_t end = (uintptr_t)(buffer + count) / page * page;
-  if (end > start + (1 << 22)) madvise((void*)start, end - start, MADV_HUGEPAGE);
-#endif
-}
-
 extern "C" {
 
 void nrpm_forward(const Conv* c, const Penalty* penalty, int general, float lam, const float* x, const float* weight,
                   float* out, float* state, int threads) {
   const Results results = {x, weight, out, state, lam};
-  const int64_t sums = c->positions() * c->groups * c->outputs;
-  expect_large_pages(out, sums);
-  if (state) expect_large_pages(state, (2 * c->steps + 2) * sums);
   if (general && state) forward<true, true>(*c, *penalty, results, threads);
   else if (general) forward<true, false>(*c, *penalty, results, threads);
   else if (state) forward<false, true>(*c, *penalty, results, threads);
