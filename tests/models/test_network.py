@@ -188,6 +188,7 @@ def test_silence_counts_from_the_first_question(monkeypatch):
     for name in ("_answered", "_unreachable", "_silent_since"):
         monkeypatch.setattr(network, name, type(getattr(network, name))())
     monkeypatch.setattr(network, "CONTACT", 3.0)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.delenv("TIMM_NRPM_TIMEOUT", raising=False)
     with out_of_reach("silent") as (endpoint, connections), patience():
         start = time.monotonic()

@@ -169,7 +169,8 @@ def shared(tmp_path_factory) -> dict[str, tuple[Outcome, Outcome]]:
     """Each run of one process, and of two at the same batch of both together.
 
     The ResNet takes few steps, and the estimate's eps is 0.05: at a learning rate of 0.05 it is chaotic, and a weight
-    that differs by 1e-7 makes lambdas differ by 0.01 after twenty steps; at eps 1e-3, much sooner.
+    that differs by 1e-7 makes lambdas differ by 0.01 after twenty steps; at eps 1e-3, much sooner. The kernels run along
+    the rows of a batch of 16 and along the outputs for one of 8, so sums have another order: lambdas differed by 3e-6.
     """
     runs = [
         {"model": model, "eps": 0.05, "images": 16 * steps, "batch": 16, "validation": True, "config": FAST | settings}
@@ -188,7 +189,7 @@ def shared(tmp_path_factory) -> dict[str, tuple[Outcome, Outcome]]:
 def test_two_processes_learn_what_one_learns(shared, name):
     (one, alone), (two, together) = shared[name]
     assert len(one.steps) == len(two.steps) == SHARED[name][1]
-    assert differ(alone, together, ".lam") < 1e-6
+    assert differ(alone, together, ".lam") < 1e-5
     assert max(abs(a.loss - b.loss) for a, b in zip(one.steps, two.steps, strict=True)) < 1e-3
     # 45 images in batches of 10 and two processes: some are evaluated twice, and none is counted twice.
     assert [e.clean * 45 for e in one.evaluations] == [e.clean * 45 for e in two.evaluations]

@@ -1,4 +1,4 @@
-"""`timm-nrpm models`, `create` and `calibrate`: variants with a fixed lambda."""
+"""`timm-nrpm models`, `create`, `calibrate` and `adapt`: variants with a fixed lambda."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from timm_nrpm.cli.options import (
     add_images,
     add_model,
     add_output,
+    number_or_auto,
     useless_splits,
 )
 from timm_nrpm.cli.terminal import Terminal
@@ -66,6 +67,37 @@ def add_calibrate(commands: Any) -> None:
     add_output(parser, "folder of the calibrated variant (default: that of --variant, or variant)")
 
 
+def add_adapt(commands: Any) -> None:
+    """Add `timm-nrpm adapt`."""
+    parser = add_command(
+        commands,
+        "adapt",
+        Command(_adapt, (*USELESS_FOR_MODELS, *USELESS_FOR_IMAGES, *useless_splits("split")), NAMES),
+        "move a model's statistics towards those of the images at hand, and save the variant",
+        "Move the BatchNorm statistics of a model towards those of images that are not like its training images, such "
+        "as noisy ones, without their labels. It costs no latency. With lambda 1, the default, all else stays the "
+        "plain model's.",
+        "timm-nrpm adapt --model resnet8_digits --split test --output adapted",
+    )
+    add_model(parser, 1.0)
+    images = add_images(parser, 256, "test", 1000)
+    images.add_argument(
+        "--prior",
+        type=number_or_auto,
+        default="auto",
+        metavar="N",
+        help="number of images that the model's own statistics are worth; auto weighs each layer by how much more the "
+        "images differ from its statistics than from each other (default: auto)",
+    )
+    images.add_argument(
+        "--robust",
+        default="mean",
+        choices=["mean", "l1", "median"],
+        help="how statistics are taken over images; l1 withstands some that an attacker chose (default: mean)",
+    )
+    add_output(parser, "folder of the adapted variant (default: that of --variant, or variant)")
+
+
 def _models(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.models.registry import list_models
 
@@ -87,12 +119,33 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.cli.inputs import chosen_images, model_of, save
     from timm_nrpm.models.calibration import calibrate_
 
-    output = args.output
-    if output is None:
-        output = Path(args.variant) if args.variant is not None and Path(args.variant).is_dir() else Path("variant")
+    output = _output(args)
     model = model_of(args)
     calibrate_(model, chosen_images(args, model), progress=terminal.progress)
     report_variant(output, save(model, output), model, terminal)
+
+
+def _adapt(args: argparse.Namespace, terminal: Terminal) -> None:
+    from timm_nrpm.cli.inputs import chosen_images, model_of, save
+    from timm_nrpm.models.adaptation import Adaptation
+
+    output = _output(args)
+    model = model_of(args)
+    adaptation = Adaptation(model, prior=args.prior, robust=args.robust)
+    adaptation.run(chosen_images(args, model), progress=terminal.progress)
+    weights = adaptation.weights
+    mean = sum(weights.values()) / len(weights)
+    terminal.show(
+        f"{adaptation.images} images weigh {mean:.0%} in the statistics, on average over {len(weights)} layers."
+    )
+    report_variant(output, save(model, output), model, terminal)
+
+
+def _output(args: argparse.Namespace) -> Path:
+    """The folder of the result: `--output`, that of the variant, or a new one."""
+    if args.output is not None:
+        return Path(args.output)
+    return Path(args.variant) if args.variant is not None and Path(args.variant).is_dir() else Path("variant")
 
 
 def report_variant(folder: Path, full: bool, model: Any, terminal: Terminal) -> None:

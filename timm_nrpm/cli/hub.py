@@ -165,6 +165,8 @@ def _show(about: Description, terminal: Terminal) -> None:
     terminal.show(f"base: {name}{revision}; {weights}, {held}")
     estimate = about.estimator
     terminal.show(f"estimate: iterations {estimate.iterations}, eps {estimate.eps}, penalty {estimate.penalty}")
+    if about.statistics:
+        terminal.show(f"statistics: {', then '.join(map(str, about.statistics))}")
     table = Table("layer", "lambda", "")
     for layer, lam in about.lams.items():
         table.add_row(Text(printable(layer)), f"{lam:.3f}", "█" * round(BAR * lam))

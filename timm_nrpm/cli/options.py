@@ -49,6 +49,11 @@ def number_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else number(text)
 
 
+def number_or_auto(text: str) -> float | str:
+    """A number, or auto."""
+    return "auto" if text.lower() == "auto" else number(text)
+
+
 def add_command(commands: Any, name: str, command: Command, summary: str, text: str, example: str) -> Any:
     """Add a command to the subparsers of `timm-nrpm`.
 

@@ -92,6 +92,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     create.add_models(commands)
     create.add_create(commands)
     create.add_calibrate(commands)
+    create.add_adapt(commands)
     search.add_search(commands)
     tune.add_tune(commands)
     evaluate.add_evaluate(commands)

@@ -21,6 +21,7 @@ from timm_nrpm.models.base import Base
 from timm_nrpm.models.downloads import insist
 from timm_nrpm.models.format import CONFIG
 from timm_nrpm.models.loading import PREFIX, find_variant
+from timm_nrpm.models.provenance import Step
 from timm_nrpm.models.saving import filling
 
 EXTRAS = (CARD, EVALUATION, PICTURE)
@@ -39,6 +40,7 @@ class Description:
         is_full: Whether the variant holds the weights.
         estimator: Settings of the robust estimate.
         lams: Lambda of every layer.
+        statistics: The steps that moved the statistics, as far as they are known.
         reports: The reports behind its card, if they are on this very model.
         note: A remark on the reports, such as `"2 evaluations"` or `"Not evaluated."`.
     """
@@ -49,6 +51,7 @@ class Description:
     is_full: bool
     estimator: Estimator
     lams: Mapping[str, float]
+    statistics: tuple[Step, ...]
     reports: tuple[RobustnessReport, ...]
     note: str
 
@@ -111,7 +114,15 @@ def inspect(
         note, reports = "Its evaluation is of another model, and says nothing about this one.", []
     commit = found.repository.revision if found.repository else None
     return Description(
-        found.where, commit, variant.base, variant.is_full, variant.config.estimator, variant.lams, tuple(reports), note
+        found.where,
+        commit,
+        variant.base,
+        variant.is_full,
+        variant.config.estimator,
+        variant.lams,
+        variant.statistics,
+        tuple(reports),
+        note,
     )
 
 

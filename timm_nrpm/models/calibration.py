@@ -20,6 +20,7 @@ from timm_nrpm.data.images import count_of, pixels_of
 from timm_nrpm.jobs.progress import CONSOLE
 from timm_nrpm.models.modes import check_gradients, evaluating
 from timm_nrpm.models.plain_statistics import KEPT, complete, norms_of
+from timm_nrpm.models.provenance import Step
 from timm_nrpm.models.reprogramming import is_settled, plain_copy, record_of, reprogrammed_layers, settle_, uncalibrate_
 from timm_nrpm.nn.layers import Reprogrammed
 from timm_nrpm.nn.pixel_model import PixelModel, alike
@@ -224,10 +225,11 @@ def calibrate_(
     active = {} if norms else {name: layer for name, layer in layers.items() if not layer.is_plain()}
     sites |= {name: _SumSite(layer) for name, layer in active.items()}
     try:
-        _pass(net, plain if mode == "relative" else None, sites, plain.model, images)
+        seen = _pass(net, plain if mode == "relative" else None, sites, plain.model, images)
     except BaseException:
         uncalibrate_(inner)
         raise
+    record_of(inner).statistics = (Step("calibration", mode, seen),)
     return model
 
 
@@ -270,7 +272,7 @@ def _pass(
     sites: Mapping[str, _Site],
     reference_module: nn.Module,
     images: Iterable[Tensor],
-) -> None:
+) -> int:
     """Run images through both models, and correct the moving one at each site as it is called.
 
     Args:
@@ -279,6 +281,9 @@ def _pass(
         sites: Places of the corrections, by the name of the module.
         reference_module: The module of the reference, which gets hooks even if it is not run.
         images: Batches of pixels `[B, C, H, W]`.
+
+    Returns:
+        Number of images.
     """
     hooks = [hook for name, site in sites.items() for hook in site.watch(name, moving.model, reference_module)]
     seen = 0
@@ -295,6 +300,7 @@ def _pass(
             hook.remove()
     if not seen:
         raise ValueError("The loader gave no images: calibration needs at least one batch.")
+    return seen
 
 
 class _CachedBatches:

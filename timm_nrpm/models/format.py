@@ -29,6 +29,7 @@ from timm_nrpm.errors import BrokenVariant, HubError, WrongBase
 from timm_nrpm.models.base import Base, checksum_of
 from timm_nrpm.models.creation import LARGEST_CONFIG, TIMM_FILES, check_image_size, from_timm_files
 from timm_nrpm.models.downloads import sha256_of
+from timm_nrpm.models.provenance import Step
 from timm_nrpm.models.reprogramming import (
     decimal_of,
     model_sha256,
@@ -41,6 +42,7 @@ from timm_nrpm.models.reprogramming import (
 FORMAT = 1
 CONFIG, TENSORS = "nrpm_config.json", "nrpm.safetensors"
 KEYS = ("format", "base", "settings", "layers", "model", "files", "sha256")
+MAYBE = ("statistics",)  # of calibrated and adapted variants
 SETTINGS = tuple(f.name for f in fields(NRPMConfig) if f.name not in ("lam", "layers"))
 HASH = re.compile(r"[0-9a-f]{64}")
 LARGEST = {CONFIG: LARGEST_CONFIG, TENSORS: 256 << 20, TIMM_FILES[0]: LARGEST_CONFIG, "evaluation.json": 64 << 20}
@@ -58,6 +60,7 @@ class Variant:
         tensors: All else that the variant adds to its base, by name: corrections and changed statistics.
         model: :func:`timm_nrpm.models.reprogramming.model_sha256` of the reprogrammed model.
         files: SHA-256 of every other file, by the name of the file.
+        statistics: The steps that moved the statistics, as far as they are known.
     """
 
     base: Base
@@ -65,6 +68,7 @@ class Variant:
     tensors: dict[str, Tensor]
     model: str
     files: dict[str, str]
+    statistics: tuple[Step, ...] = ()
 
     @property
     def is_full(self) -> bool:
@@ -107,9 +111,10 @@ class Variant:
             config = NRPMConfig(**settings, lam=lams, layers=tuple(lams))
             if checksum_of(settings) != checksum_of({name: getattr(config, name) for name in SETTINGS}):
                 raise ValueError(f"its settings {settings} hold an integer where a float is required, or the reverse.")
+            steps = _steps(content.get("statistics", []))
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise BrokenVariant(f"{where} holds no variant that this version can read: {error}") from error
-        return cls(base, config, tensors, content["model"], content["files"])
+        return cls(base, config, tensors, content["model"], content["files"], steps)
 
     def build(self, find: Callable[[str], Path], plain: Callable[[], nn.Module], where: str) -> nn.Module:
         """Build the saved model: the same layers, lambdas and statistics on the same weights.
@@ -160,6 +165,7 @@ class Variant:
                     f"{where} does not fit its base: layers {sorted(layers ^ set(self.lams))[:3]} differ."
                 )
             _install(base, self.tensors, where)
+            record_of(base).statistics = self.statistics
             if model_sha256(base) != self.model:
                 raise BrokenVariant(f"{where} gives another model than the one that was saved: get it again.")
         except BaseException as error:
@@ -194,7 +200,7 @@ def parse_config(path: Path, where: str) -> dict[str, Any]:
         raise BrokenVariant(
             f"{CONFIG} of {where} was changed after it was saved: get it again, or save the variant anew."
         )
-    if set(content) | {"sha256"} != set(KEYS):
+    if (set(content) | {"sha256"}) - set(MAYBE) != set(KEYS):
         raise BrokenVariant(f"{CONFIG} of {where} holds {sorted(content)}, and a variant's {sorted(KEYS)}.")
     layers, files, settings = content["layers"], content["files"], content["settings"]
     if not _is_list_of_names(layers):
@@ -240,6 +246,13 @@ def _lam(tensor: Tensor | None, layer: str) -> float:
     if not 0 <= float(tensor) <= 1:
         raise ValueError(f"{layer} has lambda {float(tensor)}, which is not in [0, 1].")
     return decimal_of(tensor)
+
+
+def _steps(data: Any) -> tuple[Step, ...]:
+    """The steps of a config's `statistics`, or a ValueError."""
+    if not isinstance(data, list):
+        raise ValueError(f"its statistics={data!r} is no list of steps.")
+    return tuple(Step.from_dict(step) for step in data)
 
 
 PARTNERS = {"correction.gain": "correction.offset", "running_mean": "running_var"}

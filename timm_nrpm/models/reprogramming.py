@@ -25,6 +25,7 @@ from timm_nrpm.models.plain_statistics import (
     remember_,
     take_,
 )
+from timm_nrpm.models.provenance import Step
 from timm_nrpm.models.selection import assign, call_order, select
 from timm_nrpm.nn.layers import LINEAR_MAPS, REPROGRAMMED, Reprogrammed, reprogram_layer_, restore_layer_
 from timm_nrpm.nn.pixel_model import PixelModel
@@ -46,6 +47,7 @@ class Record:
         weights: Fingerprint of the weights when the model was reprogrammed.
         settled: Fingerprint of the weights when the plain model's statistics were taken.
         base: Origin of the plain model, with the hash of its weights when it was reprogrammed.
+        statistics: The steps that moved the statistics, as far as they are known.
     """
 
     config: NRPMConfig
@@ -53,6 +55,7 @@ class Record:
     weights: Fingerprint
     settled: Fingerprint
     base: Base | None = None
+    statistics: tuple[Step, ...] = ()
 
 
 def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tensor | None = None) -> Model:
@@ -182,6 +185,7 @@ def uncalibrate_(model: nn.Module) -> None:
     bring_back_(model)
     for layer in reprogrammed_layers(model).values():
         layer.drop_correction()
+    record_of(model).statistics = ()
 
 
 def plain_copy(model: Model, *, kept: bool = False) -> Model:
@@ -218,6 +222,7 @@ def _settled_by_loading(model: nn.Module, keys: Any) -> None:
     """Mark the plain model's statistics as settled, since a whole state dict holds them with the weights they fit."""
     if not keys.missing_keys and is_reprogrammed(model):
         record_of(model).settled = Fingerprint.of(model)
+        record_of(model).statistics = ()  # a state dict does not tell how its own came about
 
 
 def is_as_reprogrammed(model: nn.Module) -> bool:

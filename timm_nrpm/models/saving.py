@@ -80,6 +80,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
         base = base.nameless()
     content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "layers": list(layers)}
     content |= {"settings": {name: getattr(record.config, name) for name in SETTINGS}, "model": model_sha256(model)}
+    if record.statistics:
+        content["statistics"] = [step.to_dict() for step in record.statistics]
     with filling(folder) as draft:
         if is_timm:
             cfg: Any = plain.pretrained_cfg

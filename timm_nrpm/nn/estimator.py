@@ -92,13 +92,14 @@ class Penalty:
         return torch.trapezoid(s * self.weight(s), s, dim=-1)
 
 
-def robust_mean(products: Tensor, penalty: Penalty, iterations: int) -> Tensor:
+def robust_mean(products: Tensor, penalty: Penalty, iterations: int, start: Tensor | None = None) -> Tensor:
     """Robust mean over the last dimension: eq. 3 in mean units, as plain PyTorch that autograd can follow.
 
     Args:
         products: Products, `[..., D]`.
         penalty: The weight function.
-        iterations: Number of steps, the paper's K; 0 gives the plain mean.
+        iterations: Number of steps, the paper's K; 0 gives the start.
+        start: Where the steps start, `[...]`; None for the plain mean, as in the paper.
 
     Returns:
         Robust means, `[...]`, each between the smallest and the largest of its products.
@@ -107,7 +108,7 @@ def robust_mean(products: Tensor, penalty: Penalty, iterations: int) -> Tensor:
         >>> robust_mean(torch.tensor([1.0, 2.0, 300.0]), Penalty.named("l1", 1e-6), 50)
         tensor(2.0000)
     """
-    mean = products.mean(-1)  # [...]
+    mean = products.mean(-1) if start is None else start  # [...]
     for _ in range(iterations):
         w = penalty.weight(products - mean.unsqueeze(-1))  # [..., D]
         mean = (w * products).sum(-1) / w.sum(-1)

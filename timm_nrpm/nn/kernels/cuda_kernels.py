@@ -157,6 +157,15 @@ def slope_of_step(
     return slope * (G * eps + with_sign(G * move, t))  # since omega - |t| omega^2 is eps omega^2
 
 
+@triton.jit
+def _mixed(plain, robust, share, SKIP: tl.constexpr):
+    """`share * plain + (1 - share) * robust`; with SKIP, and at a share of 1, the plain sums bit for bit."""
+    total = tl.fma(share.broadcast_to(plain.shape), plain - robust, robust)
+    if SKIP:
+        total = tl.where(share >= 1, plain, total)
+    return total
+
+
 @_tuned(TILES)
 @triton.jit
 def forward(
@@ -217,11 +226,7 @@ def forward(
             c = (A - move * B) / S
             _keep_step(state + z, whole, valid, k, m, c, 1.0 / S, STEPS)
             chain *= c
-    robust = m * depth
-    total = tl.fma(share.broadcast_to(m.shape), start - robust, robust)
-    if SKIP:
-        total = tl.where(steps == 0, start, total)  # bit for bit
-    tl.store(out + z, total, mask=valid)
+    tl.store(out + z, _mixed(start, m * depth, share, SKIP), mask=valid)
     if KEEP:
         tl.store(state + (2 * STEPS + 1) * whole + z, chain, mask=valid)
 

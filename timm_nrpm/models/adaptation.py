@@ -1,0 +1,297 @@
+"""Adaptation: BatchNorm statistics moved towards those of the images at hand, without labels or gradients.
+
+Where images are not like those of the training, under noise, weather or another camera, the stored statistics are those
+of other images, and much of the accuracy is lost there (covariate-shift adaptation: Schneider et al., arXiv 2006.16971,
+and Nado et al., arXiv 2006.10963). It takes as long as running the images once, and the model stays as fast as it was.
+
+It harms where the images at hand are few or one-sided: of one class, say, whose statistics are not those of a shift but
+of the class. So each layer's statistics move only as far as they differ by more than images of one kind do by chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from timm_nrpm.checks import check_choice, check_number
+from timm_nrpm.data.images import check_images, count_of, pixels_of
+from timm_nrpm.jobs.progress import CONSOLE
+from timm_nrpm.models.modes import check_gradients, evaluating
+from timm_nrpm.models.plain_statistics import norms_of
+from timm_nrpm.models.provenance import Step
+from timm_nrpm.models.reprogramming import is_reprogrammed, is_settled, record_of
+from timm_nrpm.nn.estimator import Penalty, robust_mean
+from timm_nrpm.nn.wrappers import subject_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+ESTIMATES = ("mean", "l1", "median")
+"""How the statistics of several images are taken, as `robust=` names them."""
+
+CAUTION = 16.0
+"""How many times the squared standard error is taken off the squared shift of a layer, by `prior="auto"`."""
+
+BATCH = 256  # images that are run at once where they come as one tensor
+
+STEPS = 10
+"""Number of steps of the L1 estimate over images."""
+
+
+def location(values: Tensor, robust: str) -> Tensor:
+    """The location of the rows of `values`, `[N, C]`, in each column: `[C]`.
+
+    "l1" is the package's reweighted estimate (:func:`timm_nrpm.nn.estimator.robust_mean`), from the median on, with
+    distances in units of half the median deviation.
+    """
+    if robust == "mean":
+        return values.mean(0)
+    middle = values.median(0).values
+    unit = (values - middle).abs().median(0).values.clamp_min(torch.finfo(values.dtype).tiny) / 2
+    scaled = (values - middle) / unit  # [N, C]
+    return middle + unit * robust_mean(scaled.T, Penalty.named("l1", 1.0), STEPS, start=torch.zeros_like(middle))
+
+
+def statistics(means: Tensor, squares: Tensor, robust: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of each channel over images, from those of each image; autograd can follow.
+
+    Args:
+        means, squares: Mean, and mean square, of each channel of each image over its positions, `[N, C]`.
+        robust: "mean" or "l1", see :func:`location`.
+
+    Returns:
+        Mean `[C]`, variance `[C]`, and each image's mean squared distance to that mean, `[N, C]`.
+    """
+    mean = location(means, robust)
+    around = squares - 2 * means * mean + mean.square()
+    return mean, location(around, robust), around
+
+
+def median_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Median `[C]` over all values of a batch `[B, C, L]`, and their mean squared distance to it (MedBN)."""
+    middle = rows.transpose(0, 1).flatten(1).median(1).values
+    return middle, (rows - middle.view(-1, 1)).square().mean((0, 2))
+
+
+class _Site:
+    """A BatchNorm whose stored statistics are moved, and what its inputs were."""
+
+    def __init__(self, norm: _BatchNorm, prior: float | None, robust: str) -> None:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        self.norm, self.prior, self.robust = norm, prior, robust
+        self.stored = norm.running_mean.clone(), norm.running_var.clone()
+        self.means: list[Tensor] = []  # of each image, [B, C]
+        self.squares: list[Tensor] = []
+        self.medians: list[tuple[int, Tensor, Tensor]] = []  # number of images, median and variance of a batch
+        self.weight = 0.0
+
+    def see(self, values: Tensor, images: int) -> None:
+        """Take the input of the layer for a batch of images, `[B, C, ...]`, and move the statistics."""
+        rows = values.detach().double().flatten(2) if values.ndim > 2 else values.detach().double().unsqueeze(2)
+        if len(rows) % images == 0:  # the tokens of an image count as its positions
+            rows = rows.unflatten(0, (images, -1)).movedim(1, 2).flatten(2)  # [B, C, L]
+        self.means.append(rows.mean(2))
+        self.squares.append(rows.square().mean(2))
+        if self.robust == "median":
+            self.medians.append((len(rows), *median_statistics(rows)))
+        self._move()
+
+    def _move(self) -> None:
+        mean, var, noise = self._statistics()
+        stored_mean, stored_var = (stored.double() for stored in self.stored)
+        count = sum(map(len, self.means))
+        if self.prior is not None:
+            self.weight = count / (count + self.prior)
+        else:
+            scale = stored_var + self.norm.eps
+            growth = ((var + self.norm.eps) / scale).log()
+            shift = ((mean - stored_mean).square() / scale + growth.square()).sum()
+            self.weight = float((1 - CAUTION * noise / shift).clamp(0, 1)) if shift > 0 else 0.0
+        self.norm.running_mean.copy_(stored_mean.lerp(mean, self.weight))  # type: ignore[union-attr]
+        self.norm.running_var.copy_(stored_var.lerp(var, self.weight))  # type: ignore[union-attr]
+
+    def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance of each channel over all images seen, and the squared error of both, which chance makes."""
+        means, squares = torch.cat(self.means), torch.cat(self.squares)
+        count = len(means)
+        if self.robust == "median":
+            numbers, middles, variances = zip(*self.medians, strict=True)
+            shares = means.new_tensor(numbers) / count
+            mean, var = shares @ torch.stack(middles), shares @ torch.stack(variances)
+            around = squares - 2 * means * mean + mean.square()
+        else:
+            mean, var, around = statistics(means, squares, self.robust)
+        if count < 2:
+            return mean, var, means.new_tensor(math.inf)
+        scale = self.stored[1].double() + self.norm.eps
+        noise = means.var(0) / scale + around.var(0) / (var + self.norm.eps).square()
+        return mean, var, noise.sum() / count
+
+    def restore(self) -> None:
+        for now, stored in zip((self.norm.running_mean, self.norm.running_var), self.stored, strict=True):
+            now.copy_(stored)  # type: ignore[union-attr]
+
+
+class Adaptation:
+    """A model whose statistics follow a stream of images, batch by batch, before it gives their logits.
+
+    The model is changed in place. Its statistics are always those of all images so far, mixed with those that it had
+    when the stream began; :meth:`restore` brings the latter back.
+
+    Args:
+        model: A model with BatchNorm, reprogrammed or not.
+        prior, robust, mean, std: The same as in :func:`adapt_`.
+
+    Raises:
+        ValueError: The model has no BatchNorm, its weights were trained since it was reprogrammed, or a setting is not
+            allowed.
+
+    Example:
+        >>> stream = Adaptation(model)
+        >>> logits = stream(torch.rand(16, 3, 224, 224))
+        >>> stream.images
+        16
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        prior: float | Literal["auto"] = "auto",
+        robust: Literal["mean", "l1", "median"] = "mean",
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        estimate = check_choice("robust", robust, ESTIMATES)
+        number = None if prior == "auto" else check_number("prior", prior, least=0, why=' of images, or "auto"')
+        subject = subject_of(model, mean, std)
+        self.model, self.net, self.images = subject.model, subject.on_pixels(), 0
+        check_gradients(self.model)
+        norms = norms_of(self.model)
+        if not norms:
+            raise ValueError(
+                f"This {type(self.model).__name__} has no BatchNorm with running statistics, so adaptation has nothing "
+                "to move: other normalisations take the statistics of each image by itself."
+            )
+        if is_reprogrammed(self.model) and not is_settled(self.model):
+            # The plain model's statistics are not known, and nothing would tell them from the adapted ones.
+            raise ValueError(
+                "Weights were trained since the model was reprogrammed: call calibrate_(model, loader) first."
+            )
+        self._sites = {name: _Site(norm, number, estimate) for name, norm in norms.items()}
+        self._estimate, self._prior = estimate, number
+        self._before = record_of(self.model).statistics if is_reprogrammed(self.model) else ()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of the images in the statistics of each BatchNorm, from 0 (none of it moved) to 1."""
+        return {name: site.weight for name, site in self._sites.items()}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Move the statistics towards those of `pixels`, `[B, C, H, W]` in [0, 1], too; return the logits, `[B, N]`.
+
+        Raises:
+            ValueError: `pixels` are no images in [0, 1].
+        """
+        pixels = check_images(pixels)
+        hooks = [
+            site.norm.register_forward_pre_hook(lambda _, inputs, site=site: site.see(inputs[0], len(pixels)))
+            for site in self._sites.values()
+        ]
+        try:
+            with evaluating(self.model):
+                logits = self.net.model(self.net.normalise(pixels.to(self.net.mean.device)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.images += len(pixels)
+        self._record((*self._before, Step("adaptation", self._estimate, self.images, self._prior)))
+        return logits
+
+    def run(self, loader: Iterable[Any], *, progress: bool = False) -> None:
+        """Move the statistics towards those of all images of a loader.
+
+        Args:
+            loader: Batches of pixels `[B, C, H, W]` in [0, 1], or of tuples that start with such pixels.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: The loader is empty or gives no pixels in [0, 1]. The statistics are as the stream began.
+        """
+        total = count_of(loader)
+        try:
+            for pixels in track(pixels_of(loader), "Adapting", total=total, disable=not progress, console=CONSOLE):
+                self(pixels)
+            if not self.images:
+                raise ValueError("The loader gave no images: adaptation needs at least one batch.")
+        except BaseException:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        """Bring back the statistics that the model had when the stream began."""
+        for site in self._sites.values():
+            site.restore()
+        self._record(self._before)
+
+    def _record(self, steps: tuple[Step, ...]) -> None:
+        if is_reprogrammed(self.model):
+            record_of(self.model).statistics = steps
+
+
+def adapt_(
+    model: Model,
+    images: Iterable[Any] | Tensor,
+    *,
+    prior: float | Literal["auto"] = "auto",
+    robust: Literal["mean", "l1", "median"] = "mean",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    progress: bool = False,
+) -> Model:
+    """Move a model's BatchNorm statistics, in place, towards those of the images at hand.
+
+    Each running mean and variance becomes `(1 - a) stored + a images` (Schneider et al., arXiv 2006.16971, section 3).
+    With n images and a prior worth `prior` of them, `a = n / (n + prior)`. With `prior="auto"` each layer has its own,
+    `a = max(0, 1 - c noise / shift)`: `shift` is the squared distance of the images' means and log variances to the
+    stored ones over all channels, `noise` the part of it that the spread between the images makes by chance, and c is
+    :data:`CAUTION` (the shrinkage of James and Stein has c = 1). So few images, and images like those of the training,
+    move little.
+
+    No label is looked at and no gradient taken. Layers are corrected while the images pass, so that later layers see
+    corrected inputs; the larger the batches, the better. Calibrated statistics are moved like others. A second call
+    starts from what the first one left: for a stream, use :class:`Adaptation`.
+
+    Args:
+        model: A model with BatchNorm, reprogrammed or not.
+        images: Batches of pixels `[B, C, H, W]` in [0, 1], or of tuples that start with such pixels; or the pixels of
+            all images in one tensor, which is taken in batches of 256.
+        prior: Number of images that the stored statistics are worth; 0 forgets them.
+        robust: How the statistics of several images are taken: their "mean"; "l1", the package's own robust estimate
+            over images, for when an attacker owns some of them; or the "median" over all values of a batch (MedBN,
+            arXiv 2403.19326).
+        mean, std: The model's normalisation, one number per channel; by default timm's for this model, and none for a
+            model that is not timm's.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: The model has no BatchNorm, its weights were trained since it was reprogrammed, a setting is not
+            allowed, or there are no images in [0, 1]. The model is as it was.
+
+    Example:
+        >>> model = adapt_(model, torch.rand(64, 3, 224, 224))
+    """
+    adaptation = Adaptation(model, prior=prior, robust=robust, mean=mean, std=std)
+    adaptation.run(images.split(BATCH) if isinstance(images, Tensor) else images, progress=progress)
+    return model
