@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from timm_nrpm.figures.plot import plot
     from timm_nrpm.hub.browsing import inspect, list_variants, pull
     from timm_nrpm.hub.publishing import push_to_hub
+    from timm_nrpm.models.adaptation import adapt_
     from timm_nrpm.models.calibration import calibrate_
     from timm_nrpm.models.loading import from_pretrained
     from timm_nrpm.models.registry import create_model, list_models
@@ -40,6 +41,7 @@ __all__ = [
     "Threat",
     "TuneConfig",
     "__version__",
+    "adapt_",
     "calibrate_",
     "certify",
     "corrupt",
@@ -71,6 +73,7 @@ _HOMES = {
     "RobustnessReport": "evaluation.report",
     "Threat": "attacks.threats",
     "TuneConfig": "config",
+    "adapt_": "models.adaptation",
     "calibrate_": "models.calibration",
     "certify": "evaluation.certification",
     "corrupt": "evaluation.corruptions",

@@ -17,7 +17,7 @@ from timm_nrpm.cli.options import Command
 from timm_nrpm.cli.plot import result_in
 from timm_nrpm.cli.program import main
 
-ORDER = ["models", "create", "calibrate", "search", "tune", "evaluate", "certify"]
+ORDER = ["models", "create", "calibrate", "adapt", "search", "tune", "evaluate", "certify"]
 ORDER += ["corrupt", "plot", "push", "pull", "inspect", "list", "demo"]
 
 
@@ -93,7 +93,7 @@ def test_every_command_has_the_flags_of_output():
         assert not any(action.dest == "model" and not action.option_strings for action in parser._actions)
 
 
-LOCAL = ["models", "create", "calibrate", "search", "tune", "evaluate", "certify", "corrupt", "plot", "push", "inspect"]
+LOCAL = [name for name in ORDER if name not in ("pull", "list", "demo")]
 
 
 def test_the_example_of_every_help_works(tmp_path, monkeypatch, capsys):
@@ -116,6 +116,27 @@ def test_the_example_of_every_help_works(tmp_path, monkeypatch, capsys):
     assert main(["plot", "--variant", "calibrated", "--output", "lambdas.svg"]) == 0
     assert main(["plot", "tuned/variant/config.json"]) == 2
     assert "tuned/variant/config.json holds no result that can be drawn" in capsys.readouterr().err
+
+
+def test_adapted_like_in_python(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shown(capsys, "create", "--lam", "0.5", "--output", "half")
+    call = ["adapt", "--samples", "64", "--batch-size", "32", "--prior", "20", "--robust", "l1"]
+    said = shown(capsys, *call, "--variant", "half", "--output", "moved")
+    assert set(said["lambdas"].values()) == {0.5}
+    variant = timm_nrpm.from_pretrained("moved")
+    assert list(map(str, variant.nrpm.statistics)) == ["adapted to 64 images (prior 20, l1)"]
+    expected = timm_nrpm.from_pretrained("half")
+    images = timm_nrpm.loaders.pixel_loader("digits", split="test", model=expected, batch_size=32, samples=64)
+    timm_nrpm.adapt_(expected, images, prior=20, robust="l1")
+    x = torch.rand(5, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(variant(x), expected(x))
+    with pytest.raises(SystemExit):
+        main(["adapt", "--prior", "few"])
+    assert "--prior: 'few' is no number" in capsys.readouterr().err
+    assert main(["adapt", "--prior", "-3"]) == 2
+    assert re.search(r"--prior -3(\.0)? is not allowed: give a number >= 0 of images", capsys.readouterr().err)
 
 
 def test_from_a_checkpoint_of_timms_to_the_hub_without_python(tmp_path, monkeypatch, capsys):

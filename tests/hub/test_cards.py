@@ -73,6 +73,7 @@ def known_numbers(folder):
     lams = list(timm_nrpm.lambdas(timm_nrpm.from_pretrained(folder)).values())
     found = {f"{value:.4g}" for value in (*lams, sum(lams) / len(lams))} | {str(len(lams))}
     found |= {str(config["settings"][key]) for key in ("iterations", "eps")}
+    found |= {str(step["images"]) for step in config.get("statistics", [])}
     found.add(str(sum((folder / name).stat().st_size for name in ("nrpm_config.json", "nrpm.safetensors"))))
     evaluation = folder / "evaluation.json"
     for told in json.loads(evaluation.read_text())["reports"] if evaluation.exists() else []:

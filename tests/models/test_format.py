@@ -15,6 +15,8 @@ import timm_nrpm
 from timm_nrpm import NRPMConfig, calibrate_, from_pretrained, reprogram_, save_pretrained
 from timm_nrpm.errors import BrokenVariant, WrongBase
 
+STEP = {"kind", "how", "images", "prior"}
+HOW = {"calibration": ["relative", "scratch"], "adaptation": ["mean", "l1", "median"]}
 KEYS = {"format", "base", "settings", "layers", "model", "files", "sha256"}
 BASE = {"architecture", "name", "tag", "hub_id", "revision", "kwargs", "sha256", "dtype", "tuned"}
 ESTIMATE = {"iterations", "eps", "penalty", "delta", "gamma"}
@@ -87,7 +89,9 @@ def read(folder, base=None):
     check(type(config["format"]) is int and config["format"] == 1, "format")
     check(hash_of_object({k: v for k, v in config.items() if k != "sha256"}) == config["sha256"], "config")
     layers, names = config["layers"], set(config["files"])
-    check(set(config) == KEYS and set(config["base"]) == BASE, "keys")
+    check(set(config) - {"statistics"} == KEYS and set(config["base"]) == BASE, "keys")
+    steps = config.get("statistics", [])
+    check(all(set(step) == STEP and HOW[step["kind"]].count(step["how"]) == 1 for step in steps), "statistics")
     check(set(config["settings"]) == ESTIMATE | {"learnable"}, "settings")
     check({"nrpm.safetensors"} <= names <= FILES, "files")
     check(0 < len(set(layers)) == len(layers), "layers")

@@ -169,8 +169,9 @@ def shared(tmp_path_factory) -> dict[str, tuple[Outcome, Outcome]]:
     """Each run of one process, and of two at the same batch of both together.
 
     The ResNet takes few steps, and the estimate's eps is 0.05: at a learning rate of 0.05 it is chaotic, and a weight
-    that differs by 1e-7 makes lambdas differ by 0.01 after twenty steps; at eps 1e-3, much sooner. The kernels run along
-    the rows of a batch of 16 and along the outputs for one of 8, so sums have another order: lambdas differed by 3e-6.
+    that differs by 1e-7 makes lambdas differ by 0.01 after twenty steps; at eps 1e-3, much sooner. The kernels run
+    along the rows of a batch of 16 and along the outputs for one of 8, so that sums have another order: lambdas
+    differed by 3e-6.
     """
     runs = [
         {"model": model, "eps": 0.05, "images": 16 * steps, "batch": 16, "validation": True, "config": FAST | settings}

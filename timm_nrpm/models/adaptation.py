@@ -51,9 +51,10 @@ def location(values: Tensor, robust: str) -> Tensor:
     """
     if robust == "mean":
         return values.mean(0)
-    middle = values.median(0).values
-    unit = (values - middle).abs().median(0).values.clamp_min(torch.finfo(values.dtype).tiny) / 2
-    scaled = (values - middle) / unit  # [N, C]
+    middle = values.quantile(0.5, 0)
+    spread = (values - middle).abs().quantile(0.5, 0) / 2
+    unit = torch.where(spread > 0, spread, 1)  # where more than half of the values are the median, that is it
+    scaled = torch.where(spread > 0, (values - middle) / unit, 0)  # [N, C]
     return middle + unit * robust_mean(scaled.T, Penalty.named("l1", 1.0), STEPS, start=torch.zeros_like(middle))
 
 
