@@ -5,7 +5,7 @@
 SHARED holds checkpoints/ and data/. A model is adapted to unlabelled images and judged on the same images, or, where
 the table says so, on others with the same corruption. Settings were chosen on images apart from these (`--choose`
 measures there). The priors 0, which forgets the stored statistics, and 256 are the controls of the default. Writes
-results/adaptation.json, .md and .png.
+results/adaptation.json and .md; `--bases` measures some anew.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ PRIORS: dict[str, Any] = {"prior 0": 0, "prior 256": 256, "auto": "auto"}
 SEVERITY = 5
 SMALL = (200, 50, 10)
 """Numbers of images, fewer than all, on which adaptation is tried, too."""
+
+BASES: dict[str, Callable[[argparse.Namespace], Base]] = {
+    "resnet": lambda args: narrow_resnet(args.shared, args.images),
+    "digits": lambda args: bundled(),
+    "photos": lambda args: photos(args.shared),
+}
 
 Row = dict[str, Any]
 
@@ -52,10 +58,10 @@ def effective_classes(guesses: Tensor) -> float:
 
 def row_of(base: Base, what: str, to: Images, judged: Images | None = None) -> Row:
     """Accuracies as it was and adapted, and the paired gain of the default with its interval."""
-    judged = to if judged is None else judged
+    same, judged = judged is None, to if judged is None else judged
     guesses = predictions(base.model, judged[0])
     before = guesses.eq(judged[1])
-    row: Row = {"base": base.title, "images": what, "adapted to": len(to[0]), "judged on": len(judged[0])}
+    row: Row = {"images": what, "adapted to": len(to[0]), "judged on": len(judged[0]), "same images": same}
     row["as it was"] = 100 * float(before.double().mean())
     for name, prior in PRIORS.items():
         model, weight = adapted(base.model, to[0], prior)
@@ -91,22 +97,24 @@ def cases(base: Base, images: Images, kinds: tuple[str, ...]) -> Iterator[tuple[
         yield kind, (corrupted[:half], labels[:half]), (corrupted[half:], labels[half:])
 
 
-def measure(bases: list[Base], chosen: bool) -> list[Row]:
+def measure(base: Base, images: Images) -> list[Row]:
+    """All rows of a base, the mean over the corruptions last, on images that all of them were adapted to."""
     rows = []
-    for base in bases:
-        images = base.chosen if chosen else base.reported
-        if not len(images[0]):
-            continue
-        side = min(images[0].shape[2:])
-        kinds = tuple(kind for kind in IMAGENET_C if SMALLEST[kind] <= side)
-        kinds = kinds if side >= 32 else ("white_noise", "salt_and_pepper")
-        total = 4 + len(SMALL) + 2 * len(kinds)
-        for what, to, judged in track(cases(base, images, kinds), base.title, total=total):
-            rows.append(row_of(base, what, to, judged))
-    return rows
+    side = min(images[0].shape[2:])
+    kinds = tuple(kind for kind in IMAGENET_C if SMALLEST[kind] <= side)
+    kinds = kinds if side >= 32 else ("white_noise", "salt_and_pepper")
+    total = 4 + len(SMALL) + 2 * len(kinds)
+    for what, to, judged in track(cases(base, images, kinds), base.title, total=total):
+        rows.append(row_of(base, what, to, judged))
+    whole = [row for row in rows if row["images"] in kinds and row["adapted to"] == len(images[0])]
+    mean: Row = {name: sum(row[name] for row in whole) / len(whole) for name in ("as it was", *PRIORS, "weight")}
+    mean |= {"images": f"mean of {len(whole)} corruptions", "adapted to": len(images[0]), "judged on": len(images[0])}
+    # The images are the same in all rows, so an image's gains are averaged before the interval is taken.
+    mean["gain"], mean["low"], mean["high"] = interval(torch.tensor([row["gains"] for row in whole]).double().mean(0))
+    return [{key: value for key, value in row.items() if key != "gains"} for row in (*rows, mean)]
 
 
-def markdown(rows: list[Row], settings: Row) -> str:
+def markdown(tables: dict[str, list[Row]], settings: Row) -> str:
     lines = [
         "# Adaptation: what it gains, and where it harms", "",
         f"`scripts/adaptation.py`, torch {settings['torch']}. A plain model's BatchNorm statistics are moved towards "
@@ -115,33 +123,20 @@ def markdown(rows: list[Row], settings: Row) -> str:
         "gain is paired, with a 95 % interval. *Weight* is the images' share in the statistics, on average over the "
         "layers; *classes* is the effective number of classes that are predicted, before and after.", "",
     ]  # fmt: skip
-    for base in dict.fromkeys(row["base"] for row in rows):
-        ours = [row for row in rows if row["base"] == base]
+    for base, rows in tables.items():
         lines += [
             f"## {base}",
             "",
             "| images | number | as it was | prior 0 | prior 256 | auto | gain | weight | classes |",
         ]
         lines += ["|---|---|---|---|---|---|---|---|---|"]
-        for row in ours:
-            same = row["adapted to"] == row["judged on"] and not row.get("others")
-            number = f"{row['adapted to']}" if same else f"{row['adapted to']}, {row['judged on']}"
+        for row in rows:
+            to, judged = row["adapted to"], row["judged on"]
+            classes = ", ".join(f"{number:.1f}" for number in row.get("classes", []))
             lines.append(
-                f"| {row['images']} | {number} | {row['as it was']:.1f} | {row['prior 0']:.1f} | "
-                f"{row['prior 256']:.1f} | **{row['auto']:.1f}** | "
-                f"{row['gain']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f}) | {row['weight']:.0%} | "
-                f"{row['classes'][0]:.1f}, {row['classes'][1]:.1f} |"
-            )
-        corrupted = [row for row in ours if row["images"] in IMAGENET_C and not row.get("others")]
-        if len(corrupted) > 1:
-            means = {name: sum(row[name] for row in corrupted) / len(corrupted) for name in ("as it was", *PRIORS)}
-            # Images are the same in all rows, so an image's gains are averaged before the interval is taken.
-            each = torch.tensor([row["gains"] for row in corrupted], dtype=torch.float64).mean(0)
-            gain, low, high = interval(each)
-            lines.append(
-                f"| mean of {len(corrupted)} corruptions | {corrupted[0]['adapted to']} | {means['as it was']:.1f} | "
-                f"{means['prior 0']:.1f} | {means['prior 256']:.1f} | **{means['auto']:.1f}** | "
-                f"{gain:+.1f} ({low:+.1f} to {high:+.1f}) | | |"
+                f"| {row['images']} | {f'{to}' if row.get('same images', True) else f'{to}, {judged}'} | "
+                f"{row['as it was']:.1f} | {row['prior 0']:.1f} | {row['prior 256']:.1f} | **{row['auto']:.1f}** | "
+                f"{row['gain']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f}) | {row['weight']:.0%} | {classes} |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -151,24 +146,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shared", type=Path, required=True, help="folder with checkpoints/ and data/")
     parser.add_argument("--images", type=int, default=1000, help="images of CIFAR-10 that are reported (default: 1000)")
+    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES, help="models that are measured anew")
     parser.add_argument("--choose", action="store_true", help="measure on the images that settings are chosen on")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the results")
     args = parser.parse_args()
     torch.manual_seed(0)
-    bases = [narrow_resnet(args.shared, args.images), bundled(), photos(args.shared)]
-    rows = measure(bases, args.choose)
-    for row in rows:
-        row["others"] = row["images"] in IMAGENET_C and row["adapted to"] < max(
-            r["adapted to"] for r in rows if r["base"] == row["base"]
-        )
+    file = args.out / "adaptation.json"
     settings = {"torch": torch.__version__, "caution": CAUTION, "severity": SEVERITY, "images": args.images}
-    text = markdown(rows, settings)
-    print(text)
-    if not args.choose:
-        args.out.mkdir(parents=True, exist_ok=True)
-        kept = [{k: v for k, v in row.items() if k != "gains"} for row in rows]
-        (args.out / "adaptation.json").write_text(json.dumps({"settings": settings, "rows": kept}, indent=1) + "\n")
-        (args.out / "adaptation.md").write_text(text)
+    kept = json.loads(file.read_text()) if file.exists() else {"settings": settings, "tables": {}}
+    tables: dict[str, list[Row]] = kept["tables"] if kept["settings"] == settings else {}
+    for name in args.bases:
+        base = BASES[name](args)
+        if args.choose and not len(base.chosen[0]):
+            continue
+        tables[base.title] = measure(base, base.chosen if args.choose else base.reported)
+        if not args.choose:
+            args.out.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"settings": settings, "tables": tables}, indent=1) + "\n")
+            file.with_suffix(".md").write_text(markdown(tables, settings))
+    print(markdown(tables, settings))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_nrpm
@@ -57,3 +58,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for one in json.loads(sys.argv[1]):
         run(one)
+    PartialState().destroy_process_group()  # a process whose threads still wait for others may abort as it ends
