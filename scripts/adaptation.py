@@ -3,9 +3,9 @@
     python scripts/adaptation.py --shared SHARED    # about twenty minutes on two cores
 
 SHARED holds checkpoints/ and data/. A model is adapted to unlabelled images and judged on the same images, or, where
-the table says so, on others with the same corruption. Settings were chosen on images apart from these (`--choose`
-measures there). The priors 0, which forgets the stored statistics, and 256 are the controls of the default. Writes
-results/adaptation.json and .md; `--bases` measures some anew.
+the table says so, on others with the same corruption. Settings were chosen on images apart from these: training images
+of the digits, and those of CIFAR-10 that `--choose` measures. The priors 0, which forgets the stored statistics, and
+256 are the controls of the default. Writes results/adaptation.json and .md; `--bases` measures some anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from timm_nrpm.evaluation.corruptions import IMAGENET_C, SMALLEST, corrupt
-from timm_nrpm.models.adaptation import CAUTION, Adaptation
+from timm_nrpm.models.adaptation import CAUTION, LEAST, Adaptation
 
 ROOT = Path(__file__).parents[1]
 PRIORS: dict[str, Any] = {"prior 0": 0, "prior 256": 256, "auto": "auto"}
@@ -152,7 +152,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     file = args.out / "adaptation.json"
-    settings = {"torch": torch.__version__, "caution": CAUTION, "severity": SEVERITY, "images": args.images}
+    settings = {
+        "torch": torch.__version__,
+        "caution": CAUTION,
+        "least": LEAST,
+        "severity": SEVERITY,
+        "images": args.images,
+    }
     kept = json.loads(file.read_text()) if file.exists() else {"settings": settings, "tables": {}}
     tables: dict[str, list[Row]] = kept["tables"] if kept["settings"] == settings else {}
     for name in args.bases:

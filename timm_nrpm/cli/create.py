@@ -93,7 +93,7 @@ def add_adapt(commands: Any) -> None:
         "--robust",
         default="mean",
         choices=["mean", "l1", "median"],
-        help="how statistics are taken over images; l1 withstands some that an attacker chose (default: mean)",
+        help="how statistics are taken over images; l1 and median give single images less weight (default: mean)",
     )
     add_output(parser, "folder of the adapted variant (default: that of --variant, or variant)")
 

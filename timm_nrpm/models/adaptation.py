@@ -37,6 +37,9 @@ ESTIMATES = ("mean", "l1", "median")
 CAUTION = 16.0
 """How many times the squared standard error is taken off the squared shift of a layer, by `prior="auto"`."""
 
+LEAST = 256
+"""Number of images that the stored statistics are worth at least, by `prior="auto"`."""
+
 BATCH = 256  # images that are run at once where they come as one tensor
 
 STEPS = 10
@@ -107,13 +110,12 @@ class _Site:
         mean, var, noise = self._statistics()
         stored_mean, stored_var = (stored.double() for stored in self.stored)
         count = sum(map(len, self.means))
-        if self.prior is not None:
-            self.weight = count / (count + self.prior)
-        else:
+        self.weight = count / (count + (LEAST if self.prior is None else self.prior))
+        if self.prior is None:
             scale = stored_var + self.norm.eps
             growth = ((var + self.norm.eps) / scale).log()
             shift = ((mean - stored_mean).square() / scale + growth.square()).sum()
-            self.weight = float((1 - CAUTION * noise / shift).clamp(0, 1)) if shift > 0 else 0.0
+            self.weight *= float((1 - CAUTION * noise / shift).clamp(0, 1)) if shift > 0 else 0.0
         self.norm.running_mean.copy_(stored_mean.lerp(mean, self.weight))  # type: ignore[union-attr]
         self.norm.running_var.copy_(stored_var.lerp(var, self.weight))  # type: ignore[union-attr]
 
@@ -262,10 +264,13 @@ def adapt_(
 
     Each running mean and variance becomes `(1 - a) stored + a images` (Schneider et al., arXiv 2006.16971, section 3).
     With n images and a prior worth `prior` of them, `a = n / (n + prior)`. With `prior="auto"` each layer has its own,
-    `a = max(0, 1 - c noise / shift)`: `shift` is the squared distance of the images' means and log variances to the
-    stored ones over all channels, `noise` the part of it that the spread between the images makes by chance, and c is
-    :data:`CAUTION` (the shrinkage of James and Stein has c = 1). So few images, and images like those of the training,
-    move little.
+
+        a = n / (n + LEAST) * max(0, 1 - CAUTION * noise / shift)
+
+    where `shift` is the squared distance of the images' means and log variances to the stored ones over all channels,
+    and `noise` the part of it that the spread between the images makes by chance (the shrinkage of James and Stein).
+    So few images, and images like those of the training, move little. But images of one class do differ from those of
+    all classes, and lose accuracy by it (results/adaptation.md).
 
     No label is looked at and no gradient taken. Layers are corrected while the images pass, so that later layers see
     corrected inputs; the larger the batches, the better. Calibrated statistics are moved like others. A second call
@@ -277,8 +282,8 @@ def adapt_(
             all images in one tensor, which is taken in batches of 256.
         prior: Number of images that the stored statistics are worth; 0 forgets them.
         robust: How the statistics of several images are taken: their "mean"; "l1", the package's own robust estimate
-            over images, for when an attacker owns some of them; or the "median" over all values of a batch (MedBN,
-            arXiv 2403.19326).
+            over images; or the "median" over all values of a batch (MedBN, arXiv 2403.19326). The latter two give
+            single images less weight; how well that withstands an attacker who owns some of them is not measured yet.
         mean, std: The model's normalisation, one number per channel; by default timm's for this model, and none for a
             model that is not timm's.
         progress: Whether to show a progress bar.
