@@ -114,6 +114,8 @@ def troubled(tmp_path_factory):
         worker.kill()
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("troubled")
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_hub_that_is_down_neither_ends_nor_changes_the_run(troubled, name):
     hub, folder, done, worker = troubled
