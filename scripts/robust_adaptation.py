@@ -55,7 +55,7 @@ class FromBatch(nn.Module):
         if self.robust == "median":
             mean, var = median_statistics(x.flatten(2))
         else:
-            mean, var, _ = statistics_of(x.mean((2, 3)), x.square().mean((2, 3)), self.robust)
+            mean, var = statistics_of(x.mean((2, 3)), x.square().mean((2, 3)), self.robust)
         scale = self.norm.weight * (var.clamp_min(0) + self.norm.eps).rsqrt()
         return (x - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.norm.bias.view(-1, 1, 1)
 
@@ -139,7 +139,8 @@ def markdown(rows: dict[str, list[Row]]) -> str:
             for when in ("alone", "attacked"):
                 cells.append(f"{statistics.mean(row[name][when] for row in ours):.1f}")
                 gain, low, high = difference(ours, name, when)
-                cells.append("" if name == "mean" else f"{gain:+.1f} ({low:+.1f} to {high:+.1f})")
+                known = "" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})"
+                cells.append("" if name == "mean" else f"{gain:+.1f}{known}")
             lines.append(f"| {share} | {len(ours)} | {name} | {' | '.join(cells)} |")
         stored = statistics.mean(row["stored"] for row in ours)
         lines.append(f"| {share} | {len(ours)} | the stored statistics | {stored:.1f} | | {stored:.1f} | |")

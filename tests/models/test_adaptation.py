@@ -123,8 +123,44 @@ def test_a_stream_ends_where_all_images_at_once_do(noisy):
     for a, b in zip(at_once.state_dict().values(), streamed.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     stream.restore()
+    assert stream.images == 0
     for a, b in zip(digits_model().state_dict().values(), streamed.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_stream_that_was_restored_begins_anew(noisy):
+    again, once = digits_model(), digits_model()
+    stream = Adaptation(again, prior=10)
+    stream(noisy[0][100:150]), stream.restore(), stream(noisy[0][:50])
+    Adaptation(once, prior=10)(noisy[0][:50])
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), once.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("robust", ["mean", "median"])
+def test_a_stream_keeps_as_much_after_many_images_as_after_one(robust):
+    net, sizes = Net(), []
+    stream = Adaptation(net, robust=robust)
+    for _ in range(3):
+        stream(torch.rand(7, 3, 4, 4))
+        (site,) = stream._sites.values()
+        sizes.append((site.sums.numel(), site.medians.numel(), len(site.images)))
+    assert sizes == [(15, 6, 0)] * 3
+
+
+def test_what_chance_makes_is_the_spread_between_images():
+    """Against the definition: the variance over images of their means and of their mean squared distances."""
+    net, pixels = Net(), torch.rand(20, 3, 6, 5)
+    stored, eps = [t.double().clone() for t in (net.norm.running_mean, net.norm.running_var)], net.norm.eps
+    stream = Adaptation(net)
+    for batch in pixels.split(6):
+        stream(batch)
+    rows = pixels.double().flatten(2)
+    mean, var = rows.mean((0, 2)), rows.var((0, 2), correction=0)
+    distances = (rows - mean.view(-1, 1)).square().mean(2)
+    noise = (rows.mean(2).var(0) / (stored[1] + eps) + distances.var(0) / (var + eps) ** 2).sum() / 20
+    shift = ((mean - stored[0]) ** 2 / (stored[1] + eps) + ((var + eps) / (stored[1] + eps)).log() ** 2).sum()
+    want = 20 / (20 + adaptation.LEAST) * max(0.0, float(1 - adaptation.CAUTION * noise / shift))
+    assert stream.weights["norm"] == pytest.approx(want, rel=1e-6)
 
 
 def test_the_logits_of_a_stream_are_those_with_its_statistics(noisy):

@@ -19,6 +19,7 @@ from timm_nrpm.cli.options import (
     useless_splits,
 )
 from timm_nrpm.cli.terminal import Terminal
+from timm_nrpm.models.provenance import HOW
 
 
 def add_models(commands: Any) -> None:
@@ -92,7 +93,7 @@ def add_adapt(commands: Any) -> None:
     images.add_argument(
         "--robust",
         default="mean",
-        choices=["mean", "l1", "median"],
+        choices=HOW["adaptation"],
         help="how statistics are taken over images; l1 and median give single images less weight (default: mean)",
     )
     add_output(parser, "folder of the adapted variant (default: that of --variant, or variant)")

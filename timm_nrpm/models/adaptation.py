@@ -24,14 +24,14 @@ from timm_nrpm.data.images import check_images, count_of, pixels_of
 from timm_nrpm.jobs.progress import CONSOLE
 from timm_nrpm.models.modes import check_gradients, evaluating
 from timm_nrpm.models.plain_statistics import norms_of
-from timm_nrpm.models.provenance import Step
+from timm_nrpm.models.provenance import HOW, Step
 from timm_nrpm.models.reprogramming import is_reprogrammed, is_settled, record_of
 from timm_nrpm.nn.estimator import Penalty, robust_mean
 from timm_nrpm.nn.wrappers import subject_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
-ESTIMATES = ("mean", "l1", "median")
+ESTIMATES = HOW["adaptation"]
 """How the statistics of several images are taken, as `robust=` names them."""
 
 CAUTION = 16.0
@@ -61,19 +61,15 @@ def location(values: Tensor, robust: str) -> Tensor:
     return middle + unit * robust_mean(scaled.T, Penalty.named("l1", 1.0), STEPS, start=torch.zeros_like(middle))
 
 
-def statistics(means: Tensor, squares: Tensor, robust: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of each channel over images, from those of each image; autograd can follow.
+def statistics(means: Tensor, squares: Tensor, robust: str) -> tuple[Tensor, Tensor]:
+    """Mean and variance `[C]` of each channel over images, from those of each image; autograd can follow.
 
     Args:
         means, squares: Mean, and mean square, of each channel of each image over its positions, `[N, C]`.
         robust: "mean" or "l1", see :func:`location`.
-
-    Returns:
-        Mean `[C]`, variance `[C]`, and each image's mean squared distance to that mean, `[N, C]`.
     """
     mean = location(means, robust)
-    around = squares - 2 * means * mean + mean.square()
-    return mean, location(around, robust), around
+    return mean, location(squares - 2 * means * mean + mean.square(), robust)
 
 
 def median_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,27 +86,34 @@ class _Site:
         assert norm.running_var is not None
         self.norm, self.prior, self.robust = norm, prior, robust
         self.stored = norm.running_mean.clone(), norm.running_var.clone()
-        self.means: list[Tensor] = []  # of each image, [B, C]
-        self.squares: list[Tensor] = []
-        self.medians: list[tuple[int, Tensor, Tensor]] = []  # number of images, median and variance of a batch
-        self.weight = 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew, as if no image had been seen."""
+        self.count, self.weight = 0, 0.0
+        zeros = torch.zeros_like(self.stored[0], dtype=torch.float64)
+        self.sums = zeros.expand(5, -1)  # over images: mean, mean square, their squares, and their product
+        self.medians = zeros.expand(2, -1)  # over images: median and variance of their batch
+        self.images: list[tuple[Tensor, Tensor]] = []  # mean and mean square of each image, which l1 needs, [B, C]
 
     def see(self, values: Tensor, images: int) -> None:
         """Take the input of the layer for a batch of images, `[B, C, ...]`, and move the statistics."""
         rows = values.detach().double().flatten(2) if values.ndim > 2 else values.detach().double().unsqueeze(2)
         if len(rows) % images == 0:  # the tokens of an image count as its positions
             rows = rows.unflatten(0, (images, -1)).movedim(1, 2).flatten(2)  # [B, C, L]
-        self.means.append(rows.mean(2))
-        self.squares.append(rows.square().mean(2))
+        means, squares = rows.mean(2), rows.square().mean(2)
+        self.count += len(rows)
+        self.sums = self.sums + torch.stack([means, squares, means**2, squares**2, means * squares]).sum(1)
+        if self.robust == "l1":
+            self.images.append((means, squares))
         if self.robust == "median":
-            self.medians.append((len(rows), *median_statistics(rows)))
+            self.medians = self.medians + len(rows) * torch.stack(median_statistics(rows))
         self._move()
 
     def _move(self) -> None:
         mean, var, noise = self._statistics()
         stored_mean, stored_var = (stored.double() for stored in self.stored)
-        count = sum(map(len, self.means))
-        self.weight = count / (count + (LEAST if self.prior is None else self.prior))
+        self.weight = self.count / (self.count + (LEAST if self.prior is None else self.prior))
         if self.prior is None:
             scale = stored_var + self.norm.eps
             growth = ((var + self.norm.eps) / scale).log()
@@ -121,31 +124,35 @@ class _Site:
 
     def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance of each channel over all images seen, and the squared error of both, which chance makes."""
-        means, squares = torch.cat(self.means), torch.cat(self.squares)
-        count = len(means)
-        if self.robust == "median":
-            numbers, middles, variances = zip(*self.medians, strict=True)
-            shares = means.new_tensor(numbers) / count
-            mean, var = shares @ torch.stack(middles), shares @ torch.stack(variances)
-            around = squares - 2 * means * mean + mean.square()
+        a, b, aa, bb, ab = self.sums / self.count
+        if self.robust == "l1":
+            means, squares = (torch.cat(parts) for parts in zip(*self.images, strict=True))
+            mean, var = statistics(means, squares, self.robust)
+        elif self.robust == "median":
+            mean, var = self.medians / self.count
         else:
-            mean, var, around = statistics(means, squares, self.robust)
-        if count < 2:
-            return mean, var, means.new_tensor(math.inf)
-        scale = self.stored[1].double() + self.norm.eps
-        noise = means.var(0) / scale + around.var(0) / (var + self.norm.eps).square()
-        return mean, var, noise.sum() / count
+            mean, var = a, b - a.square()
+        if self.count < 2:
+            return mean, var, a.new_tensor(math.inf)
+        # The variance over images of their means, and of their mean squared distances to `mean`, b - 2 mean a + mean^2.
+        of_means = aa - a.square()
+        of_distances = bb - b.square() + 4 * mean * (mean * of_means - (ab - a * b))
+        scale, own = self.stored[1].double() + self.norm.eps, var + self.norm.eps
+        noise = of_means / scale + of_distances / own.square()
+        return mean, var, noise.sum().clamp_min(0) / (self.count - 1)
 
     def restore(self) -> None:
         for now, stored in zip((self.norm.running_mean, self.norm.running_var), self.stored, strict=True):
             now.copy_(stored)  # type: ignore[union-attr]
+        self.forget()
 
 
 class Adaptation:
     """A model whose statistics follow a stream of images, batch by batch, before it gives their logits.
 
     The model is changed in place. Its statistics are always those of all images so far, mixed with those that it had
-    when the stream began; :meth:`restore` brings the latter back.
+    when the stream began; :meth:`restore` brings the latter back. Memory does not grow with the stream, but for
+    `robust="l1"`, which keeps 16 bytes for each image and channel.
 
     Args:
         model: A model with BatchNorm, reprogrammed or not.
@@ -204,7 +211,9 @@ class Adaptation:
         Raises:
             ValueError: `pixels` are no images in [0, 1].
         """
-        pixels = check_images(pixels)
+        return self._follow(check_images(pixels))
+
+    def _follow(self, pixels: Tensor) -> Tensor:
         hooks = [
             site.norm.register_forward_pre_hook(lambda _, inputs, site=site: site.see(inputs[0], len(pixels)))
             for site in self._sites.values()
@@ -219,6 +228,8 @@ class Adaptation:
         self._record((*self._before, Step("adaptation", self._estimate, self.images, self._prior)))
         return logits
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def run(self, loader: Iterable[Any], *, progress: bool = False) -> None:
         """Move the statistics towards those of all images of a loader.
 
@@ -227,12 +238,12 @@ class Adaptation:
             progress: Whether to show a progress bar.
 
         Raises:
-            ValueError: The loader is empty or gives no pixels in [0, 1]. The statistics are as the stream began.
+            ValueError: The loader is empty or gives no pixels in [0, 1]. The statistics are as when the stream began.
         """
         total = count_of(loader)
         try:
             for pixels in track(pixels_of(loader), "Adapting", total=total, disable=not progress, console=CONSOLE):
-                self(pixels)
+                self._follow(pixels)
             if not self.images:
                 raise ValueError("The loader gave no images: adaptation needs at least one batch.")
         except BaseException:
@@ -240,9 +251,10 @@ class Adaptation:
             raise
 
     def restore(self) -> None:
-        """Bring back the statistics that the model had when the stream began."""
+        """Bring back the statistics that the model had when the stream began, which begins anew."""
         for site in self._sites.values():
             site.restore()
+        self.images = 0
         self._record(self._before)
 
     def _record(self, steps: tuple[Step, ...]) -> None:

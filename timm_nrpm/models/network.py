@@ -139,14 +139,15 @@ def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
     timer.daemon = True
     if request.method != "PUT":  # which is an upload with a progress bar
         timer.start()
+    first = server not in _answered and request.method in ("GET", "HEAD")  # others may send for longer than that
     try:
-        first = server not in _answered and request.method in ("GET", "HEAD")  # others may send for longer than that
         response = _first_answer(send, request, options, silent) if first else send(request, **options)
         _answered.add(server)
+        _silent_since.pop(server, None)
         return response
     except Exception as error:
         # The client asks some questions with a shorter limit of its own and goes on without an answer.
-        if isinstance(error, HTTP.ReadTimeout):
+        if first and isinstance(error, HTTP.ReadTimeout):
             _silent_since.setdefault(server, start)
         else:
             _silent_since.pop(server, None)
@@ -162,10 +163,10 @@ def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
 
 
 def _silence_before(server: bytes, now: float) -> float:
-    """Seconds for which a server has been silent when it is asked again, if that was just now and without a pause."""
+    """Seconds since a server did not answer its first question; 0 if it was asked nothing, or long ago."""
     silent = now - _silent_since.get(server, now)
     if silent > REMEMBERED:
-        del _silent_since[server]
+        _silent_since.pop(server, None)
         return 0.0
     return silent
 
@@ -173,8 +174,8 @@ def _silence_before(server: bytes, now: float) -> float:
 def _first_answer(send: Callable[..., Any], request: Any, options: Mapping[str, Any], silent: float) -> Any:
     """Send a request, and return its response if the head of that arrives in time; its body may take longer.
 
-    The request is sent by another thread, since the look-up of a name has no time limit of its own. The `silent`
-    seconds that an earlier question has waited in vain count, but for one second.
+    The request is sent by another thread, since the look-up of a name has no time limit of its own. The time
+    limit counts the `silent` seconds for which an earlier question waited in vain, and leaves one second at least.
 
     Raises:
         NoAnswer: It does not arrive in time.
