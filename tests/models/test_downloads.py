@@ -54,6 +54,13 @@ ONCE = [
 ONCE += [("lost-stall", step) for step in ("upload", "commit", "propose")]
 ALWAYS = [(kind, step) for kind, step in ONCE if kind in ("status", "reset", "cut", "flip")]
 MESSAGE = "Publish a reprogrammed model"
+WAITS = ("reset", "lost", "stall", "lost-stall")
+"""Kinds of faults after which a push or a pull waits until it tries again."""
+
+
+def cases(chosen, waits):
+    """Parameters of a test; faults that are waited for are slow."""
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] in waits)) for case in chosen]
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +94,18 @@ def set_out(hub, worker, kind, step, times):
 
 
 @pytest.fixture(scope="module")
-def outcomes(hub, worker):
-    """Of all cases, which take their time side by side."""
+def outcomes(hub, worker, request):
+    """Of all cases that this run asks for, which take their time side by side."""
     worker.push("me/source", full=True, private=False)
-    cases = [(*case, -1) for case in ALWAYS] + [(*case, KINDS.get(case[0], 1)) for case in ONCE]
-    cases.sort(key=lambda case: case[1] not in ("make", "check the card"))
-    return {(kind, step, times < 0): set_out(hub, worker, kind, step, times) for kind, step, times in cases}
+    asked = {-1: set(), 1: set()}
+    for item in request.session.items:
+        for times, test in ((-1, test_what_fails_for_good_is_told), (1, test_what_fails_for_a_moment_succeeds)):
+            if item.function is test:
+                asked[times].add((item.callspec.params["kind"], item.callspec.params["step"]))
+    chosen = [(*case, -1) for case in ALWAYS if case in asked[-1]]
+    chosen += [(*case, KINDS.get(case[0], 1)) for case in ONCE if case in asked[1]]
+    chosen.sort(key=lambda case: case[1] not in ("make", "check the card"))
+    return {(kind, step, times < 0): set_out(hub, worker, kind, step, times) for kind, step, times in chosen}
 
 
 def pushed(hub, repo, branch="main"):
@@ -100,7 +113,7 @@ def pushed(hub, repo, branch="main"):
     return [commit.title for commit in hub.repo(repo).commits(branch)].count(MESSAGE) if repo in hub.repos else 0
 
 
-@pytest.mark.parametrize(("kind", "step"), ONCE)
+@pytest.mark.parametrize(("kind", "step"), cases(ONCE, WAITS))
 def test_what_fails_for_a_moment_succeeds(hub, worker, outcomes, small, kind, step):
     repo, asked = outcomes[kind, step, False]
     if step == "propose" and kind in (
@@ -330,7 +343,7 @@ def test_what_the_cache_holds_is_what_its_name_says(tmp_path):
     assert not is_intact(link)
 
 
-@pytest.mark.parametrize(("kind", "step"), ALWAYS)
+@pytest.mark.parametrize(("kind", "step"), cases(ALWAYS, KINDS))
 def test_what_fails_for_good_is_told(hub, worker, outcomes, small, kind, step):
     repo, asked = outcomes[kind, step, True]
     error = asked.exception(timeout=150)

@@ -292,7 +292,7 @@ def test_killed_at_any_moment_and_taken_up_it_is_as_if_nothing_had_happened(tmp_
     assert differ(untouched, after) == 0.0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_the_step_it_was_in(tmp_path, processes):
     folder = tmp_path / "run"
     config = {**KILLED["config"], "output": str(folder), "checkpoint_every": 2}
