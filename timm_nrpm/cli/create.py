@@ -110,25 +110,28 @@ def _models(args: argparse.Namespace, terminal: Terminal) -> None:
 
 
 def _create(args: argparse.Namespace, terminal: Terminal) -> None:
-    from timm_nrpm.cli.inputs import model_of, save
+    from timm_nrpm.cli.inputs import model_of
+    from timm_nrpm.models.saving import save_loadable
 
     model = model_of(args)
-    report_variant(args.output, save(model, args.output), model, terminal)
+    report_variant(args.output, save_loadable(model, args.output), model, terminal)
 
 
 def _calibrate(args: argparse.Namespace, terminal: Terminal) -> None:
-    from timm_nrpm.cli.inputs import chosen_images, model_of, save
+    from timm_nrpm.cli.inputs import chosen_images, model_of
     from timm_nrpm.models.calibration import calibrate_
+    from timm_nrpm.models.saving import save_loadable
 
     output = _output(args)
     model = model_of(args)
     calibrate_(model, chosen_images(args, model), progress=terminal.progress)
-    report_variant(output, save(model, output), model, terminal)
+    report_variant(output, save_loadable(model, output), model, terminal)
 
 
 def _adapt(args: argparse.Namespace, terminal: Terminal) -> None:
-    from timm_nrpm.cli.inputs import chosen_images, model_of, save
+    from timm_nrpm.cli.inputs import chosen_images, model_of
     from timm_nrpm.models.adaptation import Adaptation
+    from timm_nrpm.models.saving import save_loadable
 
     output = _output(args)
     model = model_of(args)
@@ -139,7 +142,7 @@ def _adapt(args: argparse.Namespace, terminal: Terminal) -> None:
     terminal.show(
         f"{adaptation.images} images weigh {mean:.0%} in the statistics, on average over {len(weights)} layers."
     )
-    report_variant(output, save(model, output), model, terminal)
+    report_variant(output, save_loadable(model, output), model, terminal)
 
 
 def _output(args: argparse.Namespace) -> Path:

@@ -19,10 +19,9 @@ from timm_nrpm.data.loaders import pixel_loader
 from timm_nrpm.data.readers import FOLDERS
 from timm_nrpm.models.calibration import calibrate_
 from timm_nrpm.models.creation import create_plain
-from timm_nrpm.models.loading import find_variant, from_pretrained
+from timm_nrpm.models.loading import from_pretrained
 from timm_nrpm.models.registry import create_model
 from timm_nrpm.models.reprogramming import lambdas, reprogram_, reprogrammed_layers
-from timm_nrpm.models.saving import needs_weights, save_pretrained
 from timm_nrpm.models.weights import load_published_
 from timm_nrpm.nn.pixel_model import PixelModel
 
@@ -173,29 +172,6 @@ def measured(args: argparse.Namespace, terminal: Terminal) -> tuple[nn.Module, D
     loader = chosen_images(args, model)
     calibrate(args, model, terminal)
     return model, loader
-
-
-def save(model: nn.Module, folder: Path) -> bool:
-    """Save a variant, with its weights where no public name leads to them, so that it can be loaded anywhere.
-
-    Returns:
-        Whether the weights are in it.
-    """
-    save_pretrained(model, folder, full=needs_weights(model))
-    return complete(model, folder)
-
-
-def complete(model: nn.Module, folder: Path) -> bool:
-    """Add the weights to the variant of a model that was saved, if no public name leads to them.
-
-    Returns:
-        Whether the weights are in it.
-    """
-    variant = find_variant(folder, weights=False).variant
-    if not variant.is_full and not variant.base.is_public:
-        save_pretrained(model, folder, full=True)
-        return True
-    return variant.is_full
 
 
 def described_images(args: argparse.Namespace) -> str:

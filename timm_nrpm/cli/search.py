@@ -23,7 +23,17 @@ USELESS = (
     Useless(("training_split",), lambda args: args.calibrate == 0, "--calibrate 0 takes no images."),
 )
 
-NAMES = {**options.NAMES, "layerwise=False": "--one-lambda", "calibration": "--calibrate", "bound": "--clean-loss"}
+NAMES = {
+    **options.NAMES,
+    "layerwise=False": "--one-lambda",
+    "calibration": "--calibrate",
+    "bound": "--clean-loss",
+    "resume": "--output",
+    "another file": "another folder as --output",
+}
+
+
+STOPPED = "What is done is in {output}, and the same command goes on from it."
 
 
 def add_search(commands: Any) -> None:
@@ -31,9 +41,9 @@ def add_search(commands: Any) -> None:
     parser = options.add_command(
         commands,
         "search",
-        options.Command(_search, USELESS, NAMES),
+        options.Command(_search, USELESS, NAMES, STOPPED),
         "search lambda, one for all layers and one for each, without training",
-        "Try lambdas, calibrate each, and keep the best under quick attacks whose clean loss is bounded: the front of "
+        "Try lambdas, calibrate each, and keep the best under quick attacks whose loss of clean accuracy is bounded: the front of "
         "all that were tried, its picture, and the best as a variant. What that is worth, timm-nrpm evaluate tells on "
         "other images.",
         "timm-nrpm search --model resnet8_digits --eps 0.15 --budget 6 --one-lambda --samples 40 --steps 3",
@@ -46,8 +56,8 @@ def add_search(commands: Any) -> None:
     budget = "settings that are tried, the plain model included (default: 50)"
     search.add_argument("--budget", type=int, default=50, metavar="N", help=budget)
     search.add_argument("--one-lambda", action="store_true", help="search one lambda for all layers alone")
-    loss = "how much the clean loss may exceed the plain model's, in nats (default: 0.1)"
-    search.add_argument("--clean-loss", type=options.number, default=0.1, metavar="X", help=loss)
+    loss = "largest loss of clean accuracy, in points (default: 2)"
+    search.add_argument("--clean-loss", type=options.number, default=2.0, metavar="X", help=loss)
     search.add_argument("--steps", type=int, default=20, metavar="N", help="steps of PGD (default: 20)")
     seed = "seed of the search and of PGD (default: 0)"
     search.add_argument("--seed", type=int, default=0, metavar="N", help=seed)
@@ -62,6 +72,7 @@ def _search(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.figures.plot import plot
     from timm_nrpm.models.calibration import calibrate_
     from timm_nrpm.models.reprogramming import record_of, reprogram_
+    from timm_nrpm.models.saving import save_loadable
 
     threat = Threat(args.norm, args.eps)
     inputs.make_folder(args.output)
@@ -81,6 +92,7 @@ def _search(args: argparse.Namespace, terminal: Terminal) -> None:
         calibration=calibration,
         steps=args.steps,
         seed=args.seed,
+        resume=args.output / "search.jsonl",
         progress=terminal.progress,
     )
     file = args.output / "front.json"
@@ -89,7 +101,7 @@ def _search(args: argparse.Namespace, terminal: Terminal) -> None:
     reprogram_(model, replace(record_of(model).config, lam=front.best.lams))
     if calibration is not None:
         calibrate_(model, calibration)
-    inputs.save(model, args.output / "variant")
+    save_loadable(model, args.output / "variant")
     terminal.show(str(front))
     terminal.show(f"Written: {file}, {picture}, {args.output / 'variant'}")
     terminal.give(

@@ -196,6 +196,7 @@ def _tune(args: argparse.Namespace, terminal: Terminal) -> None:
 
     from timm_nrpm.cli import inputs
     from timm_nrpm.models.reprogramming import lambdas
+    from timm_nrpm.models.saving import complete
     from timm_nrpm.tuning.tune import tune
 
     config = TuneConfig(**{field.name: getattr(args, field.name) for field in fields(TuneConfig)})
@@ -220,7 +221,7 @@ def _tune(args: argparse.Namespace, terminal: Terminal) -> None:
     before = lambdas(model)
     history = tune(model, loader, config, validation=validation, resume=args.resume, progress=terminal.progress)
     if PartialState().is_main_process:
-        inputs.complete(model, args.output / "variant")
+        complete(model, args.output / "variant")
         _report(history, before, lambdas(model), terminal)
     PartialState().destroy_process_group()
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from timm_nrpm.attacks.threats import Threat
 
 KINDS = ("plain", "global", "layerwise")
+
+ROUNDING = 1e-9
+"""Points by which a difference of two shares may exceed a bound that it equals."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,6 @@ class Candidate:
     Attributes:
         kind: `"plain"` (every lambda is 1), `"global"` (one lambda for all layers) or `"layerwise"`.
         lams: Lambda of every reprogrammed layer, by name.
-        clean_loss: Mean cross-entropy of the clean images, in nats; infinite where it was not finite.
         clean_accuracy: Share of the images that are right without an attack, from 0 to 1.
         quick: Share of the images that survive the suite `quick`: FGSM, PGD, and PGD from the plain model. It is not a
             worst case, which only the adaptive suite finds.
@@ -28,14 +30,17 @@ class Candidate:
 
     kind: str
     lams: dict[str, float]
-    clean_loss: float
     clean_accuracy: float
     quick: float
     flags: tuple[str, ...] = ()
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Candidate:
+        """The candidate that `asdict` wrote."""
+        return cls(**{**data, "flags": tuple(data["flags"])})
+
     def __str__(self) -> str:
-        shares = f"clean {100 * self.clean_accuracy:.1f} %, quick attacks {100 * self.quick:.1f} %"
-        return f"{shares}, clean loss {self.clean_loss:.3f} nats"
+        return f"clean {100 * self.clean_accuracy:.1f} %, quick attacks {100 * self.quick:.1f} %"
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class ParetoFront:
     Attributes:
         threat, steps, seed: Settings of the evaluations; the seed is also that of the search.
         samples: Number of images that every setting was evaluated on.
-        bound: Amount by which the clean loss of :attr:`best` may exceed the plain model's, in nats.
+        bound: Largest loss of clean accuracy that :attr:`best` may have, in points.
         trials: Settings in the order in which they were tried, the plain model first.
 
     Raises:
@@ -71,7 +76,7 @@ class ParetoFront:
 
     def __str__(self) -> str:
         threat = f"{self.threat.norm} {self.threat.eps:.4g}"
-        best = f"best within {self.bound:g} nats ({self.best.kind}): {self.best}"
+        best = f"best within {self.bound:g} points of clean accuracy ({self.best.kind}): {self.best}"
         return f"{len(self.trials)} settings, {self.samples} images, {threat}; plain: {self.plain}; {best}"
 
     @property
@@ -81,42 +86,43 @@ class ParetoFront:
 
     @property
     def front(self) -> tuple[Candidate, ...]:
-        """Settings that no other beats in clean loss or under quick attacks without losing in the other, in ascending
-        order of clean loss.
-
-        Settings that are equal in both are all part of it; settings whose clean loss is infinite are not.
-        """
+        """Settings that no other beats in clean accuracy or under quick attacks without losing in the other, in
+        descending order of clean accuracy. Settings that are equal in both are all part of it."""
         front: list[Candidate] = []
-        for trial in sorted(self.trials, key=lambda c: (c.clean_loss, -c.quick)):
-            equal = front and (trial.clean_loss, trial.quick) == (front[-1].clean_loss, front[-1].quick)
-            if math.isfinite(trial.clean_loss) and (not front or trial.quick > front[-1].quick or equal):
+        for trial in sorted(self.trials, key=lambda c: (-c.clean_accuracy, -c.quick)):
+            equal = front and (trial.clean_accuracy, trial.quick) == (front[-1].clean_accuracy, front[-1].quick)
+            if not front or trial.quick > front[-1].quick or equal:
                 front.append(trial)
         return tuple(front)
 
     @property
     def best(self) -> Candidate:
-        """Setting with the largest share right under quick attacks within the bound on the clean loss. Of equal ones it
-        is that with the lowest clean loss, and the plain model where no other setting is within the bound."""
-        return best_of(self.trials, self.plain.clean_loss + self.bound)
+        """Setting with the largest share right under quick attacks within the bound. Of equal ones it is that with the
+        highest clean accuracy, and the plain model where no other setting is within the bound."""
+        return best_of(self.trials, self.bound)
+
+    def lost(self, candidate: Candidate) -> float:
+        """Clean accuracy that a setting loses against the plain model, in points."""
+        return lost(candidate, self.plain)
 
     def to_json(self) -> str:
-        data = {**asdict(self), "best": asdict(self.best)}
-        for trial in data["trials"]:
-            trial["clean_loss"] = trial["clean_loss"] if math.isfinite(trial["clean_loss"]) else None  # JSON has no inf
-        return json.dumps(data)
+        return json.dumps({**asdict(self), "best": asdict(self.best)})
 
     @classmethod
     def from_json(cls, text: str) -> ParetoFront:
         data = json.loads(text)
         del data["best"]
-        trials = [Candidate(**{**trial, "flags": tuple(trial["flags"])}) for trial in data["trials"]]
-        finite = tuple(replace(t, clean_loss=math.inf) if t.clean_loss is None else t for t in trials)
-        return cls(**{**data, "threat": Threat(**data["threat"]), "trials": finite})
+        trials = tuple(map(Candidate.from_dict, data["trials"]))
+        return cls(**{**data, "threat": Threat(**data["threat"]), "trials": trials})
 
 
-def best_of(trials: Iterable[Candidate], limit: float) -> Candidate:
-    """Return the setting with the largest share right under quick attacks of those whose clean loss is at most `limit`,
-    or the setting with the lowest clean loss if there are none."""
-    trials = list(trials)
-    within = [c for c in trials if c.clean_loss <= limit]
-    return max(within, key=lambda c: (c.quick, -c.clean_loss)) if within else min(trials, key=lambda c: c.clean_loss)
+def lost(candidate: Candidate, plain: Candidate) -> float:
+    """Clean accuracy that a setting loses against the plain model, in points."""
+    return 100 * (plain.clean_accuracy - candidate.clean_accuracy)
+
+
+def best_of(trials: Sequence[Candidate], bound: float) -> Candidate:
+    """Return the setting with the largest share right under quick attacks of those that lose at most `bound` points of
+    the clean accuracy of the first, the plain model."""
+    within = [c for c in trials if lost(c, trials[0]) <= bound + ROUNDING]
+    return max(within, key=lambda c: (c.quick, c.clean_accuracy))

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import count, pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_nrpm.attacks.threats import Threat, check_threat
 from timm_nrpm.checks import check_integer, check_number
 from timm_nrpm.data.images import check_batch, check_labels, pixels_of
 from timm_nrpm.evaluation.evaluate import evaluate
-from timm_nrpm.evaluation.pareto import Candidate, ParetoFront, best_of
+from timm_nrpm.evaluation.pareto import Candidate, ParetoFront, best_of, lost
+from timm_nrpm.jobs.journal import Journal, digest_of
 from timm_nrpm.jobs.progress import progress_bar
+from timm_nrpm.models.base import weights_sha256
 from timm_nrpm.models.calibration import calibrate_, plain_of
-from timm_nrpm.models.modes import evaluating
-from timm_nrpm.models.reprogramming import record_of, reprogrammed_layers, uncalibrate_
-from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.models.reprogramming import plain_copy, record_of, reprogrammed_layers, uncalibrate_
 from timm_nrpm.nn.wrappers import Subject, copied, subject_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,21 +43,22 @@ def search_lambda(
     *,
     budget: int = 50,
     layerwise: bool = True,
-    bound: float = 0.1,
+    bound: float = 2.0,
     calibration: Iterable[Any] | None = None,
     steps: int = 20,
     seed: int = 0,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    resume: str | Path | None = None,
     progress: bool = False,
 ) -> ParetoFront:
-    """Search for the lambdas that leave the most images right under quick attacks while the clean loss is bounded.
+    """Search for the lambdas that leave the most images right under quick attacks, with a bounded loss when clean.
 
     The plain model comes first, as the control. Then a third of the budget, but at most 16 settings, goes to one lambda
     for all layers: half of these settings lie on an even grid, and half between the best so far and its neighbours. The
     rest goes to a lambda for each layer: first the best global lambda on only the first or only the second half of the
     layers, and then the proposals of Optuna's tree-structured Parzen estimator (arXiv 2304.11127), which maximises the
-    share of right images and minimises the clean loss under the bound. All lambdas are multiples of 0.01.
+    share of right images and the clean accuracy, within the bound. All lambdas are multiples of 0.01.
 
     The model itself is not changed. To apply the result, and then calibrate anew:
 
@@ -73,19 +75,21 @@ def search_lambda(
         budget: Number of settings to try, the plain model included. A setting costs one `evaluate` and, with
             `calibration`, one `calibrate_`. Fewer are tried if there are no more: one lambda has 101 values.
         layerwise: Whether to search a lambda for each layer too, which needs Optuna.
-        bound: Amount by which the clean loss, the mean cross-entropy, may exceed the plain model's, in nats.
+        bound: Largest loss of clean accuracy, in points of the plain model's on the same images.
         calibration: Batches of pixels `[B, C, H, W]` in [0, 1], or tuples that start with such a batch, as those of a
             training loader. Every setting is calibrated on them before it is evaluated, since other lambdas make
             statistics stale. By default no setting is calibrated.
         steps: Number of steps of PGD.
         seed: Seed of PGD's random start and of the search; the same seed gives the same trials.
         mean, std: The model's normalisation, the same as in :func:`timm_nrpm.evaluate`.
+        resume: File that holds a row for each setting that was tried, from which an interrupted search goes on; None
+            writes none.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: The model is not reprogrammed, a setting is outside its range, the loader is empty, gives its images
-            only once or gives other images in each pass, pixels are outside [0, 1], labels are not classes of the
-            model, or the plain model's clean loss is not finite.
+        ValueError: The model is not reprogrammed, a setting is outside its range, `resume` holds another search, the
+            loader is empty, gives its images only once or gives other images in each pass, pixels are outside [0, 1],
+            or labels are not classes of the model.
         ImportError: Optuna is not installed.
 
     Example:
@@ -97,7 +101,7 @@ def search_lambda(
     """
     threat = check_threat(threat)
     budget = check_integer("budget", budget, least=2, why=" (the plain model is the first)")
-    bound = check_number("bound", bound, least=0, why=" of nats")
+    bound = check_number("bound", bound, least=0, most=100, why=" of points")
     steps, seed = check_integer("steps", steps, least=1), check_integer("seed", seed, least=0)
     record_of(model)
     subject = subject_of(model, mean, std)
@@ -111,29 +115,53 @@ def search_lambda(
     plain = plain_of(net, images if statistics is None else statistics).eval()
     share = min(MOST_GLOBAL, max(1, (budget - 1) // 3)) if layerwise else budget - 1
     trials: list[Candidate] = []
-    samples = 0
+    journal = _journal(resume, work, images, statistics, threat, bound, layerwise, steps, seed)
     with progress_bar(progress, counted=True) as bar:
         task = bar.add_task("Searching lambda", total=budget)
         for kind, lams in _settings(list(layers), trials, share, bound, seed, optuna):
-            with torch.no_grad():
-                for name, layer in layers.items():
-                    layer.lam.fill_(lams[name])
-            if statistics is not None and kind != "plain":  # calibration does not change the plain model
-                calibrate_(work, statistics, **net.normalisation())
-            evaluated = plain if kind == "plain" else net
-            loss = _clean_loss(evaluated, images)
-            if not trials and not math.isfinite(loss):
-                raise ValueError(f"The plain model's clean loss is {loss}, so it cannot be bounded: check the model.")
-            report = evaluate(evaluated, images, threat, "quick", steps=steps, seed=seed, control=False)
-            samples = report.samples
-            loss = loss if math.isfinite(loss) else math.inf
-            trials.append(Candidate(kind, lams, loss, report.accuracy("clean"), report.worst_case, report.flags))
-            best = best_of(trials, trials[0].clean_loss + bound)
+            if len(trials) not in journal.rows:
+                with torch.no_grad():
+                    for name, layer in layers.items():
+                        layer.lam.fill_(lams[name])
+                if statistics is not None and kind != "plain":  # calibration does not change the plain model
+                    calibrate_(work, statistics, **net.normalisation())
+                evaluated = plain if kind == "plain" else net
+                report = evaluate(evaluated, images, threat, "quick", steps=steps, seed=seed, control=False)
+                found = Candidate(kind, lams, report.clean, report.worst_case, report.flags)
+                journal.add(len(trials), asdict(found))
+            trials.append(Candidate.from_dict(journal.rows[len(trials)]))
+            best = best_of(trials, bound)
             accuracies = f"quick attacks {100 * best.quick:.1f} %, plain {100 * trials[0].quick:.1f} %"
             bar.update(task, advance=1, description=f"Searching lambda: {accuracies}")
             if len(trials) == budget:
                 break
-    return ParetoFront(threat, steps, seed, samples, bound, tuple(trials))
+    return ParetoFront(threat, steps, seed, images.count, bound, tuple(trials))
+
+
+def _journal(
+    path: str | Path | None,
+    model: nn.Module,
+    images: _Images,
+    calibration: _Calibration | None,
+    threat: Threat,
+    bound: float,
+    layerwise: bool,
+    steps: int,
+    seed: int,
+) -> Journal:
+    """The journal of a search, with everything that its settings and their results depend on."""
+    if path is None:
+        return Journal(None, {})
+    digest = hashlib.sha256()
+    for part in (images, calibration or ()):
+        for batch in part:
+            pixels, labels = batch if isinstance(batch, tuple) else (batch, torch.zeros(0))
+            digest.update(digest_of(pixels, labels).encode())
+    config = record_of(model).config.estimator._asdict()
+    plain = weights_sha256(plain_copy(model).state_dict())
+    layers = list(reprogrammed_layers(model))
+    settings = {"threat": str(threat), "bound": bound, "layerwise": layerwise, "steps": steps, "seed": seed}
+    return Journal(path, {"model": plain, "layers": layers, **config, "images": digest.hexdigest(), **settings})
 
 
 def _optuna() -> Any:
@@ -176,7 +204,7 @@ class _Images:
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = _reiterable(loader, "loader")
         self.fingerprints: list[tuple[float, list[int]]] = []  # of the batches in the first pass
-        self.complete = False
+        self.complete, self.count = False, 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         seen = 0
@@ -186,6 +214,7 @@ class _Images:
             fingerprint = (float(pixels.double().sum()), labels.tolist())
             if not self.complete:
                 self.fingerprints.append(fingerprint)
+                self.count += len(labels)
             elif seen >= len(self.fingerprints) or self.fingerprints[seen] != fingerprint:
                 raise ValueError(CHANGED_IMAGES)
             seen += 1
@@ -217,21 +246,6 @@ def _reiterable(loader: Iterable[Any], name: str) -> Iterable[Any]:
     return loader
 
 
-@torch.no_grad()
-def _clean_loss(net: PixelModel, images: _Images) -> float:
-    """Return the mean cross-entropy in nats."""
-    total, seen = 0.0, 0
-    with evaluating(net):
-        for pixels, labels in images:
-            logits = net(pixels.to(net.mean.device)).double()  # [B, classes]
-            check_labels(labels, logits.shape[1])
-            total += float(F.cross_entropy(logits, labels.to(logits.device), reduction="sum"))
-            seen += len(labels)
-    if not seen:
-        raise ValueError("The loader gave no images: there is nothing to compare settings on.")
-    return total / seen
-
-
 def _settings(
     names: list[str], trials: list[Candidate], share: int, bound: float, seed: int, optuna: Any
 ) -> Iterator[tuple[str, dict[str, float]]]:
@@ -241,31 +255,32 @@ def _settings(
         names: Names of the reprogrammed layers.
         trials: Settings that were tried. The caller appends each setting before it asks for the next one.
         share: Largest number of settings with one lambda for all layers.
-        bound: Amount by which the clean loss may exceed the plain model's, in nats.
+        bound: Largest loss of clean accuracy, in points.
         seed: Seed of Optuna's sampler.
         optuna: The module optuna; None to search no lambda for each layer.
     """
     yield "plain", dict.fromkeys(names, 1.0)
     for _ in range(share):
-        value = _next_global({c.lams[names[0]]: c for c in trials}, (share + 1) // 2, bound)
+        value = _next_global(trials, names[0], (share + 1) // 2, bound)
         if value is None:
             break
         yield "global", dict.fromkeys(names, value)
     if optuna is not None:
         with _quiet(optuna):
-            sampler = _Sampler(optuna, names, trials[0].clean_loss + bound, seed)
+            sampler = _Sampler(optuna, names, trials[0], bound, seed)
         for lams in _layerwise(sampler, names, trials):
             yield "layerwise", lams
 
 
-def _next_global(tried: dict[float, Candidate], points: int, bound: float) -> float | None:
-    """Return the next lambda for all layers: first one on a grid of `points`, then the middle of the wider gap beside
-    the best so far; None if no gap is left."""
+def _next_global(trials: list[Candidate], name: str, points: int, bound: float) -> float | None:
+    """Return the next lambda for all layers, of which `name` is one: first a lambda on a grid of `points`, then the
+    middle of the wider gap beside the best so far; None if no gap is left."""
+    tried = {c.lams[name]: c for c in trials}
     for i in range(1, points + 1):
         value = round(1 - i / max(points, 2), 2)  # a single point lies at 0.5
         if value not in tried:
             return value
-    best = best_of(tried.values(), tried[1.0].clean_loss + bound)
+    best = best_of(trials, bound)
     values = sorted(tried)
     gaps = [(round(high - low, 2), low, high) for low, high in pairwise(values)]
     gaps = [gap for gap in gaps if gap[0] > STEP]
@@ -280,7 +295,9 @@ def _layerwise(sampler: _Sampler, names: list[str], trials: list[Candidate]) -> 
     """Yield settings with a lambda for each layer."""
     for candidate in trials:
         sampler.tell(candidate)
-    start = best_of([c for c in trials if c.kind == "global"], sampler.limit).lams
+    globals_ = [c for c in trials if c.kind == "global"]
+    within = [c for c in globals_ if lost(c, trials[0]) <= sampler.bound]
+    start = max(within or globals_, key=lambda c: (c.quick, c.clean_accuracy) if within else (c.clean_accuracy,)).lams
     half = (len(names) + 1) // 2
     for part in (names[:half], names[half:]):
         yield {name: start[name] if name in part else 1.0 for name in names}
@@ -298,14 +315,14 @@ def _layerwise(sampler: _Sampler, names: list[str], trials: list[Candidate]) -> 
 class _Sampler:
     """Optuna's sampler, which proposes settings and is told their results."""
 
-    def __init__(self, optuna: Any, names: list[str], limit: float, seed: int) -> None:
-        self.optuna, self.limit = optuna, limit
+    def __init__(self, optuna: Any, names: list[str], plain: Candidate, bound: float, seed: int) -> None:
+        self.optuna, self.plain, self.bound = optuna, plain, bound
         self.space = {name: optuna.distributions.FloatDistribution(0.0, 1.0, step=STEP) for name in names}
         self.named = hasattr(optuna.trial.Trial, "set_constraint")  # since Optuna 5
         older = {} if self.named else {"constraints_func": lambda trial: (trial.user_attrs["excess"],)}
         with _quiet(optuna):
             sampler = optuna.samplers.TPESampler(multivariate=True, n_startup_trials=1, seed=seed, **older)
-            self.study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+            self.study = optuna.create_study(directions=["maximize", "maximize"], sampler=sampler)
 
     def ask(self) -> tuple[Any, dict[str, float]]:
         """Return a new trial of Optuna, and the lambdas that it proposes."""
@@ -321,13 +338,13 @@ class _Sampler:
 
     def finish(self, trial: Any, candidate: Candidate) -> None:
         """Report the result of a setting that the sampler proposed as `trial`."""
-        loss = min(candidate.clean_loss, 1e6)
+        excess = lost(candidate, self.plain) - self.bound
         if self.named:
-            trial.set_constraint("clean_loss", loss - self.limit)
+            trial.set_constraint("clean_accuracy", excess)
         else:
-            trial.set_user_attr("excess", loss - self.limit)
+            trial.set_user_attr("excess", excess)
         with _quiet(self.optuna):
-            self.study.tell(trial, (candidate.quick, loss))
+            self.study.tell(trial, (candidate.quick, candidate.clean_accuracy))
 
 
 @contextmanager

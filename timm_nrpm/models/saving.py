@@ -23,6 +23,7 @@ from timm_nrpm.models.creation import TIMM_FILES
 from timm_nrpm.models.downloads import sha256_of
 from timm_nrpm.models.format import CONFIG, FORMAT, SETTINGS, TENSORS
 from timm_nrpm.models.loadable import check_loads, is_rebuilt
+from timm_nrpm.models.loading import find_variant
 from timm_nrpm.models.plain_statistics import moved
 from timm_nrpm.models.reprogramming import model_sha256, plain_copy, record_of, reprogrammed_layers
 from timm_nrpm.models.tensors import write_tensors
@@ -100,6 +101,32 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
         if full:
             check_loads(draft, plain)
     return folder
+
+
+def save_loadable(model: nn.Module, folder: str | Path) -> bool:
+    """Save a variant, with its weights where no public name leads to them, so that it can be loaded anywhere.
+
+    Args:
+        model, folder: The same as in :func:`save_pretrained`.
+
+    Returns:
+        Whether the weights are in it.
+    """
+    save_pretrained(model, folder, full=needs_weights(model))
+    return complete(model, folder)
+
+
+def complete(model: nn.Module, folder: str | Path) -> bool:
+    """Add the weights to the variant of a model that was saved, if no public name leads to them.
+
+    Returns:
+        Whether the weights are in it.
+    """
+    variant = find_variant(folder, weights=False).variant
+    if not variant.is_full and not variant.base.is_public:
+        save_pretrained(model, folder, full=True)
+        return True
+    return variant.is_full
 
 
 @contextmanager

@@ -1,0 +1,229 @@
+"""One question: a model, a threat, the images it is judged on, and how every candidate is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.config import NRPMConfig
+from timm_nrpm.data.images import check_batch, check_labels, pixels_of
+from timm_nrpm.evaluation.evaluate import evaluate
+from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.evaluation.shifts import Shift
+from timm_nrpm.evaluation.trials import Bounds, Kept
+from timm_nrpm.models.calibration import calibrate_
+from timm_nrpm.models.modes import evaluating
+from timm_nrpm.models.reprogramming import reprogram_, reprogrammed_layers
+from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.nn.wrappers import copied, subject_of
+
+Danger: TypeAlias = Threat | Shift
+"""What a model is to withstand: an attacker, or a shift of its images."""
+
+CALIBRATION = 1000
+"""Largest number of training images that candidates are calibrated on."""
+
+TIMED = 32
+"""Largest number of images in a batch whose latency is measured."""
+
+TURNS = 3
+"""Number of turns in which the latencies of two models are measured."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of one purpose, in memory.
+
+    Attributes:
+        pixels, labels: Images `[N, C, H, W]` in [0, 1] and their classes `[N]`.
+        batch_size: Number of images in a batch.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    batch_size: int
+
+    @classmethod
+    def of(cls, loader: Iterable[Any]) -> Part:
+        """All images of a loader.
+
+        Raises:
+            ValueError: The loader is empty, or gives no pairs of pixels in [0, 1] and labels.
+        """
+        batches = []
+        for batch in loader:
+            pixels, labels = check_batch(batch)
+            if labels.ndim == 1 and len(labels) and not labels.is_floating_point() and int(labels.min()) < 0:
+                raise ValueError(
+                    "The loader gives images without a label: advice has to count right answers. Without labels there "
+                    "are adapt_(model, images) and calibrate_(model, images), which look at none."
+                )
+            batches.append((pixels.float(), check_labels(labels, count=len(pixels))))
+        if not batches:
+            raise ValueError("The loader gave no images: there is nothing to advise on.")
+        pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        return cls(pixels, labels, len(batches[0][0]))
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """The images in batches."""
+        parts = (part.split(self.batch_size) for part in (self.pixels, self.labels))
+        return list(zip(*parts, strict=True))
+
+    def chosen(self, rows: Tensor) -> Part:
+        """Some of the images."""
+        return Part(self.pixels[rows], self.labels[rows], self.batch_size)
+
+    def digests(self) -> list[bytes]:
+        """A hash of each image, by which equal ones are found."""
+        return [hashlib.sha256(pixels.numpy().tobytes()).digest() for pixels in self.pixels.contiguous()]
+
+
+class Study:
+    """A model, a danger and images, for which candidates are made and measured.
+
+    Args:
+        model: A reprogrammed model with every lambda at 1; it is not changed.
+        danger: What candidates are to withstand.
+        selection: Images on which candidates are chosen.
+        report: Images on which nothing is chosen.
+        training: Other images, with labels, that candidates are calibrated and tuned on; None where there are none.
+        bounds: What an advised model may cost.
+        effort: How long the adaptive suite of attacks tries.
+        seed: Seed of everything random.
+        folder: Folder of attacks and runs that a stopped study goes on from.
+        mean, std: The model's normalisation, as for :func:`timm_nrpm.evaluate`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        danger: Danger,
+        selection: Part,
+        report: Part,
+        training: DataLoader[Any] | None,
+        bounds: Bounds,
+        effort: str,
+        seed: int,
+        folder: Path,
+        mean: tuple[float, ...] | None,
+        std: tuple[float, ...] | None,
+    ) -> None:
+        self.model, self.danger, self.bounds, self.effort, self.seed = model, danger, bounds, effort, seed
+        self.parts = {"selection": selection, "report": report}
+        self.training, self.folder = training, folder
+        self.mean, self.std = mean, std
+        self.calibration = self._calibration()
+        self._reports: dict[int, RobustnessReport] = {}
+
+    def _calibration(self) -> list[Tensor]:
+        """Batches of pixels that candidates are calibrated on: training images, or else those of the selection."""
+        if self.training is None:
+            return [pixels for pixels, _ in self.parts["selection"].batches()]
+        batches: list[Tensor] = []
+        for pixels in pixels_of(self.training):
+            batches.append(pixels.float()[: CALIBRATION - sum(map(len, batches))])
+            if sum(map(len, batches)) >= CALIBRATION:
+                break
+        return batches
+
+    def fresh(self, config: NRPMConfig | None = None) -> nn.Module:
+        """A copy of the model, reprogrammed anew and calibrated if a config is given."""
+        model = copied(self.model)
+        if config is not None:
+            calibrate_(reprogram_(model, config), self.calibration, mean=self.mean, std=self.std)
+        return model.eval()
+
+    def shifted(self, part: str) -> Tensor:
+        """The images of the selection or the report as an unattacked model meets them, `[N, C, H, W]`."""
+        pixels = self.parts[part].pixels
+        if isinstance(self.danger, Threat):
+            return pixels
+        first = 0 if part == "report" else len(self.parts["report"].pixels)  # no two images are corrupted alike
+        return self.danger.applied(pixels, seed=self.seed, first=first)
+
+    def right(self, model: nn.Module, pixels: Tensor, part: str) -> str:
+        """A digit for each image, 1 where the model is right."""
+        net = self.on_pixels(model)
+        with torch.no_grad(), evaluating(net):
+            logits = torch.cat([net(batch.to(net.mean.device)) for batch in pixels.split(self.parts[part].batch_size)])
+        right = (logits.cpu().argmax(1) == self.parts[part].labels) & logits.cpu().isfinite().all(1)
+        return "".join(str(int(each)) for each in right)
+
+    def kept(self, model: nn.Module, clean: str, part: str, number: int, plain: nn.Module | None = None) -> Kept:
+        """The images that a candidate is right on.
+
+        Args:
+            model: The candidate.
+            clean: What it is right on without the danger, from :meth:`right`.
+            part: `"selection"` or `"report"`.
+            number: Number of the trial, by which its attacks are found again.
+            plain: The model it was made from, if its weights were trained, which an attacker has as well.
+        """
+        if isinstance(self.danger, Shift):
+            return Kept(clean, self.right(model, self.shifted(part), part))
+        report = evaluate(
+            model,
+            self.parts[part].batches(),
+            self.danger,
+            effort=self.effort,
+            seed=self.seed + (part == "selection"),
+            base=plain,
+            control=False,
+            mean=self.mean,
+            std=self.std,
+            resume=self.folder / f"trial-{number}-{part}.jsonl",
+        )
+        if part == "report":
+            self._reports[number] = report
+            (self.folder / f"trial-{number}.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        return Kept("".join(map(str, map(int, report.correct))), "".join(map(str, map(int, report.survivors))))
+
+    def report_of(self, number: int) -> RobustnessReport | None:
+        """The report of a trial on the report images; None for a shift, or if there is none."""
+        path = self.folder / f"trial-{number}.json"
+        if number not in self._reports and path.exists():
+            self._reports[number] = RobustnessReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return self._reports.get(number)
+
+    def slowdown(self, model: nn.Module) -> float:
+        """Latency of a candidate over that of the model as it is, measured by turns."""
+        if all(layer.is_plain() for layer in reprogrammed_layers(model).values()):
+            return 1.0  # the same operations
+        batch = self.parts["selection"].pixels[:TIMED]
+        nets = [self.on_pixels(each) for each in (self.model, model)]
+        seconds: list[list[float]] = [[], []]
+        with torch.no_grad():
+            for turn in range(TURNS + 1):
+                for net, times in zip(nets, seconds, strict=True):
+                    start = time.perf_counter()
+                    net(batch.to(net.mean.device)).cpu()
+                    times += [time.perf_counter() - start] * (turn > 0)  # the first turn warms up
+        plain, ours = map(statistics.median, seconds)
+        return ours / plain
+
+    def step_seconds(self, model: nn.Module) -> float:
+        """Seconds of a forward and a backward of a batch of training images."""
+        assert self.training is not None
+        pixels, _ = next(iter(self.training))
+        net = self.on_pixels(copied(model))
+        seconds = 0.0
+        for _ in range(2):  # the first one warms up
+            start = time.perf_counter()
+            net(pixels.float().to(net.mean.device).requires_grad_()).sum().backward()
+            seconds = time.perf_counter() - start
+        return seconds
+
+    def on_pixels(self, model: nn.Module) -> PixelModel:
+        """A model as one on pixels in [0, 1], in evaluation mode."""
+        return subject_of(model, self.mean, self.std).on_pixels().eval()
