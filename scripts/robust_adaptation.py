@@ -7,10 +7,10 @@ Gaussian noise of severity 3, of which the adversary has chosen 10, 20 or 40. Th
 the weights, the other images, their labels and how statistics are taken, and climbs the number of wrong ones, smoothed
 by a sigmoid of their margins, by signed steps through the whole network, estimator included: from its images as they
 were, and from black and white noise, which finds more. Its examples against each estimator are shown to all, and the
-worst counts. Each draw is of other images. Statistics are taken by the mean, by the median over
-all values, by the package's L1 estimate over images, and without the 15 % of the images whose moments, over all channels
-together, are farthest from the middle. To be among the rest, the adversary follows a smooth version of that choice too,
-whose gradient tells how to come nearer. The stored statistics are not mixed in (prior 0), which favours the adversary.
+worst counts. Each draw is of other images. Statistics are taken by the mean, by the median over all values, by the
+package's L1 estimate over images, and without the 15 % of the images whose moments, over all channels together, are
+farthest from the middle. To be among the rest, the adversary follows a smooth version of that choice too, whose
+gradient tells how to come nearer. The stored statistics are not mixed in (prior 0), which favours the adversary.
  SHARED holds checkpoints/ and data/. Writes results/robust-adaptation.json and .md.
 """
 
@@ -60,7 +60,7 @@ def trimmed(means: Tensor, squares: Tensor, smooth: bool) -> tuple[Tensor, Tenso
     moments = torch.cat([means, squares], 1)  # [N, 2 C]
     middle = moments.median(0).values
     spread = (moments - middle).abs().median(0).values
-    distances = ((moments - middle) / spread.clamp_min(1e-3 * float(spread.mean()))).square().mean(1).sqrt()
+    distances = ((moments - middle) / spread.clamp_min(1e-3 * float(spread.detach().mean()))).square().mean(1).sqrt()
     limit = distances.detach().quantile(1 - LEFT_OUT)
     choice = ((limit - distances) / (SOFTNESS * limit)).sigmoid() if smooth else (distances <= limit).to(means)
     mean, square = ((choice.unsqueeze(1) * part).sum(0) / choice.sum() for part in (means, squares))

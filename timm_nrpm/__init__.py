@@ -9,11 +9,12 @@ The import adds the `nrpm_*` models and this package's own backbones to timm's r
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from timm_nrpm import errors
+from timm_nrpm import errors as errors
 from timm_nrpm.lazy import is_command, modules_of
 from timm_nrpm.version import __version__
 
 if TYPE_CHECKING:
+    from timm_nrpm.advice.advise import advise
     from timm_nrpm.attacks.threats import Threat
     from timm_nrpm.config import NRPMConfig, TuneConfig
     from timm_nrpm.evaluation.certificates import CertificationReport
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from timm_nrpm.evaluation.evaluate import evaluate
     from timm_nrpm.evaluation.report import RobustnessReport
     from timm_nrpm.evaluation.search import search_lambda
+    from timm_nrpm.evaluation.shifts import Shift
     from timm_nrpm.figures.plot import plot
     from timm_nrpm.hub.browsing import inspect, list_variants, pull
     from timm_nrpm.hub.publishing import push_to_hub
@@ -31,26 +33,25 @@ if TYPE_CHECKING:
     from timm_nrpm.models.registry import create_model, list_models
     from timm_nrpm.models.reprogramming import lambdas, plain_copy, reprogram_, restore_
     from timm_nrpm.models.saving import save_pretrained
-    from timm_nrpm.nn import functional
     from timm_nrpm.tuning.tune import tune
 
 __all__ = [
     "CertificationReport",
     "NRPMConfig",
     "RobustnessReport",
+    "Shift",
     "Threat",
     "TuneConfig",
     "__version__",
     "adapt_",
+    "advise",
     "calibrate_",
     "certify",
     "corrupt",
     "create_model",
-    "errors",
     "evaluate",
     "evaluate_corruptions",
     "from_pretrained",
-    "functional",
     "inspect",
     "lambdas",
     "list_models",
@@ -71,9 +72,11 @@ _HOMES = {
     "CertificationReport": "evaluation.certificates",
     "NRPMConfig": "config",
     "RobustnessReport": "evaluation.report",
+    "Shift": "evaluation.shifts",
     "Threat": "attacks.threats",
     "TuneConfig": "config",
     "adapt_": "models.adaptation",
+    "advise": "advice.advise",
     "calibrate_": "models.calibration",
     "certify": "evaluation.certification",
     "corrupt": "evaluation.corruptions",
@@ -98,7 +101,7 @@ _HOMES = {
 }
 """The module that defines each public name; it is imported when the name is first used."""
 
-_SUBPACKAGES = ("nn", "data", "models", "attacks", "evaluation", "tuning", "figures", "hub", "jobs", "cli")
+_SUBPACKAGES = ("nn", "data", "models", "attacks", "evaluation", "tuning", "advice", "figures", "hub", "jobs", "cli")
 """The subpackages, in the order in which a name without its subpackage, such as `timm_nrpm.flags`, is looked up."""
 
 

@@ -17,7 +17,7 @@ from timm_nrpm.cli.options import Command
 from timm_nrpm.cli.plot import result_in
 from timm_nrpm.cli.program import main
 
-ORDER = ["models", "create", "calibrate", "adapt", "search", "tune", "evaluate", "certify"]
+ORDER = ["advise", "models", "create", "calibrate", "adapt", "search", "tune", "evaluate", "certify"]
 ORDER += ["corrupt", "plot", "push", "pull", "inspect", "list", "demo"]
 
 

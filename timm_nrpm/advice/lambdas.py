@@ -68,7 +68,7 @@ def _by_layer(study: Study) -> Candidates:
         )
         return study.fresh(NRPMConfig(front.best.lams))
 
-    yield Candidate("searched under quick attacks", make)
+    yield Candidate("searched under quick attacks", make, seconds=BUDGET * study.quick_seconds)
 
 
 def _candidate(study: Study, setting: str, config: NRPMConfig) -> Candidate:

@@ -124,6 +124,7 @@ class Study:
         self.training, self.folder = training, folder
         self.mean, self.std = mean, std
         self.calibration = self._calibration()
+        self.quick_seconds = 0.0  # of the last quick attacks
         self._reports: dict[int, RobustnessReport] = {}
 
     def _calibration(self) -> list[Tensor]:
@@ -188,6 +189,17 @@ class Study:
             self._reports[number] = report
             (self.folder / f"trial-{number}.json").write_text(report.to_json() + "\n", encoding="utf-8")
         return Kept("".join(map(str, map(int, report.correct))), "".join(map(str, map(int, report.survivors))))
+
+    def most(self, model: nn.Module) -> float | None:
+        """Largest share of the selection images that a candidate can keep, by quick attacks; None without attacks."""
+        if isinstance(self.danger, Shift):
+            return None
+        images, start = self.parts["selection"].batches(), time.perf_counter()
+        report = evaluate(
+            model, images, self.danger, "quick", seed=self.seed + 1, control=False, mean=self.mean, std=self.std
+        )
+        self.quick_seconds = time.perf_counter() - start
+        return report.worst_case
 
     def report_of(self, number: int) -> RobustnessReport | None:
         """The report of a trial on the report images; None for a shift, or if there is none."""

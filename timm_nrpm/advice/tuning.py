@@ -1,16 +1,22 @@
-"""Strategies: tuning under attack, of lambda, of a few layers and of all weights, each beside the plain model's."""
+"""Strategies: tuning of lambda, of a few layers and of all weights, each beside the plain model's.
+
+Against an attacker it is adversarial training; against a shift, training on every image as it is and shifted alike.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from timm_nrpm.advice.strategy import Candidate, Candidates, Strategy
 from timm_nrpm.advice.study import Study
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.config import NRPMConfig, TuneConfig
+from timm_nrpm.evaluation.shifts import Shift
 from timm_nrpm.models.reprogramming import reprogrammed_layers
 from timm_nrpm.tuning.tune import tune
 
@@ -44,46 +50,76 @@ def _weights(study: Study) -> tuple[str, ...]:
 def _pair(study: Study, words: str, trainable: tuple[str, ...]) -> Candidates:
     """The plain model with these parameters tuned, and the reprogrammed one, whose control it is."""
     plain = f"{words}, plain"
-    config = TuneConfig(paradigm="all", trainable=trainable, gradient="own")
+    config = TuneConfig(paradigm="all", trainable=trainable)
     yield _candidate(study, plain, 1.0, config)
     yield replace(
         _candidate(study, f"{words}, lambda {LAM:g}", LAM, replace(config, gradient="mixture")), control=plain
     )
 
 
+class _WithShifted(Dataset[tuple[Tensor, int]]):
+    """The images of a dataset, and after them the same images shifted: without the former, clean accuracy is lost."""
+
+    def __init__(self, images: Dataset[Any], shift: Shift, seed: int) -> None:
+        self.images, self.shift, self.seed = images, shift, seed
+
+    def __len__(self) -> int:
+        return 2 * len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        count = len(self) // 2
+        pixels, label = self.images[index % count]
+        if index < count:
+            return pixels, label
+        return self.shift.applied(pixels.unsqueeze(0), seed=self.seed + 1, first=index)[0], label
+
+
+def _images(study: Study) -> DataLoader[Any]:
+    """The training images, and the shifted ones where the threat is a shift."""
+    loader = study.training
+    assert loader is not None
+    if isinstance(study.danger, Threat):
+        return loader
+    generator = torch.Generator().manual_seed(study.seed)
+    images = _WithShifted(loader.dataset, study.danger, study.seed)
+    return DataLoader(images, loader.batch_size, shuffle=True, num_workers=loader.num_workers, generator=generator)
+
+
 def _candidate(study: Study, setting: str, lam: float, config: TuneConfig) -> Candidate:
-    assert study.training is not None
-    assert isinstance(study.danger, Threat)
-    name = setting.replace(" ", "-").replace(",", "")
+    """A model tuned from a lambda."""
+    attack = study.danger if isinstance(study.danger, Threat) else None
     config = replace(
         config,
-        objective="pgd",
-        eps=study.danger.eps,
+        objective="pgd" if attack else "clean",
+        eps=attack.eps if attack else 0.0,
         steps=STEPS,
         epochs=EPOCHS,
         seed=study.seed,
-        output=str(study.folder / name),
+        output=str(study.folder / setting.replace(" ", "-").replace(",", "")),
         optimizer="momentum",
-        lr=0.01,
     )
 
-    def make() -> nn.Module:
-        model = study.fresh(NRPMConfig(lam) if lam < 1 else None)
-        assert study.training is not None
-        tune(model, study.training, config, mean=study.mean, std=study.std, resume=True)
-        return model.eval().to("cpu")
+    def start() -> nn.Module:
+        return study.fresh(NRPMConfig(lam) if lam < 1 else None)
 
-    started = study.fresh(NRPMConfig(lam) if lam < 1 else None)
-    steps = EPOCHS * len(study.training) * (STEPS + 1)
-    return Candidate(setting, make, is_trained=True, seconds=steps * study.step_seconds(started))
+    def make() -> nn.Module:
+        model = start()
+        tune(model, _images(study), config, mean=study.mean, std=study.std, resume=True)
+        return model.eval().to(next(study.model.parameters()).device)
+
+    assert study.training is not None
+    steps = EPOCHS * len(study.training) * (STEPS + 1 if attack else 2)
+    return Candidate(setting, make, is_trained=True, seconds=steps * study.step_seconds(start()))
 
 
 def _obstacle(study: Study) -> str:
     if study.training is None:
         return "there are no training images"
-    if not isinstance(study.danger, Threat) or study.danger.norm != "Linf":
+    if study.danger == Shift():
+        return "training images are not shifted as these are"
+    if isinstance(study.danger, Threat) and study.danger.norm != "Linf":
         return "tuning is under Linf attacks"
-    return "" if math.isfinite(study.danger.eps) else "the bound is infinite"
+    return ""
 
 
 TUNED_LAMBDA = Strategy("tuning lambda", _lambda, _obstacle)

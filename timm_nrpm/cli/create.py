@@ -15,10 +15,10 @@ from timm_nrpm.cli.options import (
     add_images,
     add_model,
     add_output,
-    number_or_auto,
     useless_splits,
 )
 from timm_nrpm.cli.terminal import Terminal
+from timm_nrpm.cli.values import number_or_auto
 from timm_nrpm.models.provenance import HOW
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from timm_nrpm.cli.options import is_undivided
 from timm_nrpm.cli.terminal import Terminal
@@ -132,6 +133,43 @@ def chosen_images(args: argparse.Namespace, model: nn.Module) -> DataLoader[Any]
     """The images of `--split` that `--samples` or `--first` chooses."""
     at_most = args.samples if args.first is None else None
     return images_of(args, model, args.split, at_most=at_most, first=args.first)
+
+
+def images_for_advice(
+    args: argparse.Namespace, model: nn.Module, terminal: Terminal
+) -> tuple[DataLoader[Any], DataLoader[Any], DataLoader[Any] | None]:
+    """The images of a split to judge on, others to choose on, and training images, if there are any.
+
+    Those to judge on are what `--samples` with their number draws in any other command, so that `timm-nrpm evaluate`
+    finds the same numbers.
+    """
+    if args.first is None:
+        count = len(images_of(args, model, args.split).dataset)  # type: ignore[arg-type]
+        whole = images_of(args, model, args.split, samples=count).dataset
+        undivided = args.train > 0 and is_undivided(args, args.training_split)
+        used = min(args.samples, count // 2 if undivided else count)
+    else:
+        whole, undivided = images_of(args, model, args.split, first=args.first).dataset, False
+        count = used = args.first
+    report, selection = (
+        DataLoader(Subset(whole, rows), args.batch_size, num_workers=args.workers)
+        for rows in (range(used // 2), range(used // 2, used))
+    )
+    if not args.train:
+        return report, selection, None
+    if undivided:
+        rest = range(used, min(count, used + args.train))
+        terminal.note(
+            f"{args.root} is not divided into splits: of its {count} images, {used // 2} are judged on, "
+            f"{used - used // 2} are chosen on, and {len(rest)} are trained on."
+        )
+        generator = torch.Generator().manual_seed(args.seed)
+        images = DataLoader(
+            Subset(whole, rest), args.batch_size, shuffle=True, num_workers=args.workers, generator=generator
+        )
+        return report, selection, images
+    with called(split="--training-split", samples="--train"):
+        return report, selection, images_of(args, model, args.training_split, at_most=args.train, training=True)
 
 
 def calibration_images(args: argparse.Namespace, model: nn.Module, terminal: Terminal) -> Iterable[Any] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import shtab
 
 from timm_nrpm.cli.given import Useless
 from timm_nrpm.cli.terminal import Terminal
+from timm_nrpm.cli.values import number, number_or_none
 from timm_nrpm.config import NORMS, PENALTIES
 
 STOPPED = "Start the same command again."
@@ -34,24 +34,6 @@ class Command:
     useless: tuple[Useless, ...] = ()
     names: dict[str, str] = field(default_factory=dict)
     stopped: str = STOPPED
-
-
-def number(text: str) -> float:
-    """A number, also as a fraction, 8/255."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number, such as 0.03 or 8/255") from error
-
-
-def number_or_none(text: str) -> float | None:
-    """A number, or none."""
-    return None if text.lower() == "none" else number(text)
-
-
-def number_or_auto(text: str) -> float | str:
-    """A number, or auto."""
-    return "auto" if text.lower() == "auto" else number(text)
 
 
 def add_command(commands: Any, name: str, command: Command, summary: str, text: str, example: str) -> Any:
@@ -109,18 +91,7 @@ def add_model(parser: argparse.ArgumentParser, lam: float, *, plain: bool = Fals
         plain: Whether `--lam none` is a plain model.
         variant: Whether a variant may be given in its place.
     """
-    model: Any = parser.add_argument_group("model")
-    bundled = "timm's name of a model that is reprogrammed (default: resnet8_digits, the bundled one)"
-    model.add_argument("--model", metavar="NAME", default="resnet8_digits", help=bundled)
-    weights = "its weights: safetensors, a state dict, timm's .pth.tar, or a file of the paper's authors"
-    model.add_argument("--weights", metavar="FILE", help=weights).complete = shtab.FILE
-    model.add_argument("--no-pretrained", action="store_true", help="start from random weights")
-    model.add_argument("--num-classes", type=int, metavar="N", help="give it a new classifier with N classes")
-    size = "height, and width where it differs, of its images in pixels (default: the model's)"
-    model.add_argument("--image-size", type=int, nargs="+", metavar="N", help=size)
-    for name, what in (("--mean", "mean"), ("--std", "standard deviation")):
-        text = f"{what} that pixels in [0, 1] are normalised by, one number per channel (default: the model's)"
-        model.add_argument(name, type=number, nargs="+", metavar="X", help=text)
+    model = _add_base(parser, "timm's name of a model that is reprogrammed (default: resnet8_digits, the bundled one)")
     none = ", or none for the plain model" if plain else ""
     model.add_argument(
         "--lam",
@@ -147,6 +118,29 @@ def add_model(parser: argparse.ArgumentParser, lam: float, *, plain: bool = Fals
         add_variant(parser.add_argument_group("or a variant, which has all of this"))
     else:
         parser.set_defaults(variant=None, revision=None, offline=False)
+
+
+def add_plain_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a model that is given as it is; inside it is one with every lambda at 1."""
+    _add_base(parser, "timm's name of the model (default: resnet8_digits, the bundled one)")
+    parser.set_defaults(lam=1.0, iterations=3, estimator_eps=1e-3, penalty="l1", layers=None)
+    parser.set_defaults(variant=None, revision=None, offline=False)
+
+
+def _add_base(parser: argparse.ArgumentParser, bundled: str) -> Any:
+    """Add the options that name a timm model, its weights and its images; return their group."""
+    model: Any = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="NAME", default="resnet8_digits", help=bundled)
+    weights = "its weights: safetensors, a state dict, timm's .pth.tar, or a file of the paper's authors"
+    model.add_argument("--weights", metavar="FILE", help=weights).complete = shtab.FILE
+    model.add_argument("--no-pretrained", action="store_true", help="start from random weights")
+    model.add_argument("--num-classes", type=int, metavar="N", help="give it a new classifier with N classes")
+    size = "height, and width where it differs, of its images in pixels (default: the model's)"
+    model.add_argument("--image-size", type=int, nargs="+", metavar="N", help=size)
+    for name, what in (("--mean", "mean"), ("--std", "standard deviation")):
+        text = f"{what} that pixels in [0, 1] are normalised by, one number per channel (default: the model's)"
+        model.add_argument(name, type=number, nargs="+", metavar="X", help=text)
+    return model
 
 
 MODEL = (

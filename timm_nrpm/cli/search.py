@@ -43,9 +43,9 @@ def add_search(commands: Any) -> None:
         "search",
         options.Command(_search, USELESS, NAMES, STOPPED),
         "search lambda, one for all layers and one for each, without training",
-        "Try lambdas, calibrate each, and keep the best under quick attacks whose loss of clean accuracy is bounded: the front of "
-        "all that were tried, its picture, and the best as a variant. What that is worth, timm-nrpm evaluate tells on "
-        "other images.",
+        "Try lambdas, calibrate each, and keep the best under quick attacks whose loss of clean accuracy is bounded: "
+        "the front of all that were tried, its picture, and the best as a variant. What that is worth, timm-nrpm "
+        "evaluate tells on other images.",
         "timm-nrpm search --model resnet8_digits --eps 0.15 --budget 6 --one-lambda --samples 40 --steps 3",
     )
     options.add_model(parser, 0.8)

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from timm_nrpm.cli import options
 from timm_nrpm.cli.given import Useless
-from timm_nrpm.cli.options import number, number_or_none
 from timm_nrpm.cli.terminal import Terminal
+from timm_nrpm.cli.values import number, number_or_none
 from timm_nrpm.cli.wording import called
 from timm_nrpm.config import GRADIENTS, OBJECTIVES, OPTIMIZERS, PARADIGMS, PRECISIONS, SCHEDULES, TuneConfig
 

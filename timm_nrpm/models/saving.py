@@ -39,6 +39,11 @@ def needs_weights(model: nn.Module) -> bool:
     return base is not None and (base.tuned or weights_sha256(plain_copy(model).state_dict()) != base.sha256)
 
 
+def is_timm(model: nn.Module) -> bool:
+    """Whether a model, without wrappers, is one that timm can build."""
+    return hasattr(model, "pretrained_cfg") and hasattr(model, "num_classes")
+
+
 def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False) -> Path:
     """Write a reprogrammed model to a folder.
 
@@ -60,8 +65,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     """
     model = unwrapped(model)
     record, layers = record_of(model), reprogrammed_layers(model)
-    is_timm = hasattr(model, "pretrained_cfg") and hasattr(model, "num_classes")
-    if full and not is_timm:
+    if full and not is_timm(model):
         raise ValueError(f"{type(model).__name__} is no timm classifier, and a full folder is timm's: use full=False.")
     folder = Path(folder)
     plain = plain_copy(model)
@@ -84,7 +88,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     if record.statistics:
         content["statistics"] = [step.to_dict() for step in record.statistics]
     with filling(folder) as draft:
-        if is_timm:
+        if is_timm(model):
             cfg: Any = plain.pretrained_cfg
             cfg["license"] = base.license_in(cfg)  # timm's licence is that of its own weights
             _save_timm_files(model, plain, draft, full)

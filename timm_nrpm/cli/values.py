@@ -1,0 +1,24 @@
+"""Values of options, as one types them."""
+
+from __future__ import annotations
+
+import argparse
+from fractions import Fraction
+
+
+def number(text: str) -> float:
+    """A number, also as a fraction, 8/255."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, such as 0.03 or 8/255") from error
+
+
+def number_or_none(text: str) -> float | None:
+    """A number, or none."""
+    return None if text.lower() == "none" else number(text)
+
+
+def number_or_auto(text: str) -> float | str:
+    """A number, or auto."""
+    return "auto" if text.lower() == "auto" else number(text)
