@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import timm_nrpm
 from timm_nrpm import Shift, Threat, advise
 from timm_nrpm.advice import inquiry as wing
+from timm_nrpm.advice import lambdas
 from timm_nrpm.advice.strategy import Candidate, Strategy
+from timm_nrpm.cli.plot import result_in
 from timm_nrpm.cli.program import main
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.evaluation.corruptions import corrupt
@@ -48,10 +50,20 @@ def training(count=200):
 
 
 @pytest.fixture(scope="module")
-def found(model, images, tmp_path_factory):
+def few():
+    """Fewer settings, so that there is time for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lambdas, "LAMS", (0.9,))
+        patch.setattr(lambdas, "LAYERS", ("first:1",))
+        patch.setattr(lambdas, "ESTIMATES", {"K 1": timm_nrpm.NRPMConfig(iterations=1)})
+        yield
+
+
+@pytest.fixture(scope="module")
+def found(few, model, images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("advice")
     state = copy.deepcopy(model.state_dict())
-    result = advise(model, images[0], NOISE, selection=images[1], folder=folder, seconds=8)
+    result = advise(model, images[0], NOISE, selection=images[1], folder=folder, seconds=1000)
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     return result[0], folder
 
@@ -84,13 +96,14 @@ def test_what_is_said_of_adaptation_is_what_adaptation_does(found, model, images
 
 def test_the_files_hold_the_advice(found):
     advice, folder = found
-    (told,) = json.loads((folder / "advice.json").read_text())
-    assert Advice.from_json(json.dumps(told)) == advice
-    assert told["sentence"] == advice.sentence
-    assert (folder / "white_noise-of-severity-5" / "variant").exists() == advice.helps
+    place = folder / "white_noise-of-severity-5"
+    text = (place / "advice.json").read_text()
+    assert Advice.from_json(text) == advice == result_in(place / "advice.json")
+    assert json.loads(text)["sentence"] == advice.sentence
+    assert (place / "variant").exists() == advice.helps
 
 
-def test_a_stopped_run_goes_on(found, model, images, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on(few, found, model, images, tmp_path, monkeypatch):
     advice, folder = found
     name = "white_noise-of-severity-5"
     lines = (folder / name / "trials.jsonl").read_text().splitlines(keepends=True)
@@ -106,7 +119,7 @@ def test_a_stopped_run_goes_on(found, model, images, tmp_path, monkeypatch):
         return trial
 
     monkeypatch.setattr(wing.Inquiry, "_measured", counted)
-    again = advise(model, images[0], NOISE, selection=images[1], folder=tmp_path, seconds=8)[0]
+    again = advise(model, images[0], NOISE, selection=images[1], folder=tmp_path, seconds=1000)[0]
     assert len(made) <= 1
     strip = [(t.strategy, t.setting, t.selection, t.report, t.rejected) for t in advice.trials]
     assert [(t.strategy, t.setting, t.selection, t.report, t.rejected) for t in again.trials] == strip
@@ -163,16 +176,18 @@ def test_attacked_like_evaluate_does(fragile, images, tmp_path, monkeypatch):
     monkeypatch.setattr(wing, "STRATEGIES", (Strategy("training", candidates), *others))
     normalisation = {"mean": (0.0,), "std": (1.0,)}
     threat = Threat("Linf", 0.1)
-    (advice,) = advise(fragile, images[0], threat, selection=images[1], folder=tmp_path, clean_loss=20, **normalisation)
+    report, selection = (part[:1] for part in images)  # 60 images each, on which 10 points can be told
+    bounds = {"clean_loss": 20, "effect": 10}
+    (advice,) = advise(fragile, report, threat, selection=selection, folder=tmp_path, **bounds, **normalisation)
     assert advice.helps
     assert advice.advised.setting == "once"
     second = advice.trials[2]
     assert second.rejected.startswith("at most ")  # no better than the best so far, by quick attacks alone
-    report = timm_nrpm.evaluate(better, images[0], threat, effort="fast", base=fragile, control=False, **normalisation)
-    assert advice.advised.report.threat == "".join(str(int(each)) for each in report.survivors)
+    ours = timm_nrpm.evaluate(better, report, threat, effort="fast", base=fragile, control=False, **normalisation)
+    assert advice.advised.report.threat == "".join(str(int(each)) for each in ours.survivors)
     weights = load_file(tmp_path / "Linf-0.1" / "weights.safetensors")  # timm cannot build this model
     assert torch.equal(weights["fc.weight"], better.fc.weight)
-    plain = timm_nrpm.evaluate(fragile, images[0], threat, effort="fast", control=False, **normalisation)
+    plain = timm_nrpm.evaluate(fragile, report, threat, effort="fast", control=False, **normalisation)
     assert advice.nothing.report.threat == "".join(str(int(each)) for each in plain.survivors)
 
 

@@ -11,6 +11,8 @@ from timm_nrpm.evaluation.diagnostics import embedding_differences
 from timm_nrpm.evaluation.history import History
 from timm_nrpm.evaluation.landscape import loss_landscape
 from timm_nrpm.evaluation.pareto import Candidate, ParetoFront
+from timm_nrpm.evaluation.trials import Advice, Bounds, Kept, Trial
+from timm_nrpm.figures.advised import draw_advice
 from timm_nrpm.figures.certified import draw_certified
 from timm_nrpm.figures.corruptions import draw_corruptions
 from timm_nrpm.figures.diagnostics import draw_differences, draw_landscape
@@ -29,7 +31,11 @@ def results():
     reports = [timm_nrpm.evaluate(model, data, Threat("Linf", eps), "quick", steps=2) for eps in (0.05, 0.1)]
     certified = CertificationReport("a", 0.5, 9, 90, 0.999, 0, "", {}, (Certificate(0, 0, 0.1, 0, 9, 90),))
     corrupted = CorruptionReport(Answers((True, False), {"fog": {1: (True, False)}}), None, 0, {})
-    front = ParetoFront(Threat(), 1, 0, 5, 0.1, (Candidate("plain", {"fc": 1.0}, 0.1, 0.9, 0.4),))
+    front = ParetoFront(Threat(), 1, 0, 5, 0.1, (Candidate("plain", {"fc": 1.0}, 0.9, 0.4),))
+    seen = (Kept("1111", "1000"), Kept("1111", "0110"))
+    tried = Trial("nothing", "as it is", 1.0, 1.0, selection=seen[0], report=seen[1])
+    other = Trial("a", "b", 1.0, 1.0, selection=seen[1], report=seen[0])
+    advice = Advice("fog", Bounds(), (tried, other, Trial("c", "d", 11.0, 1.0, "11.0 times the latency")), {})
     differences = embedding_differences(model, pixels, (pixels + 0.1).clamp(0, 1))
     landscape = loss_landscape(model, pixels[:1], labels[:1], eps=0.1, resolution=3)
     lams = timm_nrpm.lambdas(model)
@@ -42,6 +48,7 @@ def results():
         "corruptions": (corrupted, draw_corruptions, corrupted),
         "a run": (history, draw_history, history),
         "a front": (front, draw_front, front),
+        "an advice": (advice, draw_advice, advice),
         "differences": (differences, draw_differences, {"model": differences}),
         "differences by name": ({"a": differences}, draw_differences, {"a": differences}),
         "a landscape": (landscape, draw_landscape, {"model": landscape}),

@@ -70,9 +70,9 @@ def advise(
         seconds: Time for each threat. What does not fit in is not begun, by an estimate.
         effort: How long the adaptive suite tries, as for :func:`timm_nrpm.evaluate`.
         seed: Seed of everything random.
-        folder: Folder of the result: `advice.json` with all advice, and for each threat a folder with `trials.jsonl`,
-            from which the same call goes on after an interruption, and, if something helps, `variant`, with its report,
-            which can be pushed as it is; trained weights of a model that is not timm's are `weights.safetensors`. None
+        folder: Folder of the results, with a folder for each threat: `advice.json`; `trials.jsonl`, from which the same
+            call goes on after an interruption; and, if something helps, `variant`, with its report, which can be pushed
+            as it is; trained weights of a model that is not timm's are `weights.safetensors`. None
             writes nothing.
         mean, std: The model's normalisation, as for :func:`timm_nrpm.evaluate`.
         progress: Whether to show a progress bar.
@@ -115,16 +115,19 @@ def advise(
         place.mkdir(parents=True, exist_ok=True)
         found = []
         for danger in dangers:
-            where = place / str(danger).replace(" ", "-")
+            where = folder_of(place, str(danger))
             where.mkdir(exist_ok=True)
             study = Study(
                 plain, danger, parts[0], parts[1], training, bounds, effort, seed, where, subject.mean, subject.std
             )
             found.append(Inquiry(study, bar).advice())
-        if folder is not None:
-            text = "[" + ",\n".join(advice.to_json() for advice in found) + "]\n"
-            (place / "advice.json").write_text(text, encoding="utf-8")
+            (where / "advice.json").write_text(found[-1].to_json() + "\n", encoding="utf-8")
     return found
+
+
+def folder_of(folder: Path, threat: str) -> Path:
+    """The folder of a threat, inside that of all."""
+    return folder / threat.replace(" ", "-")
 
 
 def _divided(loader: Iterable[Any], selection: Iterable[Any] | None, seed: int) -> tuple[Part, Part]:

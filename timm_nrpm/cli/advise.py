@@ -74,10 +74,11 @@ def add_advise(commands: Any) -> None:
 
 
 def _advise(args: argparse.Namespace, terminal: Terminal) -> None:
-    from timm_nrpm.advice.advise import DEFAULT_THREATS, advise
+    from timm_nrpm.advice.advise import DEFAULT_THREATS, advise, folder_of
     from timm_nrpm.attacks.threats import Threat
     from timm_nrpm.cli import inputs
     from timm_nrpm.evaluation.shifts import Shift
+    from timm_nrpm.figures.plot import plot
 
     threats = [Threat(args.norm, eps) for eps in args.eps or ()]
     shifts = [Shift(kind, args.severity) for kind in args.kinds or ()]
@@ -100,9 +101,10 @@ def _advise(args: argparse.Namespace, terminal: Terminal) -> None:
         progress=terminal.progress,
     )
     for advice in found:
+        folder = folder_of(args.output, advice.threat)
         terminal.show(f"{advice}\n")
-        variant = args.output / advice.threat.replace(" ", "-") / "variant"
+        terminal.show(f"Written: {folder / 'advice.json'}, {plot(advice, folder / 'advice.png')}")
         if advice.helps:
-            terminal.show(f"Its variant: {variant}. To publish it: timm-nrpm push --variant {variant} OWNER/NAME\n")
-    terminal.show(f"Written: {args.output / 'advice.json'}")
+            terminal.show(f"To publish its variant: timm-nrpm push --variant {folder / 'variant'} OWNER/NAME")
+        terminal.show("")
     terminal.give({"advice": [json.loads(advice.to_json()) for advice in found]})

@@ -75,10 +75,12 @@ def result_in(path: Path) -> Result:
     from timm_nrpm.evaluation.history import History
     from timm_nrpm.evaluation.pareto import ParetoFront
     from timm_nrpm.evaluation.report import RobustnessReport
+    from timm_nrpm.evaluation.trials import Advice
 
     kinds: Mapping[str, Callable[[str], Result]] = {
         "attacks": RobustnessReport.from_json,
         "sigma": CertificationReport.from_json,
+        "untried": Advice.from_json,
         "trials": ParetoFront.from_json,
         "evaluations": History.from_json,
         "corruption_errors": CorruptionReport.from_json,
@@ -89,6 +91,6 @@ def result_in(path: Path) -> Result:
         return next(read for key, read in kinds.items() if key in content)(text)
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(
-            f"{path} holds no result that can be drawn: give a JSON file that evaluate, certify, corrupt, search or "
-            "tune wrote."
+            f"{path} holds no result that can be drawn: give a JSON file that advise, evaluate, certify, corrupt, "
+            "search or tune wrote."
         ) from error

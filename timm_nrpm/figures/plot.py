@@ -13,6 +13,8 @@ from timm_nrpm.evaluation.history import History
 from timm_nrpm.evaluation.landscape import LossLandscape
 from timm_nrpm.evaluation.pareto import ParetoFront
 from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.evaluation.trials import Advice
+from timm_nrpm.figures.advised import draw_advice
 from timm_nrpm.figures.certified import draw_certified
 from timm_nrpm.figures.corruptions import draw_corruptions
 from timm_nrpm.figures.diagnostics import draw_differences, draw_landscape
@@ -27,13 +29,14 @@ Result: TypeAlias = (
     | CorruptionReport
     | History
     | ParetoFront
+    | Advice
     | EmbeddingDifferences
     | LossLandscape
 )
 """Results that :func:`plot` draws one at a time; it draws several of some kinds together as well."""
 
 DRAWN = (
-    "a RobustnessReport, CertificationReport, CorruptionReport, History, ParetoFront, EmbeddingDifferences or "
+    "a RobustnessReport, CertificationReport, CorruptionReport, History, ParetoFront, Advice, EmbeddingDifferences or "
     "LossLandscape; a list of RobustnessReports or of CertificationReports; or a dict of EmbeddingDifferences, of "
     "LossLandscapes or of lambdas by their names"
 )
@@ -55,9 +58,10 @@ def plot(
             accuracy that each attack leaves, and a list of them as accuracy over eps; one report of
             :func:`timm_nrpm.certify`, or a list of them, as certified accuracy over radius; a report of
             :func:`timm_nrpm.evaluate_corruptions` as heat maps; the result of :func:`timm_nrpm.search_lambda` as its
-            Pareto front; the history of :func:`timm_nrpm.tune` as curves over the steps; and the dict of
-            :func:`timm_nrpm.lambdas` as a bar for each layer. Embedding differences, or loss landscapes, of several
-            models are given as a dict by the name of the model.
+            Pareto front; an advice of :func:`timm_nrpm.advise` as the effect of each strategy; the history of
+            :func:`timm_nrpm.tune` as curves over the steps; and the dict of :func:`timm_nrpm.lambdas` as a bar for each
+            layer. Embedding differences, or loss landscapes, of several models are given as a dict by the name of the
+            model.
         path: The file to write, which ends in .png or .svg.
 
     Returns:
@@ -81,6 +85,8 @@ def plot(
         return draw_history(result, path)
     if isinstance(result, ParetoFront):
         return draw_front(result, path)
+    if isinstance(result, Advice):
+        return draw_advice(result, path)
     if isinstance(result, EmbeddingDifferences):
         return draw_differences({"model": result}, path)
     if isinstance(result, LossLandscape):
