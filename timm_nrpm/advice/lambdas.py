@@ -68,19 +68,21 @@ def _by_layer(study: Study) -> Candidates:
         )
         return study.fresh(NRPMConfig(front.best.lams))
 
-    yield Candidate("searched under quick attacks", make, seconds=BUDGET * study.quick_seconds)
+    seconds = BUDGET * (study.quick_seconds + study.fresh_seconds(NRPMConfig(0.8)))
+    yield Candidate("searched under quick attacks", make, seconds=seconds)
 
 
 def _candidate(study: Study, setting: str, config: NRPMConfig) -> Candidate:
     """A candidate with this config; against a shift it is adapted too, since stale statistics are most of the loss."""
     if not (isinstance(study.danger, Shift) and norms_of(study.model)):
-        return Candidate(setting, lambda: study.fresh(config))
+        return Candidate(setting, lambda: study.fresh(config), seconds=study.fresh_seconds(config))
     shifted, clean = (lambda: study.shifted("selection")), (lambda: study.parts["selection"].pixels)
     return Candidate(
         f"{setting}, adapted",
         lambda: adapted(study, lambda: study.fresh(config), shifted(), "auto"),
         lambda: adapted(study, lambda: study.fresh(config), clean(), "auto"),
         control=name_of("auto"),
+        seconds=study.fresh_seconds(config),
     )
 
 

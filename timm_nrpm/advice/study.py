@@ -126,6 +126,8 @@ class Study:
         self.calibration = self._calibration()
         self.quick_seconds = 0.0  # of the last quick attacks
         self._reports: dict[int, RobustnessReport] = {}
+        self._shifted: dict[str, Tensor] = {}
+        self._last: tuple[NRPMConfig, nn.Module] | None = None  # of the last model that was calibrated
 
     def _calibration(self) -> list[Tensor]:
         """Batches of pixels that candidates are calibrated on: training images, or else those of the selection."""
@@ -140,18 +142,34 @@ class Study:
 
     def fresh(self, config: NRPMConfig | None = None) -> nn.Module:
         """A copy of the model, reprogrammed anew and calibrated if a config is given."""
-        model = copied(self.model)
-        if config is not None:
-            calibrate_(reprogram_(model, config), self.calibration, mean=self.mean, std=self.std)
-        return model.eval()
+        if config is None:
+            return copied(self.model).eval()
+        if self._last is None or self._last[0] != config:
+            model = reprogram_(copied(self.model), config)
+            self._last = config, calibrate_(model, self.calibration, mean=self.mean, std=self.std).eval()
+        return copied(self._last[1])
+
+    def fresh_seconds(self, config: NRPMConfig) -> float:
+        """Expected time of calibrating a reprogrammed model and of running it on the images of the selection."""
+        net = self.on_pixels(reprogram_(copied(self.model), config))
+        batch, seconds = self.parts["selection"].pixels[: TIMED // 4].to(net.mean.device), 0.0
+        with torch.no_grad():
+            for _ in range(2):  # the first one warms up
+                start = time.perf_counter()
+                net(batch).cpu()
+                seconds = time.perf_counter() - start
+        images = sum(map(len, self.calibration)) + 3 * len(self.parts["selection"].labels)
+        return seconds / len(batch) * images
 
     def shifted(self, part: str) -> Tensor:
         """The images of the selection or the report as an unattacked model meets them, `[N, C, H, W]`."""
         pixels = self.parts[part].pixels
         if isinstance(self.danger, Threat):
             return pixels
-        first = 0 if part == "report" else len(self.parts["report"].pixels)  # no two images are corrupted alike
-        return self.danger.applied(pixels, seed=self.seed, first=first)
+        if part not in self._shifted:
+            first = 0 if part == "report" else len(self.parts["report"].pixels)  # no two images are corrupted alike
+            self._shifted[part] = self.danger.applied(pixels, seed=self.seed, first=first)
+        return self._shifted[part]
 
     def right(self, model: nn.Module, pixels: Tensor, part: str) -> str:
         """A digit for each image, 1 where the model is right."""

@@ -115,12 +115,21 @@ class _Site:
         stored_mean, stored_var = (stored.double() for stored in self.stored)
         self.weight = self.count / (self.count + (LEAST if self.prior is None else self.prior))
         if self.prior is None:
-            scale = stored_var + self.norm.eps
-            growth = ((var + self.norm.eps) / scale).log()
-            shift = ((mean - stored_mean).square() / scale + growth.square()).sum()
+            shift = self._distance(mean, var)
             self.weight *= float((1 - CAUTION * noise / shift).clamp(0, 1)) if shift > 0 else 0.0
         self.norm.running_mean.copy_(stored_mean.lerp(mean, self.weight))  # type: ignore[union-attr]
         self.norm.running_var.copy_(stored_var.lerp(var, self.weight))  # type: ignore[union-attr]
+
+    def _distance(self, mean: Tensor, var: Tensor) -> Tensor:
+        """The squared distance of means and log variances to the stored ones, over all channels."""
+        stored_mean, scale = self.stored[0].double(), self.stored[1].double() + self.norm.eps
+        growth = ((var + self.norm.eps) / scale).log()
+        return ((mean - stored_mean).square() / scale + growth.square()).sum()
+
+    def shift(self) -> float:
+        """The squared distance of a channel's statistics to the stored ones that chance does not make, on average."""
+        mean, var, noise = self._statistics()
+        return float((self._distance(mean, var) - noise).clamp_min(0)) / len(mean)
 
     def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance of each channel over all images seen, and the squared error of both, which chance makes."""
