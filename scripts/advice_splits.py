@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_nrpm import Shift, Threat, advise, evaluate, from_pretrained
+from timm_nrpm.advice.advise import folder_of
 from timm_nrpm.advice.study import Danger
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.evaluation.trials import Advice, Effect
@@ -60,7 +61,7 @@ def run(
         )[0]  # fmt: skip
         row: dict[str, object] = {"threat": str(danger), "split": split, "helps": found.helps, "said": found.sentence}
         if found.helps:
-            variant = from_pretrained(Path(folder) / str(danger).replace(" ", "-") / "variant")
+            variant = from_pretrained(folder_of(Path(folder), str(danger)) / "variant")
             row["unseen"] = asdict(Effect.of(kept(variant, danger, *unseen), kept(model, danger, *unseen)))
     return row
 

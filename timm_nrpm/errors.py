@@ -53,6 +53,10 @@ class Diverged(RuntimeError):
     """The gradient was not finite in too many consecutive steps."""
 
 
+class AdaptationDoubt(UserWarning):
+    """Adaptation shows a sign of harm."""
+
+
 class CheckpointWarning(UserWarning):
     """A checkpoint is broken, so the one before it is used."""
 

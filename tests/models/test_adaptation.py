@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from torch import nn
 import timm_nrpm
 from timm_nrpm.cli.program import main
 from timm_nrpm.data.loaders import digits
+from timm_nrpm.errors import AdaptationDoubt
 from timm_nrpm.evaluation.corruptions import corrupt
 from timm_nrpm.hub import cards
 from timm_nrpm.models import adaptation
@@ -288,3 +290,24 @@ def test_models_that_it_cannot_help():
         model.conv1.weight.mul_(1.1)
     with pytest.raises(ValueError, match="Weights were trained since the model was reprogrammed"):
         adapt_(model, torch.rand(2, 1, 8, 8))
+
+
+def test_a_sign_of_harm_is_told(noisy):
+    """Images of one class have other statistics without a shift, and the model is less sure of them afterwards."""
+    pixels, labels = digits("test")
+    one = pixels[labels == labels[0]]
+    with pytest.warns(
+        AdaptationDoubt, match=r"confidence of the first \d+ images is \d+ points lower, .* sign of harm"
+    ):
+        model = adapt_(digits_model(), one, prior=0)
+    with torch.no_grad():
+        confidence = [PixelModel(each).eval()(one).softmax(1).max(1).values.mean() for each in (digits_model(), model)]
+    assert confidence[0] - confidence[1] > adaptation.DOUBT
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdaptationDoubt)
+        adapt_(digits_model(), pixels)
+        adapt_(digits_model(), noisy[0])
+        stored = digits_model()
+        with pytest.raises(AdaptationDoubt):  # where warnings are errors, the model stays as it was
+            adapt_(stored, one, prior=0)
+    assert all(torch.equal(a, b) for a, b in zip(stored.buffers(), digits_model().buffers(), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.advice.strategy import Candidate, Candidates, Strategy
 from timm_nrpm.advice.study import Study
+from timm_nrpm.errors import AdaptationDoubt
 from timm_nrpm.evaluation.shifts import Shift
 from timm_nrpm.models.adaptation import adapt_
 from timm_nrpm.models.plain_statistics import norms_of
@@ -19,7 +21,9 @@ PRIORS: tuple[float | Literal["auto"], ...] = ("auto", 256, 16, 0)
 
 def adapted(study: Study, model: Callable[[], nn.Module], pixels: Tensor, prior: float | Literal["auto"]) -> nn.Module:
     """A model adapted to images, without their labels."""
-    return adapt_(model(), pixels, prior=prior, mean=study.mean, std=study.std)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdaptationDoubt)  # what it is worth is measured
+        return adapt_(model(), pixels, prior=prior, mean=study.mean, std=study.std)
 
 
 def name_of(prior: float | str) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_nrpm.advice.inquiry import Inquiry
-from timm_nrpm.advice.study import Danger, Part, Study
+from timm_nrpm.advice.study import Danger, Part, Study, file_name
 from timm_nrpm.attacks.efforts import LEVELS
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.checks import check_choice, check_integer, check_number
@@ -127,7 +127,7 @@ def advise(
 
 def folder_of(folder: Path, threat: str) -> Path:
     """The folder of a threat, inside that of all."""
-    return folder / threat.replace(" ", "-")
+    return folder / file_name(threat)
 
 
 def _divided(loader: Iterable[Any], selection: Iterable[Any] | None, seed: int) -> tuple[Part, Part]:

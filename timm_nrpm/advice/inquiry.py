@@ -112,7 +112,7 @@ class Inquiry:
 
     def _measured(self, strategy: str, candidate: Candidate, until: float) -> Trial | None:
         """Measure a candidate on the selection images; None if its share of the time would not do."""
-        study, start, number = self.study, time.perf_counter(), len(self.trials)
+        study, start = self.study, time.perf_counter()
         if self.spent + candidate.seconds > until:
             return None
         model = study.model if candidate is AS_IT_IS else candidate.make()
@@ -135,7 +135,7 @@ class Inquiry:
             if self.spent + (time.perf_counter() - start) + expected > until:
                 return None
         plain = study.model if candidate.is_trained else None
-        kept = study.kept(model, clean, "selection", number, plain)
+        kept = study.kept(model, clean, "selection", candidate.setting, plain)
         return replace(trial, selection=kept, seconds=time.perf_counter() - start)
 
     def _beaten(self, model: nn.Module) -> str:
@@ -189,7 +189,7 @@ class Inquiry:
         model = study.model if candidate is AS_IT_IS else candidate.make()
         on_clean = model if candidate.on_clean is None else candidate.on_clean()
         clean = study.right(on_clean, study.parts["report"].pixels, "report")
-        kept = study.kept(model, clean, "report", number, study.model if candidate.is_trained else None)
+        kept = study.kept(model, clean, "report", candidate.setting, study.model if candidate.is_trained else None)
         seconds = trial.seconds + time.perf_counter() - start
         self.trials[number] = replace(trial, report=kept, seconds=seconds)
         self._write(self.trials[number], "report")
@@ -214,7 +214,7 @@ class Inquiry:
             write_tensors(plain_copy(model).state_dict(), self.study.folder / "weights.safetensors")
             return
         save_loadable(model, folder)
-        report, control = self.study.report_of(number), self.study.report_of(0)
+        report, control = self.study.report_of(candidate.setting), self.study.report_of(AS_IT_IS.setting)
         if report is not None and control is not None:
             plain = GIVEN if candidate.is_trained else REPROGRAMMED
             text = evaluation_json([replace(report, control=control, plain=plain)])

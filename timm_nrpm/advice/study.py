@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import statistics
 import time
 from collections.abc import Iterable
@@ -39,6 +40,11 @@ TIMED = 32
 
 TURNS = 3
 """Number of turns in which the latencies of two models are measured."""
+
+
+def file_name(words: str) -> str:
+    """A name of files, from words."""
+    return re.sub(r"[^\w.]+", "-", words).strip("-")
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class Study:
         self.mean, self.std = mean, std
         self.calibration = self._calibration()
         self.quick_seconds = 0.0  # of the last quick attacks
-        self._reports: dict[int, RobustnessReport] = {}
+        self._reports: dict[str, RobustnessReport] = {}
         self._shifted: dict[str, Tensor] = {}
         self._last: tuple[NRPMConfig, nn.Module] | None = None  # of the last model that was calibrated
 
@@ -179,14 +185,14 @@ class Study:
         right = (logits.cpu().argmax(1) == self.parts[part].labels) & logits.cpu().isfinite().all(1)
         return "".join(str(int(each)) for each in right)
 
-    def kept(self, model: nn.Module, clean: str, part: str, number: int, plain: nn.Module | None = None) -> Kept:
+    def kept(self, model: nn.Module, clean: str, part: str, name: str, plain: nn.Module | None = None) -> Kept:
         """The images that a candidate is right on.
 
         Args:
             model: The candidate.
             clean: What it is right on without the danger, from :meth:`right`.
             part: `"selection"` or `"report"`.
-            number: Number of the trial, by which its attacks are found again.
+            name: Name of the candidate, under which its attacks are found again.
             plain: The model it was made from, if its weights were trained, which an attacker has as well.
         """
         if isinstance(self.danger, Shift):
@@ -201,11 +207,11 @@ class Study:
             control=False,
             mean=self.mean,
             std=self.std,
-            resume=self.folder / f"trial-{number}-{part}.jsonl",
+            resume=self.folder / f"{file_name(name)}-{part}.jsonl",
         )
         if part == "report":
-            self._reports[number] = report
-            (self.folder / f"trial-{number}.json").write_text(report.to_json() + "\n", encoding="utf-8")
+            self._reports[name] = report
+            (self.folder / f"{file_name(name)}.json").write_text(report.to_json() + "\n", encoding="utf-8")
         return Kept("".join(map(str, map(int, report.correct))), "".join(map(str, map(int, report.survivors))))
 
     def most(self, model: nn.Module) -> float | None:
@@ -219,12 +225,12 @@ class Study:
         self.quick_seconds = time.perf_counter() - start
         return report.worst_case
 
-    def report_of(self, number: int) -> RobustnessReport | None:
-        """The report of a trial on the report images; None for a shift, or if there is none."""
-        path = self.folder / f"trial-{number}.json"
-        if number not in self._reports and path.exists():
-            self._reports[number] = RobustnessReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        return self._reports.get(number)
+    def report_of(self, name: str) -> RobustnessReport | None:
+        """The report of a candidate on the report images; None for a shift, or if there is none."""
+        path = self.folder / f"{file_name(name)}.json"
+        if name not in self._reports and path.exists():
+            self._reports[name] = RobustnessReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return self._reports.get(name)
 
     def slowdown(self, model: nn.Module) -> float:
         """Latency of a candidate over that of the model as it is, measured by turns."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from timm_nrpm.advice.strategy import Candidate, Candidates, Strategy
-from timm_nrpm.advice.study import Study
+from timm_nrpm.advice.study import Study, file_name
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.config import NRPMConfig, TuneConfig
 from timm_nrpm.evaluation.shifts import Shift
@@ -95,7 +95,7 @@ def _candidate(study: Study, setting: str, lam: float, config: TuneConfig) -> Ca
         steps=STEPS,
         epochs=EPOCHS,
         seed=study.seed,
-        output=str(study.folder / setting.replace(" ", "-").replace(",", "")),
+        output=str(study.folder / file_name(setting)),
         optimizer="momentum",
     )
 

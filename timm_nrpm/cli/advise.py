@@ -74,6 +74,8 @@ def add_advise(commands: Any) -> None:
 
 
 def _advise(args: argparse.Namespace, terminal: Terminal) -> None:
+    import torch
+
     from timm_nrpm.advice.advise import DEFAULT_THREATS, advise, folder_of
     from timm_nrpm.attacks.threats import Threat
     from timm_nrpm.cli import inputs
@@ -83,7 +85,7 @@ def _advise(args: argparse.Namespace, terminal: Terminal) -> None:
     threats = [Threat(args.norm, eps) for eps in args.eps or ()]
     shifts = [Shift(kind, args.severity) for kind in args.kinds or ()]
     inputs.make_folder(args.output)
-    model = inputs.model_of(args).eval()
+    model = inputs.model_of(args).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     report, selection, training = inputs.images_for_advice(args, model, terminal)
     found = advise(
         model,
