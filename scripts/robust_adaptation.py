@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_nrpm.evaluation.corruptions import corrupt
-from timm_nrpm.models.adaptation import ESTIMATES, median_statistics
-from timm_nrpm.models.adaptation import statistics as statistics_of
+from timm_nrpm.models.adaptation import ESTIMATES
+from timm_nrpm.models.image_statistics import median_statistics
+from timm_nrpm.models.image_statistics import statistics as statistics_of
 from timm_nrpm.nn.pixel_model import PixelModel
 
 ROOT = Path(__file__).parents[1]

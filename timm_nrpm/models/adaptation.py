@@ -24,11 +24,11 @@ from timm_nrpm.checks import check_choice, check_number
 from timm_nrpm.data.images import check_images, count_of, pixels_of
 from timm_nrpm.errors import AdaptationDoubt
 from timm_nrpm.jobs.progress import CONSOLE
+from timm_nrpm.models.image_statistics import median_statistics, statistics
 from timm_nrpm.models.modes import check_gradients, evaluating
 from timm_nrpm.models.plain_statistics import norms_of
 from timm_nrpm.models.provenance import HOW, Step
 from timm_nrpm.models.reprogramming import is_reprogrammed, is_settled, record_of
-from timm_nrpm.nn.estimator import Penalty, robust_mean
 from timm_nrpm.nn.wrappers import subject_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,41 +48,6 @@ accuracy or more, 20 lost more confidence than that, and none of 50 that gained 
 (results/adaptation-signs.md)."""
 
 BATCH = 256  # images that are run at once where they come as one tensor
-
-STEPS = 10
-"""Number of steps of the L1 estimate over images."""
-
-
-def location(values: Tensor, robust: str) -> Tensor:
-    """The location of the rows of `values`, `[N, C]`, in each column: `[C]`.
-
-    "l1" is the package's reweighted estimate (:func:`timm_nrpm.nn.estimator.robust_mean`), from the median on, with
-    distances in units of half the median deviation.
-    """
-    if robust == "mean":
-        return values.mean(0)
-    middle = values.quantile(0.5, 0)
-    spread = (values - middle).abs().quantile(0.5, 0) / 2
-    unit = torch.where(spread > 0, spread, 1)  # where more than half of the values are the median, that is it
-    scaled = torch.where(spread > 0, (values - middle) / unit, 0)  # [N, C]
-    return middle + unit * robust_mean(scaled.T, Penalty.named("l1", 1.0), STEPS, start=torch.zeros_like(middle))
-
-
-def statistics(means: Tensor, squares: Tensor, robust: str) -> tuple[Tensor, Tensor]:
-    """Mean and variance `[C]` of each channel over images, from those of each image; autograd can follow.
-
-    Args:
-        means, squares: Mean, and mean square, of each channel of each image over its positions, `[N, C]`.
-        robust: "mean" or "l1", see :func:`location`.
-    """
-    mean = location(means, robust)
-    return mean, location(squares - 2 * means * mean + mean.square(), robust)
-
-
-def median_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Median `[C]` over all values of a batch `[B, C, L]`, and their mean squared distance to it (MedBN)."""
-    middle = rows.transpose(0, 1).flatten(1).median(1).values
-    return middle, (rows - middle.view(-1, 1)).square().mean((0, 2))
 
 
 class _Site:
