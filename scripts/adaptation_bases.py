@@ -10,8 +10,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.data import create_transform
-from timm.models import get_model_input_config
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
@@ -75,7 +74,7 @@ def photos(shared: Path) -> Base:
     """timm's `tf_efficientnet_lite0` and the few photos of SHARED, most of which are the only one of their class."""
     model = timm.create_model("tf_efficientnet_lite0")
     model.load_state_dict(load_file(shared / "checkpoints" / "tf_efficientnet_lite0.safetensors"))
-    config = get_model_input_config(model)
+    config = resolve_model_data_config(model)
     transform = create_transform(
         config["input_size"], mean=(0.0,) * 3, std=(1.0,) * 3, interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],

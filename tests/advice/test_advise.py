@@ -260,7 +260,7 @@ def test_images_are_divided_where_no_selection_is_given(model, images):
     both = [*images[0], *images[1]]
     (advice,) = advise(model, both, NOISE, seconds=0.01)
     assert len(advice.nothing.selection.threat) == len(advice.nothing.report.threat) == 120
-    assert advice.untried["adaptation"] == "there was no time"
+    assert re.fullmatch(r"there was no time: to measure the model as it is took \d+ s", advice.untried["adaptation"])
     assert "leave the model as it is" in advice.sentence
 
 

@@ -102,7 +102,8 @@ class Inquiry:
         trial = self._measured(strategy, candidate, until) if row is None else Trial.from_dict(row["trial"])
         if trial is None:
             if strategy not in {each.strategy for each in self.trials}:
-                self.untried[strategy] = "there was no time"
+                seconds = self.trials[0].seconds
+                self.untried[strategy] = f"there was no time: to measure the model as it is took {seconds:.0f} s"
             return None
         self.trials.append(trial)
         self.candidates.append(candidate)

@@ -41,7 +41,7 @@ def add_advise(commands: Any) -> None:
         "some images and judge on others, and say in a table and one sentence what helps against each threat, how sure "
         "that is and what it costs. What helps is written as a variant. Without --eps and --kinds, the threats are the "
         "images as they are and an attack of Linf 8/255.",
-        "timm-nrpm advise --model resnet8_digits --kinds white_noise --samples 240 --train 0 --seconds 20",
+        "timm-nrpm advise --model resnet8_digits --kinds white_noise --samples 240 --train 0 --seconds 5",
     )
     options.add_plain_model(parser)
     data = options.add_images(parser, 100, "test", 1000)

@@ -295,7 +295,9 @@ def adapt_(
         prior: Number of images that the stored statistics are worth; 0 forgets them.
         robust: How the statistics of several images are taken: their "mean"; "l1", the package's own robust estimate
             over images; or the "median" over all values of a batch (MedBN, arXiv 2403.19326). The latter two give
-            single images less weight; how well that withstands an attacker who owns some of them is not measured yet.
+            single images less weight. Where an adaptive attacker owns 20 of 200 images of the narrow ResNet-18 under
+            noise, the others keep 2.6 points more by "l1" than by "mean" (95 % interval 1.1 to 4.1), and 3.3 by
+            "median" (1.9 to 4.6); without an attacker neither costs accuracy there (results/robust-adaptation.md).
         mean, std: The model's normalisation, one number per channel; by default timm's for this model, and none for a
             model that is not timm's.
         progress: Whether to show a progress bar.
