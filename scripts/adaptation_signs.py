@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,10 @@ def _gains(gain: float) -> bool:
     return gain >= GAINS
 
 
+def _shown(number: float) -> str:
+    return "" if math.isnan(number) else f"{number:.2f}"
+
+
 def markdown(tables: dict[str, list[Row]]) -> str:
     counts = {
         base: f"{sum(_loses(row['gain']) for row in rows)} lose, {sum(_gains(row['gain']) for row in rows)} gain"
@@ -120,7 +125,7 @@ def markdown(tables: dict[str, list[Row]]) -> str:
         lines.insert(-2, f"Confidence lost above {DOUBT:g}, {base}: {flagged[0]} that lose, {flagged[1]} that gain.")
         lines.insert(-2, "")
     lines += [
-        f"| {words} | " + " | ".join(f"{told(rows, sign):.2f}" for rows in tables.values()) + " |"
+        f"| {words} | " + " | ".join(_shown(told(rows, sign)) for rows in tables.values()) + " |"
         for sign, words in SIGNS.items()
     ]
     for base, rows in tables.items():

@@ -43,8 +43,8 @@ LEAST = 256
 """Number of images that the stored statistics are worth at least, by `prior="auto"`."""
 
 DOUBT = 0.05
-"""Loss of mean confidence by which adaptation is doubted: of 33 cases on the narrow ResNet-18 that lost 5 points of
-accuracy or more, 20 lost more confidence than that, and none of 50 that gained 2 or more
+"""Loss of mean confidence by which adaptation is doubted. It was chosen where 20 of 33 cases that lost 5 points of
+accuracy or more lost more confidence, and none of 50 that gained; elsewhere 7 of 21 did, and 6 of 60
 (results/adaptation-signs.md)."""
 
 BATCH = 256  # images that are run at once where they come as one tensor
@@ -235,8 +235,8 @@ class Adaptation:
             if (lost := before - self._confidence(first)) > DOUBT:
                 warnings.warn(
                     f"After adaptation the mean confidence of the first {len(first)} images is {100 * lost:.0f} points "
-                    "lower, which is a sign of harm: images of one class, say, have other statistics without a shift. "
-                    "Compare accuracies on images with labels, or do without adaptation.",
+                    "lower, a sign of harm that is right in half of the cases: images of one class, say, have other "
+                    "statistics without a shift. Compare accuracies on images with labels.",
                     AdaptationDoubt,
                     stacklevel=3,
                 )
@@ -310,7 +310,7 @@ def adapt_(
             allowed, or there are no images in [0, 1]. The model is as it was.
 
     Warns:
-        AdaptationDoubt: The mean confidence falls by more than `DOUBT`, which helpful adaptation rarely does.
+        AdaptationDoubt: The mean confidence falls by more than `DOUBT`, as harmful adaptation does more often.
 
     Example:
         >>> model = adapt_(model, torch.rand(64, 3, 224, 224))
