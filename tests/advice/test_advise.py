@@ -63,7 +63,10 @@ def few():
 def found(few, model, images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("advice")
     state = copy.deepcopy(model.state_dict())
+    model.train()
     result = advise(model, images[0], NOISE, selection=images[1], folder=folder, seconds=1000)
+    assert all(each.training for each in model.modules())
+    model.eval()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     return result[0], folder
 

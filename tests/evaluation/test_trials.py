@@ -91,6 +91,8 @@ def test_what_its_control_does_as_well_is_not_advised():
     assert found.advised is plain  # two images more of 120 are chance
     assert found.helps
     assert "tuning (tuning as set)" in found.sentence
+    alone = advice(trial("tuning", rejected="loses 3.0 points clean"), ours)
+    assert alone.advised is ours  # a control that is not allowed controls nothing
     better = advice(plain, trial("tuned too", 82, 100, control="tuning as set"))
     assert better.advised.strategy == "tuned too"
 

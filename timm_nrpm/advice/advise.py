@@ -22,7 +22,7 @@ from timm_nrpm.evaluation.shifts import Shift
 from timm_nrpm.evaluation.trials import Advice, Bounds
 from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.reprogramming import plain_copy, reprogram_
-from timm_nrpm.nn.wrappers import copied, subject_of
+from timm_nrpm.nn.wrappers import Subject, copied, subject_of
 
 DEFAULT_THREATS: tuple[Danger, ...] = (Shift(), Threat())
 
@@ -60,8 +60,8 @@ def advise(
             are held in memory.
         threats: What the model is to withstand: a :class:`timm_nrpm.Threat`, a :class:`timm_nrpm.shifts.Shift`, or
             several. The default is the images as they are, and Linf 8/255.
-        selection: Other images of the same kind, on which candidates are chosen. By default every second image of
-            `loader`, in a random order, is taken for that.
+        selection: Other images of the same kind, on which candidates are chosen. By default half of the images of
+            `loader`, drawn at random, serve for that.
         training: A DataLoader of training images and labels for calibration and tuning. Without it the images of the
             selection calibrate, and nothing is tuned.
         clean_loss: Largest loss of clean accuracy, in points.
@@ -72,8 +72,7 @@ def advise(
         seed: Seed of everything random.
         folder: Folder of the results, with a folder for each threat: `advice.json`; `trials.jsonl`, from which the same
             call goes on after an interruption; and, if something helps, `variant`, with its report, which can be pushed
-            as it is; trained weights of a model that is not timm's are `weights.safetensors`. None
-            writes nothing.
+            as it is; trained weights of a model that is not timm's are `weights.safetensors`. None writes nothing.
         mean, std: The model's normalisation, as for :func:`timm_nrpm.evaluate`.
         progress: Whether to show a progress bar.
 
@@ -101,11 +100,11 @@ def advise(
     if not dangers or not all(isinstance(danger, (Threat, Shift)) for danger in dangers):
         raise ValueError(f"threats={threats!r}: give a Threat, a Shift, or several of them.")
     subject = subject_of(model, mean, std)
-    net = subject.on_pixels()
     plain = reprogram_(copied(plain_copy(subject.model)), NRPMConfig(lam=1.0))
+    net = Subject(plain, subject.mean, subject.std).on_pixels().eval()
     parts = _divided(loader, selection, seed)
     with torch.no_grad():
-        classes = net.eval()(parts[0].pixels[:1].to(net.mean.device)).shape[1]
+        classes = net(parts[0].pixels[:1].to(net.mean.device)).shape[1]
     for part in parts:
         check_labels(part.labels, classes)
     _check_enough(parts[1], bounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from dataclasses import asdict, replace
 
@@ -206,10 +207,11 @@ class Inquiry:
     def _save(self, advice: Advice) -> None:
         """Write what is advised as a variant, with the report behind it; or the weights of a model that timm cannot
         build."""
+        folder = self.study.folder / "variant"
         if not advice.helps:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, that had less time
             return
-        number = self.trials.index(advice.advised)
-        candidate, folder = self.candidates[number], self.study.folder / "variant"
+        candidate = self.candidates[self.trials.index(advice.advised)]
         model = candidate.make()
         if candidate.is_trained and not is_timm(model):
             write_tensors(plain_copy(model).state_dict(), self.study.folder / "weights.safetensors")

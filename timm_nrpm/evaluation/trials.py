@@ -194,13 +194,14 @@ class Advice:
         if not chosen.control:
             return chosen
         control = self.control(chosen)
-        if chosen.report is None or control.report is None:
+        if control is self.nothing or chosen.report is None or control.report is None:
             return chosen
         return chosen if Effect.of(chosen.report.threat, control.report.threat).is_gain else control
 
     def control(self, trial: Trial) -> Trial:
-        """The trial that costs as much and has no estimate, or the model as it is."""
-        return next((each for each in self.trials if each.setting == trial.control), self.nothing)
+        """The trial that costs as much and has no estimate; the model as it is, if none was allowed."""
+        controls = [each for each in self.trials if each.setting == trial.control and each.selection is not None]
+        return controls[0] if controls else self.nothing
 
     def effect(self, trial: Trial, part: str = "report") -> Effect | None:
         """The effect of a trial over the model as it is; None if it was not measured on those images."""
