@@ -198,7 +198,7 @@ def test_attacked_like_evaluate_does(fragile, images, tmp_path, monkeypatch):
 def test_the_digits_in_ten_minutes_end_to_end(tmp_path, monkeypatch, capsys):
     """The command of the README: its variant loads, evaluates to the same numbers, and can be pushed."""
     monkeypatch.chdir(tmp_path)
-    assert main(["advise", "--eps", "0.15", "--samples", "360", "--seconds", "240", "--json"]) == 0
+    assert main(["advise", "--eps", "0.15", "--samples", "360", "--seconds", "600", "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)["advice"]
     advice = Advice.from_json(json.dumps(told))
     assert advice.helps

@@ -306,7 +306,7 @@ def check(script, rows, text):
 
 
 def test_the_command_writes_a_table_that_is_its_json(script, tiny, monkeypatch, tmp_path):
-    run(script, monkeypatch, tmp_path, "--only", "digits-1", "--seconds", "2")
+    run(script, monkeypatch, tmp_path, "--only", "digits-1", "--seconds", "8")
     rows, text = json.loads((tmp_path / "second-attack.json").read_text()), (tmp_path / "second-attack.md").read_text()
     check(script, rows, text)
     (row,) = rows.values()

@@ -84,8 +84,8 @@ def advise(
             images have no labels, a setting is outside its range, or `folder` holds another run.
 
     Example:
-        >>> for advice in timm_nrpm.advise(model, loader, Threat("Linf", 0.1), training=training_loader, seconds=1):
-        ...     print(advice.sentence)
+        >>> found = timm_nrpm.advise(model, loader, Threat("Linf", 0.1), training=training_loader, effect=50, seconds=1)
+        >>> print(found[0].sentence)
         Against Linf 0.1, ...
     """
     bounds = Bounds(

@@ -89,7 +89,7 @@ def search_lambda(
     Example:
         >>> front = search_lambda(model, loader, Threat("Linf", 0.2), calibration=training_loader, budget=8)
         >>> front.best.quick, front.plain.quick, len(front.trials)
-        (0.1, 0.1, 8)
+        (0.2, 0.1, 8)
         >>> timm_nrpm.plot(front, "front.png")
         PosixPath('front.png')
     """

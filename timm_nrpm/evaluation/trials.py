@@ -145,7 +145,7 @@ class Advice:
         seed: Seed of everything random.
 
     Example:
-        >>> advice = advise(model, loader, Corruption("salt_and_pepper", 5))[0]
+        >>> advice = advise(model, loader, Shift("salt_and_pepper"), effect=50, seconds=1)[0]
         >>> advice.trials[0].strategy, advice.chosen.strategy, advice.helps
         ('nothing', ..., ...)
         >>> Advice.from_json(advice.to_json()) == advice

@@ -23,7 +23,7 @@ def draw_advice(advice: Advice, path: str | Path) -> Path:
         ImportError: Matplotlib is not installed.
 
     Example:
-        >>> draw_advice(advise(model, loader, Shift("salt_and_pepper"))[0], "advice.png")
+        >>> draw_advice(advise(model, loader, Shift("white_noise"), effect=50, seconds=1)[0], "advice.png")
         PosixPath('advice.png')
     """
     target = canvas.target(path)
