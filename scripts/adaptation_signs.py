@@ -1,6 +1,6 @@
 """Look for a sign, without labels, that adaptation harms: what it changes in the predictions and in the statistics.
 
-    python scripts/adaptation_signs.py --shared SHARED    # ten minutes on two cores
+    python scripts/adaptation_signs.py --shared SHARED    # twenty minutes on two cores
 
 Each base is adapted to 200 images, of all classes, of two or of one, clean or corrupted at severity 5. A sign is a
 number that can be computed without labels; it is worth something if it orders the cases that gain and those that lose,
@@ -57,7 +57,7 @@ def row_of(base: Base, what: str, images: Images) -> Row:
     model = copy.deepcopy(base.model)
     stream = Adaptation(model)
     stream(pixels)
-    shifts = [site.shift() for site in stream._sites.values()]
+    shifts = list(stream.shifts.values())
     before, after = (probabilities(each, pixels) for each in (base.model, model))
     right = [each.argmax(1).eq(labels).double().mean() for each in (before, after)]
     first = sum(shifts[: len(shifts) // 3]) / (len(shifts) // 3)

@@ -1,6 +1,6 @@
 """Attack adaptation: an adversary owns some of the images whose statistics a model takes, and wants the others wrong.
 
-    python scripts/robust_adaptation.py --shared SHARED --resume    # an hour on two cores; goes on where it stopped
+    python scripts/robust_adaptation.py --shared SHARED --resume    # five minutes a draw; goes on where it stopped
 
 The setting of MedBN (arXiv 2403.19326): the narrow ResNet-18 takes its BatchNorm statistics from 200 images under
 Gaussian noise of severity 3, of which the adversary has chosen 10, 20 or 40. They may be any images in [0, 1]. It knows

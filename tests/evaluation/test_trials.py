@@ -67,7 +67,7 @@ def test_the_best_on_the_selection_is_advised_if_the_report_tells_its_gain():
 @pytest.mark.parametrize(
     ("trials", "words"),
     [
-        ([], "leave the model as it is: nothing that was tried gains"),
+        ([], "nothing can be advised: nothing was tried"),
         ([trial("a", 40, 80)], "leave the model as it is: nothing that was tried gains"),  # no gain on the selection
         ([trial("a", 60, 44)], "leave the model as it is: the best, a .a as set., has .3.3 .* cannot be told from"),
         ([trial("a", 60, 30)], "leave the model as it is: the best, a .* has -8.3 "),

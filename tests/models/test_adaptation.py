@@ -310,3 +310,12 @@ def test_a_sign_of_harm_is_told(noisy):
         with pytest.raises(AdaptationDoubt):  # where warnings are errors, the model stays as it was
             adapt_(stored, one, prior=0)
     assert all(torch.equal(a, b) for a, b in zip(stored.buffers(), digits_model().buffers(), strict=True))
+
+
+def test_what_gives_no_logits_is_adapted_without_that_sign():
+    model = timm.create_model("resnet18", features_only=True).eval()
+    before = model.bn1.running_mean.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AdaptationDoubt)
+        adapt_(model, torch.rand(4, 3, 32, 32), prior=0, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert not torch.equal(model.bn1.running_mean, before)

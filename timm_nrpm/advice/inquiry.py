@@ -57,7 +57,7 @@ class Inquiry:
         self.trials: list[Trial] = []
         self.candidates: list[Candidate] = []
         self.untried: dict[str, str] = {}
-        self.task = bar.add_task(f"{study.danger}: {NOTHING}", total=study.bounds.time)
+        self.task = bar.add_task(f"{study.danger}: {NOTHING}", total=study.bounds.seconds)
 
     @property
     def spent(self) -> float:
@@ -71,10 +71,10 @@ class Inquiry:
             if why := strategy.obstacle(self.study):
                 self.untried[strategy.name] = why
                 continue
-            left = self.study.bounds.time - self.spent - self._reserve()
+            left = self.study.bounds.seconds - self.spent - self._reserve()
             self._try(strategy, left * SHARE)
         advice = self._judged()
-        self.bar.update(self.task, completed=self.study.bounds.time, description=f"{self.study.danger}")
+        self.bar.update(self.task, completed=self.study.bounds.seconds, description=f"{self.study.danger}")
         self._save(advice)
         return advice
 
@@ -104,7 +104,10 @@ class Inquiry:
         if trial is None:
             if strategy not in {each.strategy for each in self.trials}:
                 seconds = self.trials[0].seconds
-                self.untried[strategy] = f"there was no time: to measure the model as it is took {seconds:.0f} s"
+                self.untried[strategy] = (
+                    f"there was no time: to measure the model as it is took {seconds:.0f} of "
+                    f"{self.study.bounds.seconds:g} seconds. Give more of them, or fewer images"
+                )
             return None
         self.trials.append(trial)
         self.candidates.append(candidate)
@@ -171,7 +174,7 @@ class Inquiry:
         first = [advice.nothing, advice.chosen, advice.control(advice.chosen)]
         for trial in [*first, *(trial for trial in ordered if trial not in first)]:
             number = next(place for place, each in enumerate(self.trials) if each.setting == trial.setting)
-            if self.trials[number].report is None and (trial in first or self.spent < self.study.bounds.time):
+            if self.trials[number].report is None and (trial in first or self.spent < self.study.bounds.seconds):
                 self._report(number)
         return self._advice()
 

@@ -26,8 +26,8 @@ ESTIMATES = {
     "Huber": NRPMConfig(penalty="huber"),
     "MCP": NRPMConfig(penalty="mcp"),
 }
-"""Settings of the estimate that are tried at the best lambda. Its eps is in units of one product: the larger, the
-smoother the estimate, and the nearer to the mean."""
+"""Settings of the estimate that are tried at a mild and at a low lambda. Its eps is in units of one product: the
+larger, the smoother the estimate, and the nearer to the mean."""
 
 LAYERS = (None, "first:1", "first:3")
 """Layers that one lambda is tried on: all, and a few, which cost less time."""

@@ -18,22 +18,19 @@ from torch.utils.data import DataLoader
 
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.config import NRPMConfig
-from timm_nrpm.data.images import check_batch, check_labels, pixels_of
-from timm_nrpm.evaluation.evaluate import evaluate
+from timm_nrpm.data.images import check_batch, check_labels
+from timm_nrpm.evaluation.corruptions import right_on
+from timm_nrpm.evaluation.evaluate import evaluate, first_images
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.evaluation.shifts import Shift
 from timm_nrpm.evaluation.trials import Bounds, Kept
 from timm_nrpm.models.calibration import calibrate_
-from timm_nrpm.models.modes import evaluating
 from timm_nrpm.models.reprogramming import reprogram_, reprogrammed_layers
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.nn.wrappers import copied, subject_of
 
 Danger: TypeAlias = Threat | Shift
 """What a model is to withstand: an attacker, or a shift of its images."""
-
-CALIBRATION = 1000
-"""Largest number of training images that candidates are calibrated on."""
 
 TIMED = 32
 """Largest number of images in a batch whose latency is measured."""
@@ -45,6 +42,11 @@ TURNS = 3
 def file_name(words: str) -> str:
     """A name of files, from words."""
     return re.sub(r"[^\w.]+", "-", words).strip("-")
+
+
+def digits_of(right: Iterable[bool]) -> str:
+    """A digit for each image, 1 where a model is right."""
+    return "".join(str(int(each)) for each in right)
 
 
 @dataclass(frozen=True)
@@ -129,22 +131,11 @@ class Study:
         self.parts = {"selection": selection, "report": report}
         self.training, self.folder = training, folder
         self.mean, self.std = mean, std
-        self.calibration = self._calibration()
+        self.calibration = first_images(selection.batches() if training is None else training)
         self.quick_seconds = 0.0  # of the last quick attacks
         self._reports: dict[str, RobustnessReport] = {}
         self._shifted: dict[str, Tensor] = {}
         self._last: tuple[NRPMConfig, nn.Module] | None = None  # of the last model that was calibrated
-
-    def _calibration(self) -> list[Tensor]:
-        """Batches of pixels that candidates are calibrated on: training images, or else those of the selection."""
-        if self.training is None:
-            return [pixels for pixels, _ in self.parts["selection"].batches()]
-        batches: list[Tensor] = []
-        for pixels in pixels_of(self.training):
-            batches.append(pixels.float()[: CALIBRATION - sum(map(len, batches))])
-            if sum(map(len, batches)) >= CALIBRATION:
-                break
-        return batches
 
     def fresh(self, config: NRPMConfig | None = None) -> nn.Module:
         """A copy of the model, reprogrammed anew and calibrated if a config is given."""
@@ -179,11 +170,11 @@ class Study:
 
     def right(self, model: nn.Module, pixels: Tensor, part: str) -> str:
         """A digit for each image, 1 where the model is right."""
-        net = self.on_pixels(model)
-        with torch.no_grad(), evaluating(net):
-            logits = torch.cat([net(batch.to(net.mean.device)) for batch in pixels.split(self.parts[part].batch_size)])
-        right = (logits.cpu().argmax(1) == self.parts[part].labels) & logits.cpu().isfinite().all(1)
-        return "".join(str(int(each)) for each in right)
+        part_of, net = self.parts[part], self.on_pixels(model)
+        batches = zip(pixels.split(part_of.batch_size), part_of.labels.split(part_of.batch_size), strict=True)
+        with torch.no_grad():
+            right = [each for batch, labels in batches for each in right_on(net, batch, labels)]
+        return digits_of(right)
 
     def kept(self, model: nn.Module, clean: str, part: str, name: str, plain: nn.Module | None = None) -> Kept:
         """The images that a candidate is right on.
@@ -212,7 +203,7 @@ class Study:
         if part == "report":
             self._reports[name] = report
             (self.folder / f"{file_name(name)}.json").write_text(report.to_json() + "\n", encoding="utf-8")
-        return Kept("".join(map(str, map(int, report.correct))), "".join(map(str, map(int, report.survivors))))
+        return Kept(digits_of(report.correct), digits_of(report.survivors))
 
     def most(self, model: nn.Module) -> float | None:
         """Largest share of the selection images that a candidate can keep, by quick attacks; None without attacks."""

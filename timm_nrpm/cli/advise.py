@@ -9,7 +9,7 @@ from typing import Any
 from timm_nrpm.cli import options
 from timm_nrpm.cli.given import Useless
 from timm_nrpm.cli.terminal import Terminal
-from timm_nrpm.config import NORMS
+from timm_nrpm.config import EFFORTS, NORMS
 
 NAMES = {
     **options.NAMES,
@@ -67,7 +67,7 @@ def add_advise(commands: Any) -> None:
     seconds = "time for each threat (default: 600)"
     bounds.add_argument("--seconds", type=options.number, default=600.0, metavar="N", help=seconds)
     effort = "how long attacks try (default: fast)"
-    bounds.add_argument("--effort", default="fast", choices=("fast", "default"), help=effort)
+    bounds.add_argument("--effort", default="fast", choices=EFFORTS, help=effort)
     seed = "seed of everything random (default: 0)"
     bounds.add_argument("--seed", type=int, default=0, metavar="N", help=seed)
     options.add_output(parser, "folder of the advice and the variants", "advised")

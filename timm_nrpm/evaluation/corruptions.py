@@ -175,12 +175,12 @@ def evaluate_corruptions(
             labels = check_labels(labels, count=len(pixels))
             first = len(clean[0])
             for net, right in zip(nets, clean, strict=True):
-                right += _right(net, pixels, labels)
+                right += right_on(net, pixels, labels)
             for kind in kinds:
                 for severity in severities:
                     worse = corrupt(pixels, kind, severity, seed=seed, first=first)
                     for net, by_kind in zip(nets, corrupted, strict=True):
-                        by_kind[kind][severity] += _right(net, worse, labels)
+                        by_kind[kind][severity] += right_on(net, worse, labels)
                     bar.advance(task)
     if not clean[0]:
         raise ValueError("The loader gave no images: there is nothing to evaluate.")
@@ -191,7 +191,7 @@ def evaluate_corruptions(
     return CorruptionReport(answers[0], answers[1] if len(nets) > 1 else None, seed, _versions(kinds))
 
 
-def _right(net: PixelModel, pixels: Tensor, labels: Tensor) -> list[bool]:
+def right_on(net: PixelModel, pixels: Tensor, labels: Tensor) -> list[bool]:
     """Return whether the model is right on each image; where a logit is not finite, it is not."""
     # Logits have the dtype of the pixels, and in half precision there are ties.
     logits = net(pixels.to(net.mean.device, torch.promote_types(pixels.dtype, torch.float32)))

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 CALIBRATED = 1000
-"""Number of images that surrogates are calibrated on."""
+"""Largest number of images that surrogates, and candidates of advice, are calibrated on."""
 
 
 def evaluate(
@@ -190,7 +190,7 @@ def _judges(
 ) -> list[Judge | KeptJudge]:
     """Return the judge of a model, and that of the plain model it is compared with, if there is one."""
     ours = bool(reprogrammed_layers(net.model))
-    calibration = _first_images(loader) if ours and (protocol.suite == "adaptive" or plain == TRAINED) else []
+    calibration = first_images(loader) if ours and (protocol.suite == "adaptive" or plain == TRAINED) else []
     sources = sources_of(net.model, calibration, base=base, **net.normalisation())
     own = Judge(sources, protocol)
     if not plain:
@@ -254,8 +254,9 @@ def _effort(suite: str, effort: str, steps: int | None, queries: int | None) -> 
     return settings
 
 
-def _first_images(loader: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Return batches of pixels to calibrate surrogates on: an attacker has the images, and this needs no labels."""
+def first_images(loader: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Return batches of pixels to calibrate on, of `CALIBRATED` images at most, which needs no labels: an attacker has
+    the images as well."""
     batches: list[Tensor] = []
     for images in pixels_of(loader):
         pixels = images.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ class ParetoFront:
     def best(self) -> Candidate:
         """Setting with the largest share right under quick attacks within the bound. Of equal ones it is that with the
         highest clean accuracy, and the plain model where no other setting is within the bound."""
-        return best_of(self.trials, self.bound)
+        return best_of(self.trials, self.plain, self.bound)
 
     def lost(self, candidate: Candidate) -> float:
         """Clean accuracy that a setting loses against the plain model, in points."""
@@ -121,8 +121,12 @@ def lost(candidate: Candidate, plain: Candidate) -> float:
     return 100 * (plain.clean_accuracy - candidate.clean_accuracy)
 
 
-def best_of(trials: Sequence[Candidate], bound: float) -> Candidate:
+def best_of(trials: Iterable[Candidate], plain: Candidate, bound: float) -> Candidate:
     """Return the setting with the largest share right under quick attacks of those that lose at most `bound` points of
-    the clean accuracy of the first, the plain model."""
-    within = [c for c in trials if lost(c, trials[0]) <= bound + ROUNDING]
-    return max(within, key=lambda c: (c.quick, c.clean_accuracy))
+    clean accuracy, or the setting with the highest clean accuracy if there are none."""
+
+    def worth(candidate: Candidate) -> tuple[bool, float, float]:
+        within = lost(candidate, plain) <= bound + ROUNDING
+        return within, candidate.quick if within else 0.0, candidate.clean_accuracy
+
+    return max(trials, key=worth)

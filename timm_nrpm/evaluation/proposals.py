@@ -59,7 +59,7 @@ def _next_global(trials: list[Candidate], name: str, points: int, bound: float) 
         value = round(1 - i / max(points, 2), 2)  # a single point lies at 0.5
         if value not in tried:
             return value
-    best = best_of(trials, bound)
+    best = best_of(trials, trials[0], bound)
     values = sorted(tried)
     gaps = [(round(high - low, 2), low, high) for low, high in pairwise(values)]
     gaps = [gap for gap in gaps if gap[0] > STEP]
@@ -74,9 +74,7 @@ def _layerwise(sampler: _Sampler, names: list[str], trials: list[Candidate]) -> 
     """Yield settings with a lambda for each layer."""
     for candidate in trials:
         sampler.tell(candidate)
-    globals_ = [c for c in trials if c.kind == "global"]
-    within = [c for c in globals_ if lost(c, trials[0]) <= sampler.bound]
-    start = max(within or globals_, key=lambda c: (c.quick, c.clean_accuracy) if within else (c.clean_accuracy,)).lams
+    start = best_of([c for c in trials if c.kind == "global"], trials[0], sampler.bound).lams
     half = (len(names) + 1) // 2
     for part in (names[:half], names[half:]):
         yield {name: start[name] if name in part else 1.0 for name in names}

@@ -23,6 +23,13 @@ NAMES = {REPROGRAMMED: "the plain model", GIVEN: "the model it was made from", T
 """Names of these plain models in a verdict."""
 
 
+def mcnemar(more: int, fewer: int) -> float:
+    """P-value of McNemar's exact test; `more` images only one model is right on, and `fewer` only the other."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(more, more + fewer, 0.5).pvalue) if more + fewer else 1.0
+
+
 @dataclass(frozen=True)
 class AttackResult:
     """Result of one attack.
@@ -169,11 +176,7 @@ class RobustnessReport:
     def p_value(self) -> float | None:
         """P-value of McNemar's exact test: the probability that the images which survive in only one of the two models
         are divided as unevenly or more, if both models are equally robust. None without a control."""
-        from scipy.stats import binomtest
-
-        if self.apart is None:
-            return None
-        return float(binomtest(self.apart[0], sum(self.apart), 0.5).pvalue) if sum(self.apart) else 1.0
+        return None if self.apart is None else mcnemar(*self.apart)
 
     @property
     def verdict(self) -> str:

@@ -124,7 +124,7 @@ def search_lambda(
                 found = Candidate(kind, lams, report.clean, report.worst_case, report.flags)
                 journal.add(len(trials), asdict(found))
             trials.append(Candidate.from_dict(journal.rows[len(trials)]))
-            best = best_of(trials, bound)
+            best = best_of(trials, trials[0], bound)
             accuracies = f"quick attacks {100 * best.quick:.1f} %, plain {100 * trials[0].quick:.1f} %"
             bar.update(task, advance=1, description=f"Searching lambda: {accuracies}")
             if len(trials) == budget:

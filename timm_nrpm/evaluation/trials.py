@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from timm_nrpm.evaluation.report import SIGNIFICANT
+from timm_nrpm.evaluation.report import SIGNIFICANT, mcnemar
 
 NOTHING = "nothing"
 """Name of the strategy that leaves the model as it is, the first trial of all."""
@@ -55,15 +55,12 @@ class Effect:
     @classmethod
     def of(cls, ours: str, theirs: str) -> Effect:
         """The effect of a model over another, from the images that each is right on, as in :class:`Kept`."""
-        from scipy.stats import binomtest
-
         pairs = list(zip(ours, theirs, strict=True))
         more, fewer = (sum(pair == each for pair in pairs) for each in (("1", "0"), ("0", "1")))
         n, apart = len(pairs) + 2, more + fewer + 1
         middle = 100 * (more - fewer) / n
         half = 196 * math.sqrt(max(apart - (more - fewer) ** 2 / n, 0)) / n
-        p_value = float(binomtest(more, more + fewer, 0.5).pvalue) if more + fewer else 1.0
-        return cls(100 * (more - fewer) / len(pairs), middle - half, middle + half, p_value)
+        return cls(100 * (more - fewer) / len(pairs), middle - half, middle + half, mcnemar(more, fewer))
 
     @property
     def is_gain(self) -> bool:
@@ -113,13 +110,13 @@ class Bounds:
         clean_loss: Largest loss of clean accuracy, in points.
         slowdown: Largest latency, in times that of the model as it is.
         effect: Smallest effect that has to be told from chance, in points.
-        time: Time that may be spent on trials, in seconds.
+        seconds: Time that may be spent on trials.
     """
 
     clean_loss: float = 2.0
     slowdown: float = 10.0
     effect: float = 5.0
-    time: float = 600.0
+    seconds: float = 600.0
 
     @property
     def images(self) -> int:
@@ -220,6 +217,8 @@ class Advice:
     def sentence(self) -> str:
         """The advice, in one sentence."""
         chosen, effect = self.advised, self.effect(self.advised)
+        if len(self.trials) == 1:
+            return f"Against {self.threat}, nothing can be advised: nothing was tried, and the table says why."
         if chosen is self.nothing:
             return f"Against {self.threat}, leave the model as it is: nothing that was tried gains on the selection."
         where = f"{chosen.strategy} ({chosen.setting})"

@@ -2,7 +2,8 @@
 
 Where images are not like those of the training, under noise, weather or another camera, the stored statistics are those
 of other images, and much of the accuracy is lost there (covariate-shift adaptation: Schneider et al., arXiv 2006.16971,
-and Nado et al., arXiv 2006.10963). It takes as long as running the images once, and the model stays as fast as it was.
+and Nado et al., arXiv 2006.10963). It takes as long as running the images once, and some of them twice more, and the
+model stays as fast as it was.
 
 It harms where the images at hand are few or one-sided: of one class, say, whose statistics are not those of a shift but
 of the class. So each layer's statistics move only as far as they differ by more than images of one kind do by chance.
@@ -99,7 +100,7 @@ class _Site:
         return ((mean - stored_mean).square() / scale + growth.square()).sum()
 
     def shift(self) -> float:
-        """The squared distance of a channel's statistics to the stored ones that chance does not make, on average."""
+        """See :attr:`Adaptation.shifts`."""
         mean, var, noise = self._statistics()
         return float((self._distance(mean, var) - noise).clamp_min(0)) / len(mean)
 
@@ -184,6 +185,12 @@ class Adaptation:
         """The weight of the images in the statistics of each BatchNorm, from 0 (none of it moved) to 1."""
         return {name: site.weight for name, site in self._sites.items()}
 
+    @property
+    def shifts(self) -> dict[str, float]:
+        """The squared distance of each BatchNorm's statistics to the stored ones, on average over its channels, without
+        what chance makes of it; 0 for none."""
+        return {name: site.shift() for name, site in self._sites.items()}
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -228,7 +235,7 @@ class Adaptation:
         try:
             for pixels in track(pixels_of(loader), "Adapting", total=total, disable=not progress, console=CONSOLE):
                 if first is None:
-                    first, before = pixels, self._confidence(pixels)
+                    first, before = pixels[:BATCH], self._confidence(pixels[:BATCH])
                 self._follow(pixels)
             if first is None:
                 raise ValueError("The loader gave no images: adaptation needs at least one batch.")
@@ -245,9 +252,11 @@ class Adaptation:
             raise
 
     def _confidence(self, pixels: Tensor) -> float:
-        """Mean of the largest probabilities of images, with the statistics as they are."""
+        """Mean of the largest probabilities of images, with the statistics as they are; 0 for no classifier."""
         with evaluating(self.model):
             logits = self.net.model(self.net.normalise(pixels.to(self.net.mean.device)))
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            return 0.0
         return float(logits.double().softmax(1).max(1).values.mean())
 
     def restore(self) -> None:
