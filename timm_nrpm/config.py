@@ -24,6 +24,9 @@ LayerSelection: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bo
 
 
 NORMS = ("Linf", "L2", "L1", "L0")
+TUNED_NORMS = NORMS[:3]
+"""Norms of the attacks that models are tuned under."""
+
 SUITES = ("quick", "paper", "standard", "autoattack", "adaptive")
 EFFORTS = ("fast", "default", "exhaustive")
 OBJECTIVES = ("clean", "fgsm", "clean+fgsm", "pgd", "trades", "mart", "sat", "awp")
@@ -168,7 +171,9 @@ class TuneConfig:
             whose weight and bias are frozen keeps its statistics, and a frozen block has no dropout.
         objective: Training loss, see :mod:`timm_nrpm.tuning.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
             sum of the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"` or `"awp"`.
-        eps: Largest change of a pixel in the inner attack (Linf), in pixel units of [0, 1]; 0 attacks nothing.
+        norm: Norm of the change in the inner attack, `"Linf"`, `"L2"` or `"L1"`, see :class:`timm_nrpm.Threat`. A change
+            of n pixels (L0) lies within an L1 bound of n times the channels.
+        eps: Bound of that norm, in pixel units of [0, 1]: under Linf the largest change of a pixel; 0 attacks nothing.
         steps: Number of steps of the inner attack; FGSM always takes one.
         step_size: Step size of the inner attack, in pixel units. The default is `eps / 4` (the paper's 2/255 at 8/255),
             or `eps` for an attack of one step.
@@ -204,8 +209,7 @@ class TuneConfig:
         checkpoint_every: Number of steps between checkpoints.
         keep: Number of most recent checkpoints to keep.
         evaluate_steps: Number of steps of PGD on the validation images, before the first and after every epoch.
-        evaluate_eps: Largest change of a pixel of the validation images, in pixel units; by default `eps`, or 8/255 if
-            that is 0.
+        evaluate_eps: Bound of the same norm for the validation images; by default `eps`, or 8/255 if that is 0.
         log_every: Number of steps between two rows of the history.
         trackers: Names of trackers that accelerate knows, such as `("tensorboard",)`.
         push_to: Repository on the Hub, `owner/name`, to which the main process sends the variant with every checkpoint,
@@ -224,6 +228,7 @@ class TuneConfig:
     paradigm: str = "lambda"
     trainable: tuple[str, ...] | None = None
     objective: str = "pgd"
+    norm: str = "Linf"
     eps: float = 8 / 255
     steps: int = 7
     step_size: float | None = None
@@ -262,6 +267,7 @@ class TuneConfig:
                 given = (given,) if isinstance(given, str) else tuple(given)
                 object.__setattr__(self, name, given)
         choices = {"paradigm": PARADIGMS, "objective": OBJECTIVES, "gradient": GRADIENTS, "precision": PRECISIONS}
+        choices |= {"norm": TUNED_NORMS}
         choices |= {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
@@ -280,7 +286,8 @@ class TuneConfig:
         least |= dict.fromkeys(("warmup_epochs", "seed", "target_start", "calibrate"), 0)
         for name, low in least.items():
             object.__setattr__(self, name, check_integer(name, getattr(self, name), least=low))
-        at_most = {"eps": 1.0, "step_size": 1.0, "evaluate_eps": 1.0, "target_momentum": 1.0}
+        bound = 1.0 if self.norm == "Linf" else math.inf
+        at_most = {"eps": bound, "step_size": bound, "evaluate_eps": bound, "target_momentum": 1.0}
         at_most |= dict.fromkeys(("beta", "weight_perturbation", "lr", "lam_lr", "weight_decay"), math.inf)
         for name, high in at_most.items():
             value = getattr(self, name)
@@ -297,14 +304,14 @@ class TuneConfig:
 
     @property
     def attack_step_size(self) -> float:
-        """Step size that the inner attack takes, in pixel units."""
+        """Length of a step of the inner attack in its norm, in pixel units."""
         if self.step_size is not None:
             return self.step_size
         return self.eps if self.attack_steps == 1 else self.eps / 4
 
     @property
     def validation_eps(self) -> float:
-        """Largest change of a pixel in attacks on the validation images, in pixel units."""
+        """Bound of the change in attacks on the validation images, in pixel units."""
         return (self.eps or 8 / 255) if self.evaluate_eps is None else self.evaluate_eps
 
     def to_json(self) -> str:

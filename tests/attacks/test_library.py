@@ -9,6 +9,7 @@ from timm_nrpm.models.reprogramming import reprogrammed_layers
 from timm_nrpm.nn.pixel_model import PixelModel
 
 EPS = 0.1
+LINF = Threat("Linf", EPS)
 
 
 @pytest.fixture
@@ -45,18 +46,39 @@ def ascend(net, pixels, labels, start, steps, step_size, clean=None):
 @pytest.mark.parametrize(("steps", "step_size"), [(1, EPS), (4, EPS / 3)])
 def test_perturb_is_projected_gradient_ascent(model, batch, steps, step_size, divergence):
     start = 0.03 * torch.randn_like(batch[0])
-    got = perturb(model, *batch, start, eps=EPS, steps=steps, step_size=step_size, divergence=divergence)
+    got = perturb(model, *batch, start, LINF, steps=steps, step_size=step_size, divergence=divergence)
     clean = F.log_softmax(model.eval()(batch[0]), 1).detach() if divergence else None  # it saw evaluation mode too
     want = ascend(model.eval(), *batch, start, steps, step_size, clean)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 
+def test_perturb_takes_steps_of_the_norm_and_stays_within_it(model, batch):
+    """By hand under L2, two normalised steps; under L1 what the bound and the loss have to do."""
+    pixels, labels = batch
+    start, threat = torch.zeros_like(pixels), Threat("L2", 0.5)
+    got = perturb(model, pixels, labels, start, threat, steps=2, step_size=0.3)
+    x = pixels
+    for _ in range(2):
+        x = x.detach().requires_grad_()
+        F.cross_entropy(model.eval()(x), labels, reduction="sum").backward()
+        change = x.detach() + 0.3 * x.grad / x.grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1) - pixels
+        change = change * (0.5 / change.flatten(1).norm(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
+        x = (pixels + change).clamp(0, 1)
+    torch.testing.assert_close(got, x.detach(), atol=1e-6, rtol=0)
+
+    threat = Threat("L1", 2.0)
+    got = perturb(model, pixels, labels, start, threat, steps=5, step_size=0.5)
+    assert bool(threat.allows(pixels, got).all())
+    assert F.cross_entropy(model(got), labels) > F.cross_entropy(model(pixels), labels)
+    assert ((got != pixels).flatten(1).sum(1) < pixels[0].numel() / 2).all()  # few values move far
+
+
 def test_plain_follows_the_plain_model(model, batch):
     start = torch.zeros_like(batch[0])
-    got = perturb(model, *batch, start, eps=EPS, steps=3, step_size=EPS / 3, gradient="plain")
+    got = perturb(model, *batch, start, LINF, steps=3, step_size=EPS / 3, gradient="plain")
     plain = PixelModel(plain_copy(model.model), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)).eval()
     torch.testing.assert_close(got, ascend(plain, *batch, start, 3, EPS / 3), atol=1e-6, rtol=0)
-    own = perturb(model, *batch, start, eps=EPS, steps=3, step_size=EPS / 3)
+    own = perturb(model, *batch, start, LINF, steps=3, step_size=EPS / 3)
     assert not torch.allclose(got, own, atol=1e-3)
 
 
@@ -78,12 +100,12 @@ def test_bpda_has_the_estimate_forward_and_the_linear_map_backward(model, batch)
         (got,) = torch.autograd.grad(F.cross_entropy(z, labels, reduction="sum"), x)
     torch.testing.assert_close(z, model(pixels))
     torch.testing.assert_close(got, want.detach(), atol=1e-5, rtol=1e-4)
-    moved = perturb(model, *batch, torch.zeros_like(pixels), eps=EPS, steps=1, step_size=EPS, gradient="bpda")
+    moved = perturb(model, *batch, torch.zeros_like(pixels), LINF, steps=1, step_size=EPS, gradient="bpda")
     torch.testing.assert_close(moved, (pixels + EPS * want.sign()).clamp(0, 1).detach(), atol=1e-6, rtol=0)
 
 
 def test_a_mixture_gives_every_image_its_turn(model, batch):
-    options = {"eps": EPS, "steps": 2, "step_size": EPS / 2}
+    options = {"threat": LINF, "steps": 2, "step_size": EPS / 2}
     start = torch.zeros_like(batch[0])
     turns = torch.tensor([2, 1, 0, 5, 4, 3])
     got = perturb(model, *batch, start, **options, gradient="mixture", turns=turns)
@@ -99,7 +121,7 @@ def test_the_model_is_left_as_it_was(model, batch, gradient):
     model.model[5].weight.requires_grad_(False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     modes, flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
-    moved = perturb(model, *batch, torch.zeros_like(batch[0]), eps=EPS, steps=2, step_size=EPS, gradient=gradient)
+    moved = perturb(model, *batch, torch.zeros_like(batch[0]), LINF, steps=2, step_size=EPS, gradient=gradient)
     assert not moved.requires_grad
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -110,7 +132,7 @@ def test_the_model_is_left_as_it_was(model, batch, gradient):
 
 def test_an_attack_that_fails_leaves_the_gradient_own(model, batch):
     with pytest.raises(ValueError, match="4 channels"):
-        perturb(model, torch.rand(2, 4, 5, 5), batch[1][:2], torch.zeros(2, 4, 5, 5), eps=EPS, steps=1, step_size=EPS,
+        perturb(model, torch.rand(2, 4, 5, 5), batch[1][:2], torch.zeros(2, 4, 5, 5), LINF, steps=1, step_size=EPS,
                 gradient="bpda")  # fmt: skip
     assert not any(layer.linear_backward for layer in reprogrammed_layers(model).values())
 
@@ -125,7 +147,7 @@ def test_a_gradient_that_is_no_number_moves_nothing(batch):
             return self.head(x.flatten(1)) + (x[:, 0] - x[:, 0]).sqrt().sum((1, 2)).unsqueeze(1)  # 0, slope inf - inf
 
     net = PixelModel(reprogram_(Broken(), NRPMConfig(lam=0.5)))
-    got = perturb(net, *batch, torch.zeros_like(batch[0]), eps=EPS, steps=2, step_size=EPS)
+    got = perturb(net, *batch, torch.zeros_like(batch[0]), LINF, steps=2, step_size=EPS)
     assert torch.equal(got[:, 0], batch[0][:, 0])
     assert net.non_finite
 

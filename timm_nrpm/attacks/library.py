@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_nrpm.attacks.gradients import DENSE, direction
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.models.modes import attackable
 from timm_nrpm.models.reprogramming import plain_copy, reprogrammed_layers
@@ -208,15 +209,15 @@ def perturb(
     pixels: Tensor,
     labels: Tensor,
     start: Tensor,
+    threat: Threat,
     *,
-    eps: float,
     steps: int,
     step_size: float,
     gradient: str = "own",
     divergence: bool = False,
     turns: Tensor | None = None,
 ) -> Tensor:
-    """Return examples to train on, by projected gradient ascent in the Linf ball (Madry et al., arXiv 1706.06083).
+    """Return examples to train on, by projected gradient ascent within a threat (Madry et al., arXiv 1706.06083).
 
     This is not an attack of torchattacks: those draw their start from the global generator, so that two processes would
     start elsewhere than one, and they know neither the linear gradient nor mixtures.
@@ -225,8 +226,9 @@ def perturb(
         net: Model in any mode. The attack runs it in evaluation mode, and restores its mode afterwards.
         pixels, labels: Images `[B, C, H, W]` in [0, 1], and their classes `[B]`.
         start: First change of the pixels, `[B, C, H, W]`.
-        eps, step_size: Bound and step size, in pixel units of [0, 1].
+        threat: Norm and bound of the change; the norm is Linf, L2 or L1.
         steps: Number of steps.
+        step_size: Length of a step in this norm, in pixel units of [0, 1].
         gradient: Gradient to follow: `"own"`, `"bpda"` or `"plain"`, see :func:`gradient_source`; or `"mixture"`, in
             which each image follows one of these three.
         divergence: Whether to climb the Kullback-Leibler divergence from the clean prediction, as TRADES does, rather
@@ -235,7 +237,7 @@ def perturb(
             default t is the place of the image in the batch.
 
     Returns:
-        Pixels `[B, C, H, W]` in [0, 1], at most `eps` from `pixels`. Pixels whose gradient is NaN are not moved.
+        Pixels `[B, C, H, W]` in [0, 1], within the threat of `pixels`. Pixels whose gradient is NaN are not moved.
     """
     kinds = ("own", "bpda", "plain")
     if gradient == "mixture":
@@ -249,7 +251,7 @@ def perturb(
                     pixels[rows],
                     labels[rows],
                     start[rows],
-                    eps=eps,
+                    threat,
                     steps=steps,
                     step_size=step_size,
                     gradient=kind,
@@ -259,7 +261,8 @@ def perturb(
     with attackable(net), gradient_source(net, gradient) as source:
         with torch.no_grad():
             clean = F.log_softmax(source(pixels), 1) if divergence else None
-        attacked = (pixels + start).clamp(0, 1)
+        attacked = threat.project(pixels, pixels + start)
+        share = pixels.new_full((len(pixels),), DENSE)
         for _ in range(steps):
             attacked = attacked.detach().requires_grad_()
             logits = source(attacked)
@@ -269,6 +272,6 @@ def perturb(
                 loss = F.kl_div(F.log_softmax(logits, 1), clean, reduction="sum", log_target=True)
             (slope,) = torch.autograd.grad(loss, attacked)
             with torch.no_grad():
-                moved = attacked + step_size * slope.nan_to_num(0.0).sign()
-                attacked = torch.clamp(moved, pixels - eps, pixels + eps).clamp(0, 1)
+                step = direction(slope.nan_to_num(0.0), threat, attacked, share)
+                attacked = threat.project(pixels, attacked + step_size * step)
     return attacked.detach()

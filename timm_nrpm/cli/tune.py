@@ -13,7 +13,7 @@ from timm_nrpm.cli.given import Useless
 from timm_nrpm.cli.terminal import Terminal
 from timm_nrpm.cli.values import number, number_or_none
 from timm_nrpm.cli.wording import called
-from timm_nrpm.config import GRADIENTS, OBJECTIVES, OPTIMIZERS, PARADIGMS, PRECISIONS, SCHEDULES, TuneConfig
+from timm_nrpm.config import GRADIENTS, OBJECTIVES, OPTIMIZERS, PARADIGMS, PRECISIONS, SCHEDULES, TUNED_NORMS, TuneConfig
 
 if TYPE_CHECKING:
     from timm_nrpm.evaluation.history import History
@@ -41,7 +41,7 @@ USELESS = (
         "the objective {objective} with eps {eps:g} attacks no image.",
     ),
     Useless(
-        ("eps",),
+        ("eps", "norm"),
         lambda args: args.objective == "clean" and args.evaluate_eps is not None,
         "the objective clean attacks no image, and validation has --evaluate-eps.",
     ),
@@ -120,7 +120,9 @@ def _add_objective(group: Any) -> None:
     )
     loss = "loss; clean+fgsm is the sum of the two (default: pgd)"
     group.add_argument("--objective", default="pgd", choices=OBJECTIVES, help=loss)
-    eps = "largest change of a pixel of [0, 1] in the inner attack, Linf; 0 attacks nothing (default: 8/255)"
+    norm = "norm of the change in the inner attack (default: Linf)"
+    group.add_argument("--norm", default="Linf", choices=TUNED_NORMS, help=norm)
+    eps = "bound of the change, under Linf of a pixel of [0, 1]; 0 attacks nothing (default: 8/255)"
     group.add_argument("--eps", type=number, default=8 / 255, metavar="EPS", help=eps)
     group.add_argument("--steps", type=int, default=7, metavar="N", help="steps of the inner attack (default: 7)")
     size = "size of one step, in pixels of [0, 1] (default: a quarter of eps; for one step, eps)"
@@ -178,7 +180,7 @@ def _add_run(group: Any) -> None:
     group.add_argument("--keep", type=int, default=3, metavar="N", help="checkpoints that are kept (default: 3)")
     steps = "steps of PGD on the validation images (default: 10)"
     group.add_argument("--evaluate-steps", type=int, default=10, metavar="N", help=steps)
-    eps = "largest change of their pixels (default: that of training, or 8/255)"
+    eps = "bound of the change of their pixels, in the same norm (default: that of training, or 8/255)"
     group.add_argument("--evaluate-eps", type=number, metavar="EPS", help=eps)
     rows = "steps between two rows of the history (default: 1)"
     group.add_argument("--log-every", type=int, default=1, metavar="N", help=rows)
@@ -229,13 +231,13 @@ def _tune(args: argparse.Namespace, terminal: Terminal) -> None:
 def _report(history: History, before: dict[str, float], after: dict[str, float], terminal: Terminal) -> None:
     """What tuning did, as two tables."""
     c = history.config
-    table = Table("layer", "lambda before", "after", title=f"paradigm {c.paradigm}, {c.objective}, Linf {c.eps:.4g}")
+    table = Table("layer", "lambda before", "after", title=f"paradigm {c.paradigm}, {c.objective}, {c.norm} {c.eps:.4g}")
     for name, lam in after.items():
         table.add_row(name, f"{before[name]:.3f}", f"{lam:.3f}")
     terminal.show(table)
     if history.evaluations:
         table = Table(
-            "step", "clean", "PGD own", "quick", "flags", title=f"validation, Linf {c.validation_eps:.4g}, in %"
+            "step", "clean", "PGD own", "quick", "flags", title=f"validation, {c.norm} {c.validation_eps:.4g}, in %"
         )
         for row in history.evaluations:
             shares = (f"{100 * share:.1f}" for share in (row.clean, row.own, row.quick))

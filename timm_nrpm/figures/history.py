@@ -62,6 +62,6 @@ def draw_history(history: History, path: str | Path) -> Path:
     for panel in (upper, lower):
         panel.grid(alpha=0.3)
     c = history.config
-    figure.suptitle(f"paradigm {c.paradigm}, {c.objective}, Linf {c.eps:.4g}, gradient: {c.gradient}")
+    figure.suptitle(f"paradigm {c.paradigm}, {c.objective}, {c.norm} {c.eps:.4g}, gradient: {c.gradient}")
     figure.savefig(path, dpi=120)
     return path

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from accelerate.utils import gather
 from torch import Tensor, nn
 
+from timm_nrpm.attacks.gradients import generators
 from timm_nrpm.attacks.library import perturb
+from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.config import TuneConfig
 from timm_nrpm.data.ordering import seed_of
 from timm_nrpm.nn.pixel_model import PixelModel
@@ -92,8 +94,9 @@ class _Kind:
     """How an objective attacks.
 
     Attributes:
-        start: Where the attack starts: `"none"` at the image, `"ball"` anywhere within eps of it, uniformly, `"near"`
-            at a normal step of standard deviation 0.001 from it, in pixel units of [0, 1].
+        start: Where the attack starts: `"none"` at the image, `"ball"` anywhere within the threat, as
+            :meth:`timm_nrpm.Threat.around` draws it, `"near"` at a normal step of standard deviation 0.001 from it, in
+            pixel units of [0, 1].
         divergence: Whether the attack maximises the KL divergence from the clean logits, not the cross-entropy.
     """
 
@@ -175,7 +178,7 @@ class Objective(nn.Module):
             pixels,
             labels,
             self._start(pixels, rows),
-            eps=c.eps,
+            Threat(c.norm, c.eps),
             steps=c.attack_steps,
             step_size=c.attack_step_size,
             gradient=c.gradient,
@@ -185,16 +188,13 @@ class Objective(nn.Module):
 
     def _start(self, pixels: Tensor, rows: Tensor) -> Tensor:
         """The perturbation `[B, C, H, W]` that the attack starts from."""
-        c, generator = self.config, torch.Generator()
         if self.kind.start == "none":
             return torch.zeros_like(pixels)
-        draw = torch.rand if self.kind.start == "ball" else torch.randn
         # Each image has its own seed, so its noise is the same however many processes share a batch.
-        seeds = [seed_of(c.seed, self.epoch, row) for row in rows.tolist()]
-        noise = torch.stack([draw(pixels.shape[1:], generator=generator.manual_seed(seed)) for seed in seeds]).to(
-            pixels
-        )
-        return (2 * noise - 1) * c.eps if self.kind.start == "ball" else (0.001 * noise).clamp(-c.eps, c.eps)
+        draws = generators([seed_of(self.config.seed, self.epoch, row) for row in rows.tolist()])
+        if self.kind.start == "ball":
+            return Threat(self.config.norm, self.config.eps).around(pixels, draws) - pixels
+        return 0.001 * torch.stack([torch.randn(pixels.shape[1:], generator=g) for g in draws]).to(pixels)
 
     def _loss(self, pixels: Tensor, attacked: Tensor, labels: Tensor, rows: Tensor) -> Loss:
         """The loss of the objective."""

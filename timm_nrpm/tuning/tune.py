@@ -309,7 +309,7 @@ class _Run:
         report = evaluate(
             self.objective.net,
             self.validation,
-            Threat("Linf", c.validation_eps),
+            Threat(c.norm, c.validation_eps),
             "quick",
             steps=c.evaluate_steps,
             seed=c.seed,

@@ -1,0 +1,115 @@
+"""The page and the picture of the atlas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.patches import Rectangle
+
+from timm_nrpm.figures import canvas
+
+Row = dict[str, Any]
+
+SHORT = {
+    "adaptation": "adapted", "tuning a few layers": "few tuned", "tuning all": "all tuned", "one lambda": "lambda",
+    "the estimate": "estimate", "a lambda for each layer": "lambdas", "tuning lambda": "lambda tuned",
+}  # fmt: skip
+
+
+def markdown(rows: Sequence[Row], how: str) -> str:
+    """The atlas in words: what helps, then all cells, then what was tried."""
+    helping = sorted((row for row in rows if helps(row)), key=lambda row: -row["gain"])
+    trials = sum(len(row["trials"]) - 1 for row in rows)
+    lines = [
+        "# The atlas: what is worth doing to a pretrained model", "",
+        f"`scripts/atlas.py`: {len(rows)} questions, {trials} trials beside the models as they are. Each question is a run of "
+        f"`advise`: {how}. Gains are in points of accuracy under the threat, over the model as it is, on images that nothing "
+        "was chosen on, with 95 % intervals; a cell has none where no gain can be told from chance, or where it costs more "
+        "than two points of clean accuracy. Attacks are the adaptive suite with the least effort, corruptions of severity 5.",
+        "", "![the atlas](../docs/atlas.png)", "", "## What helps", "",
+        f"{len(helping)} of {len(rows)} cells.", "",
+        "| model | threat | as it is | gain | by | clean lost | latency |", "|---|---|---|---|---|---|---|",
+        *(f"| {row['base']} | {row['said']} | {row['kept']} % | {_gain(row)} | {row['by']} | {row['clean lost']:+.1f} "
+          f"| {row['slowdown']:.1f}x |" for row in helping),
+        "", "## Where nothing helps", "",
+        "| model | threat | as it is | best on the images chosen on | there | on the images judged on | p |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        if not helps(row):
+            best = _best(row)
+            there, judged, p = ("" if best is None or best[key] is None else best[key] for key in ("chosen on", "gain", "p"))
+            lines.append(
+                f"| {row['base']} | {row['said']} | {_number(row['kept'])} % | {best['by'] if best else 'nothing'} "
+                f"| {_signed(there)} | {_signed(judged)} | {p if p == '' else f'{p:.2g}'} |"
+            )
+    lines += ["", "## By strategy", "", "| strategy | trials | within the bounds | advised |", "|---|---|---|---|"]
+    for strategy in dict.fromkeys(each["strategy"] for row in rows for each in row["trials"][1:]):
+        ours = [each for row in rows for each in row["trials"] if each["strategy"] == strategy]
+        advised = sum(helps(row) and row["by"].startswith(f"{strategy}, ") for row in rows)
+        lines.append(f"| {strategy} | {len(ours)} | {sum(not each['rejected'] for each in ours)} | {advised} |")
+    return "\n".join([*lines, ""])
+
+
+def helps(row: Row) -> bool:
+    """Whether something is advised in a cell."""
+    return row["by"] != "nothing, as it is"
+
+
+def _best(row: Row) -> Row | None:
+    """The trial that was best on the images chosen on, if one gained there."""
+    gaining = [each for each in row["trials"][1:] if (each["chosen on"] or 0) > 0]
+    judged = [each for each in gaining if each["gain"] is not None]
+    return max(judged or gaining, key=lambda each: each["chosen on"], default=None)
+
+
+def _gain(row: Row) -> str:
+    low, high = row["interval"]
+    return f"**{row['gain']:+.1f}** ({low:+.1f} to {high:+.1f})"
+
+
+def _signed(number: float | str) -> str:
+    return number if isinstance(number, str) else f"{number:+.1f}"
+
+
+def _number(number: float | None) -> str:
+    return "" if number is None else f"{number:.1f}"
+
+
+def picture(rows: Sequence[Row], path: Path) -> None:
+    """Draw models against threats: the gain as a colour, and what gave it."""
+    bases = list(dict.fromkeys(row["base"] for row in rows))
+    threats = list(dict.fromkeys(row["threat"] for row in rows))
+    known = {(row["base"], row["threat"]): row for row in rows}
+    figure = canvas.figure(2.6 + 0.92 * len(threats), 1.6 + 0.72 * len(bases))
+    axes = figure.subplots()
+    most = max([row["gain"] for row in rows if helps(row)], default=1.0)
+    for y, base in enumerate(bases):
+        for x, threat in enumerate(threats):
+            row = known.get((base, threat))
+            if row is None:
+                continue
+            share = (row["gain"] / most) ** 0.5 if helps(row) else 0.0
+            colour = (1 - 0.87 * share, 1 - 0.45 * share, 1 - 0.62 * share) if share else (0.95, 0.95, 0.95)
+            axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=colour))
+            ink = "white" if share > 0.75 else "#222222"
+            if helps(row):
+                axes.text(x, y - 0.17, f"{row['gain']:+.0f}", ha="center", va="center", fontsize=11, color=ink, weight="bold")
+                what = row["by"].split(", ")[0]
+                axes.text(x, y + 0.12, SHORT.get(what, what), ha="center", va="center", fontsize=7, color=ink)
+            else:
+                axes.text(x, y - 0.1, "0", ha="center", va="center", fontsize=10, color="#888888")
+            axes.text(x, y + 0.34, f"of {_number(row['kept'])} %", ha="center", va="center", fontsize=6, color=ink)
+    axes.set_xlim(-0.55, len(threats) - 0.45)
+    axes.set_ylim(len(bases) - 0.45, -0.55)
+    axes.set_xticks(range(len(threats)), [each.replace("_", "\n") for each in threats], fontsize=8)
+    axes.set_yticks(range(len(bases)), [each.replace(", ", "\n") for each in bases], fontsize=8)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.suptitle("Points gained under the threat, and what gave them; 0 where nothing can be told from chance", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
