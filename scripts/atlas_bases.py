@@ -82,12 +82,15 @@ class Base:
     def cells(self, images: int | None) -> list[Cell]:
         """All questions about this model; `images` replaces the numbers of images for each purpose."""
         found = [
-            Cell(self.model, danger.norm, danger, self.seconds, *_two(self.held, images or ATTACKED), self.training) for danger in self.threats
+            Cell(self.model, danger.norm, danger, self.seconds, *_two(self.held, images or ATTACKED), self.training)
+            for danger in self.threats
         ]
         corrupted = _two(self.held, images or CORRUPTED)
         found += [Cell(self.model, kind, Shift(kind), SHIFTED, *corrupted, self.training) for kind in self.kinds]
         if self.foreign is not None:
-            found.append(Cell(self.model, "another source", Shift(), SHIFTED, *_two(self.foreign[1], images or CORRUPTED), None))
+            found.append(
+                Cell(self.model, "another source", Shift(), SHIFTED, *_two(self.foreign[1], images or CORRUPTED), None)
+            )
         return found
 
 
@@ -109,8 +112,9 @@ def _scaled(images: Images, size: int) -> Images:
     return F.interpolate(images[0], (size, size), mode=mode).clamp(0, 1), images[1]
 
 
-def _linf_l2_l1_l0(linf: float, l2: float, l1: float, l0: int) -> tuple[Threat, ...]:
-    return Threat("Linf", linf), Threat("L2", l2), Threat("L1", l1), Threat("L0", l0)
+def _threats(linf: float, l2: float, l1: float, l0: int, patch: int) -> tuple[Threat, ...]:
+    bounds = {"Linf": linf, "L2": l2, "L1": l1, "L0": l0, "patch": patch}
+    return tuple(Threat(norm, eps) for norm, eps in bounds.items())
 
 
 def bundled(lab: Lab) -> Base:
@@ -119,7 +123,7 @@ def bundled(lab: Lab) -> Base:
     foreign = _scaled(_shuffled(lab.images("mnist", "test", 2000)), 8)
     return Base(
         "resnet8_digits, digits", model.eval(), _shuffled(digits("test")), digits("train"),
-        _linf_l2_l1_l0(0.15, 0.6, 1.0, 1), NATIVE, ("MNIST", foreign),
+        _threats(0.15, 0.6, 1.0, 1, 2), NATIVE, ("MNIST", foreign),
     )  # fmt: skip
 
 
@@ -135,12 +139,12 @@ def _mnist(lab: Lab, title: str, family: str, name: str, threats: tuple[Threat, 
 
 def mlp(lab: Lab) -> Base:
     """The authors' perceptron of three layers."""
-    return _mnist(lab, "MLP, MNIST", "mlp", "mlp3_mnist", _linf_l2_l1_l0(0.05, 0.7, 5.0, 4))
+    return _mnist(lab, "MLP, MNIST", "mlp", "mlp3_mnist", _threats(0.05, 0.7, 5.0, 4, 3))
 
 
 def lenet(lab: Lab) -> Base:
     """A LeNet, naturally trained."""
-    return _mnist(lab, "LeNet, MNIST", "lenet", "lenet_mnist", _linf_l2_l1_l0(0.1, 1.2, 8.0, 6))
+    return _mnist(lab, "LeNet, MNIST", "lenet", "lenet_mnist", _threats(0.1, 1.2, 8.0, 6, 4))
 
 
 def _cifar(lab: Lab, title: str, model: nn.Module, threats: tuple[Threat, ...], seconds: float) -> Base:
@@ -153,7 +157,7 @@ def robust(lab: Lab) -> Base:
     """The authors' adversarially trained narrow ResNet-18."""
     model = lab.plain("resnet", "resnet18_cifar_narrow")
     return _cifar(lab, "narrow ResNet-18, adversarially trained, CIFAR-10", model,
-                  _linf_l2_l1_l0(8 / 255, 0.6, 6.0, 2), 500)  # fmt: skip
+                  _threats(8 / 255, 0.6, 6.0, 2, 4), 500)  # fmt: skip
 
 
 def natural(lab: Lab) -> Base:
@@ -161,13 +165,13 @@ def natural(lab: Lab) -> Base:
     lab.efforts = {**lab.efforts, "resnet": replace(lab.efforts["resnet"], samples=25_000, epochs=8)}
     model = lab.trained("resnet", "resnet18_cifar_narrow", {"objective": "clean", "eps": 0.0})
     return _cifar(lab, "narrow ResNet-18, naturally trained, CIFAR-10", model,
-                  _linf_l2_l1_l0(1 / 255, 0.1, 1.0, 1), 1000)  # fmt: skip
+                  _threats(1 / 255, 0.1, 1.0, 1, 3), 1000)  # fmt: skip
 
 
 def mixer(lab: Lab) -> Base:
     """A Mixer of two blocks, naturally trained by us."""
     return _cifar(lab, "Mixer-2, CIFAR-10", lab.plain("mixer", "mixer2_cifar"),
-                  _linf_l2_l1_l0(1 / 255, 0.15, 2.0, 1), 1000)  # fmt: skip
+                  _threats(1 / 255, 0.15, 2.0, 1, 3), 1000)  # fmt: skip
 
 
 def photographs(lab: Lab) -> Base:
@@ -175,7 +179,12 @@ def photographs(lab: Lab) -> Base:
     base = photos(lab.data.parent)
     held = base.reported
     return Base(
-        "tf_efficientnet_lite0, photos", base.model, held, None, (Threat("Linf", 0.25 / 255),), (*NATIVE, *WEATHER),
+        "tf_efficientnet_lite0, photos",
+        base.model,
+        held,
+        None,
+        (Threat("Linf", 0.25 / 255),),
+        (*NATIVE, *WEATHER),
         seconds=600,
     )
 
@@ -185,4 +194,3 @@ BASES: dict[str, Callable[[Lab], Base]] = {
     "photos": photographs,
 }  # fmt: skip
 """All bases, by their names on the command line."""
-

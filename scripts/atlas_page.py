@@ -24,10 +24,11 @@ def markdown(rows: Sequence[Row], how: str) -> str:
     trials = sum(len(row["trials"]) - 1 for row in rows)
     lines = [
         "# The atlas: what is worth doing to a pretrained model", "",
-        f"`scripts/atlas.py`: {len(rows)} questions, {trials} trials beside the models as they are. Each question is a run of "
-        f"`advise`: {how}. Gains are in points of accuracy under the threat, over the model as it is, on images that nothing "
-        "was chosen on, with 95 % intervals; a cell has none where no gain can be told from chance, or where it costs more "
-        "than two points of clean accuracy. Attacks are the adaptive suite with the least effort, corruptions of severity 5.",
+        f"`scripts/atlas.py`: {len(rows)} questions, {trials} trials beside the models as they are. Each question is a "
+        f"run of `advise`: {how}. Gains are in points of accuracy under the threat, over the model as it is, on images "
+        "that nothing was chosen on, with 95 % intervals; a cell has none where no gain can be told from chance, or "
+        "where it costs more than two points of clean accuracy. Attacks are the adaptive suite with the least effort, "
+        "corruptions of severity 5.",
         "", "![the atlas](../docs/atlas.png)", "", "## What helps", "",
         f"{len(helping)} of {len(rows)} cells.", "",
         "| model | threat | as it is | gain | by | clean lost | latency |", "|---|---|---|---|---|---|---|",
@@ -40,7 +41,9 @@ def markdown(rows: Sequence[Row], how: str) -> str:
     for row in rows:
         if not helps(row):
             best = _best(row)
-            there, judged, p = ("" if best is None or best[key] is None else best[key] for key in ("chosen on", "gain", "p"))
+            there, judged, p = (
+                "" if best is None or best[key] is None else best[key] for key in ("chosen on", "gain", "p")
+            )
             lines.append(
                 f"| {row['base']} | {row['said']} | {_number(row['kept'])} % | {best['by'] if best else 'nothing'} "
                 f"| {_signed(there)} | {_signed(judged)} | {p if p == '' else f'{p:.2g}'} |"
@@ -96,7 +99,9 @@ def picture(rows: Sequence[Row], path: Path) -> None:
             axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=colour))
             ink = "white" if share > 0.75 else "#222222"
             if helps(row):
-                axes.text(x, y - 0.17, f"{row['gain']:+.0f}", ha="center", va="center", fontsize=11, color=ink, weight="bold")
+                axes.text(
+                    x, y - 0.17, f"{row['gain']:+.0f}", ha="center", va="center", fontsize=11, color=ink, weight="bold"
+                )
                 what = row["by"].split(", ")[0]
                 axes.text(x, y + 0.12, SHORT.get(what, what), ha="center", va="center", fontsize=7, color=ink)
             else:
@@ -110,6 +115,8 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    figure.suptitle("Points gained under the threat, and what gave them; 0 where nothing can be told from chance", fontsize=10)
+    figure.suptitle(
+        "Points gained under the threat, and what gave them; 0 where nothing can be told from chance", fontsize=10
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -23,7 +23,7 @@ LayerSelection: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bo
 """``None`` (every supported layer), a glob, several globs, ``"first:N"``, or ``f(name, module) -> bool``."""
 
 
-NORMS = ("Linf", "L2", "L1", "L0")
+NORMS = ("Linf", "L2", "L1", "L0", "patch")
 TUNED_NORMS = NORMS[:3]
 """Norms of the attacks that models are tuned under."""
 
@@ -171,8 +171,8 @@ class TuneConfig:
             whose weight and bias are frozen keeps its statistics, and a frozen block has no dropout.
         objective: Training loss, see :mod:`timm_nrpm.tuning.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
             sum of the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"` or `"awp"`.
-        norm: Norm of the change in the inner attack, `"Linf"`, `"L2"` or `"L1"`, see :class:`timm_nrpm.Threat`. A change
-            of n pixels (L0) lies within an L1 bound of n times the channels.
+        norm: Norm of the change in the inner attack: `"Linf"`, `"L2"` or `"L1"`, see :class:`timm_nrpm.Threat`. A
+            change of n pixels (L0) lies within an L1 bound of n times the channels.
         eps: Bound of that norm, in pixel units of [0, 1]: under Linf the largest change of a pixel; 0 attacks nothing.
         steps: Number of steps of the inner attack; FGSM always takes one.
         step_size: Step size of the inner attack, in pixel units. The default is `eps / 4` (the paper's 2/255 at 8/255),

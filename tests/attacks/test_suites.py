@@ -11,7 +11,8 @@ from timm_nrpm.attacks.sources import SURROGATES, sources_of
 from timm_nrpm.attacks.suites import SUITES, alone, attacks_of
 from timm_nrpm.nn.pixel_model import PixelModel
 
-THREATS = {norm: Threat(norm, eps) for norm, eps in (("Linf", 0.1), ("L2", 0.6), ("L1", 4.0), ("L0", 3))}
+BOUNDS = {"Linf": 0.1, "L2": 0.6, "L1": 4.0, "L0": 3, "patch": 3}
+THREATS = {norm: Threat(norm, eps) for norm, eps in BOUNDS.items()}
 EVERY = ("own", "plain", "base", "bpda", *SURROGATES)
 
 
@@ -27,7 +28,7 @@ def model():
 def cases():
     for suite in SUITES:
         for norm in THREATS:
-            if suite == "autoattack" or (suite in ("paper", "standard") and norm in ("L1", "L0")):
+            if suite == "autoattack" or (suite in ("paper", "standard") and norm not in ("Linf", "L2")):
                 continue
             yield suite, norm
 
@@ -80,6 +81,9 @@ def test_what_the_suites_are():
     sparse = [a.name for a in attacks_of("adaptive", THREATS["L0"], EFFORTS["adaptive"], EVERY, 10)]
     assert sparse[-1] == "random_pixels"
     assert {f"greedy_{source}" for source in EVERY} <= set(sparse)
+    patch = [a.name for a in attacks_of("adaptive", THREATS["patch"], EFFORTS["adaptive"], EVERY, 10)]
+    assert patch[-1] == "random_patch"
+    assert {f"patch_{source}" for source in EVERY} <= set(patch)
     without = [a.name for a in attacks_of("adaptive", linf, Effort(3, 0, stages=(Stage(1.0, 3, 5),)), EVERY, 10)]
     assert not {"search", "evolution_soft", "square"} & set(without)
 

@@ -11,7 +11,13 @@ from timm_nrpm import Threat
 from timm_nrpm.attacks.gradients import generators
 from timm_nrpm.attacks.threats import NORMS
 
-BOUNDS = {"Linf": st.floats(1e-3, 1), "L2": st.floats(1e-3, 5), "L1": st.floats(1e-2, 20), "L0": st.integers(1, 20)}
+BOUNDS = {
+    "Linf": st.floats(1e-3, 1),
+    "L2": st.floats(1e-3, 5),
+    "L1": st.floats(1e-2, 20),
+    "L0": st.integers(1, 20),
+    "patch": st.integers(1, 5),
+}
 
 
 @st.composite
@@ -68,14 +74,19 @@ def test_l1_finds_the_nearest_as_a_solver_does(seed, eps):
 def test_distances_by_hand():
     pixels = torch.zeros(1, 2, 1, 3)
     moved = torch.tensor([[[[0.3, 0.0, 0.4]], [[0.0, 0.0, 0.5]]]])
-    want = {"Linf": 0.5, "L2": math.sqrt(0.5), "L1": 1.2, "L0": 2}
+    want = {"Linf": 0.5, "L2": math.sqrt(0.5), "L1": 1.2, "L0": 2, "patch": 3}
     for norm, distance in want.items():
         assert float(Threat(norm, 1).distance(pixels, moved)[0]) == pytest.approx(distance, rel=1e-6)
     kept = Threat("L0", 1).project(pixels, moved)
     assert torch.equal(kept, torch.tensor([[[[0.0, 0.0, 0.4]], [[0.0, 0.0, 0.5]]]]))  # one position, both channels
+    moved[0, 1, 0, 1] = 0.4
+    kept = Threat("patch", 2).project(pixels, moved)  # in an image of one line, a patch is two pixels wide
+    assert torch.equal(kept, torch.tensor([[[[0.0, 0.0, 0.4]], [[0.0, 0.4, 0.5]]]]))
+    assert Threat("patch", 2).distance(pixels, kept).tolist() == [2]
+    assert Threat("patch", 2).distance(pixels, pixels).tolist() == [0]
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.5), ("L1", 1.0), ("L0", 2)])
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.5), ("L1", 1.0), ("L0", 2), ("patch", 2)])
 def test_cheating_is_seen(norm, eps):
     threat, pixels = Threat(norm, eps), torch.full((4, 1, 3, 3), 0.5)
     moved = pixels.clone()
@@ -89,7 +100,7 @@ def test_cheating_is_seen(norm, eps):
 @pytest.mark.parametrize(
     ("norm", "eps", "message"),
     [
-        ("L7", 0.1, "norm='L7' is not known: choose one of Linf, L2, L1, L0"),
+        ("L7", 0.1, "norm='L7' is not known: choose one of Linf, L2, L1, L0, patch"),
         ("Linf", 8, "> 0 and <= 1; under Linf it is the largest change of a pixel in .0, 1., like 8 / 255"),
         ("Linf", 0, "eps=0"),
         ("L2", -1.0, "> 0; under L2 it is the length"),
@@ -97,6 +108,7 @@ def test_cheating_is_seen(norm, eps):
         ("L2", float("inf"), "eps=inf"),
         ("L0", 1.5, "whole number of pixels"),
         ("L0", True, "eps=True"),
+        ("patch", 0.2, "the side of a square, a whole number of pixels"),
         ("Linf", "8/255", "eps='8/255'"),
     ],
 )

@@ -31,7 +31,8 @@ def test_tune_says_what_it_learned_and_where_it_is(capsys, tmp_path):
 
 
 def test_tune_takes_every_setting(tmp_path):
-    more = "--paradigm all --trainable *.lam fc.* --objective trades --beta 2 --norm L2 --step-size 1/255 --gradient mixture"
+    more = "--paradigm all --trainable *.lam fc.* --objective trades --beta 2 --norm L2 --step-size 1/255"
+    more += " --gradient mixture"
     more += " --clip none --lam 0.9 --iterations 1 --estimator-eps 1e-2 --layers layer1.* fc --batch-size 16"
     assert main([*TUNE, *more.split(), "--eps", "8/255", "--output", str(tmp_path)]) == 0
     history = timm_nrpm.evaluation.history.History.from_json((tmp_path / "history.json").read_text())

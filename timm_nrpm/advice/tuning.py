@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_nrpm.advice.strategy import Candidate, Candidates, Strategy
 from timm_nrpm.advice.study import Study, file_name
-from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.attacks.threats import COUNTED, Threat
 from timm_nrpm.config import NRPMConfig, TuneConfig
 from timm_nrpm.evaluation.shifts import Shift
 from timm_nrpm.models.reprogramming import reprogrammed_layers
@@ -85,14 +85,20 @@ def _images(study: Study) -> DataLoader[Any]:
     return DataLoader(images, loader.batch_size, shuffle=True, num_workers=loader.num_workers, generator=generator)
 
 
+def _tuned_under(threat: Threat) -> Threat:
+    """The attack in training: where pixels are counted, one of that length under L1, within which most of them lie."""
+    if threat.norm in COUNTED:
+        return Threat("L1", threat.eps if threat.norm == "L0" else threat.eps**2)
+    return threat
+
+
 def _candidate(study: Study, setting: str, lam: float, config: TuneConfig) -> Candidate:
     """A model tuned from a lambda."""
-    attack = study.danger if isinstance(study.danger, Threat) else None
+    attack = _tuned_under(study.danger) if isinstance(study.danger, Threat) else None
     config = replace(
         config,
         objective="pgd" if attack else "clean",
-        # An attack on n pixels is one of a length of n under L1 for each channel, of which it seldom takes all.
-        norm="L1" if attack and attack.norm == "L0" else attack.norm if attack else "Linf",
+        norm=attack.norm if attack else "Linf",
         eps=attack.eps if attack else 0.0,
         steps=STEPS,
         epochs=EPOCHS,

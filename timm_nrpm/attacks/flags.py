@@ -16,7 +16,7 @@ from torch import Tensor
 from timm_nrpm.attacks.apgd import climb
 from timm_nrpm.attacks.gradients import slope
 from timm_nrpm.attacks.sources import Source
-from timm_nrpm.attacks.sparse import greedy_pixels
+from timm_nrpm.attacks.sparse import SPARSE
 from timm_nrpm.attacks.threats import Threat
 
 MASKED = "gradient_masking"
@@ -144,8 +144,9 @@ def probe(
         return sums
 
     def right(within: Threat, start: Tensor | None = None) -> Tensor:
-        if within.norm == "L0":
-            attacked = greedy_pixels(forward, pixels, labels, within, rounds=steps)
+        if within.norm in SPARSE:
+            ascent = SPARSE[within.norm].ascent
+            attacked = ascent(forward, pixels, labels, within, rounds=steps, average=1, fooled=True)
         else:
             attacked, _ = climb(forward, pixels, labels, within, seeds, steps=steps, start=start)
         with torch.no_grad():
@@ -155,7 +156,7 @@ def probe(
     sums |= {"probed": float(len(pixels)), "half": float(right(half).sum()), "double": float(right(double).sum())}
     # This attack starts from the image itself: unbounded noise would break any image without a gradient.
     sums["unbounded"] = float(right(unbounded, pixels).sum())
-    if threat.norm != "L0":
+    if threat.norm not in SPARSE:
         _, trace = climb(forward, pixels, labels, threat, seeds, steps=5 * steps, fooled=True)
         rose, late = trace[-1] - trace[0], trace[-1] - trace[-1 - steps]  # NaN where the image was broken
         unfinished = late > THRESHOLDS[CLIMBING] * rose.clamp(min=1e-3)
@@ -173,8 +174,14 @@ def joined_probes(probes: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _bounds(threat: Threat, pixels: Tensor) -> tuple[Threat, Threat, Threat]:
     """Return the threat with no bound at all, with half of its bound, and with double its bound."""
     size = pixels[0].numel()
-    most = {"Linf": 1.0, "L2": math.sqrt(size), "L1": float(size), "L0": float(pixels[0, 0].numel())}[threat.norm]
-    half = max(1.0, threat.eps // 2) if threat.norm == "L0" else threat.eps / 2
+    most = {
+        "Linf": 1.0,
+        "L2": math.sqrt(size),
+        "L1": float(size),
+        "L0": float(pixels[0, 0].numel()),
+        "patch": float(max(pixels.shape[2:])),
+    }[threat.norm]
+    half = max(1.0, threat.eps // 2) if threat.norm in SPARSE else threat.eps / 2
     return replace(threat, eps=most), replace(threat, eps=half), replace(threat, eps=min(2 * threat.eps, most))
 
 

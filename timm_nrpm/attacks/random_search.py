@@ -10,7 +10,7 @@ from torch import Tensor
 
 from timm_nrpm.attacks.gradients import generators
 from timm_nrpm.attacks.pursuit import Pursuit
-from timm_nrpm.attacks.threats import Threat, wide
+from timm_nrpm.attacks.threats import Threat, inside, wide
 
 LARGEST = 3
 """The side of a search's squares is at most the shorter side of an image divided by this number."""
@@ -62,8 +62,8 @@ def _pushed(pursuit: Pursuit, rows: Tensor, draw: Tensor) -> Tensor:
     place = draw[:, 1:3].view(-1, 2, 1, 1)
     top, left = ((place[:, i] * (span - side + 1)).long() for i, span in enumerate((height, width)))
     sign = (draw[:, 5:] > 0.5).to(pursuit.pixels) * 2 - 1  # [n, C]
-    inside = _inside(pursuit, top, left, side)
-    return pursuit.best[rows] + _amplitude(pursuit.threat, channels, side) * sign.view(*sign.shape, 1, 1) * inside
+    pushed = inside(pursuit.pixels, top, left, side, side)
+    return pursuit.best[rows] + _amplitude(pursuit.threat, channels, side) * sign.view(*sign.shape, 1, 1) * pushed
 
 
 def _inherited(pursuit: Pursuit, rows: Tensor, draw: Tensor, herd: int) -> Tensor:
@@ -76,15 +76,7 @@ def _inherited(pursuit: Pursuit, rows: Tensor, draw: Tensor, herd: int) -> Tenso
     place = draw[:, 1:3].view(-1, 2, 1, 1)
     top, left = ((place[:, i] * (span + side - 1)).long() - side + 1 for i, span in enumerate((height, width)))
     others = rows // herd * herd + (rows % herd + 1 + (draw[:, 4] * (herd - 1)).long()) % herd
-    return torch.where(_inside(pursuit, top, left, side), pursuit.best[others], pursuit.best[rows])
-
-
-def _inside(pursuit: Pursuit, top: Tensor, left: Tensor, side: Tensor) -> Tensor:
-    """Return the mask `[n, 1, H, W]` of the squares whose top left corners and sides are given, each `[n, 1, 1]`."""
-    height, width = pursuit.pixels.shape[2:]
-    down = torch.arange(height, device=side.device).view(1, -1, 1)
-    across = torch.arange(width, device=side.device).view(1, 1, -1)
-    return ((down >= top) & (down < top + side) & (across >= left) & (across < left + side)).unsqueeze(1)
+    return torch.where(inside(pursuit.pixels, top, left, side, side), pursuit.best[others], pursuit.best[rows])
 
 
 def _amplitude(threat: Threat, channels: int, side: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
-"""Attacks that change few pixels, under L0."""
+"""Attacks that change few pixels, under L0, and the attacks on few pixels by their norm."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from timm_nrpm.attacks.gradients import Forward, generators, losses, slope
+from timm_nrpm.attacks.patches import climbing_patch, random_patch
 from timm_nrpm.attacks.threats import Threat
 
 
@@ -110,3 +113,47 @@ def random_pixels(
                 places[row], colours[row] = proposals[i]
                 result[row], margin[row] = images[i], values[i]
     return result
+
+
+class Ascent(Protocol):
+    """An attack along the gradient that changes few pixels."""
+
+    def __call__(
+        self,
+        follow: Forward,
+        pixels: Tensor,
+        labels: Tensor,
+        threat: Threat,
+        *,
+        rounds: int,
+        average: int,
+        fooled: bool,
+    ) -> Tensor: ...
+
+
+class Search(Protocol):
+    """An attack by random draws that changes few pixels."""
+
+    __name__: str
+
+    def __call__(
+        self, follow: Forward, pixels: Tensor, labels: Tensor, threat: Threat, seeds: Sequence[int], *, queries: int
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """The attacks under a norm that counts pixels.
+
+    Attributes:
+        name: Name of the ascent in reports.
+        ascent, search: The attacks.
+    """
+
+    name: str
+    ascent: Ascent
+    search: Search
+
+
+SPARSE = {"L0": Sparse("greedy", greedy_pixels, random_pixels), "patch": Sparse("patch", climbing_patch, random_patch)}
+"""The attacks by norm; every other norm is climbed by steps."""

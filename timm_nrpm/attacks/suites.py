@@ -16,7 +16,7 @@ from timm_nrpm.attacks.evolution import HERD, PARTS, evolve
 from timm_nrpm.attacks.library import MOST_TARGETS, Run, auto_attack, fgsm, original_auto_attack, pgd, square
 from timm_nrpm.attacks.pursuit import Pursuit, ascend, likely_targets
 from timm_nrpm.attacks.random_search import search
-from timm_nrpm.attacks.sparse import greedy_pixels, random_pixels
+from timm_nrpm.attacks.sparse import SPARSE
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.checks import check_choice
 from timm_nrpm.config import SUITES
@@ -118,7 +118,7 @@ def attacks_of(
     """
     check_choice("suite", suite, SUITES)
     library = threat.norm in ("Linf", "L2")
-    if (suite in ("paper", "standard") and not library) or (suite == "autoattack" and threat.norm == "L0"):
+    if (suite in ("paper", "standard") and not library) or (suite == "autoattack" and threat.norm in SPARSE):
         raise ValueError(f'suite={suite!r} has no attacks under {threat.norm}: choose suite="adaptive" or "quick".')
     attacks: list[Attack] = []
     if suite not in ("standard", "autoattack"):
@@ -141,7 +141,7 @@ def attacks_of(
         average = EXPECTATION if random else 1
         attacks += (
             _sparse(threat, effort, sources, average)
-            if threat.norm == "L0"
+            if threat.norm in SPARSE
             else _pursuit(effort, sources, classes, average)
         )
         if library and effort.queries:
@@ -261,34 +261,39 @@ def _climb(threat: Threat, steps: int, loss: str) -> Run:
 
 
 def _direct(threat: Threat, effort: Effort) -> Run:
-    """Return the attack that replaces PGD where torchattacks has none: Auto-PGD under L1, greedy pixels under L0."""
+    """Return the attack that replaces PGD where torchattacks has none: Auto-PGD under L1, and few pixels otherwise."""
     if threat.norm == "L1":
         return _climb(threat, effort.pgd, "cross_entropy")
-    return _greedy(threat, effort.pgd, predicts=False)
+    return _few_pixels(threat, effort.pgd, predicts=False)
 
 
 def _sparse(threat: Threat, effort: Effort, sources: Collection[str], average: int) -> Iterator[Attack]:
-    """Yield the attacks of the adaptive suite under L0: greedy pixels along every source, and random pixels."""
+    """Yield the attacks of the adaptive suite on few pixels, or on those of a patch: along every source, and random."""
+    kind = SPARSE[threat.norm]
     for source in ("plain", "base", "own", "bpda", "soft", "soft_short", "halfway"):
         if source in sources:
             predicts = source in ("own", "bpda") and average == 1
-            run = _greedy(threat, effort.pgd, average=average, predicts=predicts)
-            yield Attack(f"greedy_{source}", source, once(run), 2 * average * effort.pgd)
+            run = _few_pixels(threat, effort.pgd, average=average, predicts=predicts)
+            yield Attack(f"{kind.name}_{source}", source, once(run), 2 * average * effort.pgd)
     queries = effort.queries * sum(stage.rounds + stage.evolution for stage in effort.stages)
     if queries:
-        yield Attack("random_pixels", "scores", once(_random_pixels(threat, queries)), queries)
+        yield Attack(kind.search.__name__, "scores", once(_random_pixels(threat, queries)), queries)
 
 
-def _greedy(threat: Threat, steps: int, *, average: int = 1, predicts: bool) -> Run:
+def _few_pixels(threat: Threat, steps: int, *, average: int = 1, predicts: bool) -> Run:
+    ascent = SPARSE[threat.norm].ascent
+
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
-        return greedy_pixels(net, pixels, labels, threat, rounds=steps, average=average, fooled=predicts)
+        return ascent(net, pixels, labels, threat, rounds=steps, average=average, fooled=predicts)
 
     return run
 
 
 def _random_pixels(threat: Threat, queries: int) -> Run:
+    search = SPARSE[threat.norm].search
+
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
-        return random_pixels(net, pixels, labels, threat, seeds, queries=queries)
+        return search(net, pixels, labels, threat, seeds, queries=queries)
 
     return run
 

@@ -6,10 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from timm_nrpm.checks import check_choice, check_integer, check_number
 from timm_nrpm.config import NORMS
+
+COUNTED = ("L0", "patch")
+"""Norms whose bound is a number of pixels; the pixels that change may take any value."""
 
 SLACK = 1e-5
 """Largest excess over a bound that counts as float32 rounding: relative to the bound and, except under L0, also in
@@ -22,9 +26,10 @@ class Threat:
 
     Args:
         norm: Norm of the change: `"Linf"`, the largest change of a pixel; `"L2"` or `"L1"`, the length of the change of
-            a whole image; or `"L0"`, the number of positions that change, all of whose channels may take any value.
-        eps: Bound of the norm, in pixel units of [0, 1]; under L0 a number of positions. For CIFAR 8/255 is usual under
-            Linf, 0.5 under L2 and 12 under L1.
+            a whole image; `"L0"`, the number of positions that change, all of whose channels may take any value; or
+            `"patch"`, the side of the square, anywhere in the image, in which they lie.
+        eps: Bound of the norm, in pixel units of [0, 1]; under L0 a number of positions, of a patch that of its side.
+            For CIFAR 8/255 is usual under Linf, 0.5 under L2 and 12 under L1.
 
     Raises:
         ValueError: `norm` is not known, or `eps` is outside its range.
@@ -41,7 +46,7 @@ class Threat:
         check_choice("norm", self.norm, NORMS)
         why, most = f"; under {self.norm} it is {BOUNDS[self.norm]}", 1 if self.norm == "Linf" else math.inf
         eps = check_number("eps", self.eps, above=0, most=most, why=why)
-        if self.norm == "L0":
+        if self.norm in COUNTED:
             eps = check_integer("eps", int(eps) if eps.is_integer() else eps, least=1, why=why)
         object.__setattr__(self, "eps", eps)
 
@@ -51,8 +56,11 @@ class Threat:
     def distance(self, pixels: Tensor, attacked: Tensor) -> Tensor:
         """Return how far each image was moved, `[B]`, in the units of `eps`."""
         change = (attacked - pixels).double()
-        if self.norm == "L0":
-            return (change != 0).flatten(2).any(1).sum(1)
+        if self.norm in COUNTED:
+            changed = (change != 0).any(1)  # [B, H, W]
+            if self.norm == "L0":
+                return changed.flatten(1).sum(1)
+            return torch.maximum(_extent(changed.any(2)), _extent(changed.any(1)))
         flat = change.flatten(1)
         if self.norm == "Linf":
             return flat.abs().amax(1)
@@ -61,7 +69,7 @@ class Threat:
     def allows(self, pixels: Tensor, attacked: Tensor) -> Tensor:
         """Return whether each attacked image, `[B]`, has all its pixels in [0, 1] and is within the bound."""
         inside = ((attacked >= 0) & (attacked <= 1)).flatten(1).all(1)  # a NaN is not
-        return inside & (self.distance(pixels, attacked) <= self.eps * (1 + SLACK) + SLACK * (self.norm != "L0"))
+        return inside & (self.distance(pixels, attacked) <= self.eps * (1 + SLACK) + SLACK * (self.norm not in COUNTED))
 
     def project(self, pixels: Tensor, moved: Tensor) -> Tensor:
         """Return `moved`, brought back within the bound and to [0, 1], `[B, C, H, W]`.
@@ -78,6 +86,12 @@ class Threat:
             return (pixels + _within_l1(change, -pixels, 1 - pixels, self.eps)).clamp(0, 1)
         change = moved.clamp(0, 1) - pixels
         sizes = change.square().sum(1).flatten(1)  # [B, H * W]
+        if self.norm == "patch":
+            height, width = sides(self, pixels)
+            # In float64, so that of places with nearly the same change the one that holds all of it is chosen.
+            places = F.avg_pool2d(sizes.double().view(len(change), 1, *change.shape[2:]), (height, width), 1)
+            place = places.flatten(1).argmax(1)
+            return pixels + change * inside(pixels, place // places.shape[3], place % places.shape[3], height, width)
         kept = torch.zeros_like(sizes).scatter_(1, sizes.topk(min(int(self.eps), sizes.shape[1])).indices, 1.0)
         return pixels + change * kept.view(len(change), 1, *change.shape[2:])
 
@@ -88,7 +102,7 @@ class Threat:
             return self.project(pixels, pixels + self.eps * torch.stack(draws).to(pixels))
         draws = [torch.randn(pixels.shape[1:], generator=g, dtype=torch.float32) for g in generators]
         change = torch.stack(draws).to(pixels)
-        if self.norm != "L0":  # scale the change to the full length
+        if self.norm not in COUNTED:  # scale the change to the full length
             flat = change.flatten(1)
             length = flat.norm(dim=1) if self.norm == "L2" else flat.abs().sum(1)
             change = change * wide(self.eps / length.clamp(min=1e-12), change)
@@ -100,6 +114,7 @@ BOUNDS = {
     "L2": "the length of the change in pixel units, like 0.5",
     "L1": "the sum of the changes in pixel units, like 12",
     "L0": "a whole number of pixels",
+    "patch": "the side of a square, a whole number of pixels",
 }
 """Meaning of the bound under each norm, for error messages."""
 
@@ -113,8 +128,30 @@ def check_threat(threat: Threat | None) -> Threat:
 
 
 def wide(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape `[B]` so that it broadcasts with `[B, C, H, W]`."""
-    return values.view(-1, *[1] * (like.ndim - 1))
+    """Reshape `[B]`, or `[B, C]`, so that it broadcasts with `[B, C, H, W]`."""
+    return values.view(*values.shape, *[1] * (like.ndim - values.ndim))
+
+
+def sides(threat: Threat, pixels: Tensor) -> tuple[int, int]:
+    """Height and width of a patch, which in a small image is the whole of it."""
+    height, width = pixels.shape[2:]
+    return min(int(threat.eps), height), min(int(threat.eps), width)
+
+
+def inside(like: Tensor, top: Tensor, left: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
+    """Mask `[B, 1, H, W]` of rectangles in images `[B, C, H, W]`, from their top left corners `[B]` and their sides."""
+    down = torch.arange(like.shape[2], device=like.device).view(1, -1, 1)
+    across = torch.arange(like.shape[3], device=like.device).view(1, 1, -1)
+    top, left = top.view(-1, 1, 1), left.view(-1, 1, 1)
+    return ((down >= top) & (down < top + height) & (across >= left) & (across < left + width)).unsqueeze(1)
+
+
+def _extent(changed: Tensor) -> Tensor:
+    """Distance from the first to the last changed line, both counted, `[B]`; 0 without any."""
+    places = torch.arange(changed.shape[1], device=changed.device)
+    last = torch.where(changed, places + 1, 0).amax(1)
+    first = torch.where(changed, places, changed.shape[1]).amin(1)
+    return (last - first).clamp(min=0)
 
 
 def _within_l1(change: Tensor, low: Tensor, high: Tensor, eps: float) -> Tensor:

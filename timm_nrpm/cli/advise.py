@@ -51,7 +51,7 @@ def add_advise(commands: Any) -> None:
     data.add_argument("--training-split", default="train", metavar="NAME", help=split)
     threats = parser.add_argument_group("threats")
     threats.add_argument("--norm", default="Linf", choices=NORMS, help="norm of an attack (default: Linf)")
-    eps = "its bounds, in pixels of [0, 1]; under L0 numbers of pixels"
+    eps = "its bounds, in pixels of [0, 1]; under L0 numbers of pixels, of a patch its side"
     threats.add_argument("--eps", type=options.number, nargs="+", metavar="EPS", help=eps)
     kinds = "corruptions, such as fog or white_noise; none for the images as they are"
     threats.add_argument("--kinds", nargs="+", metavar="KIND", help=kinds)

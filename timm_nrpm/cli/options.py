@@ -205,7 +205,7 @@ def add_threat(group: Any, *, several: bool) -> None:
         several: Whether `--eps` takes several bounds.
     """
     group.add_argument("--norm", default="Linf", choices=NORMS, help="norm of the change (default: Linf)")
-    bounds = "largest change, in pixels of [0, 1]; under L0 a number of pixels (default: 8/255)"
+    bounds = "largest change, in pixels of [0, 1]; under L0 a number of pixels, of a patch its side (default: 8/255)"
     if several:
         group.add_argument("--eps", type=number, nargs="+", default=[8 / 255], metavar="EPS", help=bounds)
     else:

@@ -13,7 +13,16 @@ from timm_nrpm.cli.given import Useless
 from timm_nrpm.cli.terminal import Terminal
 from timm_nrpm.cli.values import number, number_or_none
 from timm_nrpm.cli.wording import called
-from timm_nrpm.config import GRADIENTS, OBJECTIVES, OPTIMIZERS, PARADIGMS, PRECISIONS, SCHEDULES, TUNED_NORMS, TuneConfig
+from timm_nrpm.config import (
+    GRADIENTS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    PARADIGMS,
+    PRECISIONS,
+    SCHEDULES,
+    TUNED_NORMS,
+    TuneConfig,
+)
 
 if TYPE_CHECKING:
     from timm_nrpm.evaluation.history import History
@@ -231,7 +240,9 @@ def _tune(args: argparse.Namespace, terminal: Terminal) -> None:
 def _report(history: History, before: dict[str, float], after: dict[str, float], terminal: Terminal) -> None:
     """What tuning did, as two tables."""
     c = history.config
-    table = Table("layer", "lambda before", "after", title=f"paradigm {c.paradigm}, {c.objective}, {c.norm} {c.eps:.4g}")
+    table = Table(
+        "layer", "lambda before", "after", title=f"paradigm {c.paradigm}, {c.objective}, {c.norm} {c.eps:.4g}"
+    )
     for name, lam in after.items():
         table.add_row(name, f"{before[name]:.3f}", f"{lam:.3f}")
     terminal.show(table)

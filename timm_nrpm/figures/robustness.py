@@ -31,7 +31,10 @@ CLEAN, WORST, CONTROL = "#767676", "#D55E00", "#000000"
 MARKERS = "so^Dv*"
 """Markers of the thin lines; at most as many lines are drawn as there are markers."""
 
-UNITS = {"Linf": "largest change of a pixel", "L2": "pixel units", "L1": "pixel units", "L0": "pixels"}
+UNITS = {
+    "Linf": "largest change of a pixel", "L2": "pixel units", "L1": "pixel units", "L0": "pixels",
+    "patch": "side in pixels",
+}  # fmt: skip
 
 
 def draw_curves(reports: Sequence[RobustnessReport], path: str | Path) -> Path:

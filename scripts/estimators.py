@@ -1,0 +1,266 @@
+"""Look for an estimate that gains under attack: many candidates, the strongest attack on each, and what is left.
+
+    OMP_NUM_THREADS=1 python scripts/estimators.py --shared SHARED --kept FOLDER    # an hour on one core
+
+FOLDER is that of `scripts/atlas.py`, which keeps the trained LeNet. The protocol: corrections and statistics come from
+training images. Candidates are compared with the plain model on selection images under PGD along the candidate's own
+gradient, which is how gains are usually shown. Of those that gain and lose at most a point of clean accuracy, the best
+of each estimate, ten at most, are attacked by the adaptive suite on report images, beside the plain model. Nothing is
+trained. The plain model has no estimate, so that calibration leaves it as it is, and is its own control. Writes
+results/estimators.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from atlas_bases import BASES, Base, Images
+from lab import Lab
+from rich.progress import track
+from robust_sums import Estimate, median_of_means, reweighted, trimmed, winsorized, with_sums_
+from torch import nn
+
+from timm_nrpm import NRPMConfig, RobustnessReport, Threat, calibrate_, evaluate, reprogram_
+from timm_nrpm.evaluation.trials import Effect
+from timm_nrpm.models.reprogramming import reprogrammed_layers
+
+ROOT = Path(__file__).parents[1]
+CALIBRATION, SELECTION, REPORT = 300, 120, 200
+"""Numbers of images for each purpose."""
+
+BEST, CLEAN_LOSS = 10, 1.0
+THREATS = {"digits": ("Linf", "L0"), "mlp": ("Linf", "L0"), "lenet": ("Linf", "L0")}
+
+SUMS: dict[str, tuple[Estimate, bool]] = {
+    "trimmed by 2 %": (trimmed(0.02), False),
+    "trimmed by 10 %": (trimmed(0.1), False),
+    "trimmed by 10 %, centred": (trimmed(0.1), True),
+    "Winsorized by 5 %": (winsorized(0.05), False),
+    "Winsorized by 5 %, centred": (winsorized(0.05), True),
+    "median of 5 means": (median_of_means(5), False),
+    "median of 9 means, centred": (median_of_means(9), True),
+    "L1, eps by scale": (reweighted(3, 1.0), False),
+    "L1, eps by scale, centred": (reweighted(3, 1.0), True),
+    "L1 from the median, eps by scale": (reweighted(3, 1.0, "median"), False),
+}
+PENALTIES: dict[str, NRPMConfig] = {
+    "the package's L1": NRPMConfig(),
+    "the package's L1, eps 0.05": NRPMConfig(eps=0.05),
+    "the package's L1, K 1": NRPMConfig(iterations=1),
+    "Huber": NRPMConfig(penalty="huber"),
+    "MCP": NRPMConfig(penalty="mcp"),
+}
+PLACES = ("first", "all")
+LAMS = (0.8, 0.4)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An estimate in some layers of a base.
+
+    Attributes:
+        estimate: Name of the estimate.
+        where: `"first"` layer or `"all"` of them.
+        lam: Share of the linear map.
+    """
+
+    estimate: str
+    where: str
+    lam: float
+
+    def __str__(self) -> str:
+        return f"{self.estimate}, lambda {self.lam:g}, {self.where} layer{'s' * (self.where == 'all')}"
+
+    def made(self, base: Base, images: torch.Tensor) -> nn.Module:
+        """The candidate, corrected or calibrated on images."""
+        names = list(reprogrammed_layers(reprogram_(deepcopy(base.model), NRPMConfig(lam=1.0))))
+        names = names[:1] if self.where == "first" else names
+        if self.estimate in SUMS:
+            estimate, centred = SUMS[self.estimate]
+            return with_sums_(deepcopy(base.model).eval(), images, names, estimate, self.lam, centred).eval()
+        config = NRPMConfig(**{**asdict(PENALTIES[self.estimate]), "lam": self.lam, "layers": tuple(names)})
+        return calibrate_(reprogram_(deepcopy(base.model), config), [images]).eval()
+
+
+def candidates() -> Iterator[Candidate]:
+    """All candidates."""
+    for estimate in (*PENALTIES, *SUMS):
+        for where in PLACES:
+            for lam in LAMS:
+                yield Candidate(estimate, where, lam)
+
+
+def batches(images: Images) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images in batches."""
+    return list(zip(images[0].split(100), images[1].split(100), strict=True))
+
+
+class Study:
+    """The measurements, each of which is kept in a file.
+
+    Args:
+        file: File of what was measured, a line each.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.known: dict[str, dict[str, Any]] = dict(map(json.loads, lines))
+
+    def once(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured under this key, now or before."""
+        if key not in self.known:
+            self.known[key] = work()
+            with self.file.open("a") as lines:
+                lines.write(json.dumps([key, self.known[key]]) + "\n")
+        return self.known[key]
+
+
+def attacked(model: nn.Module, images: Images, threat: Threat, plain: nn.Module | None, suite: str) -> RobustnessReport:
+    """What the attacks of a suite leave of a model."""
+    with torch.random.fork_rng():
+        return evaluate(model, batches(images), threat, suite, effort="default", base=plain, control=False)
+
+
+def quick_row(model: nn.Module, images: Images, threat: Threat) -> dict[str, Any]:
+    """Clean accuracy, and that under PGD along the model's own gradient."""
+    report = attacked(model, images, threat, None, "quick")
+    return {"clean": 100 * report.clean, "own": 100 * report.accuracy("pgd")}
+
+
+def full_row(model: nn.Module, images: Images, threat: Threat, plain: nn.Module | None) -> dict[str, Any]:
+    """Everything that the adaptive suite leaves, and the attack that broke most."""
+    report = attacked(model, images, threat, plain, "adaptive")
+    broke: dict[str, int] = {}
+    standing = list(report.correct)
+    for attack in report.attacks:
+        fallen = [now and survived is False for now, survived in zip(standing, attack.survived, strict=True)]
+        broke[attack.name] = sum(fallen)
+        standing = [now and not fell for now, fell in zip(standing, fallen, strict=True)]
+    alone = {
+        attack.name: 100 * report.accuracy(attack.name) for attack in report.attacks if None not in attack.survived
+    }
+    return {
+        "clean": 100 * report.clean, "worst": 100 * report.worst_case, "own": 100 * report.accuracy("pgd"),
+        "survivors": "".join(str(int(each)) for each in report.survivors), "broke": broke, "alone": alone,
+    }  # fmt: skip
+
+
+def closing(row: dict[str, Any]) -> str:
+    """The attack that took most images which stood until then, beside PGD along the own gradient."""
+    others = {name: count for name, count in row["broke"].items() if name not in ("pgd", "fgsm")}
+    name = max(others, key=lambda each: others[each])
+    return f"{name} ({others[name]} more images)"
+
+
+def survey(study: Study, lab: Lab) -> list[dict[str, Any]]:
+    """The first part: every candidate under its own gradient on the selection images."""
+    rows = []
+    for name, norms in THREATS.items():
+        base = BASES[name](lab)
+        threats = [threat for threat in base.threats if threat.norm in norms]
+        images, training = _part(base.held, 0, SELECTION), _images(base)
+        plain = {t: study.once(f"quick {name} {t} plain", partial(quick_row, base.model, images, t)) for t in threats}
+        for candidate in track(list(candidates()), name):
+            made = cache(partial(candidate.made, base, training))
+            for threat in threats:
+                key = f"quick {name} {threat} {candidate}"
+                row = study.once(key, lambda made=made, threat=threat: quick_row(made(), images, threat))  # type: ignore[misc]  # noqa: B023
+                rows.append({
+                    "base": name, "title": base.title, "threat": threat, "candidate": candidate, **row,
+                    "lost": plain[threat]["clean"] - row["clean"], "apparent": row["own"] - plain[threat]["own"],
+                })  # fmt: skip
+    return rows
+
+
+def judged(study: Study, lab: Lab, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The second part: the best candidate of each estimate under the adaptive suite, beside the plain model."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: -row["apparent"]):
+        if row["lost"] <= CLEAN_LOSS and row["apparent"] > 0 and len(best) < BEST:
+            best.setdefault(row["candidate"].estimate, row)
+    result = []
+    for row in track(list(best.values()), "judged"):
+        name, threat = row["base"], row["threat"]
+        base = BASES[name](lab)
+        images = _part(base.held, SELECTION, REPORT)
+        plain = study.once(f"full {name} {threat} plain", partial(full_row, base.model, images, threat, None))
+        model = row["candidate"].made(base, _images(base))
+        key = f"full {name} {threat} {row['candidate']}"
+        ours = study.once(key, partial(full_row, model, images, threat, base.model))
+        effect = Effect.of(ours["survivors"], plain["survivors"])
+        result.append({
+            "base": base.title, "threat": str(threat), "candidate": str(row["candidate"]), "images": len(images[1]),
+            "apparent": row["apparent"], "lost": plain["clean"] - ours["clean"], "own": ours["own"],
+            "worst": ours["worst"], "plain": plain["worst"], "effect": asdict(effect), "closed by": closing(ours),
+        })  # fmt: skip
+    return result
+
+
+def _part(images: Images, first: int, count: int) -> Images:
+    return images[0][first : first + count], images[1][first : first + count]
+
+
+def _images(base: Base) -> torch.Tensor:
+    assert base.training is not None
+    return base.training[0][:CALIBRATION]
+
+
+def markdown(rows: list[dict[str, Any]], best: list[dict[str, Any]]) -> str:
+    """The tables."""
+    seeming = sum(row["apparent"] > 0 for row in rows)
+    much = sum(row["apparent"] > 3 and row["lost"] <= CLEAN_LOSS for row in rows)
+    lines = [
+        "# Estimates that might gain under attack", "",
+        f"`scripts/estimators.py`: {len({row['candidate'].estimate for row in rows})} estimates, in the first layer or "
+        f"in all, at lambda {' and '.join(f'{lam:g}' for lam in LAMS)}, on {len({row['base'] for row in rows})} models "
+        f"under two threats: {len(rows)} candidates. On {SELECTION} selection images under PGD along the own gradient, "
+        f"{seeming} of them seem to gain over the plain model, {much} more than 3 points at a loss of at most "
+        f"{CLEAN_LOSS:g} point clean. The best of each estimate, ten at most, on {REPORT} report images under the "
+        "adaptive suite, beside the plain model, with 95 % intervals. The last column is the attack that took the most "
+        "images which were still right after PGD along the own gradient.", "",
+        "| model | threat | candidate | clean lost | seeming gain | own gradient | worst case | plain | true gain "
+        "| closed by |", "|---" * 10 + "|",
+    ]  # fmt: skip
+    for row in best:
+        effect = row["effect"]
+        lines.append(
+            f"| {row['base']} | {row['threat']} | {row['candidate']} | {row['lost']:+.1f} | {row['apparent']:+.1f} "
+            f"| {row['own']:.1f} | {row['worst']:.1f} | {row['plain']:.1f} | {Effect(**effect)} | {row['closed by']} |"
+        )
+    lines += ["", "## All candidates, under their own gradient", "",
+              "| model | threat | candidate | clean lost | seeming gain |", "|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"| {row['title']} | {row['threat']} | {row['candidate']} | {row['lost']:+.1f} | {row['apparent']:+.1f} |"
+        for row in sorted(rows, key=lambda row: -row["apparent"])
+    ]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shared", type=Path, required=True, help="folder with checkpoints/ and data/")
+    parser.add_argument("--kept", type=Path, required=True, help="folder of trained models and of what was measured")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the results")
+    args = parser.parse_args()
+    lab = Lab("quick", args.shared / "data", args.shared / "checkpoints", args.kept / "models")
+    study = Study(args.kept / "estimators.jsonl")
+    rows = survey(study, lab)
+    best = judged(study, lab, rows)
+    text = markdown(rows, best)
+    plain = [{**row, "threat": str(row["threat"]), "candidate": str(row["candidate"])} for row in rows]
+    (args.out / "estimators.json").write_text(json.dumps({"all": plain, "best": best}, indent=1) + "\n")
+    (args.out / "estimators.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
