@@ -15,7 +15,7 @@ from torchvision.utils import save_image
 import timm_nrpm
 from timm_nrpm import Shift, Threat, advise
 from timm_nrpm.advice import inquiry as wing
-from timm_nrpm.advice import lambdas
+from timm_nrpm.advice import lambdas, smoothing
 from timm_nrpm.advice.strategy import Candidate, Strategy
 from timm_nrpm.cli.plot import result_in
 from timm_nrpm.cli.program import main
@@ -193,6 +193,27 @@ def test_attacked_like_evaluate_does(fragile, images, tmp_path, monkeypatch):
     assert torch.equal(weights["fc.weight"], better.fc.weight)
     plain = timm_nrpm.evaluate(fragile, report, threat, effort="fast", control=False, **normalisation)
     assert advice.nothing.report.threat == "".join(str(int(each)) for each in plain.survivors)
+
+
+@pytest.mark.parametrize("slowdown", [10, 1000])
+def test_a_guarantee_by_smoothing_is_that_of_certify(fragile, images, monkeypatch, slowdown):
+    monkeypatch.setattr(smoothing, "VOTES", 50)
+    monkeypatch.setattr(wing, "STRATEGIES", (smoothing.SMOOTHING,))
+    normalisation = {"mean": (0.0,), "std": (1.0,)}
+    report, selection = (part[:1] for part in images)
+    bounds = {"slowdown": slowdown, "clean_loss": 100, "effect": 10}
+    (advice,) = advise(fragile, report, Threat("L2", 0.8), selection=selection, **bounds, **normalisation)
+    trial = advice.trials[1]
+    if slowdown < 50:
+        assert trial.rejected == "50.0 times the latency"
+        assert not advice.helps
+        return
+    certified = timm_nrpm.certify(fragile, selection, 0.4, n=50, **normalisation)
+    right = [image.predicted == image.label for image in certified.images]
+    kept = [now and image.radius >= 0.8 for now, image in zip(right, certified.images, strict=True)]
+    assert trial.slowdown == 50
+    assert trial.selection.clean == "".join(str(int(each)) for each in right)
+    assert trial.selection.threat == "".join(str(int(each)) for each in kept)
 
 
 @pytest.mark.slow

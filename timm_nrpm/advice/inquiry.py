@@ -13,6 +13,7 @@ from torch import nn
 
 from timm_nrpm.advice.adaptation import ADAPTATION
 from timm_nrpm.advice.lambdas import BY_LAYER, ESTIMATE, ONE_LAMBDA
+from timm_nrpm.advice.smoothing import SMOOTHING
 from timm_nrpm.advice.strategy import Candidate, Strategy
 from timm_nrpm.advice.study import Study
 from timm_nrpm.advice.tuning import TUNED_ALL, TUNED_LAMBDA, TUNED_LAYERS
@@ -27,7 +28,7 @@ from timm_nrpm.models.tensors import write_tensors
 from timm_nrpm.version import __version__
 
 STRATEGIES: tuple[Strategy, ...] = (
-    ADAPTATION, TUNED_LAYERS, TUNED_ALL, ONE_LAMBDA, ESTIMATE, BY_LAYER, TUNED_LAMBDA,
+    ADAPTATION, TUNED_LAYERS, TUNED_ALL, ONE_LAMBDA, ESTIMATE, BY_LAYER, TUNED_LAMBDA, SMOOTHING,
 )  # fmt: skip
 """All strategies; first those that leave the model as fast as it is, since they are the quickest to try as well."""
 
@@ -121,18 +122,20 @@ class Inquiry:
         if self.spent + candidate.seconds > until:
             return None
         model = study.model if candidate is AS_IT_IS else candidate.make()
-        slowdown = study.slowdown(model)
+        slowdown = study.slowdown(model) * candidate.forwards
         trial = Trial(strategy, candidate.setting, slowdown, 0.0, control=candidate.control)
         if slowdown > study.bounds.slowdown:
             why = f"{slowdown:.1f} times the latency"
             return replace(trial, rejected=why, seconds=time.perf_counter() - start)
-        on_clean = model if candidate.on_clean is None else candidate.on_clean()
-        clean = study.right(on_clean, study.parts["selection"].pixels, "selection")
+        kept = candidate.judged(model, "selection") if candidate.judged else None
+        clean = kept.clean if kept else self._clean(candidate, model, "selection")
         if self.trials and self.trials[0].selection is not None:
             loss = (self.trials[0].selection.clean.count("1") - clean.count("1")) / len(clean) * 100
             if loss > study.bounds.clean_loss:
                 why = f"loses {loss:.1f} points clean"
                 return replace(trial, rejected=why, seconds=time.perf_counter() - start)
+        if kept is not None:
+            return replace(trial, selection=kept, seconds=time.perf_counter() - start)
         if self.trials and (why := self._beaten(model)):
             return replace(trial, rejected=why, seconds=time.perf_counter() - start)
         if isinstance(study.danger, Threat) and self.trials:
@@ -142,6 +145,11 @@ class Inquiry:
         plain = study.model if candidate.is_trained else None
         kept = study.kept(model, clean, "selection", candidate.setting, plain)
         return replace(trial, selection=kept, seconds=time.perf_counter() - start)
+
+    def _clean(self, candidate: Candidate, model: nn.Module, part: str) -> str:
+        """The images that a candidate is right on without the danger."""
+        on_clean = model if candidate.on_clean is None else candidate.on_clean()
+        return self.study.right(on_clean, self.study.parts[part].pixels, part)
 
     def _beaten(self, model: nn.Module) -> str:
         """Why a candidate cannot be the best: quick attacks bound what the adaptive suite can leave from above."""
@@ -192,9 +200,11 @@ class Inquiry:
         self.bar.update(self.task, description=f"{study.danger}: judging {trial.strategy}, {trial.setting}")
         start = time.perf_counter()
         model = study.model if candidate is AS_IT_IS else candidate.make()
-        on_clean = model if candidate.on_clean is None else candidate.on_clean()
-        clean = study.right(on_clean, study.parts["report"].pixels, "report")
-        kept = study.kept(model, clean, "report", candidate.setting, study.model if candidate.is_trained else None)
+        if candidate.judged:
+            kept = candidate.judged(model, "report")
+        else:
+            clean, plain = self._clean(candidate, model, "report"), study.model if candidate.is_trained else None
+            kept = study.kept(model, clean, "report", candidate.setting, plain)
         seconds = trial.seconds + time.perf_counter() - start
         self.trials[number] = replace(trial, report=kept, seconds=seconds)
         self._write(self.trials[number], "report")

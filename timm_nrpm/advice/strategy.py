@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import nn
 
 from timm_nrpm.advice.study import Study
-from timm_nrpm.evaluation.trials import Trial
+from timm_nrpm.evaluation.trials import Kept, Trial
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class Candidate:
         control: Setting of the candidate that costs as much and has no estimate; empty for the model as it is.
         is_trained: Whether its weights are others than the model's.
         seconds: Expected time of making it, in seconds.
+        judged: Function from the model and the name of a part to the images that it is right on, where these are not
+            found by attacks.
+        forwards: Number of forwards for one prediction.
     """
 
     setting: str
@@ -31,6 +34,8 @@ class Candidate:
     control: str = ""
     is_trained: bool = False
     seconds: float = 0.0
+    judged: Callable[[nn.Module, str], Kept] | None = None
+    forwards: int = 1
 
 
 Candidates: TypeAlias = Generator[Candidate, Trial, None]
