@@ -26,7 +26,7 @@ ATTACKED, CORRUPTED = 120, 240
 TRAINING = 1500
 """Largest number of training images."""
 
-SHIFTED = 60
+SHIFTED = 180
 """Seconds for a cell after a shift."""
 
 NATIVE = ("salt_and_pepper", "missing_pixels", "white_noise")

@@ -35,19 +35,14 @@ def markdown(rows: Sequence[Row], how: str) -> str:
         *(f"| {row['base']} | {row['said']} | {row['kept']} % | {_gain(row)} | {row['by']} | {row['clean lost']:+.1f} "
           f"| {row['slowdown']:.1f}x |" for row in helping),
         "", "## Where nothing helps", "",
-        "| model | threat | as it is | best on the images chosen on | there | on the images judged on | p |",
-        "|---|---|---|---|---|---|---|",
+        "| model | threat | as it is | best on the images chosen on | there | on those judged on | p | clean lost |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         if not helps(row):
             best = _best(row)
-            there, judged, p = (
-                "" if best is None or best[key] is None else best[key] for key in ("chosen on", "gain", "p")
-            )
-            lines.append(
-                f"| {row['base']} | {row['said']} | {_number(row['kept'])} % | {best['by'] if best else 'nothing'} "
-                f"| {_signed(there)} | {_signed(judged)} | {p if p == '' else f'{p:.2g}'} |"
-            )
+            kept = f"| {row['base']} | {row['said']} | {_number(row['kept'])} % "
+            lines.append(kept + (f"| {_tried(best)} |" if best else "| nothing gained there | | | | |"))
     lines += ["", "## By strategy", "", "| strategy | trials | within the bounds | advised |", "|---|---|---|---|"]
     for strategy in dict.fromkeys(each["strategy"] for row in rows for each in row["trials"][1:]):
         ours = [each for row in rows for each in row["trials"] if each["strategy"] == strategy]
@@ -68,13 +63,16 @@ def _best(row: Row) -> Row | None:
     return max(judged or gaining, key=lambda each: each["chosen on"], default=None)
 
 
+def _tried(trial: Row) -> str:
+    """The cells of a trial that is not advised."""
+    gain = "not judged" if trial["gain"] is None else f"{trial['gain']:+.1f}"
+    p = "" if trial["p"] is None else f"{trial['p']:.2g}"
+    return f"{trial['by']} | {trial['chosen on']:+.1f} | {gain} | {p} | {trial['clean lost']:+.1f}"
+
+
 def _gain(row: Row) -> str:
     low, high = row["interval"]
     return f"**{row['gain']:+.1f}** ({low:+.1f} to {high:+.1f})"
-
-
-def _signed(number: float | str) -> str:
-    return number if isinstance(number, str) else f"{number:+.1f}"
 
 
 def _number(number: float | None) -> str:

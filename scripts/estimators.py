@@ -90,10 +90,10 @@ class Candidate:
         return calibrate_(reprogram_(deepcopy(base.model), config), [images]).eval()
 
 
-def candidates() -> Iterator[Candidate]:
-    """All candidates."""
+def candidates(base: str) -> Iterator[Candidate]:
+    """All candidates for a base. Sums that hold every product take too long in all ten layers of the digits' ResNet."""
     for estimate in (*PENALTIES, *SUMS):
-        for where in PLACES:
+        for where in PLACES[: 1 if base == "digits" and estimate in SUMS else 2]:
             for lam in LAMS:
                 yield Candidate(estimate, where, lam)
 
@@ -169,7 +169,7 @@ def survey(study: Study, lab: Lab) -> list[dict[str, Any]]:
         threats = [threat for threat in base.threats if threat.norm in norms]
         images, training = _part(base.held, 0, SELECTION), _images(base)
         plain = {t: study.once(f"quick {name} {t} plain", partial(quick_row, base.model, images, t)) for t in threats}
-        for candidate in track(list(candidates()), name):
+        for candidate in track(list(candidates(name)), name):
             made = cache(partial(candidate.made, base, training))
             for threat in threats:
                 key = f"quick {name} {threat} {candidate}"

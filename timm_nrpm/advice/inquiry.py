@@ -41,6 +41,13 @@ SHARE = 0.5
 AS_IT_IS = Candidate("as it is", lambda: nn.Identity())
 
 
+class _NoTime(Exception):
+    """A candidate takes more than its share of the time, by an estimate of its seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
 class Inquiry:
     """The trials of one study."""
 
@@ -101,13 +108,14 @@ class Inquiry:
     def _add(self, strategy: str, candidate: Candidate, until: float) -> Trial | None:
         """Try a candidate; None if there was no time for it."""
         row = self.known.get((strategy, candidate.setting, "selection"))
-        trial = self._measured(strategy, candidate, until) if row is None else Trial.from_dict(row["trial"])
-        if trial is None:
+        try:
+            trial = self._measured(strategy, candidate, until) if row is None else Trial.from_dict(row["trial"])
+        except _NoTime as error:
             if strategy not in {each.strategy for each in self.trials}:
-                seconds = self.trials[0].seconds
+                share = max(until - self.spent, 0)
                 self.untried[strategy] = (
-                    f"there was no time: to measure the model as it is took {seconds:.0f} of "
-                    f"{self.study.bounds.seconds:g} seconds. Give more of them, or fewer images"
+                    f"there was no time: it takes about {error.seconds:.0f} seconds, and its share of the "
+                    f"{self.study.bounds.seconds:g} was {share:.0f}. Give more of them, or fewer images"
                 )
             return None
         self.trials.append(trial)
@@ -116,11 +124,11 @@ class Inquiry:
             self._write(trial, "selection")
         return trial
 
-    def _measured(self, strategy: str, candidate: Candidate, until: float) -> Trial | None:
-        """Measure a candidate on the selection images; None if its share of the time would not do."""
+    def _measured(self, strategy: str, candidate: Candidate, until: float) -> Trial:
+        """Measure a candidate on the selection images, or raise :class:`_NoTime`."""
         study, start = self.study, time.perf_counter()
         if self.spent + candidate.seconds > until:
-            return None
+            raise _NoTime(candidate.seconds)
         model = study.model if candidate is AS_IT_IS else candidate.make()
         slowdown = study.slowdown(model) * candidate.forwards
         trial = Trial(strategy, candidate.setting, slowdown, 0.0, control=candidate.control)
@@ -140,8 +148,9 @@ class Inquiry:
             return replace(trial, rejected=why, seconds=time.perf_counter() - start)
         if isinstance(study.danger, Threat) and self.trials:
             expected = self.trials[0].seconds * self._passes(slowdown)
-            if self.spent + (time.perf_counter() - start) + expected > until:
-                return None
+            needed = time.perf_counter() - start + expected
+            if self.spent + needed > until:
+                raise _NoTime(needed)
         plain = study.model if candidate.is_trained else None
         kept = study.kept(model, clean, "selection", candidate.setting, plain)
         return replace(trial, selection=kept, seconds=time.perf_counter() - start)
