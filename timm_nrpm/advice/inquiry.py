@@ -112,17 +112,22 @@ class Inquiry:
             trial = self._measured(strategy, candidate, until) if row is None else Trial.from_dict(row["trial"])
         except _NoTime as error:
             if strategy not in {each.strategy for each in self.trials}:
-                share = max(until - self.spent, 0)
-                self.untried[strategy] = (
-                    f"there was no time: it takes about {error.seconds:.0f} seconds, and its share of the "
-                    f"{self.study.bounds.seconds:g} was {share:.0f}. Give more of them, or fewer images"
-                )
+                self.untried[strategy] = self._no_time(until - self.spent, error.seconds)
             return None
         self.trials.append(trial)
         self.candidates.append(candidate)
         if row is None:
             self._write(trial, "selection")
         return trial
+
+    def _no_time(self, share: float, needed: float) -> str:
+        """Why a strategy was not tried that had some seconds and needed more."""
+        every = f"{self.study.bounds.seconds:g} seconds"
+        if share > 0:
+            why = f"its first candidate takes about {needed:.0f} seconds, and its share of the {every} was {share:.0f}"
+        else:
+            why = f"to measure the model as it is took {self.trials[0].seconds:.0f} of {every}"
+        return f"there was no time: {why}. Give more of them, or fewer images"
 
     def _measured(self, strategy: str, candidate: Candidate, until: float) -> Trial:
         """Measure a candidate on the selection images, or raise :class:`_NoTime`."""
