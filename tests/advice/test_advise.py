@@ -249,6 +249,50 @@ def test_the_digits_in_ten_minutes_end_to_end(tmp_path, monkeypatch, capsys):
     assert "evaluation.json" in published.files
 
 
+@pytest.mark.slow
+def test_a_users_own_model_of_five_classes_end_to_end(tmp_path, monkeypatch, capsys):
+    """A folder of images, a checkpoint of timm's training script, and one command; what it writes is loaded, evaluated
+    to the same numbers, and can be pushed."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    pixels, labels = (torch.cat(parts) for parts in zip(digits("train"), digits("test"), strict=True))
+    rows = (labels < 5).nonzero().squeeze(1)[:700]
+    labels = labels[rows]
+    pixels = nn.functional.interpolate(pixels[rows].expand(-1, 3, -1, -1), (64, 64), mode="bilinear").clamp(0, 1)
+    for split, part in (("train", slice(0, 400)), ("test", slice(400, 700))):
+        for number, (image, label) in enumerate(zip(pixels[part], labels[part], strict=True)):
+            place = tmp_path / "photos" / split / str(int(label))
+            place.mkdir(parents=True, exist_ok=True)
+            save_image(image, place / f"{number}.png")
+    net = timm.create_model("resnet18", num_classes=5)
+    whole = PixelModel(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    for _ in range(3):
+        for batch, wanted in zip(pixels[:400].split(50), labels[:400].split(50), strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(whole.train()(batch), wanted).backward()
+            optimizer.step()
+    torch.save({"state_dict": net.state_dict(), "epoch": 3, "arch": "resnet18"}, "mine.pth.tar")
+
+    model = ["--model", "resnet18", "--weights", "mine.pth.tar", "--num-classes", "5", "--image-size", "64"]
+    images = ["--data", "folder", "--root", "photos"]
+    asked = ["--eps", "8/255", "--kinds", "salt_and_pepper", "--samples", "80", "--effect", "15", "--seconds", "200"]
+    assert main(["advise", *model, *images, *asked, "--json"]) == 0
+    found = [Advice.from_json(json.dumps(told)) for told in json.loads(capsys.readouterr().out)["advice"]]
+    attacked, shifted = sorted(found, key=lambda advice: not advice.threat.startswith("Linf"))
+    assert len(attacked.trials) > 1
+    assert shifted.helps
+    variant = str(tmp_path / "advised" / "salt_and_pepper-of-severity-5" / "variant")
+    same = timm_nrpm.from_pretrained(variant).eval()
+    print(shifted)
+    noisy = corrupt(pixels[:4], "salt_and_pepper", 5)
+    with torch.no_grad():
+        assert PixelModel(same).eval()(noisy).shape == (4, 5)
+    assert main(["evaluate", "--variant", variant, *images, "--samples", "20", "--eps", "1/255", "--suite", "quick"]) == 0
+    published = push_to_hub(variant, "me/advised", dry_run=True, license="mit")
+    assert "nrpm_config.json" in published.files
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
