@@ -48,7 +48,30 @@ def markdown(rows: Sequence[Row], how: str) -> str:
         ours = [each for row in rows for each in row["trials"] if each["strategy"] == strategy]
         advised = sum(helps(row) and row["by"].startswith(f"{strategy}, ") for row in rows)
         lines.append(f"| {strategy} | {len(ours)} | {sum(not each['rejected'] for each in ours)} | {advised} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", _tuned_alike(rows), ""])
+
+
+def _tuned_alike(rows: Sequence[Row]) -> str:
+    """What the estimate adds to tuning: reprogrammed models beside plain ones that were tuned alike."""
+    ended, apart = 0, []
+    for row in rows:
+        trials = {each["setting"]: each for each in row["trials"]}
+        for setting, trial in trials.items():
+            words, _, kind = setting.rpartition(", ")
+            plain = trials.get(f"{words}, plain")
+            if kind == "plain" or plain is None:
+                continue
+            if trial["rejected"] or plain["rejected"]:
+                ended += bool(trial["rejected"])
+            else:
+                apart.append(trial["chosen on"] - plain["chosen on"])
+    if not ended and not apart:
+        return "No reprogrammed model was tuned beside the plain one."
+    between = f", and kept {min(apart):+.1f} to {max(apart):+.1f} points more in {len(apart)}" if apart else ""
+    return (
+        f"A reprogrammed model was tuned beside the plain one, at the same attacks and epochs, {ended + len(apart)} "
+        f"times: it was ended by the bounds or by quick attacks in {ended}{between}, on the images that are chosen on."
+    )
 
 
 def helps(row: Row) -> bool:

@@ -288,7 +288,9 @@ def test_a_users_own_model_of_five_classes_end_to_end(tmp_path, monkeypatch, cap
     noisy = corrupt(pixels[:4], "salt_and_pepper", 5)
     with torch.no_grad():
         assert PixelModel(same).eval()(noisy).shape == (4, 5)
-    assert main(["evaluate", "--variant", variant, *images, "--samples", "20", "--eps", "1/255", "--suite", "quick"]) == 0
+    assert (
+        main(["evaluate", "--variant", variant, *images, "--samples", "20", "--eps", "1/255", "--suite", "quick"]) == 0
+    )
     published = push_to_hub(variant, "me/advised", dry_run=True, license="mit")
     assert "nrpm_config.json" in published.files
 
