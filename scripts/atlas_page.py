@@ -8,9 +8,21 @@ from typing import Any
 
 from matplotlib.patches import Rectangle
 
+from timm_nrpm.evaluation.report import SIGNIFICANT
 from timm_nrpm.figures import canvas
 
 Row = dict[str, Any]
+
+CLEAN_LOSS = 2.0
+"""Bound of all cells on the loss of clean accuracy, in points."""
+
+NOTHING, DEAR = (0.95, 0.95, 0.95), (0.99, 0.93, 0.82)
+
+ORDER = (
+    "Linf", "L2", "L1", "L0", "patch", "salt_and_pepper", "missing_pixels", "white_noise", "gaussian_noise",
+    "motion_blur", "frost", "fog", "contrast", "jpeg_compression", "another source",
+)  # fmt: skip
+"""The threats, as they stand in the picture."""
 
 SHORT = {
     "adaptation": "adapted", "tuning a few layers": "few tuned", "tuning all": "all tuned", "one lambda": "lambda",
@@ -105,7 +117,7 @@ def _number(number: float | None) -> str:
 def picture(rows: Sequence[Row], path: Path) -> None:
     """Draw models against threats: the gain as a colour, and what gave it."""
     bases = list(dict.fromkeys(row["base"] for row in rows))
-    threats = list(dict.fromkeys(row["threat"] for row in rows))
+    threats = sorted({row["threat"] for row in rows}, key=ORDER.index)
     known = {(row["base"], row["threat"]): row for row in rows}
     figure = canvas.figure(2.6 + 0.92 * len(threats), 1.6 + 0.72 * len(bases))
     axes = figure.subplots()
@@ -115,18 +127,23 @@ def picture(rows: Sequence[Row], path: Path) -> None:
             row = known.get((base, threat))
             if row is None:
                 continue
-            share = (row["gain"] / most) ** 0.5 if helps(row) else 0.0
-            colour = (1 - 0.87 * share, 1 - 0.45 * share, 1 - 0.62 * share) if share else (0.95, 0.95, 0.95)
-            axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=colour))
-            ink = "white" if share > 0.75 else "#222222"
+            best = _best(row)
+            colour, ink, top, middle = NOTHING, "#888888", "0", ""
             if helps(row):
-                axes.text(
-                    x, y - 0.17, f"{row['gain']:+.0f}", ha="center", va="center", fontsize=11, color=ink, weight="bold"
-                )
+                share = (row["gain"] / most) ** 0.5
+                colour = (1 - 0.87 * share, 1 - 0.45 * share, 1 - 0.62 * share)
+                ink = "white" if share > 0.75 else "#222222"
                 what = row["by"].split(", ")[0]
-                axes.text(x, y + 0.12, SHORT.get(what, what), ha="center", va="center", fontsize=7, color=ink)
-            else:
-                axes.text(x, y - 0.1, "0", ha="center", va="center", fontsize=10, color="#888888")
+                top, middle = f"{row['gain']:+.0f}", SHORT.get(what, what)
+            elif best is not None and (best["gain"] or 0) > 0 and best["p"] <= SIGNIFICANT:
+                # A gain beyond chance that is not advised costs too much, or its control has as much.
+                dear = best["clean lost"] > CLEAN_LOSS
+                colour, ink = DEAR, "#444444"
+                top = f"({best['gain']:+.0f})"
+                middle = f"clean {-best['clean lost']:+.1f}" if dear else "as its control"
+            axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=colour))
+            axes.text(x, y - 0.17, top, ha="center", va="center", fontsize=11, color=ink, weight="bold")
+            axes.text(x, y + 0.12, middle, ha="center", va="center", fontsize=7, color=ink)
             axes.text(x, y + 0.34, f"of {_number(row['kept'])} %", ha="center", va="center", fontsize=6, color=ink)
     axes.set_xlim(-0.55, len(threats) - 0.45)
     axes.set_ylim(len(bases) - 0.45, -0.55)
@@ -136,8 +153,10 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    figure.suptitle(
-        "Points gained under the threat, and what gave them; 0 where nothing can be told from chance", fontsize=10
+    title = (
+        "Points gained under the threat, and what gave them; 0 where nothing can be told from chance, in brackets what "
+        f"costs more than {CLEAN_LOSS:g} points of clean accuracy"
     )
+    figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
