@@ -26,9 +26,6 @@ ATTACKED, CORRUPTED = 120, 240
 TRAINING = 1500
 """Largest number of training images."""
 
-SHIFTED = 180
-"""Seconds for a cell after a shift."""
-
 NATIVE = ("salt_and_pepper", "missing_pixels", "white_noise")
 WEATHER = ("gaussian_noise", "motion_blur", "frost", "fog", "contrast", "jpeg_compression")
 
@@ -67,7 +64,7 @@ class Base:
         threats: Attacks, whose bounds leave the model some of its accuracy.
         kinds: Corruptions of the highest severity.
         foreign: Images of the same classes from another source, and its name.
-        seconds: Time for a cell under attack, by the cost of the model's attacks.
+        seconds, shifted: Time for a cell under attack, and for one after a shift, by the cost of the model.
     """
 
     title: str
@@ -78,6 +75,7 @@ class Base:
     kinds: tuple[str, ...]
     foreign: tuple[str, Images] | None = None
     seconds: float = 300
+    shifted: float = 180
 
     def cells(self, images: int | None) -> list[Cell]:
         """All questions about this model; `images` replaces the numbers of images for each purpose."""
@@ -86,10 +84,17 @@ class Base:
             for danger in self.threats
         ]
         corrupted = _two(self.held, images or CORRUPTED)
-        found += [Cell(self.model, kind, Shift(kind), SHIFTED, *corrupted, self.training) for kind in self.kinds]
+        found += [Cell(self.model, kind, Shift(kind), self.shifted, *corrupted, self.training) for kind in self.kinds]
         if self.foreign is not None:
             found.append(
-                Cell(self.model, "another source", Shift(), SHIFTED, *_two(self.foreign[1], images or CORRUPTED), None)
+                Cell(
+                    self.model,
+                    "another source",
+                    Shift(),
+                    self.shifted,
+                    *_two(self.foreign[1], images or CORRUPTED),
+                    None,
+                )
             )
         return found
 
@@ -186,6 +191,7 @@ def photographs(lab: Lab) -> Base:
         (Threat("Linf", 0.25 / 255),),
         (*NATIVE, *WEATHER),
         seconds=600,
+        shifted=600,
     )
 
 

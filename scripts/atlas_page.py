@@ -54,7 +54,8 @@ def markdown(rows: Sequence[Row], how: str) -> str:
         if not helps(row):
             best = _best(row)
             kept = f"| {row['base']} | {row['said']} | {_number(row['kept'])} % "
-            lines.append(kept + (f"| {_tried(best)} |" if best else "| nothing gained there | | | | |"))
+            without = "nothing gained there" if tried(row) else "there was no time to try anything"
+            lines.append(kept + (f"| {_tried(best)} |" if best else f"| {without} | | | | |"))
     lines += ["", "## By strategy", "", "| strategy | trials | within the bounds | advised |", "|---|---|---|---|"]
     for strategy in dict.fromkeys(each["strategy"] for row in rows for each in row["trials"][1:]):
         ours = [each for row in rows for each in row["trials"] if each["strategy"] == strategy]
@@ -89,6 +90,11 @@ def _tuned_alike(rows: Sequence[Row]) -> str:
 def helps(row: Row) -> bool:
     """Whether something is advised in a cell."""
     return row["by"] != "nothing, as it is"
+
+
+def tried(row: Row) -> bool:
+    """Whether anything was tried in a cell."""
+    return len(row["trials"]) > 1
 
 
 def _best(row: Row) -> Row | None:
@@ -128,7 +134,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
             if row is None:
                 continue
             best = _best(row)
-            colour, ink, top, middle = NOTHING, "#888888", "0", ""
+            colour, ink, top, middle = NOTHING, "#888888", "0" if tried(row) else "?", ""
             if helps(row):
                 share = (row["gain"] / most) ** 0.5
                 colour = (1 - 0.87 * share, 1 - 0.45 * share, 1 - 0.62 * share)

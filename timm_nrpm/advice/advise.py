@@ -51,8 +51,9 @@ def advise(
     estimate's eps, K and penalty, a lambda for each layer, and tuning of lambda. A reprogrammed model that is tuned
     stands beside the plain one that was tuned alike. Candidates that are too slow, that lose too much clean accuracy,
     or that quick attacks leave no better than the best so far, are given up at once. The best on the selection images,
-    and the best of each other strategy that gains there, are then measured on the report images; the former is advised
-    if its gain there can be told from chance. "Leave it as it is" is an answer as well.
+    or one with nine tenths of its gain that loses less clean accuracy, and the best of each other strategy that gains
+    there, are then measured on the report images; the former is advised if its gain there can be told from chance.
+    "Leave it as it is" is an answer as well.
 
     Args:
         model: A plain timm model, or a reprogrammed one, whose plain model is then advised on. It is not changed.

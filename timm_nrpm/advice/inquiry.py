@@ -167,9 +167,8 @@ class Inquiry:
 
     def _beaten(self, model: nn.Module) -> str:
         """Why a candidate cannot be the best: quick attacks bound what the adaptive suite can leave from above."""
-        best = self._advice().chosen.selection
         most = self.study.most(model)
-        if best is None or most is None or most > best.accuracy:
+        if most is None or most > self._advice().most:
             return ""
         return f"at most {100 * most:.1f} %, by quick attacks"
 

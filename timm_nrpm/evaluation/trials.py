@@ -12,6 +12,9 @@ from timm_nrpm.evaluation.report import SIGNIFICANT, mcnemar
 NOTHING = "nothing"
 """Name of the strategy that leaves the model as it is, the first trial of all."""
 
+NEAR = 0.9
+"""Share of the largest gain on the selection images that a trial needs to be chosen for losing less clean accuracy."""
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -180,9 +183,20 @@ class Advice:
         return tuple(best.values())
 
     @property
+    def most(self) -> float:
+        """Largest share of the selection images that a trial within the bounds keeps."""
+        return max(_accuracy(trial) for trial in self.allowed)
+
+    @property
     def chosen(self) -> Trial:
-        """The best trial on the selection images within the bounds; of equal ones the first, which cost least."""
-        return max(self.allowed, key=lambda trial: trial.selection.accuracy if trial.selection else 0.0)
+        """The trial on the selection images within the bounds that loses the least clean accuracy, of those with nearly
+        the largest gain; of equal ones the one with the larger gain, and of these the first, which cost least."""
+        nothing = _accuracy(self.nothing)
+        if self.most <= nothing:
+            return self.nothing
+        enough = nothing + NEAR * (self.most - nothing)
+        near = [trial for trial in self.allowed if _accuracy(trial) >= enough - 1e-9]
+        return min(near, key=lambda trial: (self.loss(trial), -_accuracy(trial)))
 
     @property
     def advised(self) -> Trial:
@@ -253,6 +267,11 @@ class Advice:
         data = json.loads(text)
         trials = tuple(map(Trial.from_dict, data["trials"]))
         return cls(data["threat"], Bounds(**data["bounds"]), trials, data["untried"], data["seed"])
+
+
+def _accuracy(trial: Trial) -> float:
+    """Share of the selection images that a trial keeps."""
+    return trial.selection.accuracy if trial.selection else 0.0
 
 
 def _score(advice: Advice, trial: Trial) -> tuple[bool, float]:
