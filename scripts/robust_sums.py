@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -75,12 +76,15 @@ class RobustSum(nn.Module):
         estimate: The estimate of a sum.
         lam: Share of the linear map.
         centred: Whether products of the inputs' distances from their means are estimated, and the rest is summed.
+
+    Attributes:
+        linear_backward: Whether gradients go through the linear map alone (BPDA, arXiv 1802.00420).
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, estimate: Estimate, lam: float, centred: bool = False) -> None:
         super().__init__()
         self.layer, self.estimate, self.lam, self.centred = layer, estimate, lam, centred
-        self.fitting = False
+        self.fitting = self.linear_backward = False
         outputs = layer.weight.shape[0]
         self.register_buffer("centre", torch.zeros(layer.weight[0].numel()))
         self.register_buffer("scale", torch.ones(outputs))
@@ -102,7 +106,8 @@ class RobustSum(nn.Module):
             self.scale = want[1] / have[1].clamp(min=1e-6)
             self.shift = want[0] - self.scale * have[0]
         robust = robust * self.scale.view(1, -1, 1) + self.shift.view(1, -1, 1)
-        return (self.lam * flat + (1 - self.lam) * robust).view_as(linear)
+        mixed = (self.lam * flat + (1 - self.lam) * robust).view_as(linear)
+        return linear + (mixed - linear).detach() if self.linear_backward else mixed
 
     def _inputs(self, x: Tensor) -> Tensor:
         if isinstance(self.layer, nn.Linear):
@@ -142,3 +147,12 @@ def with_sums_(
             PixelModel(model).eval()(images)
         layer.fitting = False
     return model
+
+
+def with_linear_backward(model: nn.Module) -> nn.Module:
+    """A copy of a model whose gradients go through the linear maps behind its sums alone."""
+    copy = deepcopy(model)
+    for layer in copy.modules():
+        if isinstance(layer, RobustSum):
+            layer.linear_backward = True
+    return copy
