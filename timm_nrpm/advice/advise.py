@@ -37,7 +37,7 @@ def advise(
     clean_loss: float = 2.0,
     slowdown: float = 10.0,
     effect: float = 5.0,
-    seconds: float = 600.0,
+    seconds: float = 480.0,
     effort: str = "fast",
     seed: int = 0,
     folder: str | Path | None = None,

@@ -64,8 +64,8 @@ def add_advise(commands: Any) -> None:
     bounds.add_argument("--slowdown", type=options.number, default=10.0, metavar="X", help=slow)
     effect = "smallest effect worth telling, in points, which sets how many images it takes (default: 5)"
     bounds.add_argument("--effect", type=options.number, default=5.0, metavar="X", help=effect)
-    seconds = "time for each threat (default: 600)"
-    bounds.add_argument("--seconds", type=options.number, default=600.0, metavar="N", help=seconds)
+    seconds = "time for each threat (default: 480)"
+    bounds.add_argument("--seconds", type=options.number, default=480.0, metavar="N", help=seconds)
     effort = "how long attacks try (default: fast)"
     bounds.add_argument("--effort", default="fast", choices=EFFORTS, help=effort)
     seed = "seed of everything random (default: 0)"

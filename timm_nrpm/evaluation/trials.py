@@ -119,7 +119,7 @@ class Bounds:
     clean_loss: float = 2.0
     slowdown: float = 10.0
     effect: float = 5.0
-    seconds: float = 600.0
+    seconds: float = 480.0
 
     @property
     def images(self) -> int:
