@@ -62,6 +62,10 @@ PLACES = ("first", "all")
 LAMS = (0.8, 0.4)
 
 
+Result = tuple[dict[str, Any], dict[str, Any], Effect]
+"""What attacks leave of the plain model and of a candidate, and the difference."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """An estimate in some layers of a base.
@@ -109,10 +113,11 @@ class Study:
 
     Args:
         file: File of what was measured, a line each.
+        closed: Whether nothing more is measured.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, closed: bool) -> None:
+        self.file, self.closed = file, closed
         lines = file.read_text().splitlines() if file.exists() else []
         self.known: dict[str, dict[str, Any]] = dict(map(json.loads, lines))
 
@@ -188,32 +193,43 @@ def judged(study: Study, lab: Lab, rows: list[dict[str, Any]]) -> list[dict[str,
     for row in sorted(rows, key=lambda row: -row["apparent"]):
         if row["lost"] <= CLEAN_LOSS and row["apparent"] > 0 and len(best) < BEST:
             best.setdefault(row["candidate"].estimate, row)
-    return [verdict(study, BASES[row["base"]](lab), row) for row in track(list(best.values()), "judged")]
+    bases = {name: BASES[name](lab) for name in {row["base"] for row in best.values()}}
+    results: dict[str, Result] = {}
+    for effort in ("fast", "default"):
+        for name, row in track(list(best.items()), f"judged, {effort}"):
+            if effort == "default" and (name not in results or results[name][2].points <= 0):
+                continue  # what quick attacks close needs no longer ones
+            found = attacked(study, bases[row["base"]], row, effort)
+            if found is not None:
+                results[name] = found
+    return [verdict(bases[best[name]["base"]], best[name], result) for name, result in results.items()]
 
 
-def verdict(study: Study, base: Base, row: dict[str, Any]) -> dict[str, Any]:
-    """What attacks with the least effort leave of a candidate, beside the plain model; and, if that is more, what is
-    left after longer ones."""
+def attacked(study: Study, base: Base, row: dict[str, Any], effort: str) -> Result | None:
+    """What attacks leave of the plain model and of a candidate; None if that is not known and nothing is measured."""
     candidate, threat, images = row["candidate"], row["threat"], _part(base.held, SELECTION, REPORT)
-    model = candidate.made(base, _images(base))
-    bases: dict[str, nn.Module | None] = {"plain": base.model}
-    if candidate.estimate in SUMS:
-        bases["linear"] = with_linear_backward(model)
 
-    def attacked(effort: str) -> tuple[dict[str, Any], dict[str, Any], Effect]:
-        key = f"{effort} {row['base']} {threat}"
-        plain = study.once(f"{key} plain", partial(full_row, base.model, images, threat, {"": None}, effort))
-        ours = study.once(f"{key} {candidate}", partial(full_row, model, images, threat, bases, effort))
-        return plain, ours, Effect.of(ours["survivors"], plain["survivors"])
+    def measured() -> dict[str, Any]:
+        model = candidate.made(base, _images(base))
+        bases: dict[str, nn.Module | None] = {"plain": base.model}
+        if candidate.estimate in SUMS:
+            bases["linear"] = with_linear_backward(model)
+        return full_row(model, images, threat, bases, effort)
 
-    effort = "fast"
-    plain, ours, effect = attacked(effort)
-    if effect.points > 0:
-        effort = "default"
-        plain, ours, effect = attacked(effort)
+    key = f"{effort} {row['base']} {threat}"
+    if study.closed and f"{key} {candidate}" not in study.known:
+        return None
+    plain = study.once(f"{key} plain", partial(full_row, base.model, images, threat, {"": None}, effort))
+    ours = study.once(f"{key} {candidate}", measured)
+    return plain, ours, Effect.of(ours["survivors"], plain["survivors"])
+
+
+def verdict(base: Base, row: dict[str, Any], result: Result) -> dict[str, Any]:
+    """The row of a candidate in the table."""
+    plain, ours, effect = result
     return {
-        "base": base.title, "threat": str(threat), "candidate": str(candidate), "images": len(images[1]),
-        "apparent": row["apparent"], "lost": plain["clean"] - ours["clean"], "own": ours["own"], "effort": effort,
+        "base": base.title, "threat": str(row["threat"]), "candidate": str(row["candidate"]), "images": REPORT,
+        "apparent": row["apparent"], "lost": plain["clean"] - ours["clean"], "own": ours["own"],
         "worst": ours["worst"], "plain": plain["worst"], "effect": asdict(effect), "closed by": closing(ours),
     }  # fmt: skip
 
@@ -264,10 +280,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shared", type=Path, required=True, help="folder with checkpoints/ and data/")
     parser.add_argument("--kept", type=Path, required=True, help="folder of trained models and of what was measured")
+    parser.add_argument("--page", action="store_true", help="measure nothing more, and write what is kept")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the results")
     args = parser.parse_args()
     lab = Lab("quick", args.shared / "data", args.shared / "checkpoints", args.kept / "models")
-    study = Study(args.kept / "estimators.jsonl")
+    study = Study(args.kept / "estimators.jsonl", args.page)
     rows = survey(study, lab)
     best = judged(study, lab, rows)
     text = markdown(rows, best)
