@@ -39,7 +39,8 @@ def markdown(rows: Sequence[Row], how: str) -> str:
         f"`scripts/atlas.py`: {len(rows)} questions, {trials} trials beside the models as they are. Each question is a "
         f"run of `advise`: {how}. Gains are in points of accuracy under the threat, over the model as it is, on images "
         "that nothing was chosen on, with 95 % intervals; a cell has none where no gain can be told from chance, or "
-        "where it costs more than two points of clean accuracy. Attacks are the adaptive suite with the least effort, "
+        "where it costs more than two points of clean accuracy, or no more than its control. "
+        "Attacks are the adaptive suite with the least effort, "
         "corruptions of severity 5.",
         "", "![the atlas](../docs/atlas.png)", "", "## What helps", "",
         f"{len(helping)} of {len(rows)} cells.", "",
@@ -160,8 +161,8 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     title = (
-        "Points gained under the threat, and what gave them; 0 where nothing can be told from chance, in brackets what "
-        f"costs more than {CLEAN_LOSS:g} points of clean accuracy"
+        "Points gained under the threat, and what gave them; 0 where nothing can be told from chance, ? where nothing was "
+        f"tried;\nin brackets what costs more than {CLEAN_LOSS:g} points of clean accuracy, or is no more than its control"
     )
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

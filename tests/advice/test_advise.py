@@ -203,11 +203,11 @@ def test_a_guarantee_by_smoothing_is_that_of_certify(fragile, images, monkeypatc
     report, selection = (part[:1] for part in images)
     bounds = {"slowdown": slowdown, "clean_loss": 100, "effect": 10}
     (advice,) = advise(fragile, report, Threat("L2", 0.8), selection=selection, **bounds, **normalisation)
-    trial = advice.trials[1]
     if slowdown < 50:
-        assert trial.rejected == "50.0 times the latency"
-        assert not advice.helps
+        why = "a prediction takes 50 forwards, and 10 times the latency is the bound"
+        assert advice.untried == {"smoothing": why}
         return
+    trial = advice.trials[1]
     certified = timm_nrpm.certify(fragile, selection, 0.4, n=50, **normalisation)
     right = [image.predicted == image.label for image in certified.images]
     kept = [now and image.radius >= 0.8 for now, image in zip(right, certified.images, strict=True)]

@@ -238,6 +238,8 @@ class Inquiry:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, that had less time
             return
         candidate = self.candidates[self.trials.index(advice.advised)]
+        if candidate.judged:
+            return  # a vote is no variant: what it takes is in its setting, for certify and smoothed_predict
         model = candidate.make()
         if candidate.is_trained and not is_timm(model):
             write_tensors(plain_copy(model).state_dict(), self.study.folder / "weights.safetensors")

@@ -67,7 +67,10 @@ def _guaranteed(study: Study, sigma: float, setting: str, model: nn.Module, part
 def _obstacle(study: Study) -> str:
     if not isinstance(study.danger, Threat):
         return "it guards against an attacker"
-    return "" if study.danger.norm == "L2" else "its guarantee is under L2"
+    if study.danger.norm != "L2":
+        return "its guarantee is under L2"
+    most = study.bounds.slowdown
+    return f"a prediction takes {VOTES} forwards, and {most:g} times the latency is the bound" if most < VOTES else ""
 
 
 SMOOTHING = Strategy("smoothing", _candidates, _obstacle)

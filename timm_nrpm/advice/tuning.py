@@ -86,7 +86,7 @@ def _images(study: Study) -> DataLoader[Any]:
 
 
 def _tuned_under(threat: Threat) -> Threat:
-    """The attack in training: where pixels are counted, one of that length under L1, within which most of them lie."""
+    """The attack in training: where pixels are counted, one of about that length under L1."""
     if threat.norm in COUNTED:
         return Threat("L1", threat.eps if threat.norm == "L0" else threat.eps**2)
     return threat

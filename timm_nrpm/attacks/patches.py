@@ -71,6 +71,8 @@ def climbing_patch(
                 right = logits.argmax(1) == labels[rows]
                 result[rows[~right]], best[rows[~right]] = x[rows[~right]], torch.inf
                 rows, gradient = rows[right], gradient[right]
+            if step == len(part) - 1:
+                break
             size = STEP * (1 - step / len(part))
             x[rows] = torch.where(mask[rows], (x[rows] + size * gradient.sign()).clamp(0, 1), pixels[rows])
     return result

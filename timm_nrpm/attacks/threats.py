@@ -16,8 +16,8 @@ COUNTED = ("L0", "patch")
 """Norms whose bound is a number of pixels; the pixels that change may take any value."""
 
 SLACK = 1e-5
-"""Largest excess over a bound that counts as float32 rounding: relative to the bound and, except under L0, also in
-pixel units."""
+"""Largest excess over a bound that counts as float32 rounding: relative to the bound, and in pixel units. Numbers of
+pixels are exact."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ USELESS = (
         "the objective {objective} with eps {eps:g} attacks no image.",
     ),
     Useless(
-        ("eps", "norm"),
+        ("eps",),
         lambda args: args.objective == "clean" and args.evaluate_eps is not None,
         "the objective clean attacks no image, and validation has --evaluate-eps.",
     ),

@@ -94,9 +94,9 @@ class _Kind:
     """How an objective attacks.
 
     Attributes:
-        start: Where the attack starts: `"none"` at the image, `"ball"` anywhere within the threat, as
-            :meth:`timm_nrpm.Threat.around` draws it, `"near"` at a normal step of standard deviation 0.001 from it, in
-            pixel units of [0, 1].
+        start: Where the attack starts: `"none"` at the image; `"ball"` at random within the threat, as
+            :meth:`timm_nrpm.Threat.around` draws it, under L2 and L1 at its edge; `"near"` at a normal step of standard
+            deviation 0.001 from the image, in pixel units of [0, 1].
         divergence: Whether the attack maximises the KL divergence from the clean logits, not the cross-entropy.
     """
 
