@@ -161,8 +161,9 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     title = (
-        "Points gained under the threat, and what gave them; 0 where nothing can be told from chance, ? where nothing was "
-        f"tried;\nin brackets what costs more than {CLEAN_LOSS:g} points of clean accuracy, or is no more than its control"
+        "Points gained under the threat, and what gave them; 0 where nothing can be told from chance, ? where nothing "
+        f"was tried;\nin brackets what costs more than {CLEAN_LOSS:g} points of clean accuracy, or is no more than its "
+        "control"
     )
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
