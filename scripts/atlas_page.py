@@ -141,7 +141,8 @@ def picture(rows: Sequence[Row], path: Path) -> None:
                 colour = (1 - 0.87 * share, 1 - 0.45 * share, 1 - 0.62 * share)
                 ink = "white" if share > 0.75 else "#222222"
                 what = row["by"].split(", ")[0]
-                top, middle = f"{row['gain']:+.0f}", SHORT.get(what, what)
+                adapted = "adapted, " if row["by"].endswith(", adapted") else ""
+                top, middle = f"{row['gain']:+.0f}", f"{adapted}{SHORT.get(what, what)}"
             elif best is not None and (best["gain"] or 0) > 0 and best["p"] <= SIGNIFICANT:
                 # A gain beyond chance that is not advised costs too much, or its control has as much.
                 dear = best["clean lost"] > CLEAN_LOSS
