@@ -276,11 +276,10 @@ def test_a_users_own_model_of_five_classes_end_to_end(tmp_path, monkeypatch, cap
 
     model = ["--model", "resnet18", "--weights", "mine.pth.tar", "--num-classes", "5", "--image-size", "64"]
     images = ["--data", "folder", "--root", "photos"]
-    asked = ["--eps", "32/255", "--kinds", "salt_and_pepper", "--samples", "80", "--effect", "15", "--seconds", "100"]
+    asked = ["--kinds", "salt_and_pepper", "--samples", "80", "--effect", "15", "--seconds", "100"]
     assert main(["advise", *model, *images, *asked, "--json"]) == 0
-    found = [Advice.from_json(json.dumps(told)) for told in json.loads(capsys.readouterr().out)["advice"]]
-    attacked, shifted = sorted(found, key=lambda advice: not advice.threat.startswith("Linf"))
-    assert len(attacked.trials) > 1
+    (told,) = json.loads(capsys.readouterr().out)["advice"]
+    shifted = Advice.from_json(json.dumps(told))
     assert shifted.helps
     variant = str(tmp_path / "advised" / "salt_and_pepper-of-severity-5" / "variant")
     same = timm_nrpm.from_pretrained(variant).eval()
