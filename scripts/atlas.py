@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from atlas_bases import ATTACKED, BASES, CORRUPTED, TRAINING, Base, Cell, Images
+from atlas_bases import ATTACKED, BASES, CORRUPTED, TRAINING, Base, Cell, batches
 from atlas_page import CLEAN_LOSS, markdown, picture
 from lab import Lab
 from rich.progress import track
@@ -49,11 +49,6 @@ class Limits:
 
 
 QUICK, FULL = Limits(None, 1, "fast"), Limits(1000, 20, "default")
-
-
-def batches(images: Images) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Images in batches."""
-    return list(zip(images[0].split(60), images[1].split(60), strict=True))
 
 
 def measure(cell: Cell, limits: Limits, folder: Path) -> None:

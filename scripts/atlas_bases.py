@@ -99,6 +99,11 @@ class Base:
         return found
 
 
+def batches(images: Images, size: int = 60) -> list[Images]:
+    """Images in batches."""
+    return list(zip(*(part.split(size) for part in images), strict=True))
+
+
 def _two(images: Images, count: int) -> tuple[Images, Images]:
     """Two parts of the images, without a common one; halves where there are too few."""
     pixels, labels = images

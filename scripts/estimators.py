@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from atlas_bases import BASES, Base, Images
+from atlas_bases import BASES, Base, Images, batches
 from lab import Lab
 from rich.progress import track
 from robust_sums import Estimate, median_of_means, reweighted, trimmed, winsorized, with_linear_backward, with_sums_
@@ -103,11 +103,6 @@ def candidates(base: str) -> Iterator[Candidate]:
                     yield Candidate(estimate, where, lam)
 
 
-def batches(images: Images) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Images in batches."""
-    return list(zip(images[0].split(100), images[1].split(100), strict=True))
-
-
 class Study:
     """The measurements, each of which is kept in a file.
 
@@ -132,7 +127,7 @@ class Study:
 
 def quick_row(model: nn.Module, images: Images, threat: Threat) -> dict[str, Any]:
     """Clean accuracy, and that under PGD along the model's own gradient."""
-    report = evaluate(model, batches(images), threat, "quick", control=False)
+    report = evaluate(model, batches(images, 100), threat, "quick", control=False)
     return {"clean": 100 * report.clean, "own": 100 * report.accuracy("pgd")}
 
 
@@ -142,7 +137,7 @@ def full_row(
     """Everything that the adaptive suite leaves, once for each model whose gradient is followed beside the own, and how
     many images each attack took that stood until then."""
     reports = {
-        name: evaluate(model, batches(images), threat, effort=effort, base=base, control=False)
+        name: evaluate(model, batches(images, 100), threat, effort=effort, base=base, control=False)
         for name, base in bases.items()
     }
     first, *_ = reports.values()
@@ -179,6 +174,8 @@ def survey(study: Study, lab: Lab) -> list[dict[str, Any]]:
             made = cache(partial(candidate.made, base, training))
             for threat in threats:
                 key = f"quick {name} {threat} {candidate}"
+                if study.closed and key not in study.known:
+                    continue
                 row = study.once(key, lambda made=made, threat=threat: quick_row(made(), images, threat))  # type: ignore[misc]  # noqa: B023
                 rows.append({
                     "base": name, "title": base.title, "threat": threat, "candidate": candidate, **row,
@@ -198,7 +195,7 @@ def judged(study: Study, lab: Lab, rows: list[dict[str, Any]]) -> list[dict[str,
     for effort in ("fast", "default"):
         for name, row in track(list(best.items()), f"judged, {effort}"):
             if effort == "default" and (name not in results or results[name][2].points <= 0):
-                continue  # what quick attacks close needs no longer ones
+                continue  # what the least effort closes needs no more
             found = attacked(study, bases[row["base"]], row, effort)
             if found is not None:
                 results[name] = found
@@ -259,7 +256,7 @@ def markdown(rows: list[dict[str, Any]], best: list[dict[str, Any]]) -> str:
         "package's, along the linear maps behind them; with 95 % intervals. The last column is the attack that took "
         "the most images which were still right after PGD along the own gradient.", "",
         "| model | threat | candidate | clean lost | seeming gain | own gradient | worst case | plain | true gain "
-        "| closed by |", "|---" * 10 + "|",
+        "| most taken by |", "|---" * 10 + "|",
     ]  # fmt: skip
     for row in best:
         effect = row["effect"]

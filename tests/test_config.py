@@ -115,6 +115,7 @@ def test_what_follows_from_a_setting_follows_another():
         ({"schedule": "plateau"}, "choose one of cosine, tanh"),
         ({"eps": 8}, "eps=8 is not allowed: give a number from 0 to 1"),
         ({"norm": "L0", "eps": 10}, "norm='L0' is not known: choose one of Linf, L2, L1"),
+        ({"norm": "L2"}, "eps= is missing: under L2 it is the length of the change"),
         ({"norm": "L2", "eps": float("inf")}, "eps=inf is not allowed"),
         ({"eps": -0.1}, "eps=-0.1"),
         ({"eps": float("nan")}, "eps=nan"),

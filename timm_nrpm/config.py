@@ -27,6 +27,15 @@ NORMS = ("Linf", "L2", "L1", "L0", "patch")
 TUNED_NORMS = NORMS[:3]
 """Norms of the attacks that models are tuned under."""
 
+BOUNDS = {
+    "Linf": "the largest change of a pixel in [0, 1], like 8 / 255",
+    "L2": "the length of the change in pixel units, like 0.5",
+    "L1": "the sum of the changes in pixel units, like 12",
+    "L0": "a whole number of pixels, like 10",
+    "patch": "the side of a square, a whole number of pixels, like 5",
+}
+"""Meaning of the bound under each norm, for error messages."""
+
 SUITES = ("quick", "paper", "standard", "autoattack", "adaptive")
 EFFORTS = ("fast", "default", "exhaustive")
 OBJECTIVES = ("clean", "fgsm", "clean+fgsm", "pgd", "trades", "mart", "sat", "awp")
@@ -157,6 +166,17 @@ def check_estimator(iterations: int, eps: float, penalty: str, delta: float = 3.
     return settings
 
 
+def bound_of(norm: str, eps: float | None, name: str = "eps") -> float:
+    """The bound of a change: 8/255 under Linf if none is given; `name` is that of the argument.
+
+    Raises:
+        ValueError: None is given under another norm, which has no usual bound.
+    """
+    if eps is None and norm != "Linf":
+        raise ValueError(f"{name}= is missing: under {norm} it is {BOUNDS[norm]}.")
+    return 8 / 255 if eps is None else eps
+
+
 @dataclass(frozen=True)
 class TuneConfig:
     """How a model is tuned by adversarial training (NRPM, arXiv 2410.04577, section 4, paradigms 2 and 3).
@@ -173,7 +193,8 @@ class TuneConfig:
             sum of the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"` or `"awp"`.
         norm: Norm of the change in the inner attack: `"Linf"`, `"L2"` or `"L1"`, see :class:`timm_nrpm.Threat`. A
             change of n pixels (L0) lies within an L1 bound of n times the channels.
-        eps: Bound of that norm, in pixel units of [0, 1]: under Linf the largest change of a pixel; 0 attacks nothing.
+        eps: Bound of that norm, in pixel units of [0, 1]: under Linf the largest change of a pixel, by default 8/255;
+            the other norms have no default. 0 attacks nothing.
         steps: Number of steps of the inner attack; FGSM always takes one.
         step_size: Step size of the inner attack, in pixel units. The default is `eps / 4` (the paper's 2/255 at 8/255),
             or `eps` for an attack of one step.
@@ -209,7 +230,8 @@ class TuneConfig:
         checkpoint_every: Number of steps between checkpoints.
         keep: Number of most recent checkpoints to keep.
         evaluate_steps: Number of steps of PGD on the validation images, before the first and after every epoch.
-        evaluate_eps: Bound of the same norm for the validation images; by default `eps`, or 8/255 if that is 0.
+        evaluate_eps: Bound of the same norm for the validation images; by default `eps`, or, if that is 0, 8/255 under
+            Linf.
         log_every: Number of steps between two rows of the history.
         trackers: Names of trackers that accelerate knows, such as `("tensorboard",)`.
         push_to: Repository on the Hub, `owner/name`, to which the main process sends the variant with every checkpoint,
@@ -229,7 +251,7 @@ class TuneConfig:
     trainable: tuple[str, ...] | None = None
     objective: str = "pgd"
     norm: str = "Linf"
-    eps: float = 8 / 255
+    eps: float = None  # type: ignore[assignment]  # __post_init__ puts a number in its place
     steps: int = 7
     step_size: float | None = None
     gradient: str = "own"
@@ -267,12 +289,12 @@ class TuneConfig:
                 given = (given,) if isinstance(given, str) else tuple(given)
                 object.__setattr__(self, name, given)
         choices = {"paradigm": PARADIGMS, "objective": OBJECTIVES, "gradient": GRADIENTS, "precision": PRECISIONS}
-        choices |= {"norm": TUNED_NORMS}
-        choices |= {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+        choices |= {"norm": TUNED_NORMS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         if self.output is not None:
             object.__setattr__(self, "output", str(self.output))
+        object.__setattr__(self, "eps", bound_of(self.norm, self.eps))
         self._check_numbers()
         if self.push_to is not None and self.output is None:
             raise ValueError(f"push_to={self.push_to!r} needs output=, the folder in which variants wait to be sent.")
@@ -312,7 +334,7 @@ class TuneConfig:
     @property
     def validation_eps(self) -> float:
         """Bound of the change in attacks on the validation images, in pixel units."""
-        return (self.eps or 8 / 255) if self.evaluate_eps is None else self.evaluate_eps
+        return bound_of(self.norm, self.eps or None, "evaluate_eps") if self.evaluate_eps is None else self.evaluate_eps
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -103,6 +103,7 @@ def test_cheating_is_seen(norm, eps):
         ("L7", 0.1, "norm='L7' is not known: choose one of Linf, L2, L1, L0, patch"),
         ("Linf", 8, "> 0 and <= 1; under Linf it is the largest change of a pixel in .0, 1., like 8 / 255"),
         ("Linf", 0, "eps=0"),
+        ("L2", None, "eps= is missing: under L2 it is the length of the change in pixel units, like 0.5"),
         ("L2", -1.0, "> 0; under L2 it is the length"),
         ("L1", float("nan"), "eps=nan"),
         ("L2", float("inf"), "eps=inf"),

@@ -70,6 +70,7 @@ def test_evaluate_takes_variants_plain_models_and_other_norms(capsys, tmp_path):
     [
         (["--eps", "2"], "--eps 2.0 is not allowed"),
         (["--estimator-eps", "0"], "--estimator-eps 0.0 is not allowed"),
+        (["--norm", "L2"], "--eps is missing: under L2 it is the length of the change in pixel units, like 0.5"),
         (["--norm", "L0", "--eps", "0.5"], "a whole number of pixels"),
         (["--norm", "L1", "--eps", "2", "--suite", "paper"], "no attacks under L1"),
         (["--steps", "0"], "--steps 0 and --queries 3 are not allowed"),

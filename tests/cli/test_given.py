@@ -48,7 +48,7 @@ USELESS = [  # the call, the flags that the message names, and some of the reaso
     ("tune --hflip 0.5", "--hflip has no effect", "with --augment alone"),
     ("tune --lr 0.1 --weight-decay 0", "--lr and --weight-decay have no effect", "Give --paradigm all"),
     ("tune --objective fgsm --steps 3", "--steps has no effect", "the objective fgsm"),
-    ("tune --eps 0 --steps 3 --gradient bpda", "--steps has no effect", "with eps 0"),
+    ("tune --eps 0 --steps 3 --gradient bpda", "--steps has no effect", "nor does --eps 0"),
     ("tune --objective clean --step-size 0.1 --gradient plain", "--step-size and --gradient have no effect", ""),
     ("tune --objective clean --eps 0.1 --evaluate-eps 0.2", "--eps has no effect", "--evaluate-eps"),
     ("tune --beta 2", "--beta has no effect: the objective pgd has no second term", "trades, mart and sat"),

@@ -47,6 +47,8 @@ def test_tune_takes_every_setting(tmp_path):
     ("arguments", "message"),
     [
         (["--eps", "2"], "--eps 2.0 is not allowed"),
+        (["--norm", "L1"], "--eps is missing: under L1 it is the sum of the changes"),
+        (["--norm", "L2", "--eps", "0"], "--evaluate-eps is missing: under L2 it is the length"),
         (["--data", "nope"], "nope"),
         (["--data", "folder", "--root", "/nowhere"], "/nowhere"),
         (["--model", "resnet8_digit"], "Near names: resnet8_digits"),

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,8 @@ def test_of_nearly_the_same_gain_the_one_that_costs_less_clean_accuracy_is_chose
     dear, cheap, poor = trial("a", 80, 80, clean=118), trial("b", 77, 77, clean=119), trial("c", 70, 70)
     assert advice(dear, cheap, poor).chosen is cheap  # 37 images of 40 gained, at a loss of one in place of two
     assert advice(dear, trial("b", 75, 75, clean=119), poor).chosen is dear
+    fast, slow = trial("d", 78, 78), replace(trial("e", 79, 79), slowdown=5.0)
+    assert advice(slow, fast).chosen is fast  # neither loses any
     assert advice(trial("a", 40, 40)).chosen.strategy == NOTHING
 
 

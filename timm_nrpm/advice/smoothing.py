@@ -18,17 +18,21 @@ from timm_nrpm.models.plain_statistics import norms_of
 VOTES = 500
 """Number of votes for a prediction. If all agree, the guarantee reaches 2.2 standard deviations of the noise."""
 
+CHOOSING = 100
+"""Number of forwards that choose the class whose votes are counted."""
+
 SIGMAS = (0.5, 1.0)
 """Standard deviations of the noise that are tried, in units of the attack's bound."""
 
 
 def _candidates(study: Study) -> Candidates:
     assert isinstance(study.danger, Threat)
+    seconds = study.forward_seconds(study.model) * (CHOOSING + VOTES) * len(study.parts["selection"].labels)
     for share in SIGMAS:
         sigma = share * study.danger.eps
         setting = f"noise {sigma:.3g}, {VOTES} votes"
         judged = partial(_guaranteed, study, sigma, setting)
-        yield Candidate(setting, partial(_quieted, study, sigma), judged=judged, forwards=VOTES)
+        yield Candidate(setting, partial(_quieted, study, sigma), judged=judged, forwards=VOTES, seconds=seconds)
 
 
 def _quieted(study: Study, sigma: float) -> nn.Module:
@@ -51,6 +55,7 @@ def _guaranteed(study: Study, sigma: float, setting: str, model: nn.Module, part
         model,
         study.parts[part].batches(),
         sigma,
+        n0=CHOOSING,
         n=VOTES,
         seed=study.seed,
         mean=study.mean,

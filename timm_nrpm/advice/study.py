@@ -148,15 +148,19 @@ class Study:
 
     def fresh_seconds(self, config: NRPMConfig) -> float:
         """Expected time of calibrating a reprogrammed model and of running it on the images of the selection."""
-        net = self.on_pixels(reprogram_(copied(self.model), config))
-        batch, seconds = self.parts["selection"].pixels[: TIMED // 4].to(net.mean.device), 0.0
+        images = sum(map(len, self.calibration)) + 3 * len(self.parts["selection"].labels)
+        return self.forward_seconds(reprogram_(copied(self.model), config)) * images
+
+    def forward_seconds(self, model: nn.Module) -> float:
+        """Time of a forward of one image, in a batch of some."""
+        net, seconds = self.on_pixels(model), 0.0
+        batch = self.parts["selection"].pixels[: TIMED // 4].to(net.mean.device)
         with torch.no_grad():
             for _ in range(2):  # the first one warms up
                 start = time.perf_counter()
                 net(batch).cpu()
                 seconds = time.perf_counter() - start
-        images = sum(map(len, self.calibration)) + 3 * len(self.parts["selection"].labels)
-        return seconds / len(batch) * images
+        return seconds / len(batch)
 
     def shifted(self, part: str) -> Tensor:
         """The images of the selection or the report as an unattacked model meets them, `[N, C, H, W]`."""

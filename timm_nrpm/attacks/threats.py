@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_nrpm.checks import check_choice, check_integer, check_number
-from timm_nrpm.config import NORMS
+from timm_nrpm.config import BOUNDS, NORMS, bound_of
 
 COUNTED = ("L0", "patch")
 """Norms whose bound is a number of pixels; the pixels that change may take any value."""
@@ -29,10 +29,10 @@ class Threat:
             a whole image; `"L0"`, the number of positions that change, all of whose channels may take any value; or
             `"patch"`, the side of the square, anywhere in the image, in which they lie.
         eps: Bound of the norm, in pixel units of [0, 1]; under L0 a number of positions, of a patch that of its side.
-            For CIFAR 8/255 is usual under Linf, 0.5 under L2 and 12 under L1.
+            The default under Linf is 8/255; the other norms have none. For CIFAR 0.5 is usual under L2, 12 under L1.
 
     Raises:
-        ValueError: `norm` is not known, or `eps` is outside its range.
+        ValueError: `norm` is not known, or `eps` is missing or outside its range.
 
     Example:
         >>> str(Threat("Linf", 8 / 255)), str(Threat("L0", 10))
@@ -40,12 +40,12 @@ class Threat:
     """
 
     norm: str = "Linf"
-    eps: float = 8 / 255
+    eps: float = None  # type: ignore[assignment]  # __post_init__ puts a number in its place
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, NORMS)
         why, most = f"; under {self.norm} it is {BOUNDS[self.norm]}", 1 if self.norm == "Linf" else math.inf
-        eps = check_number("eps", self.eps, above=0, most=most, why=why)
+        eps = check_number("eps", bound_of(self.norm, self.eps), above=0, most=most, why=why)
         if self.norm in COUNTED:
             eps = check_integer("eps", int(eps) if eps.is_integer() else eps, least=1, why=why)
         object.__setattr__(self, "eps", eps)
@@ -107,16 +107,6 @@ class Threat:
             length = flat.norm(dim=1) if self.norm == "L2" else flat.abs().sum(1)
             change = change * wide(self.eps / length.clamp(min=1e-12), change)
         return self.project(pixels, pixels + change)
-
-
-BOUNDS = {
-    "Linf": "the largest change of a pixel in [0, 1], like 8 / 255",
-    "L2": "the length of the change in pixel units, like 0.5",
-    "L1": "the sum of the changes in pixel units, like 12",
-    "L0": "a whole number of pixels",
-    "patch": "the side of a square, a whole number of pixels",
-}
-"""Meaning of the bound under each norm, for error messages."""
 
 
 def check_threat(threat: Threat | None) -> Threat:

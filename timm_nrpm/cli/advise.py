@@ -106,7 +106,7 @@ def _advise(args: argparse.Namespace, terminal: Terminal) -> None:
         folder = folder_of(args.output, advice.threat)
         terminal.show(f"{advice}\n")
         terminal.show(f"Written: {folder / 'advice.json'}, {plot(advice, folder / 'advice.png')}")
-        if advice.helps:
+        if (folder / "variant").exists():
             terminal.show(f"To publish its variant: timm-nrpm push --variant {folder / 'variant'} OWNER/NAME")
         terminal.show("")
     terminal.give({"advice": [json.loads(advice.to_json()) for advice in found]})

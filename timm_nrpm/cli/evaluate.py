@@ -80,7 +80,7 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.evaluation.sharing import together
     from timm_nrpm.figures.report_folder import show
 
-    threats = [Threat(args.norm, eps) for eps in args.eps]
+    threats = [Threat(args.norm, eps) for eps in args.eps] if args.eps else [Threat(args.norm)]
     inputs.make_folder(args.output)
     with _processes() as (accelerator, device):
         main = accelerator is None or accelerator.is_main_process

@@ -205,11 +205,12 @@ def add_threat(group: Any, *, several: bool) -> None:
         several: Whether `--eps` takes several bounds.
     """
     group.add_argument("--norm", default="Linf", choices=NORMS, help="norm of the change (default: Linf)")
-    bounds = "largest change, in pixels of [0, 1]; under L0 a number of pixels, of a patch its side (default: 8/255)"
+    bounds = "largest change, in pixels of [0, 1]; under L0 a number of pixels, of a patch its side; under Linf 8/255 "
+    bounds += "by default"
     if several:
-        group.add_argument("--eps", type=number, nargs="+", default=[8 / 255], metavar="EPS", help=bounds)
+        group.add_argument("--eps", type=number, nargs="+", metavar="EPS", help=bounds)
     else:
-        group.add_argument("--eps", type=number, default=8 / 255, metavar="EPS", help=bounds)
+        group.add_argument("--eps", type=number, metavar="EPS", help=bounds)
 
 
 def add_output(parser: argparse.ArgumentParser, text: str = "", default: str | None = None) -> None:

@@ -42,12 +42,12 @@ USELESS = (
     Useless(
         ("steps",),
         lambda args: args.objective in ONE_STEP or args.eps == 0,
-        "the objective {objective} with eps {eps:g} takes no attack of several steps.",
+        "the objective {objective} takes no attack of several steps, nor does --eps 0.",
     ),
     Useless(
         ("step_size", "gradient"),
         lambda args: args.objective == "clean" or args.eps == 0,
-        "the objective {objective} with eps {eps:g} attacks no image.",
+        "the objective {objective} attacks no image, nor does --eps 0.",
     ),
     Useless(
         ("eps",),
@@ -131,8 +131,8 @@ def _add_objective(group: Any) -> None:
     group.add_argument("--objective", default="pgd", choices=OBJECTIVES, help=loss)
     norm = "norm of the change in the inner attack (default: Linf)"
     group.add_argument("--norm", default="Linf", choices=TUNED_NORMS, help=norm)
-    eps = "bound of the change, under Linf of a pixel of [0, 1]; 0 attacks nothing (default: 8/255)"
-    group.add_argument("--eps", type=number, default=8 / 255, metavar="EPS", help=eps)
+    eps = "bound of the change, under Linf of a pixel of [0, 1]; 0 attacks nothing (default under Linf: 8/255)"
+    group.add_argument("--eps", type=number, metavar="EPS", help=eps)
     group.add_argument("--steps", type=int, default=7, metavar="N", help="steps of the inner attack (default: 7)")
     size = "size of one step, in pixels of [0, 1] (default: a quarter of eps; for one step, eps)"
     group.add_argument("--step-size", type=number, metavar="X", help=size)
@@ -189,7 +189,7 @@ def _add_run(group: Any) -> None:
     group.add_argument("--keep", type=int, default=3, metavar="N", help="checkpoints that are kept (default: 3)")
     steps = "steps of PGD on the validation images (default: 10)"
     group.add_argument("--evaluate-steps", type=int, default=10, metavar="N", help=steps)
-    eps = "bound of the change of their pixels, in the same norm (default: that of training, or 8/255)"
+    eps = "bound of the change of their pixels, in the same norm (default: that of training, or under Linf 8/255)"
     group.add_argument("--evaluate-eps", type=number, metavar="EPS", help=eps)
     rows = "steps between two rows of the history (default: 1)"
     group.add_argument("--log-every", type=int, default=1, metavar="N", help=rows)

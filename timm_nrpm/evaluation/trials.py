@@ -190,13 +190,13 @@ class Advice:
     @property
     def chosen(self) -> Trial:
         """The trial on the selection images within the bounds that loses the least clean accuracy, of those with nearly
-        the largest gain; of equal ones the one with the larger gain, and of these the first, which cost least."""
+        the largest gain; of equal ones the fastest, of these the one with the larger gain, and then the first."""
         nothing = _accuracy(self.nothing)
         if self.most <= nothing:
             return self.nothing
         enough = nothing + NEAR * (self.most - nothing)
         near = [trial for trial in self.allowed if _accuracy(trial) >= enough - 1e-9]
-        return min(near, key=lambda trial: (self.loss(trial), -_accuracy(trial)))
+        return min(near, key=lambda trial: (self.loss(trial), trial.slowdown, -_accuracy(trial)))
 
     @property
     def advised(self) -> Trial:
