@@ -42,12 +42,12 @@ def markdown(rows: Sequence[Row], how: str) -> str:
         "where it costs more than two points of clean accuracy, or no more than its control. "
         "Attacks are the adaptive suite with the least effort, "
         "corruptions of severity 5.",
-        "", "![the atlas](../docs/atlas.png)", "", "## What helps", "",
+        "", "![the atlas](../docs/atlas.png)", "", "## What is advised", "",
         f"{len(helping)} of {len(rows)} cells.", "",
         "| model | threat | as it is | gain | by | clean lost | latency |", "|---|---|---|---|---|---|---|",
         *(f"| {row['base']} | {row['said']} | {row['kept']} % | {_gain(row)} | {row['by']} | {row['clean lost']:+.1f} "
           f"| {row['slowdown']:.1f}x |" for row in helping),
-        "", "## Where nothing helps", "",
+        "", "## Where nothing is advised", "",
         "| model | threat | as it is | best on the images chosen on | there | on those judged on | p | clean lost |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
