@@ -99,6 +99,8 @@ FLOATS = {
     ),
     Threat: ("eps",),
 }
+# Those that may be None, which stands for a default or for no bound.
+OR_NONE = {(TuneConfig, name) for name in ("eps", "clip", "step_size", "evaluate_eps")} | {(Threat, "eps")}
 COUNTS = {
     NRPMConfig: ("iterations",),
     TuneConfig: (
@@ -129,7 +131,7 @@ def test_settings_that_are_numbers(config, name):
         assert made == config(**{name: 0.5})
         assert not hasattr(made, "to_json") or config.from_json(made.to_json()) == made
     for value in (*NO_NUMBERS, float("nan"), float("inf"), -1.0):
-        none = value is None and name in ("clip", "step_size", "evaluate_eps")
+        none = value is None and (config, name) in OR_NONE
         if not none and not (name == "lam" and isinstance(value, (list, tuple, dict, np.ndarray, torch.Tensor))):
             with pytest.raises(ValueError, match=f"{name}=|{name}.0.="):
                 config(**{name: value})

@@ -48,7 +48,6 @@ def test_tune_takes_every_setting(tmp_path):
     [
         (["--eps", "2"], "--eps 2.0 is not allowed"),
         (["--norm", "L1"], "--eps is missing: under L1 it is the sum of the changes"),
-        (["--norm", "L2", "--eps", "0"], "--evaluate-eps is missing: under L2 it is the length"),
         (["--data", "nope"], "nope"),
         (["--data", "folder", "--root", "/nowhere"], "/nowhere"),
         (["--model", "resnet8_digit"], "Near names: resnet8_digits"),
@@ -66,6 +65,12 @@ def test_tune_refuses_in_one_line(capsys, tmp_path, arguments, message):
     error = capsys.readouterr().err
     assert error.startswith("timm-nrpm: ")
     assert message in error
+
+
+def test_without_an_attack_validation_still_needs_its_bound(capsys, tmp_path):
+    arguments = ["tune", "--samples", "64", "--norm", "L2", "--eps", "0", "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "--evaluate-eps is missing: under L2 it is the length" in capsys.readouterr().err
 
 
 CHANGED = {"output", "calibrate"}
