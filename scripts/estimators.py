@@ -5,9 +5,10 @@
 FOLDER is that of `scripts/atlas.py`, which keeps the trained LeNet. The protocol: corrections and statistics come from
 training images. Candidates are compared with the plain model on selection images under PGD along the candidate's own
 gradient, which is how gains are usually shown. Of those that gain and lose at most a point of clean accuracy, the best
-of each estimate, ten at most, are attacked by the adaptive suite on report images, beside the plain model. Nothing is
-trained. The plain model has no estimate, so that calibration leaves it as it is, and is its own control. Writes
-results/estimators.json and .md.
+of each estimate, ten at most, are attacked by the adaptive suite on report images, beside the plain model. Where that
+leaves more than of the plain model, both are attacked on other images, more of them, with more effort and then, under
+L0, by a second attack. Nothing is trained. The plain model has no estimate, so that calibration leaves it as it is, and
+is its own control. Writes results/estimators.json and .md.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from typing import Any
 import torch
 from atlas_bases import BASES, Base, Images, batches
 from lab import Lab
+from pixel_search import survives
 from rich.progress import track
 from robust_sums import Estimate, median_of_means, reweighted, trimmed, winsorized, with_linear_backward, with_sums_
+from second_attack import Pixels
 from torch import nn
 
 from timm_nrpm import NRPMConfig, Threat, calibrate_, evaluate, reprogram_
@@ -33,7 +36,7 @@ from timm_nrpm.evaluation.trials import Effect
 from timm_nrpm.models.reprogramming import reprogrammed_layers
 
 ROOT = Path(__file__).parents[1]
-CALIBRATION, SELECTION, REPORT = 300, 120, 100
+CALIBRATION, SELECTION, REPORT, LAST = 300, 120, 100, 300
 """Numbers of images for each purpose."""
 
 BEST, CLEAN_LOSS = 10, 1.0
@@ -191,40 +194,62 @@ def judged(study: Study, lab: Lab, rows: list[dict[str, Any]]) -> list[dict[str,
         if row["lost"] <= CLEAN_LOSS and row["apparent"] > 0 and len(best) < BEST:
             best.setdefault(row["candidate"].estimate, row)
     bases = {name: BASES[name](lab) for name in {row["base"] for row in best.values()}}
-    results: dict[str, Result] = {}
-    for effort in ("fast", "default"):
-        for name, row in track(list(best.items()), f"judged, {effort}"):
-            if effort == "default" and (name not in results or results[name][2].points <= 0):
-                continue  # what the least effort closes needs no more
-            found = attacked(study, bases[row["base"]], row, effort)
-            if found is not None:
-                results[name] = found
-    return [verdict(bases[best[name]["base"]], best[name], result) for name, result in results.items()]
+    found = []
+    for row in track(list(best.values()), "judged"):
+        result = attacked(study, bases[row["base"]], row, "fast")
+        if result is None:
+            continue
+        last = attacked(study, bases[row["base"]], row, "default") if result[2].points > 0 else None
+        found.append(verdict(bases[row["base"]], row, result, last))
+    return found
 
 
 def attacked(study: Study, base: Base, row: dict[str, Any], effort: str) -> Result | None:
     """What attacks leave of the plain model and of a candidate; None if that is not known and nothing is measured."""
-    candidate, threat, images = row["candidate"], row["threat"], _part(base.held, SELECTION, REPORT)
+    candidate, threat = row["candidate"], row["threat"]
+    last = effort != "fast"
+    images = _part(base.held, SELECTION + REPORT, LAST) if last else _part(base.held, SELECTION, REPORT)
 
-    def measured() -> dict[str, Any]:
-        model = candidate.made(base, _images(base))
-        bases: dict[str, nn.Module | None] = {"plain": base.model}
-        if candidate.estimate in SUMS:
+    def measured(made: Callable[[], nn.Module], bases: dict[str, nn.Module | None]) -> dict[str, Any]:
+        model = made()
+        if bases and candidate.estimate in SUMS:
             bases["linear"] = with_linear_backward(model)
-        return full_row(model, images, threat, bases, effort)
+        found = full_row(model, images, threat, bases or {"": None}, effort)
+        return second_row(found, model, base.model, images, threat) if last and threat.norm == "L0" else found
 
-    key = f"{effort} {row['base']} {threat}"
+    key = f"{'last' if last else effort} {row['base']} {threat}"
     if study.closed and f"{key} {candidate}" not in study.known:
         return None
-    plain = study.once(f"{key} plain", partial(full_row, base.model, images, threat, {"": None}, effort))
-    ours = study.once(f"{key} {candidate}", measured)
+    plain = study.once(f"{key} plain", lambda: measured(lambda: base.model, {}))
+    ours = study.once(
+        f"{key} {candidate}", lambda: measured(lambda: candidate.made(base, _images(base)), {"plain": base.model})
+    )
     return plain, ours, Effect.of(ours["survivors"], plain["survivors"])
 
 
-def verdict(base: Base, row: dict[str, Any], result: Result) -> dict[str, Any]:
+def second_row(
+    row: dict[str, Any], model: nn.Module, plain: nn.Module, images: Images, threat: Threat
+) -> dict[str, Any]:
+    """The row of a model after the second attack on what stood until then."""
+    target, cheap = Pixels(model), Pixels(plain)
+    cheap = target if model is plain else cheap
+    standing = [
+        kept == "1" and survives(target, cheap, pixels, int(label), int(threat.eps))
+        for kept, pixels, label in zip(track(row["survivors"], "second attack"), *images, strict=True)
+    ]
+    broke = {**row["broke"], "search of pixels": row["survivors"].count("1") - sum(standing)}
+    survivors = "".join(str(int(each)) for each in standing)
+    return {**row, "worst": 100 * sum(standing) / len(standing), "survivors": survivors, "broke": broke}
+
+
+def verdict(base: Base, row: dict[str, Any], result: Result, last: Result | None) -> dict[str, Any]:
     """The row of a candidate in the table."""
     plain, ours, effect = result
     return {
+        "last": None if last is None else {
+            "lost": last[0]["clean"] - last[1]["clean"], "worst": last[1]["worst"], "plain": last[0]["worst"],
+            "effect": asdict(last[2]), "broke": last[1]["broke"], "plain broke": last[0]["broke"],
+        },
         "base": base.title, "threat": str(row["threat"]), "candidate": str(row["candidate"]), "images": REPORT,
         "apparent": row["apparent"], "lost": plain["clean"] - ours["clean"], "own": ours["own"],
         "worst": ours["worst"], "plain": plain["worst"], "effect": asdict(effect), "closed by": closing(ours),

@@ -9,8 +9,6 @@ from timm_nrpm import Threat
 from timm_nrpm.attacks.apgd import checkpoints, climb
 from timm_nrpm.attacks.carlini_wagner import carlini_wagner
 from timm_nrpm.attacks.gradients import direction, losses
-from timm_nrpm.attacks.patches import climbing_patch, random_patch
-from timm_nrpm.attacks.sparse import greedy_pixels, random_pixels
 
 SHAPE = (3, 4, 4)
 
@@ -160,79 +158,6 @@ def test_average_tames_a_random_forward():
         for n in (1, 512)
     ]
     assert cosines[1] > cosines[0] + 0.4
-
-
-@pytest.mark.parametrize("count", [1, 3, 100])
-def test_greedy_pixels_take_the_best_of_a_linear_model(count):
-    """For a linear model the best pixels are those whose best corner changes the margin most: known exactly."""
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-    pixels, labels = torch.rand(5, *SHAPE), torch.tensor([0, 1, 0, 1, 0])
-    threat = Threat("L0", count)
-    attacked = greedy_pixels(net, pixels, labels, threat, rounds=4, fooled=False)
-    assert bool(threat.allows(pixels, attacked).all())
-    w = net[1].weight.data.view(2, *SHAPE)
-    slope = torch.where(labels.view(-1, 1, 1, 1) == 0, w[1] - w[0], w[0] - w[1])
-    worth = (slope * ((slope > 0).float() - pixels)).sum(1).flatten(1)
-    best = worth.sort(1, descending=True).values[:, :count].sum(1)
-    gain = losses(net(attacked), labels, "margin") - losses(net(pixels), labels, "margin")
-    torch.testing.assert_close(gain.detach(), best, atol=1e-4, rtol=1e-4)
-
-
-def test_random_pixels_keep_what_helps(batch):
-    pixels, labels = batch
-    threat, margins = Threat("L0", 3), []
-    for queries in (0, 30, 300):
-        attacked = random_pixels(bowl(), pixels, labels, threat, range(10), queries=queries)
-        assert bool(threat.allows(pixels, attacked).all())
-        margins.append(losses(bowl()(attacked), labels, "margin").clamp(max=0).detach())
-    assert (margins[1] >= margins[0]).all()
-    assert (margins[2] >= margins[1] - 1e-6).float().mean() > 0.7  # another schedule: not for every image
-    assert margins[2].mean() > margins[0].mean()
-    again = random_pixels(bowl(), pixels[4:6], labels[4:6], threat, [4, 5], queries=300)
-    assert torch.equal(again, attacked[4:6])
-
-
-@pytest.mark.parametrize("side", [1, 2, 9])
-def test_a_climbing_patch_takes_the_best_place_of_a_linear_model(side):
-    """For a linear model it is the square whose best corners change the margin most: known exactly."""
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-    pixels, labels = torch.rand(5, *SHAPE), torch.tensor([0, 1, 0, 1, 0])
-    threat = Threat("patch", side)
-    attacked = climbing_patch(net, pixels, labels, threat, rounds=6, fooled=False)
-    assert bool(threat.allows(pixels, attacked).all())
-    w = net[1].weight.data.view(2, *SHAPE)
-    slope = torch.where(labels.view(-1, 1, 1, 1) == 0, w[1] - w[0], w[0] - w[1])
-    worth = (slope * ((slope > 0).float() - pixels)).sum(1)
-    span = min(side, 4)
-    squares = worth.unfold(1, span, 1).unfold(2, span, 1).sum((3, 4)).flatten(1)
-    gain = losses(net(attacked), labels, "margin") - losses(net(pixels), labels, "margin")
-    torch.testing.assert_close(gain.detach(), squares.amax(1), atol=1e-4, rtol=1e-4)
-
-
-def test_a_patch_climbs_where_the_first_corner_is_not_the_best(batch):
-    pixels, labels = batch
-    threat = Threat("patch", 2)
-    margins = [
-        losses(
-            bowl()(climbing_patch(bowl(), pixels, labels, threat, rounds=rounds, fooled=False)), labels, "margin"
-        ).detach()
-        for rounds in (2, 40)
-    ]
-    assert (margins[1] >= margins[0] - 1e-6).all()
-    assert margins[1].mean() > margins[0].mean()
-
-
-def test_a_random_patch_keeps_what_helps(batch):
-    pixels, labels = batch
-    threat, margins = Threat("patch", 2), []
-    for queries in (0, 300):
-        attacked = random_patch(bowl(), pixels, labels, threat, range(10), queries=queries)
-        assert bool(threat.allows(pixels, attacked).all())
-        margins.append(losses(bowl()(attacked), labels, "margin").clamp(max=0).detach())
-    assert (margins[1] >= margins[0]).all()
-    assert margins[1].mean() > margins[0].mean()
-    again = random_patch(bowl(), pixels[4:6], labels[4:6], threat, [4, 5], queries=300)
-    assert torch.equal(again, attacked[4:6])
 
 
 def test_carlini_wagner_finds_the_distance_to_the_boundary():

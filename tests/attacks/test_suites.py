@@ -80,10 +80,10 @@ def test_what_the_suites_are():
         "aa_apgd_ce", "aa_square"]  # fmt: skip
     sparse = [a.name for a in attacks_of("adaptive", THREATS["L0"], EFFORTS["adaptive"], EVERY, 10)]
     assert sparse[-1] == "random_pixels"
-    assert {f"greedy_{source}" for source in EVERY} <= set(sparse)
+    assert {f"exchange_{source}" for source in EVERY} <= set(sparse)
     patch = [a.name for a in attacks_of("adaptive", THREATS["patch"], EFFORTS["adaptive"], EVERY, 10)]
     assert patch[-1] == "random_patch"
-    assert {f"patch_{source}" for source in EVERY} <= set(patch)
+    assert {f"paste_{source}" for source in EVERY} <= set(patch)
     without = [a.name for a in attacks_of("adaptive", linf, Effort(3, 0, stages=(Stage(1.0, 3, 5),)), EVERY, 10)]
     assert not {"search", "evolution_soft", "square"} & set(without)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_nrpm.attacks.gradients import Forward, generators, losses, slope
+from timm_nrpm.attacks.pursuit import Pursuit
 from timm_nrpm.attacks.threats import Threat, inside, sides, wide
 
 PLACES = 4
@@ -16,6 +17,12 @@ PLACES = 4
 
 STEP = 0.5
 """Size of the first step of a patch's pixels, which may move from 0 to 1."""
+
+JUDGED = 64
+"""Largest number of places at which the attacked model judges a patch."""
+
+EVERY = 3
+"""Number of steps of a patch's pixels after which the attacked model is shown them."""
 
 MOVED = 0.3
 """Share of the queries of a random search that move the patch, rather than colour a part of it anew."""
@@ -51,9 +58,7 @@ def climbing_patch(
     rows = torch.arange(len(pixels), device=pixels.device)
     if fooled:
         rows = rows[logits.argmax(1) == labels]
-    corner = (gradient > 0).to(pixels)
-    gains = (gradient * (corner - pixels)).sum(1, keepdim=True)
-    promise = F.avg_pool2d(gains, (height, width), 1).squeeze(1)  # [B, H', W'], one for each place
+    corner, promise = _promises(pixels, gradient, height, width)
     places = min(PLACES, max(1, rounds // 3), promise[0].numel())
     for part in torch.arange(max(rounds - 1, 1)).tensor_split(places):
         place = promise.flatten(1).argmax(1)
@@ -76,6 +81,75 @@ def climbing_patch(
             size = STEP * (1 - step / len(part))
             x[rows] = torch.where(mask[rows], (x[rows] + size * gradient.sign()).clamp(0, 1), pixels[rows])
     return result
+
+
+def paste(pursuit: Pursuit, rows: Tensor, follow: Forward, *, rounds: int, fresh: bool, average: int = 1) -> None:
+    """Attack by a patch at judged places: the attacked model judges the patch of corners that the gradient points to at
+    the places where it promises most, and the patch climbs from there at the best of them, by steps that shrink to
+    zero.
+
+    Args:
+        pursuit: Pursuit under the threat of a patch, that keeps the worst points found.
+        rows: Indices of the images to attack, `[n]`.
+        follow: Model whose margin is climbed.
+        rounds: Number of gradients, which up to three places share evenly after the first; two at least.
+        fresh: Whether to look for places; otherwise the worst patch so far climbs on where it is.
+        average: Number of forwards that are averaged for each gradient.
+    """
+    pixels = pursuit.pixels[rows]
+    height, width = sides(pursuit.threat, pixels)
+    if not fresh:
+        _climb(pursuit, rows, follow, pursuit.best[rows], _place(pursuit, rows, height, width), rounds, average)
+        return
+    _, _, gradient = slope(follow, pixels, pursuit.labels[rows], "margin", None, average)
+    corner, promise = _promises(pixels, gradient, height, width)
+    order = promise.flatten(1).topk(min(JUDGED, promise[0].numel())).indices
+    margins = []
+    for place in order.unbind(1):
+        mask = inside(pixels, place // promise.shape[2], place % promise.shape[2], height, width)
+        margins.append(pursuit.judge(rows, torch.where(mask, corner, pixels)))
+    judged = torch.full_like(promise, -torch.inf).flatten(1).scatter(1, order, torch.stack(margins, 1))
+    judged = judged.view_as(promise)
+    places = min(PLACES - 1, max(1, rounds // 3), order.shape[1])
+    for part in torch.arange(max(rounds - 1, 1)).tensor_split(places):
+        active = pursuit.right[rows]
+        rows, pixels, corner, judged = rows[active], pixels[active], corner[active], judged[active]
+        if not len(rows):
+            return
+        place = judged.flatten(1).argmax(1)
+        top, left = place // judged.shape[2], place % judged.shape[2]
+        judged = judged.masked_fill(_near(judged, top, left, height, width), -torch.inf)
+        mask = inside(pixels, top, left, height, width)
+        _climb(pursuit, rows, follow, torch.where(mask, corner, pixels), mask, len(part), average)
+
+
+def _climb(pursuit: Pursuit, rows: Tensor, follow: Forward, x: Tensor, mask: Tensor, steps: int, average: int) -> None:
+    """Climb with the pixels of a patch, whose mask `[n, 1, H, W]` says where it is."""
+    for step in range(steps):
+        _, _, gradient = slope(follow, x, pursuit.labels[rows], "margin", None, average)
+        size = STEP * (1 - step / steps)
+        x = torch.where(mask, (x + size * gradient.sign()).clamp(0, 1), x)
+        if step == steps - 1 or (step + 1) % EVERY == 0:
+            right = pursuit.look(rows, x)
+            rows, x, mask = rows[right], x[right], mask[right]
+            if not len(rows):
+                return
+
+
+def _place(pursuit: Pursuit, rows: Tensor, height: int, width: int) -> Tensor:
+    """Mask `[n, 1, H, W]` of a patch that covers what differs at the worst points so far."""
+    changed = (pursuit.best[rows] != pursuit.pixels[rows]).any(1)
+    top = changed.any(2).int().argmax(1).clamp(max=changed.shape[1] - height)
+    left = changed.any(1).int().argmax(1).clamp(max=changed.shape[2] - width)
+    return inside(pursuit.pixels[rows], top, left, height, width)
+
+
+def _promises(pixels: Tensor, gradient: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The corners of the colour cube that a gradient points to `[B, C, H, W]`, and what it promises for a patch of them
+    at each place, `[B, H', W']`."""
+    corner = (gradient > 0).to(pixels)
+    gains = (gradient * (corner - pixels)).sum(1, keepdim=True)
+    return corner, F.avg_pool2d(gains, (height, width), 1).squeeze(1)
 
 
 def _near(promise: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:

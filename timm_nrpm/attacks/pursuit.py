@@ -66,6 +66,17 @@ class Pursuit:
         Returns:
             Whether the model is right on each point, `[n]`; where a logit is not finite it counts as wrong.
         """
+        return self.take(rows, *self._shown(rows, images))
+
+    @torch.no_grad()
+    def judge(self, rows: Tensor, images: Tensor) -> Tensor:
+        """Do what :meth:`look` does, and return the margin at each point, `[n]`."""
+        images, logits = self._shown(rows, images)
+        self.take(rows, images, logits)
+        return self._margins(rows, logits)
+
+    def _shown(self, rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return points within the threat `[n, C, H, W]`, and the attacked model's logits there `[n, N]`."""
         allowed = self.threat.allows(self.pixels[rows], images)
         if not bool(allowed.all()):
             inside = self.threat.project(self.pixels[rows], images.nan_to_num(0.0))
@@ -73,14 +84,18 @@ class Pursuit:
         logits = self.victim(images)
         for _ in range(self.average - 1):
             logits = logits + self.victim(images)
-        return self.take(rows, images, logits / self.average)
+        return images, logits / self.average
+
+    def _margins(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """Return the margins of logits `[n, N]`, `[n]`; infinite where a logit is not finite."""
+        margins = losses(logits, self.labels[rows], "margin")
+        return torch.where(logits.isfinite().all(1), margins, math.inf).to(self.margin)
 
     @torch.no_grad()
     def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> Tensor:
         """Do what :meth:`look` does, with logits `[n, N]` of the attacked model that are already known."""
-        finite = logits.isfinite().all(1)
-        margin = torch.where(finite, losses(logits, self.labels[rows], "margin"), math.inf).to(self.margin)
-        right = finite & (logits.argmax(1) == self.labels[rows])
+        margin = self._margins(rows, logits)
+        right = logits.isfinite().all(1) & (logits.argmax(1) == self.labels[rows])
         # Equal margins count as worse, so that a search drifts over a plateau instead of standing still on it.
         worse = margin >= self.margin[rows]
         self.best[rows[worse]], self.margin[rows[worse]] = images[worse].detach(), margin[worse]

@@ -1,4 +1,8 @@
-"""Attacks that change few pixels, under L0, and the attacks on few pixels by their norm."""
+"""Attacks that change few pixels, under L0, and the attacks on few pixels by their norm.
+
+A gradient says little about a pixel that jumps to another colour: on a plain LeNet the pixels that it promises most for
+leave a third of the images that fall to better chosen ones. So the attacked model judges what the gradient proposes.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from timm_nrpm.attacks.gradients import Forward, generators, losses, slope
-from timm_nrpm.attacks.patches import climbing_patch, random_patch
-from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.attacks.patches import climbing_patch, paste, random_patch
+from timm_nrpm.attacks.pursuit import Pursuit
+from timm_nrpm.attacks.threats import Threat, wide
+
+PROPOSED = 8
+"""Number of changes that the gradient proposes for an image in a round of exchanges."""
 
 
 def greedy_pixels(
@@ -55,6 +64,65 @@ def greedy_pixels(
         mask = chosen.view(len(images), 1, *images.shape[2:])
         x[active] = torch.where(mask > 0, corner, images)
     return threat.project(pixels, x)
+
+
+def exchange(pursuit: Pursuit, rows: Tensor, follow: Forward, *, rounds: int, fresh: bool, average: int = 1) -> None:
+    """Attack under L0 by judged exchanges: in each round the gradient proposes some pixels and their corners of the
+    colour cube, the attacked model judges them one by one, and the best takes its place beside those that changed
+    before; if as many have changed as may, it takes the place of the one that the gradient would miss least. After a
+    round in vain it takes that of the next one, and once all have had their turn, the next pixels are proposed.
+
+    Args:
+        pursuit: Pursuit under L0 that keeps the worst points found.
+        rows: Indices of the images to attack, `[n]`.
+        follow: Model whose margin's gradient proposes.
+        rounds: Number of gradients. Where more than half as many positions may change, the others are changed
+            beforehand by :func:`greedy_pixels`.
+        fresh: Whether to start from the images themselves instead of the worst points so far.
+        average: Number of forwards that are averaged for each gradient.
+    """
+    count = min(int(pursuit.threat.eps), pursuit.pixels[0, 0].numel())
+    x, surplus = pursuit.best[rows], count - max(1, rounds // 2)
+    if fresh:
+        x = pursuit.pixels[rows]
+    if fresh and surplus > 0:
+        few = Threat("L0", surplus)
+        x = greedy_pixels(follow, x, pursuit.labels[rows], few, rounds=rounds, average=average, fooled=False)
+    margin, vain = pursuit.judge(rows, x), torch.zeros_like(rows)
+    for _ in range(rounds):
+        active = pursuit.right[rows]
+        rows, x, margin, vain = rows[active], x[active], margin[active], vain[active]
+        if not len(rows):
+            return
+        _, _, gradient = slope(follow, x, pursuit.labels[rows], "margin", None, average)
+        corner = (gradient > 0).to(x)
+        undone, full = _without_one(pursuit.pixels[rows], x, gradient, vain % count, count)
+        order = (gradient * (corner - x)).sum(1).flatten(1).argsort(dim=1, descending=True, stable=True)
+        most, taken = torch.full_like(margin, -torch.inf), x
+        for rank in range(min(PROPOSED, order.shape[1])):
+            ranks = (vain // count * PROPOSED + rank) % order.shape[1]
+            images = torch.where(_only(order.gather(1, ranks.unsqueeze(1)).squeeze(1), x), corner, undone)
+            margins = pursuit.judge(rows, images)
+            better = margins > most
+            most, taken = torch.where(better, margins, most), torch.where(wide(better, x), images, taken)
+        better = (most > margin) | ~full
+        x, margin = torch.where(wide(better, x), taken, x), torch.where(better, most, margin)
+        vain = torch.where(better, 0, vain + 1)
+
+
+def _without_one(pixels: Tensor, x: Tensor, gradient: Tensor, rank: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Undo one change of each image that has `count` of them: the one of this rank `[B]` among those that the gradient
+    would miss least. Returns images `[B, C, H, W]`, and which of them had as many, `[B]`."""
+    changed = (x != pixels).any(1).flatten(1)
+    full = changed.sum(1) >= count
+    missed = (gradient * (pixels - x)).sum(1).flatten(1).masked_fill(~changed, -torch.inf)
+    place = missed.argsort(dim=1, descending=True, stable=True).gather(1, rank.unsqueeze(1)).squeeze(1)
+    return torch.where(_only(place, x) & wide(full, x), pixels, x), full
+
+
+def _only(place: Tensor, like: Tensor) -> Tensor:
+    """Mask `[B, 1, H, W]` of one position `[B]` of each image."""
+    return F.one_hot(place, like[0, 0].numel()).view(len(like), 1, *like.shape[2:]) > 0
 
 
 @torch.no_grad()
@@ -131,6 +199,16 @@ class Ascent(Protocol):
     ) -> Tensor: ...
 
 
+class Judged(Protocol):
+    """An attack that changes few pixels, whose every step the attacked model judges."""
+
+    __name__: str
+
+    def __call__(
+        self, pursuit: Pursuit, rows: Tensor, follow: Forward, *, rounds: int, fresh: bool, average: int
+    ) -> None: ...
+
+
 class Search(Protocol):
     """An attack by random draws that changes few pixels."""
 
@@ -146,14 +224,13 @@ class Sparse:
     """The attacks under a norm that counts pixels.
 
     Attributes:
-        name: Name of the ascent in reports.
-        ascent, search: The attacks.
+        ascent, judged, search: The attacks.
     """
 
-    name: str
     ascent: Ascent
+    judged: Judged
     search: Search
 
 
-SPARSE = {"L0": Sparse("greedy", greedy_pixels, random_pixels), "patch": Sparse("patch", climbing_patch, random_patch)}
+SPARSE = {"L0": Sparse(greedy_pixels, exchange, random_pixels), "patch": Sparse(climbing_patch, paste, random_patch)}
 """The attacks by norm; every other norm is climbed by steps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, cycle
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from timm_nrpm.attacks.evolution import HERD, PARTS, evolve
 from timm_nrpm.attacks.library import MOST_TARGETS, Run, auto_attack, fgsm, original_auto_attack, pgd, square
 from timm_nrpm.attacks.pursuit import Pursuit, ascend, likely_targets
 from timm_nrpm.attacks.random_search import search
-from timm_nrpm.attacks.sparse import SPARSE
+from timm_nrpm.attacks.sparse import PROPOSED, SPARSE, Sparse
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.checks import check_choice
 from timm_nrpm.config import SUITES
@@ -268,16 +268,29 @@ def _direct(threat: Threat, effort: Effort) -> Run:
 
 
 def _sparse(threat: Threat, effort: Effort, sources: Collection[str], average: int) -> Iterator[Attack]:
-    """Yield the attacks of the adaptive suite on few pixels, or on those of a patch: along every source, and random."""
+    """Yield the attacks of the adaptive suite on few pixels, or on those of a patch: judged ones from the images along
+    every source and from the worst points along one for each stage, and a random search from the start."""
     kind = SPARSE[threat.norm]
     for source in ("plain", "base", "own", "bpda", "soft", "soft_short", "halfway"):
         if source in sources:
-            predicts = source in ("own", "bpda") and average == 1
-            run = _few_pixels(threat, effort.pgd, average=average, predicts=predicts)
-            yield Attack(f"{kind.name}_{source}", source, once(run), 2 * average * effort.pgd)
+            yield _judged(kind, effort, source, average, fresh=True)
+    followed = [name for name in CYCLE if name in sources] if "plain" in sources else ["own"]
+    for stage, source in zip(effort.stages, cycle(followed), strict=False):
+        yield replace(_judged(kind, effort, source, average, fresh=False), near=stage.near)
     queries = effort.queries * sum(stage.rounds + stage.evolution for stage in effort.stages)
     if queries:
         yield Attack(kind.search.__name__, "scores", once(_random_pixels(threat, queries)), queries)
+
+
+def _judged(kind: Sparse, effort: Effort, source: str, average: int, *, fresh: bool) -> Attack:
+    """Return an attack on few pixels whose every step the attacked model judges."""
+
+    def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
+        kind.judged(pursuit, rows, net, rounds=effort.pgd, fresh=fresh, average=average)
+        return pursuit.right[rows]
+
+    passes = effort.pgd * (2 * average + PROPOSED)
+    return Attack(f"{kind.judged.__name__}_{source}", source, pursue, passes, points=1)
 
 
 def _few_pixels(threat: Threat, steps: int, *, average: int = 1, predicts: bool) -> Run:
