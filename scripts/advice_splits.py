@@ -1,6 +1,7 @@
 """Check advice on images that it never saw: as many runs on the digits, each with another division of their images.
 
-    python scripts/advice_splits.py    # a quarter of an hour on two cores
+    python scripts/advice_splits.py                                                      # a quarter of an hour
+    python scripts/advice_splits.py --kinds --eps 0.15 --train 1437 --seconds 120        # forty minutes, Linf alone
 
 Of the 360 test images a run judges on 120 and chooses on 120. If it advises something, the variant that it wrote is
 loaded, and its effect is measured on the 120 that are left. Writes results/advice-splits.json and .md.
@@ -73,8 +74,9 @@ def markdown(rows: list[dict[str, object]]) -> str:
         f"`scripts/advice_splits.py`: runs of `advise` on `resnet8_digits`, each with another division of the digits' "
         f"test images: {PART} to judge on, {PART} to choose on, and {PART} that the run never saw, on which what it "
         "advised is measured. An effect disappears if it is not above zero there.", "",
-        "| threat | runs | advised something | effect on unseen images, points | disappeared |",
-        "|---|---|---|---|---|",
+        "| threat | runs | without time to try anything | advised something | effect on unseen images, points "
+        "| disappeared |",
+        "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for threat in dict.fromkeys(str(row["threat"]) for row in rows):
         ours = [row for row in rows if row["threat"] == threat]
@@ -85,7 +87,8 @@ def markdown(rows: list[dict[str, object]]) -> str:
             else ""
         )
         gone = sum(effect <= 0 for effect in effects)
-        lines.append(f"| {threat} | {len(ours)} | {len(effects)} | {shown} | {gone} |")
+        idle = sum("nothing was tried" in str(row["said"]) for row in ours)
+        lines.append(f"| {threat} | {len(ours)} | {idle} | {len(effects)} | {shown} | {gone} |")
     return "\n".join([*lines, ""])
 
 

@@ -130,8 +130,8 @@ def main() -> None:
                 rows.append(row_of(base, cell, Advice.from_json(file.read_text())))
     how = (
         f"{limits.images or ATTACKED} images to choose on and as many to judge on under attack, "
-        f"{limits.images or CORRUPTED} after a shift, and up to {TRAINING} to train on; half of the photos each; "
-        f"one to {1000 * limits.times / 60:.0f} minutes for a cell"
+        f"up to {limits.images or CORRUPTED} after a shift, and up to {TRAINING} to train on; "
+        f"two to {600 * limits.times / 60:.0f} minutes for a cell"
     )
     written(args.out, args.docs, rows, how)
     print(markdown(rows, how))

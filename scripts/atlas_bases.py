@@ -20,7 +20,7 @@ from timm_nrpm import Shift, Threat
 from timm_nrpm.advice.study import Danger
 from timm_nrpm.data.loaders import digits
 
-ATTACKED, CORRUPTED = 120, 240
+ATTACKED, CORRUPTED = 120, 600
 """Numbers of images of the selection, and of the report, under an attack and after a shift."""
 
 TRAINING = 1500
@@ -143,7 +143,7 @@ def _mnist(lab: Lab, title: str, family: str, name: str, threats: tuple[Threat, 
         title, lab.plain(family, name), _shuffled(lab.images("mnist", "test", 2000)),
         _shuffled(lab.images("mnist", "train", 20_000), TRAINING), threats,
         (*NATIVE, "gaussian_noise", "motion_blur", "fog", "contrast", "jpeg_compression"),
-        ("scikit-learn's digits", foreign),
+        ("scikit-learn's digits", foreign), shifted=100,
     )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def lenet(lab: Lab) -> Base:
 def _cifar(lab: Lab, title: str, model: nn.Module, threats: tuple[Threat, ...], seconds: float) -> Base:
     held, training = lab.images("cifar10", "test", 2000), lab.images("cifar10", "train", TRAINING)
     return Base(title, model, _shuffled(held), _shuffled(training), threats, (*NATIVE, *WEATHER),
-                seconds=seconds)  # fmt: skip
+                seconds=seconds, shifted=150)  # fmt: skip
 
 
 def robust(lab: Lab) -> Base:
@@ -175,13 +175,13 @@ def natural(lab: Lab) -> Base:
     lab.efforts = {**lab.efforts, "resnet": replace(lab.efforts["resnet"], samples=25_000, epochs=8)}
     model = lab.trained("resnet", "resnet18_cifar_narrow", {"objective": "clean", "eps": 0.0})
     return _cifar(lab, "narrow ResNet-18, naturally trained, CIFAR-10", model,
-                  _threats(1 / 255, 0.1, 1.0, 1, 3), 1000)  # fmt: skip
+                  _threats(1 / 255, 0.1, 1.0, 1, 3), 300)  # fmt: skip
 
 
 def mixer(lab: Lab) -> Base:
     """A Mixer of two blocks, naturally trained by us."""
     return _cifar(lab, "Mixer-2, CIFAR-10", lab.plain("mixer", "mixer2_cifar"),
-                  _threats(1 / 255, 0.15, 2.0, 1, 3), 1000)  # fmt: skip
+                  _threats(1 / 255, 0.15, 2.0, 1, 3), 300)  # fmt: skip
 
 
 def photographs(lab: Lab) -> Base:

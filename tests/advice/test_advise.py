@@ -17,11 +17,13 @@ from timm_nrpm import Shift, Threat, advise
 from timm_nrpm.advice import inquiry as wing
 from timm_nrpm.advice import lambdas, smoothing
 from timm_nrpm.advice.strategy import Candidate, Strategy
+from timm_nrpm.advice.study import Part, Study
+from timm_nrpm.advice.tuning import TUNED_ALL
 from timm_nrpm.cli.plot import result_in
 from timm_nrpm.cli.program import main
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.evaluation.corruptions import corrupt
-from timm_nrpm.evaluation.trials import Advice
+from timm_nrpm.evaluation.trials import Advice, Bounds
 from timm_nrpm.nn.pixel_model import PixelModel
 
 NOISE = Shift("white_noise", 5)
@@ -152,6 +154,25 @@ def fragile():
         loss.backward()
         optimizer.step()
     return net.eval()
+
+
+def test_a_part_of_the_way_lies_between_the_old_weights_and_the_tuned_ones(model, images, tmp_path):
+    selection, report = (Part.of(part) for part in images)
+    plain = timm_nrpm.reprogram_(copy.deepcopy(model), timm_nrpm.NRPMConfig(lam=1.0))
+    study = Study(plain, NOISE, selection, report, training(), Bounds(), "fast", 0, tmp_path, None, None)
+    candidates = TUNED_ALL.candidates(study)
+    offered = [next(candidates) for _ in range(5)]
+    assert [each.setting.rpartition(", ")[2] for each in offered] == [
+        "plain", "75 % of the way", "50 % of the way", "25 % of the way", "lambda 0.8"]  # fmt: skip
+    tuned, half = offered[0].make().state_dict(), offered[2].make()
+    assert not any(each.training for each in half.modules())
+    moved = 0
+    for name, old in plain.state_dict().items():
+        if old.is_floating_point():
+            torch.testing.assert_close(half.state_dict()[name], (old + tuned[name]) / 2)
+            moved += not torch.equal(old, tuned[name])
+    assert moved > 20
+    assert torch.equal(plain.conv1.weight, model.conv1.weight)
 
 
 def test_attacked_like_evaluate_does(fragile, images, tmp_path, monkeypatch):
