@@ -247,8 +247,16 @@ class Advice:
         if self.helps:
             cost = f"{loss:+.1f} points of clean accuracy lost and {chosen.slowdown:.1f} times the latency"
             return f"Against {self.threat}, {where}: {shown}, at {cost}."
-        why = "which cannot be told from chance" if not effect.is_gain else f"but it loses {loss:.1f} points clean"
+        why = self._too_much() if effect.is_gain else "which cannot be told from chance"
         return f"Against {self.threat}, leave the model as it is: the best, {where}, has {shown}, {why}."
+
+    def _too_much(self) -> str:
+        """What the advised trial loses on the clean images of the report, and whether these can tell."""
+        ours, theirs, bound = self.advised.report, self.nothing.report, self.bounds.clean_loss
+        assert ours is not None and theirs is not None
+        lost = Effect.of(theirs.clean, ours.clean)
+        tell = "" if lost.low > bound else ", which more images could show to be less"
+        return f"but it loses {lost.points:.1f} points clean ({lost.low:.1f} to {lost.high:.1f}), more than {bound:g}{tell}"
 
     def __str__(self) -> str:
         head = ("strategy", "its best setting", "selection", "report", "p", "clean lost", "slowdown", "seconds")
