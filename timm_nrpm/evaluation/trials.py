@@ -253,10 +253,12 @@ class Advice:
     def _too_much(self) -> str:
         """What the advised trial loses on the clean images of the report, and whether these can tell."""
         ours, theirs, bound = self.advised.report, self.nothing.report, self.bounds.clean_loss
-        assert ours is not None and theirs is not None
+        assert ours is not None
+        assert theirs is not None
         lost = Effect.of(theirs.clean, ours.clean)
         tell = "" if lost.low > bound else ", which more images could show to be less"
-        return f"but it loses {lost.points:.1f} points clean ({lost.low:.1f} to {lost.high:.1f}), more than {bound:g}{tell}"
+        interval = f"({lost.low:.1f} to {lost.high:.1f})"
+        return f"but it loses {lost.points:.1f} points clean {interval}, more than {bound:g}{tell}"
 
     def __str__(self) -> str:
         head = ("strategy", "its best setting", "selection", "report", "p", "clean lost", "slowdown", "seconds")
