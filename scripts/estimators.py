@@ -116,11 +116,16 @@ class Study:
 
     def __init__(self, file: Path, closed: bool) -> None:
         self.file, self.closed = file, closed
-        lines = file.read_text().splitlines() if file.exists() else []
-        self.known: dict[str, dict[str, Any]] = dict(map(json.loads, lines))
+        self.known = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        return dict(map(json.loads, lines))
 
     def once(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What was measured under this key, now or before."""
+        """What was measured under this key, now or before, here or in another process."""
+        if key not in self.known:
+            self.known = self._read()
         if key not in self.known:
             self.known[key] = work()
             with self.file.open("a") as lines:

@@ -22,8 +22,9 @@ from timm_nrpm.evaluation.shifts import Shift
 from timm_nrpm.models.reprogramming import reprogrammed_layers
 from timm_nrpm.tuning.tune import tune
 
-EPOCHS, STEPS = 10, 3
-"""Number of epochs, and of steps of the attack in training."""
+EPOCHS, STEPS, STEP = 10, 3, 0.5
+"""Number of epochs, and of steps of the attack in training, and their size in units of eps: quarters, which suit seven
+steps, are too short for three."""
 
 PARTS = (0.75, 0.5, 0.25)
 """Shares of the way from the weights as they are to the tuned ones."""
@@ -109,6 +110,7 @@ def _candidate(study: Study, setting: str, lam: float, config: TuneConfig) -> Ca
         norm=attack.norm if attack else "Linf",
         eps=attack.eps if attack else 0.0,
         steps=STEPS,
+        step_size=STEP * attack.eps if attack else None,
         epochs=EPOCHS,
         seed=study.seed,
         output=str(study.folder / file_name(setting)),
