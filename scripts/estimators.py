@@ -5,10 +5,10 @@
 FOLDER is that of `scripts/atlas.py`, which keeps the trained LeNet. The protocol: corrections and statistics come from
 training images. Candidates are compared with the plain model on selection images under PGD along the candidate's own
 gradient, which is how gains are usually shown. Of those that gain and lose at most a point of clean accuracy, the best
-of each estimate, ten at most, are attacked by the adaptive suite on report images, beside the plain model. Where that
-leaves more than of the plain model, both are attacked on other images, more of them, and then, under L0, by a second
-attack. Nothing is trained. The plain model has no estimate, so that calibration leaves it as it is, and
-is its own control. Writes results/estimators.json and .md.
+of each estimate, ten at most, are attacked by the adaptive suite on report images, beside the plain model. If more is
+left of a candidate than of the plain model, both are attacked on other images, more of them, and then, under L0, by a
+second attack. Nothing is trained. The plain model has no estimate, so that calibration leaves it as it is, and is its
+own control. Writes results/estimators.json and .md.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def attacked(study: Study, base: Base, row: dict[str, Any], last: bool) -> Resul
         found = full_row(model, images, threat, bases or {"": None})
         return second_row(found, model, base.model, images, threat) if last and threat.norm == "L0" else found
 
-    key = f"{'last' if last else 'fast'} {row['base']} {threat}"
+    key = f"{'last' if last else 'judged'} {row['base']} {threat}"
     if study.closed and f"{key} {candidate}" not in study.known:
         return None
     plain = study.once(f"{key} plain", lambda: measured(lambda: base.model, {}))
@@ -302,7 +302,8 @@ def markdown(rows: list[dict[str, Any]], best: list[dict[str, Any]]) -> str:
         lines += [
             "", "## Where that left more than of the plain model", "",
             f"{LAST} other images, the same suite and, under L0, a second attack, which shares no code with it and "
-            "takes no gradient: all single pixels, one by one (`scripts/pixel_search.py`).", "",
+            "takes no gradient: single pixels, one by one (`scripts/pixel_search.py`). Of the plain model all are "
+            "judged, of a candidate those that the plain model ranks first, since all would take days.", "",
             "| model | threat | candidate | clean lost | worst case | plain | true gain | taken by the second attack | "
             "of plain |", "|---" * 9 + "|",
         ]  # fmt: skip

@@ -32,7 +32,7 @@ def survives(target: nn.Module, cheap: nn.Module, pixels: Tensor, label: int, co
     """
     beam = pixels[None]
     for _ in range(count):
-        changed = torch.cat([_all_changes(image) for image in beam])
+        changed = torch.cat([_all_changes(image) for image in beam]).unique(dim=0)  # two orders make the same image
         if cheap is not target:
             changed = changed[_margins(cheap, changed, label).argsort()[: PROPOSED * len(beam)]]
         margins = _margins(target, changed, label)

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from timm_nrpm import Threat
+from timm_nrpm.attacks import patches
 from timm_nrpm.attacks.gradients import losses
 from timm_nrpm.attacks.patches import climbing_patch, paste, random_patch
 from timm_nrpm.attacks.pursuit import Pursuit
-from timm_nrpm.attacks.sparse import exchange, greedy_pixels, random_pixels
+from timm_nrpm.attacks.sparse import _without_one, exchange, greedy_pixels, random_pixels
 from timm_nrpm.attacks.threats import inside
 
 SHAPE = (3, 4, 4)
@@ -33,7 +34,7 @@ def batch():
 
 
 def pursued(attack, net, pixels, labels, threat):
-    """The pursuit after an attack on images that it may not stop at, since none counts as broken."""
+    """The pursuit after an attack on all images."""
     pursuit = Pursuit(net, pixels, labels, threat)
     rows = torch.arange(len(pixels))
     pursuit.look(rows, pixels)
@@ -187,6 +188,30 @@ def test_exchanges_from_the_worst_points_never_lose_and_often_gain():
     assert (pursuit.margin > margins[0] + 0.1).sum() >= 15
 
 
+@pytest.mark.parametrize("count", [4, 9])
+def test_as_many_pixels_are_changed_as_may(count):
+    """Each round adds one, also where the gradient would rather flip those that changed before."""
+    net, pixels, labels = steep(gain=3.0), torch.rand(8, *SHAPE), torch.zeros(8, dtype=torch.long)
+    tried = []
+    pursuit = Pursuit(net, pixels, labels, Threat("L0", count))
+    look = pursuit.judge
+    pursuit.judge = lambda rows, images: tried.append((images != pixels).any(1).flatten(1).sum(1)) or look(rows, images)
+    exchange(pursuit, torch.arange(8), net, rounds=2 * count, fresh=True)
+    most = torch.stack(tried[1:]).view(2 * count, -1, 8).amax(1)  # of a round, and a pixel may already have its corner
+    assert torch.equal(most[:count], torch.arange(1, count + 1).unsqueeze(1).expand(-1, 8))
+    assert (most[count:] == count).all()
+
+
+def test_the_change_that_the_gradient_would_miss_least_is_undone():
+    pixels = torch.full((2, 1, 2, 2), 0.5)
+    x = torch.tensor([[1.0, 1.0], [0.0, 0.5]]).expand(2, 1, 2, 2)
+    gradient = torch.tensor([[3.0, 1.0], [-2.0, 9.0]]).expand(2, 1, 2, 2)  # undoing loses 1.5, 0.5 and 1
+    changed = (x != pixels).any(1).flatten(1)
+    undone = _without_one(pixels, x, gradient, changed, torch.tensor([0, 2]))
+    assert undone[0].flatten().tolist() == [1.0, 0.5, 0.0, 0.5]
+    assert undone[1].flatten().tolist() == [0.5, 1.0, 0.0, 0.5]
+
+
 def test_more_pixels_than_rounds_are_changed_beforehand():
     net, pixels, labels, threat = bowl(), torch.rand(4, *SHAPE), torch.zeros(4, dtype=torch.long), Threat("L0", 12)
     net[3].bias.data[0] += 1000
@@ -217,6 +242,23 @@ def test_a_pasted_patch_is_as_good_as_all_places_of_corners(side):
     pursuit = pursued(partial(paste, rounds=9, fresh=True), net, pixels, labels, threat)
     assert bool(threat.allows(pixels, pursuit.best).all())
     assert (pursuit.margin >= torch.stack(tried).amax(0) - 1e-4).all()
+
+
+def test_a_patch_is_tried_at_three_places_apart(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1024, 2))
+    net[1].weight.data = torch.randn(2, 32, 32, generator=generator).cumsum(1).cumsum(2).view(2, -1) / 100
+    net[1].bias.data = torch.tensor([1000.0, 0.0])
+    masks = []
+    monkeypatch.setattr(patches, "_climb", lambda *given: masks.append(given[4]))
+    pixels, labels = torch.rand(6, 1, 32, 32), torch.zeros(6, dtype=torch.long)
+    pursued(partial(paste, rounds=12, fresh=True), net, pixels, labels, Threat("patch", 10))
+    assert len(masks) == 3
+    assert all((mask.flatten(1).sum(1) == 100).all() for mask in masks)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert ((masks[one] & masks[other]).flatten(1).sum(1) <= 50).all()
+    corner = sum(mask[:, 0, 0, 0].int() for mask in masks)
+    assert (corner == 0).any()  # the first place is none that is taken for want of another
 
 
 def test_a_patch_climbs_on_where_it_is():

@@ -81,6 +81,8 @@ def test_what_the_suites_are():
     sparse = [a.name for a in attacks_of("adaptive", THREATS["L0"], EFFORTS["adaptive"], EVERY, 10)]
     assert sparse[-1] == "random_pixels"
     assert {f"exchange_{source}" for source in EVERY} <= set(sparse)
+    again = len(EFFORTS["adaptive"].stages)
+    assert sum(name.startswith("exchange") for name in sparse) == len(EVERY) + again
     patch = [a.name for a in attacks_of("adaptive", THREATS["patch"], EFFORTS["adaptive"], EVERY, 10)]
     assert patch[-1] == "random_patch"
     assert {f"paste_{source}" for source in EVERY} <= set(patch)

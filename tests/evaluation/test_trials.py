@@ -83,7 +83,7 @@ def test_of_nearly_the_same_gain_the_one_that_costs_less_clean_accuracy_is_chose
         ([trial("a", 60, 30)], "leave the model as it is: the best, a .* has -8.3 "),
         ([trial("a", 90, 90, clean=110)], "leave the model as it is: nothing that was tried gains"),  # 8.3 points
         ([trial("a", 90, 90, clean_report=110)], r"but it loses 8.3 points clean \(3.1 to 13.3\), more than 2\.$"),
-        ([trial("a", 90, 90, clean_report=117)], r"loses 2.5 points clean .*, more than 2, which more images could"),
+        ([trial("a", 90, 90, clean_report=117)], r"loses 2.5 points clean .*, more than 2; with more images it might"),
         ([trial("a", rejected="12.0 times the latency")], "leave the model as it is: nothing"),
         ([trial("a", 60)], "nothing can be advised yet: a .* the time was over"),
     ],

@@ -135,10 +135,11 @@ def _part_of_the_way(study: Study, tuned: Candidate, share: float) -> Candidate:
 
     def make() -> nn.Module:
         model, theirs = study.fresh(), tuned.make().state_dict()
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                if value.is_floating_point():
-                    value.lerp_(theirs[name].to(value), share)
+        ours = model.state_dict()
+        mixed = {
+            name: value.lerp(theirs[name].to(value), share) for name, value in ours.items() if value.is_floating_point()
+        }
+        model.load_state_dict({**ours, **mixed})
         return model
 
     return Candidate(f"{tuned.setting}, {100 * share:g} % of the way", make, is_trained=True)

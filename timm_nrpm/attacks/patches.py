@@ -99,17 +99,21 @@ def paste(pursuit: Pursuit, rows: Tensor, follow: Forward, *, rounds: int, fresh
     pixels = pursuit.pixels[rows]
     height, width = sides(pursuit.threat, pixels)
     if not fresh:
+        rows = rows[(pursuit.best[rows] != pixels).flatten(1).any(1)]
         _climb(pursuit, rows, follow, pursuit.best[rows], _place(pursuit, rows, height, width), rounds, average)
         return
     _, _, gradient = slope(follow, pixels, pursuit.labels[rows], "margin", None, average)
     corner, promise = _promises(pixels, gradient, height, width)
-    order = promise.flatten(1).topk(min(JUDGED, promise[0].numel())).indices
+    # Neighbours see nearly the same: the best of a neighbourhood stands for it.
+    window = 2 * (min(height, width) // 4) + 1
+    peaks = promise == F.max_pool2d(promise, window, 1, window // 2)
+    order = promise.where(peaks, -torch.inf).flatten(1).topk(min(JUDGED, promise[0].numel())).indices
     margins = []
     for place in order.unbind(1):
         mask = inside(pixels, place // promise.shape[2], place % promise.shape[2], height, width)
         margins.append(pursuit.judge(rows, torch.where(mask, corner, pixels)))
-    judged = torch.full_like(promise, -torch.inf).flatten(1).scatter(1, order, torch.stack(margins, 1))
-    judged = judged.view_as(promise)
+    # Places that were not judged come last, in the order of what the gradient promises.
+    judged = (promise - promise.amax() - 1e6).flatten(1).scatter(1, order, torch.stack(margins, 1)).view_as(promise)
     places = min(PLACES - 1, max(1, rounds // 3), order.shape[1])
     for part in torch.arange(max(rounds - 1, 1)).tensor_split(places):
         active = pursuit.right[rows]

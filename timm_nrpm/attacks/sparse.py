@@ -1,7 +1,7 @@
 """Attacks that change few pixels, under L0, and the attacks on few pixels by their norm.
 
-A gradient says little about a pixel that jumps to another colour: on a plain LeNet the pixels that it promises most for
-leave a third of the images that fall to better chosen ones. So the attacked model judges what the gradient proposes.
+A gradient says little about a pixel that jumps to another colour: on a plain LeNet the pixels that it ranks first miss
+a third of the images that better chosen pixels break. So the attacked model judges what the gradient proposes.
 """
 
 from __future__ import annotations
@@ -68,16 +68,17 @@ def greedy_pixels(
 
 def exchange(pursuit: Pursuit, rows: Tensor, follow: Forward, *, rounds: int, fresh: bool, average: int = 1) -> None:
     """Attack under L0 by judged exchanges: in each round the gradient proposes some pixels and their corners of the
-    colour cube, the attacked model judges them one by one, and the best takes its place beside those that changed
-    before; if as many have changed as may, it takes the place of the one that the gradient would miss least. After a
-    round in vain it takes that of the next one, and once all have had their turn, the next pixels are proposed.
+    colour cube, and the attacked model judges them one by one. While fewer pixels have changed than may, the best is
+    added. After that the best takes the place of the pixel that the gradient would miss least, if the margin grows;
+    otherwise that of another one is tried in the next round, and once all have had their turn, the next pixels are
+    proposed.
 
     Args:
         pursuit: Pursuit under L0 that keeps the worst points found.
         rows: Indices of the images to attack, `[n]`.
         follow: Model whose margin's gradient proposes.
-        rounds: Number of gradients. Where more than half as many positions may change, the others are changed
-            beforehand by :func:`greedy_pixels`.
+        rounds: Number of gradients. If more positions may change than half of this number, the surplus is changed first
+            by :func:`greedy_pixels`.
         fresh: Whether to start from the images themselves instead of the worst points so far.
         average: Number of forwards that are averaged for each gradient.
     """
@@ -96,8 +97,11 @@ def exchange(pursuit: Pursuit, rows: Tensor, follow: Forward, *, rounds: int, fr
             return
         _, _, gradient = slope(follow, x, pursuit.labels[rows], "margin", None, average)
         corner = (gradient > 0).to(x)
-        undone, full = _without_one(pursuit.pixels[rows], x, gradient, vain % count, count)
-        order = (gradient * (corner - x)).sum(1).flatten(1).argsort(dim=1, descending=True, stable=True)
+        changed = (x != pursuit.pixels[rows]).any(1).flatten(1)
+        full = changed.sum(1) >= count
+        undone = torch.where(wide(full, x), _without_one(pursuit.pixels[rows], x, gradient, changed, vain % count), x)
+        gain = (gradient * (corner - x)).sum(1).flatten(1).masked_fill(changed & ~full.unsqueeze(1), -torch.inf)
+        order = gain.argsort(dim=1, descending=True, stable=True)
         most, taken = torch.full_like(margin, -torch.inf), x
         for rank in range(min(PROPOSED, order.shape[1])):
             ranks = (vain // count * PROPOSED + rank) % order.shape[1]
@@ -110,14 +114,11 @@ def exchange(pursuit: Pursuit, rows: Tensor, follow: Forward, *, rounds: int, fr
         vain = torch.where(better, 0, vain + 1)
 
 
-def _without_one(pixels: Tensor, x: Tensor, gradient: Tensor, rank: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Undo one change of each image that has `count` of them: the one of this rank `[B]` among those that the gradient
-    would miss least. Returns images `[B, C, H, W]`, and which of them had as many, `[B]`."""
-    changed = (x != pixels).any(1).flatten(1)
-    full = changed.sum(1) >= count
+def _without_one(pixels: Tensor, x: Tensor, gradient: Tensor, changed: Tensor, rank: Tensor) -> Tensor:
+    """Undo one change of each image: the one of this rank `[B]` among those that the gradient would miss least."""
     missed = (gradient * (pixels - x)).sum(1).flatten(1).masked_fill(~changed, -torch.inf)
     place = missed.argsort(dim=1, descending=True, stable=True).gather(1, rank.unsqueeze(1)).squeeze(1)
-    return torch.where(_only(place, x) & wide(full, x), pixels, x), full
+    return torch.where(_only(place, x), pixels, x)
 
 
 def _only(place: Tensor, like: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ class Ascent(Protocol):
 
 
 class Judged(Protocol):
-    """An attack that changes few pixels, whose every step the attacked model judges."""
+    """An attack on few pixels that shows the attacked model what it tries, and goes on from what that judges best."""
 
     __name__: str
 

@@ -264,12 +264,12 @@ def _direct(threat: Threat, effort: Effort) -> Run:
     """Return the attack that replaces PGD where torchattacks has none: Auto-PGD under L1, and few pixels otherwise."""
     if threat.norm == "L1":
         return _climb(threat, effort.pgd, "cross_entropy")
-    return _few_pixels(threat, effort.pgd, predicts=False)
+    return _few_pixels(threat, effort.pgd)
 
 
 def _sparse(threat: Threat, effort: Effort, sources: Collection[str], average: int) -> Iterator[Attack]:
-    """Yield the attacks of the adaptive suite on few pixels, or on those of a patch: judged ones from the images along
-    every source and from the worst points along one for each stage, and a random search from the start."""
+    """Yield the attacks of the adaptive suite on few pixels, or on those of a patch. Judged ones start from the images
+    along every source, and then from the worst points along one source for each stage. A random search ends them."""
     kind = SPARSE[threat.norm]
     for source in ("plain", "base", "own", "bpda", "soft", "soft_short", "halfway"):
         if source in sources:
@@ -283,21 +283,21 @@ def _sparse(threat: Threat, effort: Effort, sources: Collection[str], average: i
 
 
 def _judged(kind: Sparse, effort: Effort, source: str, average: int, *, fresh: bool) -> Attack:
-    """Return an attack on few pixels whose every step the attacked model judges."""
+    """Return an attack on few pixels that goes on from what the attacked model judges best."""
 
     def pursue(pursuit: Pursuit, rows: Tensor, net: PixelModel, seeds: list[int]) -> Tensor:
         kind.judged(pursuit, rows, net, rounds=effort.pgd, fresh=fresh, average=average)
         return pursuit.right[rows]
 
-    passes = effort.pgd * (2 * average + PROPOSED)
+    passes = effort.pgd * average * (2 + PROPOSED)
     return Attack(f"{kind.judged.__name__}_{source}", source, pursue, passes, points=1)
 
 
-def _few_pixels(threat: Threat, steps: int, *, average: int = 1, predicts: bool) -> Run:
+def _few_pixels(threat: Threat, steps: int) -> Run:
     ascent = SPARSE[threat.norm].ascent
 
     def run(net: PixelModel, pixels: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
-        return ascent(net, pixels, labels, threat, rounds=steps, average=average, fooled=predicts)
+        return ascent(net, pixels, labels, threat, rounds=steps, average=1, fooled=False)
 
     return run
 

@@ -166,7 +166,7 @@ class Advice:
     def loss(self, trial: Trial, part: str = "selection") -> float:
         """Clean accuracy that a trial loses on the images of the selection or the report, in points."""
         ours, theirs = getattr(trial, part), getattr(self.nothing, part)
-        return 100 * (theirs.clean_accuracy - ours.clean_accuracy)
+        return 100 * (theirs.clean.count("1") - ours.clean.count("1")) / len(ours.clean)
 
     @property
     def allowed(self) -> tuple[Trial, ...]:
@@ -256,7 +256,7 @@ class Advice:
         assert ours is not None
         assert theirs is not None
         lost = Effect.of(theirs.clean, ours.clean)
-        tell = "" if lost.low > bound else ", which more images could show to be less"
+        tell = "" if lost.low > bound else "; with more images it might turn out to be less"
         interval = f"({lost.low:.1f} to {lost.high:.1f})"
         return f"but it loses {lost.points:.1f} points clean {interval}, more than {bound:g}{tell}"
 
