@@ -27,7 +27,17 @@ from atlas_bases import BASES, Base, Images, batches
 from lab import Lab
 from pixel_search import survives
 from rich.progress import track
-from robust_sums import Estimate, median_of_means, reweighted, trimmed, winsorized, with_linear_backward, with_sums_
+from robust_sums import (
+    Estimate,
+    RobustSum,
+    ScaledSum,
+    median_of_means,
+    reweighted,
+    trimmed,
+    winsorized,
+    with_linear_backward,
+    with_sums_,
+)
 from second_attack import Pixels
 from torch import nn
 
@@ -36,24 +46,37 @@ from timm_nrpm.evaluation.trials import Effect
 from timm_nrpm.models.reprogramming import reprogrammed_layers
 
 ROOT = Path(__file__).parents[1]
-CALIBRATION, SELECTION, REPORT, LAST = 300, 120, 100, 200
+CALIBRATION, SELECTION, REPORT, LAST = 300, 120, 100, 400
 """Numbers of images for each purpose."""
 
 BEST, CLEAN_LOSS, EFFORT = 10, 1.0, "fast"
 THREATS = {"digits": ("Linf", "L0"), "mlp": ("Linf", "L0"), "lenet": ("Linf", "L0")}
 
-SUMS: dict[str, tuple[Estimate, bool]] = {
-    "trimmed by 2 %": (trimmed(0.02), False),
-    "trimmed by 10 %": (trimmed(0.1), False),
-    "trimmed by 10 %, centred": (trimmed(0.1), True),
-    "Winsorized by 5 %": (winsorized(0.05), False),
-    "Winsorized by 5 %, centred": (winsorized(0.05), True),
-    "median of 5 means": (median_of_means(5), False),
-    "median of 9 means, centred": (median_of_means(9), True),
-    "L1, eps by scale": (reweighted(3, 1.0), False),
-    "L1, eps by scale, centred": (reweighted(3, 1.0), True),
-    "L1 from the median, eps by scale": (reweighted(3, 1.0, "median"), False),
+Made = Callable[[nn.Module, float], RobustSum]
+"""Function from a layer and lambda to its replacement."""
+
+
+def _sum(estimate: Estimate, *, centred: bool = False) -> Made:
+    return lambda layer, lam: RobustSum(layer, estimate, lam, centred)  # type: ignore[arg-type]
+
+
+def _scaled(eps: float) -> Made:
+    return lambda layer, lam: ScaledSum(layer, eps, lam)  # type: ignore[arg-type]
+
+
+SUMS: dict[str, Made] = {
+    "trimmed by 2 %": _sum(trimmed(0.02)),
+    "trimmed by 10 %": _sum(trimmed(0.1)),
+    "trimmed by 10 %, centred": _sum(trimmed(0.1), centred=True),
+    "Winsorized by 5 %": _sum(winsorized(0.05)),
+    "Winsorized by 5 %, centred": _sum(winsorized(0.05), centred=True),
+    "median of 5 means": _sum(median_of_means(5)),
+    "median of 9 means, centred": _sum(median_of_means(9), centred=True),
+    "L1, eps by scale": _sum(reweighted(3, 1.0)),
+    "L1, eps by scale, centred": _sum(reweighted(3, 1.0), centred=True),
+    "L1 from the median, eps by scale": _sum(reweighted(3, 1.0, "median")),
 }
+SCALED: dict[str, Made] = {f"L1, centred, eps {eps:g} by output": _scaled(eps) for eps in (0.1, 0.3, 0.6, 1.0)}
 PENALTIES: dict[str, NRPMConfig] = {
     "the package's L1": NRPMConfig(),
     "the package's L1, eps 0.05": NRPMConfig(eps=0.05),
@@ -90,9 +113,9 @@ class Candidate:
         """The candidate, corrected or calibrated on images."""
         names = list(reprogrammed_layers(reprogram_(deepcopy(base.model), NRPMConfig(lam=1.0))))
         names = names[:1] if self.where == "first" else names
-        if self.estimate in SUMS:
-            estimate, centred = SUMS[self.estimate]
-            return with_sums_(deepcopy(base.model).eval(), images, names, estimate, self.lam, centred).eval()
+        if self.estimate not in PENALTIES:
+            make = {**SUMS, **SCALED}[self.estimate]
+            return with_sums_(deepcopy(base.model).eval(), images, names, make, self.lam).eval()
         config = NRPMConfig(**{**asdict(PENALTIES[self.estimate]), "lam": self.lam, "layers": tuple(names)})
         return calibrate_(reprogram_(deepcopy(base.model), config), [images]).eval()
 
@@ -104,6 +127,8 @@ def candidates(base: str) -> Iterator[Candidate]:
             for lam in LAMS:
                 if estimate in PENALTIES or (where == "first" and base != "mlp"):
                     yield Candidate(estimate, where, lam)
+    if base != "mlp":
+        yield from (Candidate(estimate, "first", lam) for estimate in SCALED for lam in (*LAMS, 0.0))
 
 
 class Study:
@@ -221,7 +246,7 @@ def attacked(study: Study, base: Base, row: dict[str, Any], last: bool) -> Resul
 
     def measured(made: Callable[[], nn.Module], bases: dict[str, nn.Module | None]) -> dict[str, Any]:
         model = made()
-        if bases and candidate.estimate in SUMS:
+        if bases and candidate.estimate not in PENALTIES:
             bases["linear"] = with_linear_backward(model)
         found = full_row(model, images, threat, bases or {"": None})
         return second_row(found, model, base.model, images, threat) if last and threat.norm == "L0" else found

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_nrpm.nn.functional import nrpm_conv2d
 from timm_nrpm.nn.pixel_model import PixelModel
 
 Estimate = Callable[[Tensor], Tensor]
 """Function from products `[..., D]` to an estimate of their sum, `[...]`."""
 
-ROWS = 16
-"""Number of images whose products are held at once."""
+ROWS, MEASURED = 16, 50
+"""Numbers of images whose products are held at once, and whose products' distances are measured."""
 
 
 def trimmed(share: float) -> Estimate:
@@ -92,12 +93,7 @@ class RobustSum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         linear = self.layer(x)
-        inputs = self._inputs(x)  # [B, L, D]
-        if self.fitting and self.centred:
-            self.centre = inputs.flatten(0, 1).mean(0)
-        weight = self.layer.weight.flatten(1)  # [O, D]
-        sums = torch.cat([self._estimated(part, weight) for part in inputs.split(ROWS)])  # [B, L, O]
-        robust = sums.movedim(2, 1)
+        robust = self.robust(x)
         flat = linear.flatten(2) if linear.ndim == 4 else linear.unsqueeze(2)
         if self.layer.bias is not None:
             robust = robust + self.layer.bias.view(1, -1, 1)
@@ -108,6 +104,14 @@ class RobustSum(nn.Module):
         robust = robust * self.scale.view(1, -1, 1) + self.shift.view(1, -1, 1)
         mixed = (self.lam * flat + (1 - self.lam) * robust).view_as(linear)
         return linear + (mixed - linear).detach() if self.linear_backward else mixed
+
+    def robust(self, x: Tensor) -> Tensor:
+        """Estimates of all sums without a bias, `[B, O, L]`; the centre is taken from these inputs while fitting."""
+        inputs = self._inputs(x)  # [B, L, D]
+        if self.fitting and self.centred:
+            self.centre = inputs.flatten(0, 1).mean(0)
+        weight = self.layer.weight.flatten(1)  # [O, D]
+        return torch.cat([self._estimated(part, weight) for part in inputs.split(ROWS)]).movedim(2, 1)
 
     def _inputs(self, x: Tensor) -> Tensor:
         if isinstance(self.layer, nn.Linear):
@@ -121,6 +125,40 @@ class RobustSum(nn.Module):
         return self.estimate(products) + weight @ self.centre
 
 
+class ScaledSum(RobustSum):
+    """The package's L1 in its kernels, of products of the inputs' distances from the means of their channels, with an
+    eps for each output.
+
+    Args:
+        layer: A Conv2d with one group and zero padding.
+        eps: That of the estimate, in units of the mean distance of an output's products to their mean.
+        lam: Share of the linear map.
+    """
+
+    def __init__(self, layer: nn.Conv2d, eps: float, lam: float) -> None:
+        super().__init__(layer, torch.sum, lam, centred=True)
+        self.eps = eps
+        self.register_buffer("centre", torch.zeros(1, layer.in_channels, 1, 1))
+        self.register_buffer("distance", torch.ones(len(layer.weight), 1, 1))
+
+    def robust(self, x: Tensor) -> Tensor:
+        conv = self.layer
+        assert isinstance(conv, nn.Conv2d)
+        if self.fitting:
+            self.centre = x.mean((0, 2, 3), keepdim=True)
+            products = self._inputs(x[:MEASURED] - self.centre).flatten(0, 1).unsqueeze(1) * conv.weight.flatten(1)
+            self.distance = (products - products.mean(-1, keepdim=True)).abs().mean((0, 2)).view(-1, 1, 1)
+        stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+        assert not isinstance(padding, str)
+        weight = conv.weight / self.distance.unsqueeze(1)  # the estimate of scaled products is scaled, if eps is
+        sums = nrpm_conv2d(
+            x - self.centre, weight, stride=stride, padding=padding, dilation=dilation, lam=0.0, eps=self.eps
+        )
+        rest = F.conv2d(self.centre.expand(1, -1, *x.shape[2:]), conv.weight, None, stride, padding, dilation)
+        sums = sums * self.distance + rest
+        return sums.flatten(2)
+
+
 def _moments(outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every output, from `[B, O, L]`."""
     rows = outputs.detach().movedim(1, 0).flatten(1)
@@ -128,7 +166,7 @@ def _moments(outputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_sums_(
-    model: nn.Module, images: Tensor, names: Sequence[str], estimate: Estimate, lam: float, centred: bool
+    model: nn.Module, images: Tensor, names: Sequence[str], make: Callable[[nn.Module, float], RobustSum], lam: float
 ) -> nn.Module:
     """Replace layers of a plain model, and fit their corrections to images, one layer after the other.
 
@@ -136,11 +174,12 @@ def with_sums_(
         model: The plain model, in evaluation mode; it is changed.
         images: Pixels `[B, C, H, W]` in [0, 1] without labels.
         names: Names of the layers, in forward order.
-        estimate, lam, centred: As for :class:`RobustSum`.
+        make: Function from a layer and lambda to its replacement.
+        lam: Share of the linear map.
     """
     for name in names:
         parent, _, last = name.rpartition(".")
-        layer = RobustSum(getattr(model.get_submodule(parent), last), estimate, lam, centred)
+        layer = make(getattr(model.get_submodule(parent), last), lam)
         setattr(model.get_submodule(parent), last, layer)
         layer.fitting = True
         with torch.no_grad():
