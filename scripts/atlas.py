@@ -131,7 +131,7 @@ def main() -> None:
     how = (
         f"{limits.images or ATTACKED} images to choose on and as many to judge on under attack, "
         f"up to {limits.images or CORRUPTED} after a shift, and up to {TRAINING} to train on; "
-        f"two to {600 * limits.times / 60:.0f} minutes for a cell"
+        f"{100 * limits.times / 60:.0f} to {600 * limits.times / 60:.0f} minutes for a cell"
     )
     written(args.out, args.docs, rows, how)
     print(markdown(rows, how))
