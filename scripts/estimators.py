@@ -302,11 +302,12 @@ def _images(base: Base) -> torch.Tensor:
 def markdown(rows: list[dict[str, Any]], best: list[dict[str, Any]]) -> str:
     """The tables."""
     seeming = sum(row["apparent"] > 0 for row in rows)
+    lams = sorted({row["candidate"].lam for row in rows}, reverse=True)
     much = sum(row["apparent"] > 3 and row["lost"] <= CLEAN_LOSS for row in rows)
     lines = [
         "# Estimates that might gain under attack", "",
         f"`scripts/estimators.py`: {len({row['candidate'].estimate for row in rows})} estimates, in the first layer or "
-        f"in all, at lambda {' and '.join(f'{lam:g}' for lam in LAMS)}, on {len({row['base'] for row in rows})} models "
+        f"in all, at lambda {', '.join(f'{lam:g}' for lam in lams)}, on {len({row['base'] for row in rows})} models "
         f"under two threats: {len(rows)} candidates. On {SELECTION} selection images under PGD along the own gradient, "
         f"{seeming} of them seem to gain over the plain model, {much} more than 3 points at a loss of at most "
         f"{CLEAN_LOSS:g} point clean. The best of each estimate, {BEST} at most and {len(best)} so far, on {REPORT} "
