@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from atlas_bases import BASES, Base, Images, batches
+from estimators_page import BEST, CLEAN_LOSS, SEARCH, SELECTION, markdown
 from lab import Lab
 from pixel_search import survives
 from rich.progress import track
 from robust_sums import (
-    Estimate,
+    HeldSum,
     RobustSum,
     ScaledSum,
     median_of_means,
@@ -46,37 +47,27 @@ from timm_nrpm.evaluation.trials import Effect
 from timm_nrpm.models.reprogramming import reprogrammed_layers
 
 ROOT = Path(__file__).parents[1]
-CALIBRATION, SELECTION, REPORT, LAST = 300, 120, 100, 400
-"""Numbers of images for each purpose."""
+CALIBRATION, REPORT, LAST = 300, 100, 400
+"""Numbers of images for each purpose beside the selection."""
 
-BEST, CLEAN_LOSS, EFFORT = 10, 1.0, "fast"
+EFFORT = "fast"
 THREATS = {"digits": ("Linf", "L0"), "mlp": ("Linf", "L0"), "lenet": ("Linf", "L0")}
 
-Made = Callable[[nn.Module, float], RobustSum]
-"""Function from a layer and lambda to its replacement."""
-
-
-def _sum(estimate: Estimate, *, centred: bool = False) -> Made:
-    return lambda layer, lam: RobustSum(layer, estimate, lam, centred)  # type: ignore[arg-type]
-
-
-def _scaled(eps: float) -> Made:
-    return lambda layer, lam: ScaledSum(layer, eps, lam)  # type: ignore[arg-type]
-
-
-SUMS: dict[str, Made] = {
-    "trimmed by 2 %": _sum(trimmed(0.02)),
-    "trimmed by 10 %": _sum(trimmed(0.1)),
-    "trimmed by 10 %, centred": _sum(trimmed(0.1), centred=True),
-    "Winsorized by 5 %": _sum(winsorized(0.05)),
-    "Winsorized by 5 %, centred": _sum(winsorized(0.05), centred=True),
-    "median of 5 means": _sum(median_of_means(5)),
-    "median of 9 means, centred": _sum(median_of_means(9), centred=True),
-    "L1, eps by scale": _sum(reweighted(3, 1.0)),
-    "L1, eps by scale, centred": _sum(reweighted(3, 1.0), centred=True),
-    "L1 from the median, eps by scale": _sum(reweighted(3, 1.0, "median")),
+SCALED: dict[str, Callable[..., RobustSum]] = {
+    f"L1, centred, eps {eps:g} by output": partial(ScaledSum, eps=eps) for eps in (0.1, 0.3, 0.6, 1.0)
 }
-SCALED: dict[str, Made] = {f"L1, centred, eps {eps:g} by output": _scaled(eps) for eps in (0.1, 0.3, 0.6, 1.0)}
+HELD: dict[str, Callable[..., RobustSum]] = {
+    "trimmed by 2 %": partial(HeldSum, estimate=trimmed(0.02)),
+    "trimmed by 10 %": partial(HeldSum, estimate=trimmed(0.1)),
+    "trimmed by 10 %, centred": partial(HeldSum, estimate=trimmed(0.1), centred=True),
+    "Winsorized by 5 %": partial(HeldSum, estimate=winsorized(0.05)),
+    "Winsorized by 5 %, centred": partial(HeldSum, estimate=winsorized(0.05), centred=True),
+    "median of 5 means": partial(HeldSum, estimate=median_of_means(5)),
+    "median of 9 means, centred": partial(HeldSum, estimate=median_of_means(9), centred=True),
+    "L1, eps by scale": partial(HeldSum, estimate=reweighted(3, 1.0)),
+    "L1, eps by scale, centred": partial(HeldSum, estimate=reweighted(3, 1.0), centred=True),
+    "L1 from the median, eps by scale": partial(HeldSum, estimate=reweighted(3, 1.0, "median")),
+}
 PENALTIES: dict[str, NRPMConfig] = {
     "the package's L1": NRPMConfig(),
     "the package's L1, eps 0.05": NRPMConfig(eps=0.05),
@@ -114,7 +105,7 @@ class Candidate:
         names = list(reprogrammed_layers(reprogram_(deepcopy(base.model), NRPMConfig(lam=1.0))))
         names = names[:1] if self.where == "first" else names
         if self.estimate not in PENALTIES:
-            make = {**SUMS, **SCALED}[self.estimate]
+            make = (SCALED | HELD)[self.estimate]
             return with_sums_(deepcopy(base.model).eval(), images, names, make, self.lam).eval()
         config = NRPMConfig(**{**asdict(PENALTIES[self.estimate]), "lam": self.lam, "layers": tuple(names)})
         return calibrate_(reprogram_(deepcopy(base.model), config), [images]).eval()
@@ -122,7 +113,7 @@ class Candidate:
 
 def candidates(base: str) -> Iterator[Candidate]:
     """All candidates for a base. Sums that hold every product take hours in more than a first convolution."""
-    for estimate in (*PENALTIES, *SUMS):
+    for estimate in (*PENALTIES, *HELD):
         for where in PLACES:
             for lam in LAMS:
                 if estimate in PENALTIES or (where == "first" and base != "mlp"):
@@ -249,7 +240,10 @@ def attacked(study: Study, base: Base, row: dict[str, Any], last: bool) -> Resul
         if bases and candidate.estimate not in PENALTIES:
             bases["linear"] = with_linear_backward(model)
         found = full_row(model, images, threat, bases or {"": None})
-        return second_row(found, model, base.model, images, threat) if last and threat.norm == "L0" else found
+        if not last or threat.norm != "L0":
+            return found
+        target = Pixels(model)
+        return second_row(found, target, Pixels(base.model) if candidate.estimate in HELD else target, images, threat)
 
     key = f"{'last' if last else 'judged'} {row['base']} {threat}"
     if study.closed and f"{key} {candidate}" not in study.known:
@@ -261,17 +255,13 @@ def attacked(study: Study, base: Base, row: dict[str, Any], last: bool) -> Resul
     return plain, ours, Effect.of(ours["survivors"], plain["survivors"])
 
 
-def second_row(
-    row: dict[str, Any], model: nn.Module, plain: nn.Module, images: Images, threat: Threat
-) -> dict[str, Any]:
-    """The row of a model after the second attack on what stood until then."""
-    target, cheap = Pixels(model), Pixels(plain)
-    cheap = target if model is plain else cheap
+def second_row(row: dict[str, Any], target: Pixels, cheap: Pixels, images: Images, threat: Threat) -> dict[str, Any]:
+    """The row of a model after the second attack on what stood until then; a cheap model ranks for it."""
     standing = [
         kept == "1" and survives(target, cheap, pixels, int(label), int(threat.eps))
         for kept, pixels, label in zip(track(row["survivors"], "second attack"), *images, strict=True)
     ]
-    broke = {**row["broke"], "search of pixels": row["survivors"].count("1") - sum(standing)}
+    broke = {**row["broke"], SEARCH: row["survivors"].count("1") - sum(standing)}
     survivors = "".join(str(int(each)) for each in standing)
     return {**row, "worst": 100 * sum(standing) / len(standing), "survivors": survivors, "broke": broke}
 
@@ -281,7 +271,8 @@ def verdict(base: Base, row: dict[str, Any], result: Result, last: Result | None
     plain, ours, effect = result
     return {
         "last": None if last is None else {
-            "lost": last[0]["clean"] - last[1]["clean"], "worst": last[1]["worst"], "plain": last[0]["worst"],
+            "images": len(last[0]["survivors"]), "lost": last[0]["clean"] - last[1]["clean"],
+            "worst": last[1]["worst"], "plain": last[0]["worst"],
             "effect": asdict(last[2]), "broke": last[1]["broke"], "plain broke": last[0]["broke"],
         },
         "base": base.title, "threat": str(row["threat"]), "candidate": str(row["candidate"]), "images": REPORT,
@@ -297,55 +288,6 @@ def _part(images: Images, first: int, count: int) -> Images:
 def _images(base: Base) -> torch.Tensor:
     assert base.training is not None
     return base.training[0][:CALIBRATION]
-
-
-def markdown(rows: list[dict[str, Any]], best: list[dict[str, Any]]) -> str:
-    """The tables."""
-    seeming = sum(row["apparent"] > 0 for row in rows)
-    lams = sorted({row["candidate"].lam for row in rows}, reverse=True)
-    much = sum(row["apparent"] > 3 and row["lost"] <= CLEAN_LOSS for row in rows)
-    lines = [
-        "# Estimates that might gain under attack", "",
-        f"`scripts/estimators.py`: {len({row['candidate'].estimate for row in rows})} estimates, in the first layer or "
-        f"in all, at lambda {', '.join(f'{lam:g}' for lam in lams)}, on {len({row['base'] for row in rows})} models "
-        f"under two threats: {len(rows)} candidates. On {SELECTION} selection images under PGD along the own gradient, "
-        f"{seeming} of them seem to gain over the plain model, {much} more than 3 points at a loss of at most "
-        f"{CLEAN_LOSS:g} point clean. The best of each estimate, {BEST} at most and {len(best)} so far, on {REPORT} "
-        "report images under the adaptive suite with the least effort, along the plain model and, for sums that are "
-        "not the package's, along the linear maps behind them; with 95 % intervals. The last column is the attack that "
-        "took the most images which were still right after PGD along the own gradient.", "",
-        "| model | threat | candidate | clean lost | seeming gain | own gradient | worst case | plain | true gain "
-        "| most taken by |", "|---" * 10 + "|",
-    ]  # fmt: skip
-    for row in best:
-        effect = row["effect"]
-        lines.append(
-            f"| {row['base']} | {row['threat']} | {row['candidate']} | {row['lost']:+.1f} | {row['apparent']:+.1f} "
-            f"| {row['own']:.1f} | {row['worst']:.1f} | {row['plain']:.1f} | {Effect(**effect)} | {row['closed by']} |"
-        )
-    again = [row for row in best if row["last"] is not None]
-    if again:
-        lines += [
-            "", "## Where that left more than of the plain model", "",
-            f"{LAST} other images, the same suite and, under L0, a second attack, which shares no code with it and "
-            "takes no gradient: single pixels, one by one (`scripts/pixel_search.py`). Of the plain model all are "
-            "judged, of a candidate those that the plain model ranks first, since all would take days.", "",
-            "| model | threat | candidate | clean lost | worst case | plain | true gain | taken by the second attack | "
-            "of plain |", "|---" * 9 + "|",
-        ]  # fmt: skip
-    for row in again:
-        last, second = row["last"], [row["last"][key].get("search of pixels", "") for key in ("broke", "plain broke")]
-        lines.append(
-            f"| {row['base']} | {row['threat']} | {row['candidate']} | {last['lost']:+.1f} | {last['worst']:.1f} "
-            f"| {last['plain']:.1f} | {Effect(**last['effect'])} | {second[0]} | {second[1]} |"
-        )
-    lines += ["", "## All candidates, under their own gradient", "",
-              "| model | threat | candidate | clean lost | seeming gain |", "|---|---|---|---|---|"]  # fmt: skip
-    lines += [
-        f"| {row['title']} | {row['threat']} | {row['candidate']} | {row['lost']:+.1f} | {row['apparent']:+.1f} |"
-        for row in sorted(rows, key=lambda row: -row["apparent"])
-    ]
-    return "\n".join([*lines, ""])
 
 
 def main() -> None:

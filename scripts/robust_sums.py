@@ -74,22 +74,23 @@ class RobustSum(nn.Module):
 
     Args:
         layer: A Linear, or a Conv2d with one group.
-        estimate: The estimate of a sum.
         lam: Share of the linear map.
-        centred: Whether products of the inputs' distances from their means are estimated, and the rest is summed.
 
     Attributes:
+        fitting: Whether a forward fits the correction to its inputs.
         linear_backward: Whether gradients go through the linear map alone (BPDA, arXiv 1802.00420).
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, estimate: Estimate, lam: float, centred: bool = False) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear, lam: float) -> None:
         super().__init__()
-        self.layer, self.estimate, self.lam, self.centred = layer, estimate, lam, centred
+        self.layer, self.lam = layer, lam
         self.fitting = self.linear_backward = False
-        outputs = layer.weight.shape[0]
-        self.register_buffer("centre", torch.zeros(layer.weight[0].numel()))
-        self.register_buffer("scale", torch.ones(outputs))
-        self.register_buffer("shift", torch.zeros(outputs))
+        self.register_buffer("scale", torch.ones(len(layer.weight)))
+        self.register_buffer("shift", torch.zeros(len(layer.weight)))
+
+    def robust(self, x: Tensor) -> Tensor:
+        """Estimates of all sums without a bias, `[B, O, L]`."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         linear = self.layer(x)
@@ -105,20 +106,34 @@ class RobustSum(nn.Module):
         mixed = (self.lam * flat + (1 - self.lam) * robust).view_as(linear)
         return linear + (mixed - linear).detach() if self.linear_backward else mixed
 
-    def robust(self, x: Tensor) -> Tensor:
-        """Estimates of all sums without a bias, `[B, O, L]`; the centre is taken from these inputs while fitting."""
-        inputs = self._inputs(x)  # [B, L, D]
-        if self.fitting and self.centred:
-            self.centre = inputs.flatten(0, 1).mean(0)
-        weight = self.layer.weight.flatten(1)  # [O, D]
-        return torch.cat([self._estimated(part, weight) for part in inputs.split(ROWS)]).movedim(2, 1)
-
     def _inputs(self, x: Tensor) -> Tensor:
         if isinstance(self.layer, nn.Linear):
             return x.unsqueeze(1)
         conv = self.layer
         assert not isinstance(conv.padding, str)
         return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).movedim(2, 1)
+
+
+class HeldSum(RobustSum):
+    """A sum whose products are held in memory, for any estimate.
+
+    Args:
+        layer, lam: As for :class:`RobustSum`.
+        estimate: The estimate of a sum.
+        centred: Whether products of the inputs' distances from their means are estimated, and the rest is summed.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, lam: float, estimate: Estimate, centred: bool = False) -> None:
+        super().__init__(layer, lam)
+        self.estimate, self.centred = estimate, centred
+        self.register_buffer("centre", torch.zeros(layer.weight[0].numel()))
+
+    def robust(self, x: Tensor) -> Tensor:
+        inputs = self._inputs(x)  # [B, L, D]
+        if self.fitting and self.centred:
+            self.centre = inputs.flatten(0, 1).mean(0)
+        weight = self.layer.weight.flatten(1)  # [O, D]
+        return torch.cat([self._estimated(part, weight) for part in inputs.split(ROWS)]).movedim(2, 1)
 
     def _estimated(self, inputs: Tensor, weight: Tensor) -> Tensor:
         products = (inputs - self.centre).unsqueeze(2) * weight  # [b, L, O, D]
@@ -131,12 +146,12 @@ class ScaledSum(RobustSum):
 
     Args:
         layer: A Conv2d with one group and zero padding.
-        eps: That of the estimate, in units of the mean distance of an output's products to their mean.
         lam: Share of the linear map.
+        eps: That of the estimate, in units of the mean distance of an output's products to their mean.
     """
 
-    def __init__(self, layer: nn.Conv2d, eps: float, lam: float) -> None:
-        super().__init__(layer, torch.sum, lam, centred=True)
+    def __init__(self, layer: nn.Conv2d, lam: float, eps: float) -> None:
+        super().__init__(layer, lam)
         self.eps = eps
         self.register_buffer("centre", torch.zeros(1, layer.in_channels, 1, 1))
         self.register_buffer("distance", torch.ones(len(layer.weight), 1, 1))
@@ -155,8 +170,7 @@ class ScaledSum(RobustSum):
             x - self.centre, weight, stride=stride, padding=padding, dilation=dilation, lam=0.0, eps=self.eps
         )
         rest = F.conv2d(self.centre.expand(1, -1, *x.shape[2:]), conv.weight, None, stride, padding, dilation)
-        sums = sums * self.distance + rest
-        return sums.flatten(2)
+        return (sums * self.distance + rest).flatten(2)
 
 
 def _moments(outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +180,7 @@ def _moments(outputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_sums_(
-    model: nn.Module, images: Tensor, names: Sequence[str], make: Callable[[nn.Module, float], RobustSum], lam: float
+    model: nn.Module, images: Tensor, names: Sequence[str], make: Callable[..., RobustSum], lam: float
 ) -> nn.Module:
     """Replace layers of a plain model, and fit their corrections to images, one layer after the other.
 
@@ -174,12 +188,12 @@ def with_sums_(
         model: The plain model, in evaluation mode; it is changed.
         images: Pixels `[B, C, H, W]` in [0, 1] without labels.
         names: Names of the layers, in forward order.
-        make: Function from a layer and lambda to its replacement.
+        make: Function from a layer and lambda, `lam=`, to its replacement.
         lam: Share of the linear map.
     """
     for name in names:
         parent, _, last = name.rpartition(".")
-        layer = make(getattr(model.get_submodule(parent), last), lam)
+        layer = make(getattr(model.get_submodule(parent), last), lam=lam)
         setattr(model.get_submodule(parent), last, layer)
         layer.fitting = True
         with torch.no_grad():

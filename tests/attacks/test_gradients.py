@@ -3,30 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_models import SHAPE, bowl
 from torch import nn
 
 from timm_nrpm import Threat
 from timm_nrpm.attacks.apgd import checkpoints, climb
 from timm_nrpm.attacks.carlini_wagner import carlini_wagner
 from timm_nrpm.attacks.gradients import direction, losses
-
-SHAPE = (3, 4, 4)
-
-
-def bowl(seed=0):
-    """A smooth three-class model on pixels, curved enough for single steps to overshoot."""
-    generator = torch.Generator().manual_seed(seed)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 3))
-    for parameter in net.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) / 3
-    return net
-
-
-@pytest.fixture
-def batch():
-    pixels = torch.rand(10, *SHAPE)
-    return pixels, bowl()(pixels).argmax(1)
-
 
 THREATS = [Threat("Linf", 0.1), Threat("L2", 0.7), Threat("L1", 4.0)]
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from small_models import bowl
 from torch import nn
 
 from timm_nrpm import Threat
@@ -13,18 +14,9 @@ SHAPE = (3, 6, 6)
 THREATS = [Threat("Linf", 0.1), Threat("L2", 0.7), Threat("L1", 4.0)]
 
 
-def bowl(seed=0):
-    """A smooth three-class model on pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 16), nn.Tanh(), nn.Linear(16, 3))
-    for parameter in net.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) / 4
-    return net
-
-
 def pursuit(threat, count=8, average=1):
     pixels = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(1))
-    net = bowl()
+    net = bowl(shape=SHAPE, spread=1 / 4)
     with torch.no_grad():
         labels = net(pixels).argmax(1)
     return Pursuit(net, pixels, labels, threat, average), net

@@ -5,32 +5,16 @@ from itertools import product
 
 import pytest
 import torch
+from small_models import SHAPE, bowl
 from torch import nn
 
 from timm_nrpm import Threat
 from timm_nrpm.attacks import patches
 from timm_nrpm.attacks.gradients import losses
-from timm_nrpm.attacks.patches import climbing_patch, paste, random_patch
+from timm_nrpm.attacks.patches import _peaks_first, climbing_patch, paste, random_patch
 from timm_nrpm.attacks.pursuit import Pursuit
 from timm_nrpm.attacks.sparse import _without_one, exchange, greedy_pixels, random_pixels
 from timm_nrpm.attacks.threats import inside
-
-SHAPE = (3, 4, 4)
-
-
-def bowl(seed=0):
-    """A smooth three-class model on pixels, curved enough for a gradient to mislead about a jump."""
-    generator = torch.Generator().manual_seed(seed)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 3))
-    for parameter in net.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) / 3
-    return net
-
-
-@pytest.fixture
-def batch():
-    pixels = torch.rand(10, *SHAPE)
-    return pixels, bowl()(pixels).argmax(1)
 
 
 def pursued(attack, net, pixels, labels, threat):
@@ -173,19 +157,41 @@ def test_one_exchange_is_as_good_as_trying_all_where_the_gradient_misleads():
     torch.testing.assert_close(pursuit.margin, best_single(smooth, pixels, labels), atol=1e-3, rtol=0)
 
 
-def test_exchanges_from_the_worst_points_never_lose_and_often_gain():
-    net, pixels, labels, threat = steep(), torch.rand(20, *SHAPE), torch.zeros(20, dtype=torch.long), Threat("L0", 4)
+@pytest.mark.parametrize(
+    ("attack", "threat", "rounds", "gaining"),
+    [(exchange, Threat("L0", 4), (4, 20), 15), (paste, Threat("patch", 2), (2, 30), 10)],
+)
+def test_attacks_from_the_worst_points_never_lose_and_often_gain(attack, threat, rounds, gaining):
+    net, pixels, labels = steep(2), torch.rand(20, *SHAPE), torch.zeros(20, dtype=torch.long)
     margins = []
 
     def both(pursuit, rows, follow):
-        exchange(pursuit, rows, follow, rounds=4, fresh=True)
+        attack(pursuit, rows, follow, rounds=rounds[0], fresh=True)
         margins.append(pursuit.margin.clone())
-        exchange(pursuit, rows, follow, rounds=20, fresh=False)
+        attack(pursuit, rows, follow, rounds=rounds[1], fresh=False)
 
     pursuit = pursued(both, net, pixels, labels, threat)
     assert bool(threat.allows(pixels, pursuit.best).all())
     assert (pursuit.margin >= margins[0]).all()
-    assert (pursuit.margin > margins[0] + 0.1).sum() >= 15
+    assert (pursuit.margin > margins[0] + 0.1).sum() >= gaining
+
+
+@pytest.mark.parametrize(("attack", "threat"), [(exchange, Threat("L0", 3)), (paste, Threat("patch", 2))])
+def test_there_may_be_no_worst_point_yet_and_no_image_left(batch, attack, threat):
+    """The model may fail on an empty batch, as that of users may."""
+    pixels, labels = batch
+
+    def careful(x):
+        assert len(x)
+        return bowl()(x)
+
+    pursuit = Pursuit(careful, pixels, labels, threat)
+    attack(pursuit, torch.arange(10), careful, rounds=9, fresh=False)
+    assert bool(threat.allows(pixels, pursuit.best).all())
+    fallen = Pursuit(careful, pixels, (labels + 1) % 3, threat)  # wrong on every point, from the first
+    attack(fallen, torch.arange(10), careful, rounds=9, fresh=True)
+    attack(fallen, torch.arange(10), careful, rounds=9, fresh=False)
+    assert not fallen.right.any()
 
 
 @pytest.mark.parametrize("count", [4, 9])
@@ -257,25 +263,10 @@ def test_a_patch_is_tried_at_three_places_apart(monkeypatch):
     assert all((mask.flatten(1).sum(1) == 100).all() for mask in masks)
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert ((masks[one] & masks[other]).flatten(1).sum(1) <= 50).all()
-    corner = sum(mask[:, 0, 0, 0].int() for mask in masks)
-    assert (corner == 0).any()  # the first place is none that is taken for want of another
 
 
-def test_a_patch_climbs_on_where_it_is():
-    net, pixels, labels, threat = (
-        steep(2),
-        torch.rand(20, *SHAPE),
-        torch.zeros(20, dtype=torch.long),
-        Threat("patch", 2),
-    )
-    margins = []
-
-    def both(pursuit, rows, follow):
-        paste(pursuit, rows, follow, rounds=2, fresh=True)
-        margins.append(pursuit.margin.clone())
-        paste(pursuit, rows, follow, rounds=30, fresh=False)
-
-    pursuit = pursued(both, net, pixels, labels, threat)
-    assert bool(threat.allows(pixels, pursuit.best).all())
-    assert (pursuit.margin >= margins[0]).all()
-    assert (pursuit.margin > margins[0] + 0.1).sum() >= 10
+def test_places_are_ordered_by_what_they_promise_within_a_window_first():
+    promise = torch.tensor([[[5.0, 4.0, 0.0, 1.0], [3.0, 2.0, 0.5, 0.25]]])
+    # 5 and 1 are the largest in the three by three places around them.
+    assert promise.flatten()[_peaks_first(promise, 3)[0]].tolist() == [5.0, 1.0, 4.0, 3.0, 2.0, 0.5, 0.25, 0.0]
+    assert _peaks_first(promise, 1)[0].tolist() == promise.flatten().argsort(descending=True).tolist()

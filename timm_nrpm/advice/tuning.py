@@ -1,8 +1,8 @@
 """Strategies: tuning of lambda, of a few layers and of all weights, each beside the plain model's.
 
 Against an attacker it is adversarial training; against a shift, training on every image as it is and shifted alike. A
-model part of the way from the old weights to the tuned ones costs nothing more to make, and often keeps most of the
-gain and loses less clean accuracy (Wortsman et al., arXiv 2109.01903).
+model part of the way from the old weights to the tuned ones costs nothing more to make, loses less clean accuracy, and
+may keep most of the gain (Wortsman et al., arXiv 2109.01903).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from timm_nrpm.models.reprogramming import reprogrammed_layers
 from timm_nrpm.tuning.tune import tune
 
 EPOCHS, STEPS, STEP = 10, 3, 0.5
-"""Number of epochs, and of steps of the attack in training, and their size in units of eps: quarters, which suit seven
-steps, are too short for three."""
+"""Number of epochs, and of steps of the attack in training, and their size in units of eps. Three steps of a quarter,
+the size that suits seven, hardly reach the bound."""
 
 PARTS = (0.75, 0.5, 0.25)
 """Shares of the way from the weights as they are to the tuned ones."""

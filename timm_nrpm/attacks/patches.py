@@ -18,8 +18,8 @@ PLACES = 4
 STEP = 0.5
 """Size of the first step of a patch's pixels, which may move from 0 to 1."""
 
-JUDGED = 64
-"""Largest number of places at which the attacked model judges a patch."""
+JUDGED, CLIMBED = 64, 3
+"""Largest numbers of places at which the attacked model judges a patch, and from which the patch climbs."""
 
 EVERY = 3
 """Number of steps of a patch's pixels after which the attacked model is shown them."""
@@ -104,40 +104,46 @@ def paste(pursuit: Pursuit, rows: Tensor, follow: Forward, *, rounds: int, fresh
         return
     _, _, gradient = slope(follow, pixels, pursuit.labels[rows], "margin", None, average)
     corner, promise = _promises(pixels, gradient, height, width)
-    # Neighbours see nearly the same: the best of a neighbourhood stands for it.
-    window = 2 * (min(height, width) // 4) + 1
-    peaks = promise == F.max_pool2d(promise, window, 1, window // 2)
-    order = promise.where(peaks, -torch.inf).flatten(1).topk(min(JUDGED, promise[0].numel())).indices
+    order = _peaks_first(promise, 2 * (min(height, width) // 4) + 1)[:, :JUDGED]
     margins = []
     for place in order.unbind(1):
         mask = inside(pixels, place // promise.shape[2], place % promise.shape[2], height, width)
         margins.append(pursuit.judge(rows, torch.where(mask, corner, pixels)))
-    # Places that were not judged come last, in the order of what the gradient promises.
-    judged = (promise - promise.amax() - 1e6).flatten(1).scatter(1, order, torch.stack(margins, 1)).view_as(promise)
-    places = min(PLACES - 1, max(1, rounds // 3), order.shape[1])
+    judged = torch.full_like(promise, -torch.inf).flatten(1).scatter(1, order, torch.stack(margins, 1))
+    judged = judged.view_as(promise)
+    places = min(CLIMBED, max(1, rounds // 3), promise[0].numel())
     for part in torch.arange(max(rounds - 1, 1)).tensor_split(places):
         active = pursuit.right[rows]
-        rows, pixels, corner, judged = rows[active], pixels[active], corner[active], judged[active]
-        if not len(rows):
-            return
-        place = judged.flatten(1).argmax(1)
+        rows, pixels, corner, judged, promise = (each[active] for each in (rows, pixels, corner, judged, promise))
+        known = wide(judged.flatten(1).amax(1) > -torch.inf, judged)  # whether a judged place is left
+        place = torch.where(known, judged, promise).flatten(1).argmax(1)
         top, left = place // judged.shape[2], place % judged.shape[2]
-        judged = judged.masked_fill(_near(judged, top, left, height, width), -torch.inf)
+        near = _near(judged, top, left, height, width)
+        judged, promise = judged.masked_fill(near, -torch.inf), promise.masked_fill(near, -torch.inf)
         mask = inside(pixels, top, left, height, width)
         _climb(pursuit, rows, follow, torch.where(mask, corner, pixels), mask, len(part), average)
+
+
+def _peaks_first(promise: Tensor, window: int) -> Tensor:
+    """All places of each image by what they promise, `[B, H' * W']`: first those that promise most within a window
+    around them, since neighbours see nearly the same, and then the others."""
+    peaks = (promise == F.max_pool2d(promise, window, 1, window // 2)).flatten(1)
+    order = promise.flatten(1).argsort(dim=1, descending=True, stable=True)
+    last = ~peaks.gather(1, order)
+    return order.gather(1, last.int().argsort(dim=1, stable=True))
 
 
 def _climb(pursuit: Pursuit, rows: Tensor, follow: Forward, x: Tensor, mask: Tensor, steps: int, average: int) -> None:
     """Climb with the pixels of a patch, whose mask `[n, 1, H, W]` says where it is."""
     for step in range(steps):
+        if not len(rows):
+            return
         _, _, gradient = slope(follow, x, pursuit.labels[rows], "margin", None, average)
         size = STEP * (1 - step / steps)
         x = torch.where(mask, (x + size * gradient.sign()).clamp(0, 1), x)
         if step == steps - 1 or (step + 1) % EVERY == 0:
             right = pursuit.look(rows, x)
             rows, x, mask = rows[right], x[right], mask[right]
-            if not len(rows):
-                return
 
 
 def _place(pursuit: Pursuit, rows: Tensor, height: int, width: int) -> Tensor:

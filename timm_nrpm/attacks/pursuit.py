@@ -66,14 +66,17 @@ class Pursuit:
         Returns:
             Whether the model is right on each point, `[n]`; where a logit is not finite it counts as wrong.
         """
-        return self.take(rows, *self._shown(rows, images))
+        return self._keep(rows, *self._shown(rows, images))[0]
 
     @torch.no_grad()
     def judge(self, rows: Tensor, images: Tensor) -> Tensor:
         """Do what :meth:`look` does, and return the margin at each point, `[n]`."""
-        images, logits = self._shown(rows, images)
-        self.take(rows, images, logits)
-        return self._margins(rows, logits)
+        return self._keep(rows, *self._shown(rows, images))[1]
+
+    @torch.no_grad()
+    def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """Do what :meth:`look` does, with logits `[n, N]` of the attacked model that are already known."""
+        return self._keep(rows, images, logits)[0]
 
     def _shown(self, rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return points within the threat `[n, C, H, W]`, and the attacked model's logits there `[n, N]`."""
@@ -86,22 +89,18 @@ class Pursuit:
             logits = logits + self.victim(images)
         return images, logits / self.average
 
-    def _margins(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """Return the margins of logits `[n, N]`, `[n]`; infinite where a logit is not finite."""
-        margins = losses(logits, self.labels[rows], "margin")
-        return torch.where(logits.isfinite().all(1), margins, math.inf).to(self.margin)
-
-    @torch.no_grad()
-    def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> Tensor:
-        """Do what :meth:`look` does, with logits `[n, N]` of the attacked model that are already known."""
-        margin = self._margins(rows, logits)
-        right = logits.isfinite().all(1) & (logits.argmax(1) == self.labels[rows])
+    def _keep(self, rows: Tensor, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep points that are the worst so far, and return whether the model is right on each `[n]`, and the margins
+        `[n]`, which are infinite where a logit is not finite."""
+        finite = logits.isfinite().all(1)
+        margin = torch.where(finite, losses(logits, self.labels[rows], "margin"), math.inf).to(self.margin)
+        right = finite & (logits.argmax(1) == self.labels[rows])
         # Equal margins count as worse, so that a search drifts over a plateau instead of standing still on it.
         worse = margin >= self.margin[rows]
         self.best[rows[worse]], self.margin[rows[worse]] = images[worse].detach(), margin[worse]
         self.first[rows] = torch.where(self.first[rows].isnan(), margin, self.first[rows])
         self.right[rows] &= right
-        return right
+        return right, margin
 
 
 def ascend(
