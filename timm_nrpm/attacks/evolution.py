@@ -46,11 +46,11 @@ class Herd(Pursuit):
         super().__init__(pursuit.victim, pixels, labels, pursuit.threat, pursuit.average)
 
     @torch.no_grad()
-    def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+    def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Do what :meth:`Pursuit.take` does, but count a point as right only where its whole herd is right."""
-        super().take(rows, images, logits)
+        _, margin = super().take(rows, images, logits)
         self.right = self.right.view(-1, HERD).all(1).repeat_interleave(HERD)
-        return self.right[rows]
+        return self.right[rows], margin
 
 
 def evolve(

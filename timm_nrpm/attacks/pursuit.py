@@ -66,17 +66,14 @@ class Pursuit:
         Returns:
             Whether the model is right on each point, `[n]`; where a logit is not finite it counts as wrong.
         """
-        return self._keep(rows, *self._shown(rows, images))[0]
+        right, _ = self.take(rows, *self._shown(rows, images))
+        return right
 
     @torch.no_grad()
     def judge(self, rows: Tensor, images: Tensor) -> Tensor:
         """Do what :meth:`look` does, and return the margin at each point, `[n]`."""
-        return self._keep(rows, *self._shown(rows, images))[1]
-
-    @torch.no_grad()
-    def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> Tensor:
-        """Do what :meth:`look` does, with logits `[n, N]` of the attacked model that are already known."""
-        return self._keep(rows, images, logits)[0]
+        _, margin = self.take(rows, *self._shown(rows, images))
+        return margin
 
     def _shown(self, rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return points within the threat `[n, C, H, W]`, and the attacked model's logits there `[n, N]`."""
@@ -89,9 +86,19 @@ class Pursuit:
             logits = logits + self.victim(images)
         return images, logits / self.average
 
-    def _keep(self, rows: Tensor, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep points that are the worst so far, and return whether the model is right on each `[n]`, and the margins
-        `[n]`, which are infinite where a logit is not finite."""
+    @torch.no_grad()
+    def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what :meth:`look` and :meth:`judge` do, with logits of the attacked model that are already known.
+
+        Args:
+            rows: Indices of the images, `[n]`.
+            images: A point of each image, within the threat, `[n, C, H, W]`.
+            logits: Logits at these points, `[n, N]`.
+
+        Returns:
+            Whether the model is right on each point, `[n]`, and the margins there, `[n]`; wrong and infinite where a
+            logit is not finite.
+        """
         finite = logits.isfinite().all(1)
         margin = torch.where(finite, losses(logits, self.labels[rows], "margin"), math.inf).to(self.margin)
         right = finite & (logits.argmax(1) == self.labels[rows])
@@ -147,7 +154,7 @@ def ascend(
     for step in range(steps):
         labels = pursuit.labels[rows]
         logits, _, gradient = slope(follow, x, labels, loss, None if target is None else target[rows], average)
-        kept = pursuit.take(rows, x, logits) if predicts else torch.ones_like(rows, dtype=torch.bool)
+        kept = pursuit.take(rows, x, logits)[0] if predicts else torch.ones_like(rows, dtype=torch.bool)
         scale = gradient.flatten(1).abs().mean(1).clamp(min=1e-30)
         inertia = momentum * inertia + gradient / wide(scale, gradient)
         left = 1 - step / steps

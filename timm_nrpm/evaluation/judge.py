@@ -111,7 +111,7 @@ class Judge:
         random = unlike(logits, again) > THRESHOLDS[RANDOM]
         attacks = attacks_of(p.suite, p.threat, p.effort, self.sources, classes, random=random)
         pursuit = Pursuit(self.net, pixels, labels, p.threat, EXPECTATION if random else 1)
-        right = pursuit.take(torch.arange(len(labels), device=pixels.device), pixels, logits)
+        right, _ = pursuit.take(torch.arange(len(labels), device=pixels.device), pixels, logits)
         turns: dict[str, Turn] = {}
         done = 0
         for place, attack in enumerate(attacks):
