@@ -17,7 +17,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,6 @@ from pixel_search import survives
 from rich.progress import track
 from robust_sums import (
     HeldSum,
-    RobustSum,
-    ScaledSum,
     median_of_means,
     reweighted,
     trimmed,
@@ -53,10 +51,7 @@ CALIBRATION, REPORT, LAST = 300, 100, 400
 EFFORT = "fast"
 THREATS = {"digits": ("Linf", "L0"), "mlp": ("Linf", "L0"), "lenet": ("Linf", "L0")}
 
-SCALED: dict[str, Callable[..., RobustSum]] = {
-    f"L1, centred, eps {eps:g} by output": partial(ScaledSum, eps=eps) for eps in (0.1, 0.3, 0.6, 1.0)
-}
-HELD: dict[str, Callable[..., RobustSum]] = {
+HELD: dict[str, Callable[..., HeldSum]] = {
     "trimmed by 2 %": partial(HeldSum, estimate=trimmed(0.02)),
     "trimmed by 10 %": partial(HeldSum, estimate=trimmed(0.1)),
     "trimmed by 10 %, centred": partial(HeldSum, estimate=trimmed(0.1), centred=True),
@@ -75,8 +70,12 @@ PENALTIES: dict[str, NRPMConfig] = {
     "Huber": NRPMConfig(penalty="huber"),
     "MCP": NRPMConfig(penalty="mcp"),
 }
+STANDARD: dict[str, NRPMConfig] = {
+    f"the package's L1 in standard units, eps {eps:g}": NRPMConfig(eps=eps) for eps in (0.3, 0.6, 1.0, 2.0)
+}
 PLACES = ("first", "all")
 LAMS = (0.8, 0.4)
+STANDARD_LAMS = (0.4, 0.0)
 
 
 Result = tuple[dict[str, Any], dict[str, Any], Effect]
@@ -104,11 +103,11 @@ class Candidate:
         """The candidate, corrected or calibrated on images."""
         names = list(reprogrammed_layers(reprogram_(deepcopy(base.model), NRPMConfig(lam=1.0))))
         names = names[:1] if self.where == "first" else names
-        if self.estimate not in PENALTIES:
-            make = (SCALED | HELD)[self.estimate]
-            return with_sums_(deepcopy(base.model).eval(), images, names, make, self.lam).eval()
-        config = NRPMConfig(**{**asdict(PENALTIES[self.estimate]), "lam": self.lam, "layers": tuple(names)})
-        return calibrate_(reprogram_(deepcopy(base.model), config), [images]).eval()
+        if self.estimate in HELD:
+            return with_sums_(deepcopy(base.model).eval(), images, names, HELD[self.estimate], self.lam).eval()
+        config = replace((PENALTIES | STANDARD)[self.estimate], lam=self.lam, layers=tuple(names))
+        model = reprogram_(deepcopy(base.model), config)
+        return calibrate_(model, [images], standardize=self.estimate in STANDARD).eval()
 
 
 def candidates(base: str) -> Iterator[Candidate]:
@@ -118,8 +117,7 @@ def candidates(base: str) -> Iterator[Candidate]:
             for lam in LAMS:
                 if estimate in PENALTIES or (where == "first" and base != "mlp"):
                     yield Candidate(estimate, where, lam)
-    if base != "mlp":
-        yield from (Candidate(estimate, "first", lam) for estimate in SCALED for lam in (*LAMS, 0.0))
+    yield from (Candidate(estimate, where, lam) for estimate in STANDARD for where in PLACES for lam in STANDARD_LAMS)
 
 
 class Study:
@@ -237,7 +235,7 @@ def attacked(study: Study, base: Base, row: dict[str, Any], last: bool) -> Resul
 
     def measured(made: Callable[[], nn.Module], bases: dict[str, nn.Module | None]) -> dict[str, Any]:
         model = made()
-        if bases and candidate.estimate not in PENALTIES:
+        if bases and candidate.estimate in HELD:
             bases["linear"] = with_linear_backward(model)
         found = full_row(model, images, threat, bases or {"": None})
         if not last or threat.norm != "L0":

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_nrpm.nn.functional import nrpm_conv2d
 from timm_nrpm.nn.pixel_model import PixelModel
 
 Estimate = Callable[[Tensor], Tensor]
 """Function from products `[..., D]` to an estimate of their sum, `[...]`."""
 
-ROWS, MEASURED = 16, 50
-"""Numbers of images whose products are held at once, and whose products' distances are measured."""
+ROWS = 16
+"""Number of images whose products are held at once."""
 
 
 def trimmed(share: float) -> Estimate:
@@ -69,28 +68,28 @@ def reweighted(steps: int, eps: float, start: str = "mean") -> Estimate:
     return estimate
 
 
-class RobustSum(nn.Module):
-    """A linear map mixed with another estimate of its sums, corrected so that every output keeps its mean and spread.
+class HeldSum(nn.Module):
+    """A linear map mixed with another estimate of its sums, whose products are held in memory, corrected so that every
+    output keeps its mean and spread.
 
     Args:
         layer: A Linear, or a Conv2d with one group.
         lam: Share of the linear map.
+        estimate: The estimate of a sum.
+        centred: Whether products of the inputs' distances from their means are estimated, and the rest is summed.
 
     Attributes:
         fitting: Whether a forward fits the correction to its inputs.
         linear_backward: Whether gradients go through the linear map alone (BPDA, arXiv 1802.00420).
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, lam: float) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear, lam: float, estimate: Estimate, centred: bool = False) -> None:
         super().__init__()
-        self.layer, self.lam = layer, lam
+        self.layer, self.lam, self.estimate, self.centred = layer, lam, estimate, centred
         self.fitting = self.linear_backward = False
         self.register_buffer("scale", torch.ones(len(layer.weight)))
         self.register_buffer("shift", torch.zeros(len(layer.weight)))
-
-    def robust(self, x: Tensor) -> Tensor:
-        """Estimates of all sums without a bias, `[B, O, L]`."""
-        raise NotImplementedError
+        self.register_buffer("centre", torch.zeros(layer.weight[0].numel()))
 
     def forward(self, x: Tensor) -> Tensor:
         linear = self.layer(x)
@@ -106,6 +105,14 @@ class RobustSum(nn.Module):
         mixed = (self.lam * flat + (1 - self.lam) * robust).view_as(linear)
         return linear + (mixed - linear).detach() if self.linear_backward else mixed
 
+    def robust(self, x: Tensor) -> Tensor:
+        """Estimates of all sums without a bias, `[B, O, L]`."""
+        inputs = self._inputs(x)  # [B, L, D]
+        if self.fitting and self.centred:
+            self.centre = inputs.flatten(0, 1).mean(0)
+        weight = self.layer.weight.flatten(1)  # [O, D]
+        return torch.cat([self._estimated(part, weight) for part in inputs.split(ROWS)]).movedim(2, 1)
+
     def _inputs(self, x: Tensor) -> Tensor:
         if isinstance(self.layer, nn.Linear):
             return x.unsqueeze(1)
@@ -113,64 +120,9 @@ class RobustSum(nn.Module):
         assert not isinstance(conv.padding, str)
         return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).movedim(2, 1)
 
-
-class HeldSum(RobustSum):
-    """A sum whose products are held in memory, for any estimate.
-
-    Args:
-        layer, lam: As for :class:`RobustSum`.
-        estimate: The estimate of a sum.
-        centred: Whether products of the inputs' distances from their means are estimated, and the rest is summed.
-    """
-
-    def __init__(self, layer: nn.Conv2d | nn.Linear, lam: float, estimate: Estimate, centred: bool = False) -> None:
-        super().__init__(layer, lam)
-        self.estimate, self.centred = estimate, centred
-        self.register_buffer("centre", torch.zeros(layer.weight[0].numel()))
-
-    def robust(self, x: Tensor) -> Tensor:
-        inputs = self._inputs(x)  # [B, L, D]
-        if self.fitting and self.centred:
-            self.centre = inputs.flatten(0, 1).mean(0)
-        weight = self.layer.weight.flatten(1)  # [O, D]
-        return torch.cat([self._estimated(part, weight) for part in inputs.split(ROWS)]).movedim(2, 1)
-
     def _estimated(self, inputs: Tensor, weight: Tensor) -> Tensor:
         products = (inputs - self.centre).unsqueeze(2) * weight  # [b, L, O, D]
         return self.estimate(products) + weight @ self.centre
-
-
-class ScaledSum(RobustSum):
-    """The package's L1 in its kernels, of products of the inputs' distances from the means of their channels, with an
-    eps for each output.
-
-    Args:
-        layer: A Conv2d with one group and zero padding.
-        lam: Share of the linear map.
-        eps: That of the estimate, in units of the mean distance of an output's products to their mean.
-    """
-
-    def __init__(self, layer: nn.Conv2d, lam: float, eps: float) -> None:
-        super().__init__(layer, lam)
-        self.eps = eps
-        self.register_buffer("centre", torch.zeros(1, layer.in_channels, 1, 1))
-        self.register_buffer("distance", torch.ones(len(layer.weight), 1, 1))
-
-    def robust(self, x: Tensor) -> Tensor:
-        conv = self.layer
-        assert isinstance(conv, nn.Conv2d)
-        if self.fitting:
-            self.centre = x.mean((0, 2, 3), keepdim=True)
-            products = self._inputs(x[:MEASURED] - self.centre).flatten(0, 1).unsqueeze(1) * conv.weight.flatten(1)
-            self.distance = (products - products.mean(-1, keepdim=True)).abs().mean((0, 2)).view(-1, 1, 1)
-        stride, padding, dilation = conv.stride, conv.padding, conv.dilation
-        assert not isinstance(padding, str)
-        weight = conv.weight / self.distance.unsqueeze(1)  # the estimate of scaled products is scaled, if eps is
-        sums = nrpm_conv2d(
-            x - self.centre, weight, stride=stride, padding=padding, dilation=dilation, lam=0.0, eps=self.eps
-        )
-        rest = F.conv2d(self.centre.expand(1, -1, *x.shape[2:]), conv.weight, None, stride, padding, dilation)
-        return (sums * self.distance + rest).flatten(2)
 
 
 def _moments(outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +132,7 @@ def _moments(outputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_sums_(
-    model: nn.Module, images: Tensor, names: Sequence[str], make: Callable[..., RobustSum], lam: float
+    model: nn.Module, images: Tensor, names: Sequence[str], make: Callable[..., HeldSum], lam: float
 ) -> nn.Module:
     """Replace layers of a plain model, and fit their corrections to images, one layer after the other.
 
@@ -206,6 +158,6 @@ def with_linear_backward(model: nn.Module) -> nn.Module:
     """A copy of a model whose gradients go through the linear maps behind its sums alone."""
     copy = deepcopy(model)
     for layer in copy.modules():
-        if isinstance(layer, RobustSum):
+        if isinstance(layer, HeldSum):
             layer.linear_backward = True
     return copy

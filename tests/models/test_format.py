@@ -21,7 +21,9 @@ KEYS = {"format", "base", "settings", "layers", "model", "files", "sha256"}
 BASE = {"architecture", "name", "tag", "hub_id", "revision", "kwargs", "sha256", "dtype", "tuned"}
 ESTIMATE = {"iterations", "eps", "penalty", "delta", "gamma"}
 FILES = {"nrpm.safetensors", "config.json", "model.safetensors"}
-PAIRS = {"gain": "offset", "offset": "gain", "running_mean": "running_var", "running_var": "running_mean"}
+PARTS = {"correction": ("gain", "offset"), "units": ("centre", "distance")}
+PAIRS = {a: b for pair in (*PARTS.values(), ("running_mean", "running_var")) for a, b in (pair, pair[::-1])}
+GROUPS = {"1": 2}  # of `network`
 
 
 class Refused(Exception):
@@ -58,11 +60,13 @@ def hash_of_model(config, state):
 def form_of(name, layers, base):
     """Type and shape that a tensor of nrpm.safetensors must have; `None` if there is no place for it."""
     owner, _, what = name.rpartition(".")
-    layer = owner.removesuffix(".correction")
+    layer, _, part = owner.rpartition(".")
     if what == "lam" and owner in layers:
         return np.float32, ()
-    if what in ("gain", "offset") and layer != owner and layer in layers:
-        return base[f"{layer}.weight"].dtype, base[f"{layer}.weight"].shape[:1]
+    if what in PARTS.get(part, ()) and layer in layers:
+        weight = base[f"{layer}.weight"]
+        outputs, inputs = weight.shape[:2]
+        return weight.dtype, (inputs * GROUPS.get(layer, 1) if what == "centre" else outputs,)
     if what in ("running_mean", "running_var") and name in base:
         return base[name].dtype, base[name].shape
     return None
@@ -77,6 +81,7 @@ def check_tensors(tensors, layers, base):
         check(np.isfinite(values).all(), f"values of {name}")
         check(what != "lam" or 0 <= values <= 1, f"values of {name}")
         check(what != "running_var" or (values >= 0).all(), f"values of {name}")
+        check(what != "distance" or (values > 0).all(), f"values of {name}")
 
 
 def no_number(constant):
@@ -154,14 +159,19 @@ def compute(x, config, state, layer, stride=1, padding=0, groups=1):
         values = np.asarray(state.get(f"{layer}.{name}", default), np.float64)
         return values.reshape(-1, 1, 1) if weight.ndim == 4 else values
 
-    p = products(x.astype(np.float64), weight, stride, padding, groups)
+    x = x.astype(np.float64)
     if lam == 1 or iterations == 0 or settings["penalty"] == "l2":
-        return p.sum(-1) + each_output("bias", 0)
+        return products(x, weight, stride, padding, groups).sum(-1) + each_output("bias", 0)
+    centre = np.asarray(state.get(f"{layer}.units.centre", 0.0), np.float64)
+    centre = np.broadcast_to(centre.reshape(-1, 1, 1) if weight.ndim == 4 else centre, x.shape)
+    rest = products(centre, weight, stride, padding, groups).sum(-1)
+    distance = each_output("units.distance", 1)
+    p = products(x - centre, weight, stride, padding, groups) / distance[..., None]
     mean = p.mean(-1)
     for _ in range(iterations):
         w = omega(p - mean[..., None], **settings)
         mean = (w * p).sum(-1) / w.sum(-1)
-    z = lam * p.sum(-1) + (1 - lam) * p.shape[-1] * mean
+    z = rest + distance * (lam * p.sum(-1) + (1 - lam) * p.shape[-1] * mean)
     return each_output("correction.gain", 1) * z + each_output("correction.offset", 0) + each_output("bias", 0)
 
 
@@ -196,22 +206,26 @@ def network():
     return nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 5))
 
 
-def reprogrammed_network():
+def reprogrammed_network(standardize=False):
     base = network()
     model = network()
     model.load_state_dict(base.state_dict())
     reprogram_(model, NRPMConfig(lam={"0": 0.0, "1": 0.5, "3": 1.0}, eps=0.01))
-    return calibrate_(model, [torch.rand(32, 3, 8, 8)]), base
+    return calibrate_(model, [torch.rand(32, 3, 8, 8)], standardize=standardize), base
 
 
 def written(folder, lam=0.3, drop=(), add=None, **settings):
-    """By the second implementation, with corrections that no calibration would give."""
+    """By the second implementation, with corrections and units that no calibration would give."""
     base, tensors = network().append(nn.BatchNorm1d(5)).eval(), {}
     for name in NETWORK:
         outputs = len(base.get_submodule(name).weight)
         tensors[f"{name}.lam"] = np.array(lam, np.float32)
         tensors[f"{name}.correction.gain"] = torch.empty(outputs).uniform_(0.5, 2).numpy()
         tensors[f"{name}.correction.offset"] = torch.randn(outputs).numpy()
+        if name != "0":
+            inputs = base.get_submodule(name).weight.shape[1] * GROUPS.get(name, 1)
+            tensors[f"{name}.units.centre"] = torch.randn(inputs).numpy()
+            tensors[f"{name}.units.distance"] = torch.empty(outputs).uniform_(0.5, 2).numpy()
     tensors = {name: values for name, values in {**tensors, **(add or {})}.items() if name not in drop}
     write(folder, state_of(base), {**SETTINGS, **settings}, list(NETWORK), tensors)
     return base
@@ -246,6 +260,7 @@ def compare(model, config, state, x, layers):
         (vit, False, "head.correction.gain", (3, 32, 32), {"patch_embed.proj": {"stride": 8}, "head": {}}),
         (vit, True, "head.correction.gain", (3, 32, 32), {"blocks.0.attn.qkv": {}}),
         (reprogrammed_network, False, "0.correction.gain", (3, 8, 8), NETWORK),
+        (lambda: reprogrammed_network(standardize=True), False, "1.units.distance", (3, 8, 8), NETWORK),
         (lambda: digits(dtype=torch.float16), False, "layer3.0.bn1.running_mean", None, {}),
         (lambda: digits(dtype=torch.float16), True, "layer3.0.bn1.running_mean", None, {}),
     ],
@@ -340,6 +355,9 @@ def test_both_refuse_what_was_changed(tmp_path, change, message):
         ({"drop": ["0.lam"]}, "lambdas"),
         ({"drop": ["3.correction.gain"]}, "half of 3.correction.offset"),
         ({"add": {"0.correction.gain": np.ones(7, np.float32)}}, "form of 0.correction.gain"),
+        ({"drop": ["3.units.centre"]}, "half of 3.units.distance"),
+        ({"add": {"3.units.centre": np.ones(5, np.float32)}}, "form of 3.units.centre"),
+        ({"add": {"1.units.distance": np.zeros(8, np.float32)}}, "values of 1.units.distance"),
         ({"add": {"0.correction.gain": np.full(6, np.inf, np.float32)}}, "values of 0.correction.gain"),
         (
             {"add": {f"4.running_{what}": -np.ones(5, np.float32) for what in ("mean", "var")}},

@@ -306,7 +306,9 @@ CONTENTS = [
     *({"bn1.running_var": torch.ones(shape)} for shape in (0, 1, 9, (8, 1), ())),
     *({"bn1.running_mean": EIGHT.to(kind)} for kind in (torch.half, torch.double, torch.complex64)),
     *({f"{FIRST}.correction.{key}": wrong.clone() for key in ("gain", "offset")} for wrong in (EIGHT[1:], EIGHT * NAN)),
+    *({f"{FIRST}.units.{key}": wrong.clone() for key in ("centre", "distance")} for wrong in (EIGHT[1:], EIGHT * 0)),
     {f"conv1.correction.{key}": EIGHT.clone() for key in ("gain", "offset")},  # which is not reprogrammed
+    {f"conv1.units.{key}": EIGHT.clone() for key in ("centre", "distance")},
     {f"{FIRST}.lam": None},
     {"bn1.running_mean": None},
     {"blocks.0.attn.relative_position_index": torch.zeros(4, dtype=torch.long)},

@@ -52,10 +52,21 @@ def test_the_layer_reads_the_same_numbers_as_the_plain_one(make, shape):
     assert not torch.allclose(reprogram_(layer, NRPMConfig(lam=0.5))(x), want)
 
 
+def with_units(layer, distance=None):
+    """A reprogrammed layer in units that no calibration would give."""
+    units = layer.add_part("units")
+    units.centre.uniform_(-1.0, 1.0)
+    units.distance.uniform_(0.5, 2.0) if distance is None else units.distance.fill_(distance)
+    return layer
+
+
 @layers
-def test_gradients(make, shape):
+@pytest.mark.parametrize("standard", [False, True])
+def test_gradients(make, shape, standard):
     layer = reprogram_(make().double(), NRPMConfig(lam=0.6, iterations=2, eps=0.1, learnable=True))
     layer.lam.data = layer.lam.data.double()
+    if standard:
+        with_units(layer)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=True)
 
@@ -67,9 +78,10 @@ def test_linear_backward_keeps_the_values_and_has_the_gradient_of_the_linear_map
     plain = copy.deepcopy(layer)
     reprogram_(layer, NRPMConfig(lam=0.4, iterations=2, eps=0.1))
     if corrected:
-        correction = layer.add_correction()
+        correction = layer.add_part("correction")
         correction.gain.uniform_(0.5, 2.0)
         correction.offset.uniform_(-1.0, 1.0)
+        with_units(layer)
     own = layer(x)
     layer.linear_backward = True
     got = layer(x)
@@ -82,6 +94,30 @@ def test_linear_backward_keeps_the_values_and_has_the_gradient_of_the_linear_map
     wanted = torch.autograd.grad((plain(x) * through).sum(), [x, *(plain.get_parameter(n) for n in names)])
     torch.testing.assert_close(slopes, wanted)
     assert not torch.allclose(torch.autograd.grad((own * direction).sum(), x)[0], slopes[0], atol=1e-3)
+
+
+@layers
+def test_units_are_another_origin_and_another_eps(make, shape):
+    """With the same distance for all outputs: that of other distances is in test_format.py."""
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    plain = copy.deepcopy(layer)
+    with_units(reprogram_(layer, NRPMConfig(lam=0.3, eps=0.1)), distance=2.0)
+    other = reprogram_(copy.deepcopy(plain), NRPMConfig(lam=0.3, eps=0.2))
+    centre = layer.units.centre_like(x).expand_as(x)
+    bias = 0 if plain.bias is None else plain.bias.view(-1, *[1] * (-layer.channel - 1))
+    torch.testing.assert_close(layer(x), other(x - centre) + plain(centre) - bias)
+
+
+def test_a_state_brings_what_was_fitted_and_a_plain_one_leaves_it():
+    layer = with_units(reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5)))
+    layer.add_part("correction").gain.fill_(2.0)
+    other, x = reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5)), torch.randn(4, 6)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    other.load_state_dict(nn.Linear(6, 3).state_dict())
+    assert sorted(other.parts()) == ["correction", "units"]
+    other.load_state_dict(reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5)).state_dict())
+    assert not other.parts()
 
 
 def test_the_robust_part_is_the_functional():

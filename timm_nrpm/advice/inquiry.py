@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import nn
 
 from timm_nrpm.advice.adaptation import ADAPTATION
-from timm_nrpm.advice.lambdas import BY_LAYER, ESTIMATE, ONE_LAMBDA
+from timm_nrpm.advice.lambdas import BY_LAYER, ESTIMATE, ONE_LAMBDA, STANDARD_UNITS
 from timm_nrpm.advice.smoothing import SMOOTHING
 from timm_nrpm.advice.strategy import Candidate, Strategy
 from timm_nrpm.advice.study import Study
@@ -28,7 +28,7 @@ from timm_nrpm.models.tensors import write_tensors
 from timm_nrpm.version import __version__
 
 STRATEGIES: tuple[Strategy, ...] = (
-    ADAPTATION, TUNED_LAYERS, TUNED_ALL, ONE_LAMBDA, ESTIMATE, BY_LAYER, TUNED_LAMBDA, SMOOTHING,
+    ADAPTATION, TUNED_LAYERS, TUNED_ALL, STANDARD_UNITS, ONE_LAMBDA, ESTIMATE, BY_LAYER, TUNED_LAMBDA, SMOOTHING,
 )  # fmt: skip
 """All strategies; first those that leave the model as fast as it is, since they are the quickest to try as well."""
 

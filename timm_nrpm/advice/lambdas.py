@@ -1,4 +1,4 @@
-"""Strategies: one lambda for all layers, other settings of the estimate, and a lambda for each layer."""
+"""Strategies: standard units, one lambda for all layers, other settings of the estimate, a lambda for each layer."""
 
 from __future__ import annotations
 
@@ -29,11 +29,22 @@ ESTIMATES = {
 """Settings of the estimate that are tried at a mild and at a low lambda. Its eps is in units of one product: the
 larger, the smoother the estimate, and the nearer to the mean."""
 
+STANDARD = {"first:1": (0.0, (1.0, 0.6, 0.3)), "first:3": (0.0, (1.0,)), None: (0.5, (1.0,))}
+"""Layers that standard units are tried in, with the lambda and the values of eps there."""
+
 LAYERS = (None, "first:1", "first:3")
 """Layers that one lambda is tried on: all, and a few, which cost less time."""
 
 BUDGET = 30
 """Number of settings that the search of a lambda for each layer tries."""
+
+
+def _standard_units(study: Study) -> Candidates:
+    for layers, (lam, values) in STANDARD.items():
+        where = "all layers" if layers is None else layers
+        for eps in values:
+            config = NRPMConfig(lam, eps=eps, layers=layers)
+            yield _candidate(study, f"lambda {lam:g}, eps {eps:g} in {where}", config, standardize=True)
 
 
 def _one_lambda(study: Study) -> Candidates:
@@ -72,15 +83,19 @@ def _by_layer(study: Study) -> Candidates:
     yield Candidate("searched under quick attacks", make, seconds=seconds)
 
 
-def _candidate(study: Study, setting: str, config: NRPMConfig) -> Candidate:
+def _candidate(study: Study, setting: str, config: NRPMConfig, standardize: bool = False) -> Candidate:
     """A candidate with this config; against a shift it is adapted too, since stale statistics are most of the loss."""
+
+    def make() -> nn.Module:
+        return study.fresh(config, standardize)
+
     if not (isinstance(study.danger, Shift) and norms_of(study.model)):
-        return Candidate(setting, lambda: study.fresh(config), seconds=study.fresh_seconds(config))
+        return Candidate(setting, make, seconds=study.fresh_seconds(config))
     shifted, clean = (lambda: study.shifted("selection")), (lambda: study.parts["selection"].pixels)
     return Candidate(
         f"{setting}, adapted",
-        lambda: adapted(study, lambda: study.fresh(config), shifted(), "auto"),
-        lambda: adapted(study, lambda: study.fresh(config), clean(), "auto"),
+        lambda: adapted(study, make, shifted(), "auto"),
+        lambda: adapted(study, make, clean(), "auto"),
         control=name_of("auto"),
         seconds=study.fresh_seconds(config),
     )
@@ -92,6 +107,7 @@ def _no_layers_to_tell_apart(study: Study) -> str:
     return "" if len(reprogrammed_layers(study.model)) > 1 else "the model has one layer"
 
 
+STANDARD_UNITS = Strategy("standard units", _standard_units)
 ONE_LAMBDA = Strategy("one lambda", _one_lambda)
 ESTIMATE = Strategy("the estimate", _estimate)
 BY_LAYER = Strategy("a lambda for each layer", _by_layer, _no_layers_to_tell_apart)

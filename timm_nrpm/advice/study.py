@@ -135,16 +135,17 @@ class Study:
         self.quick_seconds = 0.0  # of the last quick attacks
         self._reports: dict[str, RobustnessReport] = {}
         self._shifted: dict[str, Tensor] = {}
-        self._last: tuple[NRPMConfig, nn.Module] | None = None  # of the last model that was calibrated
+        self._last: tuple[NRPMConfig, bool, nn.Module] | None = None  # the last model that was calibrated
 
-    def fresh(self, config: NRPMConfig | None = None) -> nn.Module:
-        """A copy of the model, reprogrammed anew and calibrated if a config is given."""
+    def fresh(self, config: NRPMConfig | None = None, standardize: bool = False) -> nn.Module:
+        """A copy of the model; if a config is given, reprogrammed anew and calibrated, in standard units or not."""
         if config is None:
             return copied(self.model).eval()
-        if self._last is None or self._last[0] != config:
+        if self._last is None or self._last[:2] != (config, standardize):
             model = reprogram_(copied(self.model), config)
-            self._last = config, calibrate_(model, self.calibration, mean=self.mean, std=self.std).eval()
-        return copied(self._last[1])
+            calibrate_(model, self.calibration, standardize=standardize, mean=self.mean, std=self.std)
+            self._last = config, standardize, model.eval()
+        return copied(self._last[2])
 
     def fresh_seconds(self, config: NRPMConfig) -> float:
         """Expected time of calibrating a reprogrammed model and of running it on the images of the selection."""

@@ -189,7 +189,7 @@ def calibrate(args: argparse.Namespace, model: nn.Module, terminal: Terminal) ->
     """Calibrate a model that was reprogrammed just now on training images."""
     images = calibration_images(args, model, terminal)
     if images is not None:
-        calibrate_(model, images, progress=terminal.progress)
+        calibrate_(model, images, standardize=args.standardize, progress=terminal.progress)
 
 
 def make_folder(output: Path) -> None:

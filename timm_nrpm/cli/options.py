@@ -192,9 +192,14 @@ def add_calibration(data: Any) -> None:
         metavar="N",
         help="number of training images, at most, that the model is calibrated on first; 0 for none (default: 1000)",
     )
-    data.add_argument(
-        "--training-split", default="train", metavar="NAME", help="split that those are from (default: train)"
-    )
+    data.add_argument("--training-split", default="train", metavar="NAME", help="split of those (default: train)")
+    add_standardize(data)
+
+
+def add_standardize(data: Any) -> None:
+    """Add the option of standard units, which calibration fits."""
+    words = "count inputs from their means, and --estimator-eps in the mean distance of an output's products"
+    data.add_argument("--standardize", action="store_true", help=words)
 
 
 def add_threat(group: Any, *, several: bool) -> None:
@@ -288,12 +293,12 @@ USELESS_FOR_IMAGES = (
 
 USELESS_FOR_CALIBRATION = (
     Useless(
-        ("calibrate", "training_split"),
+        ("calibrate", "training_split", "standardize"),
         lambda args: args.variant is not None,
         "{variant} is a variant, which brings its own statistics. Leave them out.",
     ),
     Useless(
-        ("training_split",),
+        ("training_split", "standardize"),
         lambda args: args.calibrate == 0 and args.variant is None and not is_plain(args),
         "--calibrate 0 takes no images.",
     ),
@@ -302,7 +307,7 @@ USELESS_FOR_CALIBRATION = (
 
 USELESS_FOR_PLAIN = (
     Useless(
-        ("iterations", "estimator_eps", "penalty", "layers", "calibrate", "training_split"),
+        ("iterations", "estimator_eps", "penalty", "layers", "calibrate", "training_split", "standardize"),
         is_plain,
         "with --lam none the model is plain. Leave them out, or give a number.",
     ),

@@ -20,7 +20,7 @@ from timm_nrpm.evaluation.proposals import optuna_module, settings
 from timm_nrpm.jobs.journal import Journal, digest_of
 from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.base import weights_sha256
-from timm_nrpm.models.calibration import calibrate_, plain_of
+from timm_nrpm.models.calibration import calibrate_, is_standardized, plain_of
 from timm_nrpm.models.reprogramming import plain_copy, record_of, reprogrammed_layers, uncalibrate_
 from timm_nrpm.nn.wrappers import Subject, copied, subject_of
 
@@ -57,13 +57,14 @@ def search_lambda(
     The model itself is not changed. To apply the result, and then calibrate anew:
 
         reprogram_(model, dataclasses.replace(model.nrpm.config, lam=front.best.lams))
-        calibrate_(model, calibration)
+        calibrate_(model, calibration)  # with standardize=True if the model had standard units
 
     The best of many settings owes part of its result to luck, on these images and with this random start of PGD. To
     measure what it is worth, `evaluate` it beside the plain model on other images and with another seed.
 
     Args:
-        model: A reprogrammed model; its lambdas and its calibration do not matter.
+        model: A reprogrammed model; its lambdas and its calibration do not matter, but for whether it has standard
+            units, which every setting then gets too.
         loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, the same in each pass.
         threat: What an attacker may change; the default is Linf with eps 8/255.
         budget: Number of settings to try, the plain model included. A setting costs one `evaluate` and, with
@@ -99,7 +100,7 @@ def search_lambda(
     steps, seed = check_integer("steps", steps, least=1), check_integer("seed", seed, least=0)
     record_of(model)
     subject = subject_of(model, mean, std)
-    work = _working_copy(subject.model)
+    work, standardize = _working_copy(subject.model), is_standardized(subject.model)
     layers = reprogrammed_layers(work)
     layerwise = layerwise and len(layers) > 1
     optuna = optuna_module() if layerwise else None
@@ -109,7 +110,7 @@ def search_lambda(
     plain = plain_of(net, images if statistics is None else statistics).eval()
     share = min(MOST_GLOBAL, max(1, (budget - 1) // 3)) if layerwise else budget - 1
     trials: list[Candidate] = []
-    journal = _journal(resume, work, images, statistics, threat, bound, layerwise, steps, seed)
+    journal = _journal(resume, work, images, statistics, standardize, threat, bound, layerwise, steps, seed)
     with progress_bar(progress, counted=True) as bar:
         task = bar.add_task("Searching lambda", total=budget)
         for kind, lams in settings(list(layers), trials, share, bound, seed, optuna):
@@ -118,7 +119,7 @@ def search_lambda(
                     for name, layer in layers.items():
                         layer.lam.fill_(lams[name])
                 if statistics is not None and kind != "plain":  # calibration does not change the plain model
-                    calibrate_(work, statistics, **net.normalisation())
+                    calibrate_(work, statistics, standardize=standardize, **net.normalisation())
                 evaluated = plain if kind == "plain" else net
                 report = evaluate(evaluated, images, threat, "quick", steps=steps, seed=seed, control=False)
                 found = Candidate(kind, lams, report.clean, report.worst_case, report.flags)
@@ -137,6 +138,7 @@ def _journal(
     model: nn.Module,
     images: _Images,
     calibration: _Calibration | None,
+    standardize: bool,
     threat: Threat,
     bound: float,
     layerwise: bool,
@@ -151,7 +153,7 @@ def _journal(
         for batch in part:
             pixels, labels = batch if isinstance(batch, tuple) else (batch, torch.zeros(0))
             digest.update(digest_of(pixels, labels).encode())
-    config = record_of(model).config.estimator._asdict()
+    config = {**record_of(model).config.estimator._asdict(), "standardize": standardize}
     plain = weights_sha256(plain_copy(model).state_dict())
     layers = list(reprogrammed_layers(model))
     asked = {"threat": str(threat), "bound": bound, "layerwise": layerwise, "steps": steps, "seed": seed}

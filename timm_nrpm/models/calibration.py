@@ -19,44 +19,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from timm_nrpm.data.images import count_of, pixels_of
 from timm_nrpm.jobs.progress import CONSOLE
 from timm_nrpm.models.modes import check_gradients, evaluating
+from timm_nrpm.models.moments import Moments
 from timm_nrpm.models.plain_statistics import KEPT, complete, norms_of
 from timm_nrpm.models.provenance import Step
 from timm_nrpm.models.reprogramming import is_settled, plain_copy, record_of, reprogrammed_layers, settle_, uncalibrate_
+from timm_nrpm.models.units import fit_units_
+from timm_nrpm.nn.fitted import Correction
 from timm_nrpm.nn.layers import Reprogrammed
 from timm_nrpm.nn.pixel_model import PixelModel, alike
 from timm_nrpm.nn.wrappers import subject_of
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class Moments:
-    """Exact mean and variance of each channel over all values seen so far, in float64.
-
-    Args:
-        count: Number of values in each channel.
-        mean: Mean of each channel, `[C]`.
-        squares: Sum of squared distances to the mean in each channel, `[C]`.
-    """
-
-    def __init__(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        self.count, self.mean, self.squares = count, mean, squares
-
-    @classmethod
-    def of(cls, values: Tensor, channel: int) -> Moments:
-        """Moments of `values`, of any shape, whose channels are in dimension `channel`."""
-        rows = values.detach().movedim(channel, 0).flatten(1).double()  # [C, n]
-        mean = rows.mean(1)
-        return cls(rows.shape[1], mean, (rows - mean.unsqueeze(1)).square().sum(1))
-
-    def __add__(self, other: Moments) -> Moments:
-        total = self.count + other.count
-        distance = other.mean - self.mean
-        squares = self.squares + other.squares + distance.square() * (self.count * other.count / total)
-        return Moments(total, self.mean + distance * (other.count / total), squares)
-
-    @property
-    def var(self) -> Tensor:
-        return self.squares / max(self.count - 1, 1)
 
 
 class _Site(ABC):
@@ -140,7 +113,9 @@ class _SumSite(_Site):
     def __init__(self, layer: Reprogrammed) -> None:
         super().__init__()
         self.channel = layer.channel
-        self.correction = layer.add_correction()
+        correction = layer.add_part("correction")
+        assert isinstance(correction, Correction)
+        self.correction = correction
 
     def correct(self, reference: Moments, moving: Moments, growth: Tensor) -> None:
         self.correction.gain.copy_(1 / growth)
@@ -164,6 +139,7 @@ def calibrate_(
     loader: Iterable[Any],
     mode: Literal["relative", "scratch"] = "relative",
     *,
+    standardize: bool | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     progress: bool = False,
@@ -192,6 +168,10 @@ def calibrate_(
         loader: Batches of pixels `[B, C, H, W]` in [0, 1], or of tuples that start with such pixels. A thousand images
             are enough.
         mode: `"relative"` or `"scratch"`, as described above.
+        standardize: Whether every layer first gets standard units (`layer.units`): its estimate is of the products of
+            inputs less the mean of their channel, and `eps`, `delta` and `gamma` count in the mean distance of the
+            products of an output to their mean, both as in the plain model. It costs one more pass, and the rest of the
+            sum a convolution of one image. By default a model that has such units gets them anew, and another none.
         mean, std: The model's normalisation, one number per channel; by default timm's for this model, and none for a
             model that is not timm's.
         progress: Whether to show a progress bar.
@@ -215,9 +195,11 @@ def calibrate_(
     layers, norms = reprogrammed_layers(inner), norms_of(inner)
     if mode == "scratch" and not norms:
         raise ValueError('mode="scratch" re-estimates BatchNorm statistics, and this model has none: use "relative".')
+    standardize = is_standardized(inner) if standardize is None else standardize
     images = track(pixels_of(loader), "Calibrating", total=count_of(loader), disable=not progress, console=CONSOLE)
-    if norms and not is_settled(inner):  # two passes are needed, and the loader may give its images only once
+    if (norms and not is_settled(inner)) or standardize:  # the loader may give its images only once
         images = _CachedBatches(images)
+    if norms and not is_settled(inner):
         settle_(inner, plain_of(net, images).model)
     uncalibrate_(inner)
     plain = alike(plain_copy(inner), net)
@@ -225,12 +207,19 @@ def calibrate_(
     active = {} if norms else {name: layer for name, layer in layers.items() if not layer.is_plain()}
     sites |= {name: _SumSite(layer) for name, layer in active.items()}
     try:
+        if standardize:
+            fit_units_(layers, plain, images)  # also where lambda is 1, which may be learned
         seen = _pass(net, plain if mode == "relative" else None, sites, plain.model, images)
     except BaseException:
         uncalibrate_(inner)
         raise
     record_of(inner).statistics = (Step("calibration", mode, seen),)
     return model
+
+
+def is_standardized(model: nn.Module) -> bool:
+    """Whether a layer of a reprogrammed model has standard units."""
+    return any(layer.units is not None for layer in reprogrammed_layers(model).values())
 
 
 @torch.inference_mode(False)

@@ -4,7 +4,7 @@ A *lambda-only* folder holds a few kilobytes and names its base model; a *full* 
 own format, so that plain timm can load them as the un-reprogrammed model.
 
     nrpm_config.json      format, base, settings, layers; sha256 of the model, the other files and itself
-    nrpm.safetensors      lambdas, calibrated statistics
+    nrpm.safetensors      lambdas, what calibration fitted
     config.json           timm's config, of the plain model (full) or of the `nrpm_*` architecture (lambda-only)
     model.safetensors     weights of the plain model in timm's format (full)
 """
@@ -38,6 +38,7 @@ from timm_nrpm.models.reprogramming import (
     reprogrammed_layers,
     restore_,
 )
+from timm_nrpm.nn.layers import PARTS
 
 FORMAT = 1
 CONFIG, TENSORS = "nrpm_config.json", "nrpm.safetensors"
@@ -255,7 +256,7 @@ def _steps(data: Any) -> tuple[Step, ...]:
     return tuple(Step.from_dict(step) for step in data)
 
 
-PARTNERS = {"correction.gain": "correction.offset", "running_mean": "running_var"}
+PARTNERS = {"correction.gain": "correction.offset", "units.centre": "units.distance", "running_mean": "running_var"}
 PARTNERS |= {second: first for first, second in PARTNERS.items()}
 """Ends of the names of two tensors that a variant holds together or not at all."""
 
@@ -266,23 +267,27 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, float]) -> None:
         key = next((key for key in PARTNERS if name.endswith(f".{key}")), None)
         if key is None or name.removesuffix(key) + PARTNERS[key] not in tensors:
             raise ValueError(f"{name} has no place in a variant.")
-        if name.rpartition(".correction.")[1] and name.rpartition(".correction.")[0] not in layers:
-            raise ValueError(f"{name} corrects a layer that is not reprogrammed.")
+        owner, part = name.removesuffix(f".{key}"), key.rpartition(".")[0]
+        if part and owner not in layers:
+            raise ValueError(f"{name} is a part of a layer that is not reprogrammed.")
         if not tensor.is_floating_point() or tensor.ndim != 1 or not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} does not hold one finite number per channel.")
         if name.endswith(".running_var") and bool((tensor < 0).any()):
             raise ValueError(f"{name} holds variances below 0.")
+        if name.endswith(".units.distance") and bool((tensor <= 0).any()):
+            raise ValueError(f"{name} holds distances that are not above 0.")
 
 
 def _install(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Put corrections and statistics into a freshly reprogrammed model."""
+    """Put what calibration fitted into a freshly reprogrammed model."""
     layers = reprogrammed_layers(model)
     modules = dict(model.named_modules())
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
-        layer = layers.get(owner.removesuffix(".correction"))
-        if layer is not None and owner.endswith(".correction"):
-            target = (layer.correction or layer.add_correction())._buffers.get(key)
+        above, _, part = owner.rpartition(".")
+        if part in PARTS and above in layers:
+            fitted = layers[above].parts().get(part) or layers[above].add_part(part)
+            target = fitted._buffers.get(key)
         else:
             target = modules[owner]._buffers.get(key) if owner in modules else None
         if target is None or target.shape != tensor.shape or target.dtype != tensor.dtype:

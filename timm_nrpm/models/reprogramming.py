@@ -181,10 +181,10 @@ def _restore_(model: Model, kept: bool = False) -> Model:
 
 
 def uncalibrate_(model: nn.Module) -> None:
-    """Undo `calibrate_`: bring back the plain model's BatchNorm statistics, and remove all corrections."""
+    """Undo `calibrate_`: bring back the plain model's BatchNorm statistics, and remove all parts that it fitted."""
     bring_back_(model)
     for layer in reprogrammed_layers(model).values():
-        layer.drop_correction()
+        layer.keep_parts(())
     record_of(model).statistics = ()
 
 

@@ -192,12 +192,11 @@ def _save_timm_files(model: nn.Module, plain: nn.Module, folder: Path, full: boo
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a variant adds to its base, by name: lambdas, corrections, changed statistics."""
+    """The tensors that a variant adds to its base, by name: lambdas, what calibration fitted, changed statistics."""
     tensors: dict[str, Tensor] = {}
     for name, layer in reprogrammed_layers(model).items():
         tensors[f"{name}.lam"] = layer.lam.detach().float().clamp(0, 1)
-        if layer.correction is not None:
-            tensors[f"{name}.correction.gain"] = layer.correction.gain
-            tensors[f"{name}.correction.offset"] = layer.correction.offset
+        for part, fitted in layer.parts().items():
+            tensors |= {f"{name}.{part}.{key}": buffer for key, buffer in fitted.named_buffers()}
     tensors |= moved(model)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

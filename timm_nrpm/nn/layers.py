@@ -6,7 +6,7 @@ with the same Parameters, hooks, device and training mode, and restoring its cla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 
 from timm_nrpm.config import Estimator, NRPMConfig
-from timm_nrpm.nn.functional import is_plain, is_readable, mixed_conv2d, mixed_linear, padded
+from timm_nrpm.nn.fitted import Correction, StandardUnits, load_keeping
+from timm_nrpm.nn.functional import Convolution, is_plain, mixed_conv2d, mixed_linear, padded
 
 
 class _Clamp(torch.autograd.Function):
@@ -37,21 +38,6 @@ class _Clamp(torch.autograd.Function):
         return grad.masked_fill(((lam >= 1) & (grad < 0)) | ((lam <= 0) & (grad > 0)), 0.0)
 
 
-def _load_keeping(
-    load: Callable[..., None],
-    names: tuple[str, ...],
-    state: Any,
-    prefix: str,
-    metadata: Any,
-    strict: Any,
-    missing: Any,
-    *rest: Any,
-) -> None:
-    """Load a state, and keep the values of those `names` that it lacks, as a checkpoint of the plain model does."""
-    load(state, prefix, metadata, strict, missing, *rest)
-    missing[:] = [key for key in missing if key not in {prefix + name for name in names}]
-
-
 class _StraightThrough(torch.autograd.Function):
     """The value of the first argument with the gradient of the second."""
 
@@ -64,45 +50,19 @@ class _StraightThrough(torch.autograd.Function):
         return None, grad
 
 
-class Correction(nn.Module):
-    """A gain and an offset for every output, which calibration fits: `gain * z + offset`.
-
-    Args:
-        like: Tensor whose first dimension counts the outputs, and whose device and dtype the correction takes.
-        channel: Dimension of the outputs in `z`, counted from the end (-1 is the last).
-    """
-
-    gain: Tensor
-    offset: Tensor
-
-    def __init__(self, like: Tensor, channel: int) -> None:
-        super().__init__()
-        self.channel = channel
-        self.register_buffer("gain", like.new_ones(len(like)))
-        self.register_buffer("offset", like.new_zeros(len(like)))
-
-    def forward(self, z: Tensor, lam: Tensor) -> Tensor:
-        """`z` corrected, or `z` itself where `lam` is 1; the device chooses, since a graph cannot branch on a value."""
-        gain, offset = self.gain, self.offset
-        if not is_readable(lam):
-            gain, offset = torch.where(lam < 1, gain, 1), torch.where(lam < 1, offset, 0)
-        elif lam >= 1:
-            return z
-        shape = (-1, *[1] * (-self.channel - 1))
-        return torch.addcmul(offset.to(z.dtype).view(shape), gain.to(z.dtype).view(shape), z)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        _load_keeping(super()._load_from_state_dict, ("gain", "offset"), state_dict, prefix, *rest)
+PARTS = ("correction", "units")
+"""Names of the parts of a reprogrammed layer that calibration fits."""
 
 
 class Reprogrammed(nn.Module):
-    """What a reprogrammed layer adds to its original class: lambda, the settings and a correction.
+    """What a reprogrammed layer adds to its original class: lambda, the settings, and what calibration fits.
 
     Attributes:
         lam: Lambda, a Parameter with no dimensions. The layer uses its value clamped to [0, 1], which is also the one
             that :func:`timm_nrpm.lambdas` reports. It takes a gradient if `config.learnable`.
         config: Settings of the estimate; its `lam` and `layers` describe the model, not this layer.
-        correction: Correction of the sum before the bias, fitted by calibration; None without calibration.
+        correction: Correction of the sum before the bias, fitted by calibration; None without one.
+        units: Units in which the products are estimated, fitted by calibration; None for those of the products.
         linear_backward: Whether the gradient goes through the linear map alone, past the estimate, as an attack may
             need, since the estimate's own gradient is steep and erratic (backward pass differentiable approximation,
             arXiv 1802.00420, section 4.1).
@@ -112,6 +72,7 @@ class Reprogrammed(nn.Module):
     lam: nn.Parameter
     config: NRPMConfig
     correction: Correction | None
+    units: StandardUnits | None
     linear_backward: bool = False
     channel: int
 
@@ -144,16 +105,35 @@ class Reprogrammed(nn.Module):
             z = self.correction(z, self.lam)
         return z if bias is None else z + bias.to(z.dtype).view(-1, *[1] * (-self.channel - 1))
 
-    def add_correction(self) -> Correction:
-        """Add a correction that does not change anything yet, and return it."""
-        self.correction = Correction(self.get_parameter("weight").detach(), self.channel)
-        return self.correction
+    def add_part(self, name: str) -> nn.Module:
+        """Add one of the parts that calibration fits, which does not change anything yet, and return it."""
+        like = self.get_parameter("weight").detach()
+        part = Correction(like, self.channel) if name == "correction" else self._new_units(like)
+        setattr(self, name, part)
+        return part
 
-    def drop_correction(self) -> None:
-        # Assigning None to a child would keep its name, which `repr` would show.
-        if self.correction is not None:
-            del self.correction
-            self.correction = None
+    def _new_units(self, like: Tensor) -> StandardUnits:
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts that calibration has fitted, by the names of their attributes."""
+        return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
+
+    def keep_parts(self, names: Iterable[str]) -> None:
+        """Have these parts and no others; one that is there already stays as it is."""
+        wanted = set(names)
+        for name in PARTS:
+            has = getattr(self, name) is not None
+            if name in wanted and not has:
+                self.add_part(name)
+            elif name not in wanted and has:
+                delattr(self, name)  # assigning None to a child would keep its name, which `repr` would show
+                setattr(self, name, None)
+
+    def factors(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of every product: inputs `[B, L, G, D]`, at L positions for G groups of outputs, and weights
+        `[G, O / G, D]`."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         c = self.config
@@ -167,13 +147,10 @@ class Reprogrammed(nn.Module):
         if lam is not None and not bool((lam >= 0) & (lam <= 1)):
             rest[-1].append(f"{prefix}lam is {lam.tolist()}, and lambda must be in [0, 1].")
             return
-        # The state of a calibrated model holds corrections; that of another reprogrammed model removes them.
-        corrected = prefix + "correction.gain" in state_dict
-        if corrected and self.correction is None:
-            self.add_correction()
-        elif lam is not None and not corrected:
-            self.drop_correction()
-        _load_keeping(super()._load_from_state_dict, ("lam",), state_dict, prefix, metadata, strict, missing, *rest)
+        # The state of a calibrated model holds such parts; that of another reprogrammed model removes them.
+        held = {name for name in PARTS if any(key.startswith(f"{prefix}{name}.") for key in state_dict)}
+        self.keep_parts(held if lam is not None else held | self.parts().keys())
+        load_keeping(super()._load_from_state_dict, ("lam",), state_dict, prefix, metadata, strict, missing, *rest)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -190,8 +167,21 @@ class NRPMLinear(Reprogrammed, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.is_plain():
             return super().forward(input)
-        z = self.mix(partial(mixed_linear, input, self.weight, None), partial(F.linear, input, self.weight))
+        z = self.mix(partial(self._mixed, input), partial(F.linear, input, self.weight))
         return self.finish(z, self.bias)
+
+    def _mixed(self, x: Tensor, lam: Tensor, estimator: Estimator) -> Tensor:
+        if self.units is None:
+            return mixed_linear(x, self.weight, None, lam, estimator)
+        centre = self.units.centre_like(x)
+        z = mixed_linear(x - centre, self.units.scaled(self.weight), None, lam, estimator)
+        return self.units.back(z, F.linear(centre, self.weight).to(z.dtype))
+
+    def _new_units(self, like: Tensor) -> StandardUnits:
+        return StandardUnits(like, self.in_features, self.channel)
+
+    def factors(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        return input.reshape(len(input), -1, 1, self.in_features), self.weight.unsqueeze(0)
 
 
 class NRPMTimmLinear(NRPMLinear, TimmLinear):
@@ -206,13 +196,36 @@ class NRPMConv2d(Reprogrammed, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if self.is_plain():
             return super().forward(input)
-        x, weight, padding = self.operands(input)
-        batch = x if x.ndim == 4 else x.unsqueeze(0)
-        batch, conv = padded(batch, weight, self.stride, padding, self.dilation, self.groups)
-        operands = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        linear = partial(F.conv2d, batch, weight, None, *operands)
-        z = self.mix(partial(mixed_conv2d, batch, weight, None, conv), linear)
-        return self.finish(z if x.ndim == 4 else z.squeeze(0), self.bias)
+        batch = input if input.ndim == 4 else input.unsqueeze(0)
+        z = self.mix(partial(self._mixed, batch), partial(self._linear, batch))
+        return self.finish(z if input.ndim == 4 else z.squeeze(0), self.bias)
+
+    def _mixed(self, batch: Tensor, lam: Tensor, estimator: Estimator) -> Tensor:
+        if self.units is None:
+            x, weight, conv = self._padded(batch)
+            return mixed_conv2d(x, weight, None, conv, lam, estimator)
+        centre = self.units.centre_like(batch)
+        x, weight, conv = self._padded(batch - centre)  # before padding, since that is no input
+        z = mixed_conv2d(x, self.units.scaled(weight), None, conv, lam, estimator)
+        return self.units.back(z, self._linear(centre.expand(1, -1, *batch.shape[2:])).to(z.dtype))
+
+    def _linear(self, batch: Tensor) -> Tensor:
+        x, weight, conv = self._padded(batch)
+        return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def _padded(self, batch: Tensor) -> tuple[Tensor, Tensor, Convolution]:
+        """Input, weight and geometry of the convolution that the original class computes."""
+        x, weight, padding = self.operands(batch)
+        x, conv = padded(x, weight, self.stride, padding, self.dilation, self.groups)
+        return x, weight, conv
+
+    def _new_units(self, like: Tensor) -> StandardUnits:
+        return StandardUnits(like, self.in_channels, self.channel)
+
+    def factors(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, conv = self._padded(input)
+        columns = F.unfold(x, weight.shape[2:], conv.dilation, conv.padding, conv.stride)  # [B, G * D, L]
+        return columns.unflatten(1, (conv.groups, -1)).movedim(3, 1), weight.flatten(1).unflatten(0, (conv.groups, -1))
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Input, weight and zero padding of the convolution that the original class computes."""
@@ -289,13 +302,13 @@ def reprogram_layer_(module: nn.Module, config: NRPMConfig, lam: float) -> None:
     module.lam = nn.Parameter(
         torch.tensor(lam, dtype=torch.float32, device=weight.device), requires_grad=config.learnable
     )
-    module.correction = None
+    module.correction = module.units = None
 
 
 def restore_layer_(module: Reprogrammed) -> None:
     """Undo `reprogram_layer_`."""
-    module.drop_correction()
-    for name in ("config", "lam", "correction"):
+    module.keep_parts(())
+    for name in ("config", "lam", *PARTS):
         delattr(module, name)
     module.__class__ = next(  # type: ignore[assignment]
         original for original, reprogrammed in REPROGRAMMED.items() if reprogrammed is type(module)

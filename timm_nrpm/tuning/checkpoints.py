@@ -33,6 +33,7 @@ from timm_nrpm.models.downloads import sha256_of
 from timm_nrpm.models.reprogramming import reprogrammed_layers, uncalibrate_
 from timm_nrpm.models.saving import DRAFT
 from timm_nrpm.models.tensors import write_tensors
+from timm_nrpm.nn.layers import PARTS
 
 STATE, TENSORS = "state.json", "state.safetensors"
 
@@ -166,8 +167,7 @@ def install_(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer, state: 
     )
     uncalibrate_(model)
     for name, layer in reprogrammed_layers(model).items():
-        if any(key.endswith(f".{name}.correction.gain") for key in trained):
-            layer.add_correction()
+        layer.keep_parts(part for part in PARTS if any(f".{name}.{part}." in f".{key}" for key in trained))
     set_model_state_dict(wrapped, trained, options=_options(trained=True))
     set_optimizer_state_dict(wrapped, optimizer, moments, options=_options(flat=True))
 
