@@ -159,6 +159,13 @@ def test_from_a_checkpoint_of_timms_to_the_hub_without_python(tmp_path, monkeypa
     x = torch.rand(5, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(variant(x), expected(x))
+    shown(capsys, "calibrate", "--variant", "variant", "--samples", "100", "--standardize", "--output", "units")
+    again = shown(capsys, "calibrate", "--variant", "units", "--samples", "100", "--output", "again")
+    expected = timm_nrpm.calibrate_(expected, images, standardize=True)
+    with torch.no_grad():
+        assert torch.equal(timm_nrpm.from_pretrained(again["variant"])(x), expected(x))
+    assert main(["inspect", "--variant", "units"]) == 0
+    assert "eps 0.001 in standard units, penalty l1" in capsys.readouterr().out
     call = ["evaluate", "--variant", "variant", "--suite", "quick", "--first", "9", "--steps", "2"]
     reports = shown(capsys, *call)["reports"]
     assert [report["data"] for report in reports] == ["digits, test, the first 9"]

@@ -105,6 +105,21 @@ def test_every_trial_is_what_reprogram_calibrate_and_evaluate_give(found, data, 
     assert stale["global"] < found.trials[2].clean_accuracy - 0.2  # calibration was used, and helps
 
 
+def test_a_model_in_standard_units_is_searched_in_them(data, training, tmp_path):
+    model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.7, eps=1.0).eval()
+    options = {"budget": 3, "steps": 1, "layerwise": False, "calibration": training, "resume": tmp_path / "rows.jsonl"}
+    search_lambda(model, data, Threat("Linf", 0.05), **options)
+    calibrate_(model, training, standardize=True)
+    with pytest.raises(ValueError, match="standardize"):
+        search_lambda(model, data, Threat("Linf", 0.05), **options)
+    front = search_lambda(model, data, Threat("Linf", 0.05), **{**options, "resume": None})
+    last = front.trials[-1]
+    reprogram_(model, dataclasses.replace(model.nrpm.config, lam=last.lams))
+    calibrate_(model, training, standardize=True)
+    report = evaluate(model, data, Threat("Linf", 0.05), "quick", steps=1)
+    assert (last.quick, last.clean_accuracy) == (report.worst_case, report.accuracy("clean"))
+
+
 def test_the_plain_model_is_first_and_is_the_restored_one(found, data):
     plain = timm_nrpm.restore_(timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.7)).eval()
     report = evaluate(plain, data, Threat("Linf", 0.1), "quick", steps=2)

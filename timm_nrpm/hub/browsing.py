@@ -39,6 +39,7 @@ class Description:
         base: The model that the variant was made from.
         is_full: Whether the variant holds the weights.
         estimator: Settings of the robust estimate.
+        is_standardized: Whether they count in standard units, see :func:`timm_nrpm.calibrate_`.
         lams: Lambda of every layer.
         statistics: The steps that moved the statistics, as far as they are known.
         reports: The reports behind its card, if they are on this very model.
@@ -50,6 +51,7 @@ class Description:
     base: Base
     is_full: bool
     estimator: Estimator
+    is_standardized: bool
     lams: Mapping[str, float]
     statistics: tuple[Step, ...]
     reports: tuple[RobustnessReport, ...]
@@ -119,6 +121,7 @@ def inspect(
         variant.base,
         variant.is_full,
         variant.config.estimator,
+        variant.is_standardized,
         variant.lams,
         variant.statistics,
         tuple(reports),

@@ -77,6 +77,11 @@ class Variant:
         return TIMM_FILES[1] in self.files
 
     @property
+    def is_standardized(self) -> bool:
+        """Whether layers have standard units, in which the settings then count."""
+        return any(".units." in f".{name}" for name in self.tensors)
+
+    @property
     def lams(self) -> dict[str, float]:
         """Lambda of every reprogrammed layer by name, in the order the model calls them."""
         assert isinstance(self.config.lam, dict)

@@ -144,7 +144,8 @@ class Checkpoints:
 
 
 def collect(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Everything that training changes: parameters that train, buffers, the optimizer's state, and corrections.
+    """Everything that training changes: parameters that train, buffers, those that calibration fitted among them, and
+    the optimizer's state.
 
     Args:
         model: The reprogrammed model.
