@@ -71,7 +71,8 @@ PENALTIES: dict[str, NRPMConfig] = {
     "MCP": NRPMConfig(penalty="mcp"),
 }
 STANDARD: dict[str, NRPMConfig] = {
-    f"the package's L1 in standard units, eps {eps:g}": NRPMConfig(eps=eps) for eps in (0.3, 0.6, 1.0, 2.0)
+    f"the package's L1 in standard units, eps {eps:g}": NRPMConfig(eps=eps, standardize=True)
+    for eps in (0.3, 0.6, 1.0, 2.0)
 }
 PLACES = ("first", "all")
 LAMS = (0.8, 0.4)
@@ -106,8 +107,7 @@ class Candidate:
         if self.estimate in HELD:
             return with_sums_(deepcopy(base.model).eval(), images, names, HELD[self.estimate], self.lam).eval()
         config = replace((PENALTIES | STANDARD)[self.estimate], lam=self.lam, layers=tuple(names))
-        model = reprogram_(deepcopy(base.model), config)
-        return calibrate_(model, [images], standardize=self.estimate in STANDARD).eval()
+        return calibrate_(reprogram_(deepcopy(base.model), config), [images]).eval()
 
 
 def candidates(base: str) -> Iterator[Candidate]:

@@ -22,7 +22,6 @@ Lambdas: TypeAlias = float | Sequence[float] | Mapping[str, float]
 LayerSelection: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bool] | None"
 """``None`` (every supported layer), a glob, several globs, ``"first:N"``, or ``f(name, module) -> bool``."""
 
-
 NORMS = ("Linf", "L2", "L1", "L0", "patch")
 TUNED_NORMS = NORMS[:3]
 """Norms of the attacks that models are tuned under."""
@@ -70,10 +69,14 @@ class NRPMConfig:
         layers: Layers to reprogram, see :data:`LayerSelection`. Globs match the names in `model.named_modules()`;
             ``"first:4"`` takes the first four convolutional or linear layers in the order in which the model calls
             them.
-        delta: Width of the quadratic zone of the Huber penalties, in units of one product.
-        gamma: Distance beyond which the MCP penalties are constant, in units of one product; must be above `delta` for
+        delta: Width of the quadratic zone of the Huber penalties, in the same units as `eps`.
+        gamma: Distance beyond which the MCP penalties are constant, in the same units; must be above `delta` for
             `"huber-mcp"`.
         learnable: Whether lambda takes gradients (paradigms 2 and 3) or is frozen (paradigm 1).
+        standardize: Whether the estimate is in standard units: of the products of inputs less the mean of their
+            channel, with `eps`, `delta` and `gamma` in the mean distance of an output's products to their mean, so that
+            an eps of 0.3 to 2 suits every layer. :func:`timm_nrpm.calibrate_` takes them from images, and the model
+            cannot be called before. The paper has no such units.
 
     Raises:
         ValueError: A value is outside its range; the message names the range.
@@ -93,6 +96,7 @@ class NRPMConfig:
     delta: float = 3.0
     gamma: float = 4.0
     learnable: bool = False
+    standardize: bool = False
 
     def __post_init__(self) -> None:
         lam: Any = self.lam
@@ -115,6 +119,8 @@ class NRPMConfig:
                 f'layers={shown(self.layers)} is not understood: give a pattern like "layer1.*", several in a list, '
                 '"first:4", or a function of name and module.'
             )
+        if not (isinstance(self.learnable, bool) and isinstance(self.standardize, bool)):
+            raise ValueError(f"learnable={self.learnable!r} and standardize={self.standardize!r} are True or False.")
         settings = check_estimator(self.iterations, self.eps, self.penalty, self.delta, self.gamma)
         for name, value in settings._asdict().items():
             object.__setattr__(self, name, value)

@@ -139,6 +139,29 @@ def test_adapted_like_in_python(tmp_path, monkeypatch, capsys):
     assert re.search(r"--prior -3(\.0)? is not allowed: give a number >= 0 of images", capsys.readouterr().err)
 
 
+def test_standard_units_without_python(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    standard = ("--lam", "0.5", "--estimator-eps", "0.6", "--standardize")
+    shown(capsys, "create", *standard)
+    measure = ("--suite", "quick", "--first", "9", "--steps", "2", "--no-control")
+    for call in (["evaluate", "--variant", "variant"], ["evaluate", *standard, "--calibrate", "0"]):
+        assert main([*call, *measure, "--output", call[1].strip("-")]) == 2
+        assert "call timm-nrpm calibrate, which takes them from images" in capsys.readouterr().err
+    shown(capsys, "calibrate", "--variant", "variant", "--samples", "100")
+    expected = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.5, eps=0.6, standardize=True).eval()
+    images = timm_nrpm.loaders.pixel_loader("digits", split="train", model=expected, batch_size=100, samples=100)
+    timm_nrpm.calibrate_(expected, images)
+    x = torch.rand(5, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(timm_nrpm.from_pretrained("variant")(x), expected(x))
+    assert main(["inspect", "--variant", "variant"]) == 0
+    assert "eps 0.6 in standard units, penalty l1" in capsys.readouterr().out
+    shown(capsys, "evaluate", "--variant", "variant", *measure)
+    calls = ["search", "--variant", "variant", "--budget", "2", "--one-lambda", "--samples", "20", "--calibrate", "60"]
+    shown(capsys, *calls, "--steps", "1", "--output", "found")
+    assert timm_nrpm.from_pretrained("found/variant").nrpm.config.standardize
+
+
 def test_from_a_checkpoint_of_timms_to_the_hub_without_python(tmp_path, monkeypatch, capsys):
     """Made, calibrated, evaluated and pushed; the weights, which have no public name, are in the variant."""
     monkeypatch.chdir(tmp_path)
@@ -159,13 +182,6 @@ def test_from_a_checkpoint_of_timms_to_the_hub_without_python(tmp_path, monkeypa
     x = torch.rand(5, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(variant(x), expected(x))
-    shown(capsys, "calibrate", "--variant", "variant", "--samples", "100", "--standardize", "--output", "units")
-    again = shown(capsys, "calibrate", "--variant", "units", "--samples", "100", "--output", "again")
-    expected = timm_nrpm.calibrate_(expected, images, standardize=True)
-    with torch.no_grad():
-        assert torch.equal(timm_nrpm.from_pretrained(again["variant"])(x), expected(x))
-    assert main(["inspect", "--variant", "units"]) == 0
-    assert "eps 0.001 in standard units, penalty l1" in capsys.readouterr().out
     call = ["evaluate", "--variant", "variant", "--suite", "quick", "--first", "9", "--steps", "2"]
     reports = shown(capsys, *call)["reports"]
     assert [report["data"] for report in reports] == ["digits, test, the first 9"]

@@ -107,15 +107,17 @@ def test_every_trial_is_what_reprogram_calibrate_and_evaluate_give(found, data, 
 
 def test_a_model_in_standard_units_is_searched_in_them(data, training, tmp_path):
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.7, eps=1.0).eval()
-    options = {"budget": 3, "steps": 1, "layerwise": False, "calibration": training, "resume": tmp_path / "rows.jsonl"}
-    search_lambda(model, data, Threat("Linf", 0.05), **options)
-    calibrate_(model, training, standardize=True)
-    with pytest.raises(ValueError, match="standardize"):
+    options = {"budget": 3, "steps": 1, "layerwise": False, "resume": tmp_path / "rows.jsonl"}
+    search_lambda(model, data, Threat("Linf", 0.05), calibration=training, **options)
+    reprogram_(model, dataclasses.replace(model.nrpm.config, standardize=True))
+    with pytest.raises(ValueError, match="standardize"):  # the file holds a search in other units
+        search_lambda(model, data, Threat("Linf", 0.05), calibration=training, **options)
+    options["resume"] = None
+    with pytest.raises(ValueError, match="give calibration="):
         search_lambda(model, data, Threat("Linf", 0.05), **options)
-    front = search_lambda(model, data, Threat("Linf", 0.05), **{**options, "resume": None})
-    last = front.trials[-1]
+    last = search_lambda(model, data, Threat("Linf", 0.05), calibration=training, **options).trials[-1]
     reprogram_(model, dataclasses.replace(model.nrpm.config, lam=last.lams))
-    calibrate_(model, training, standardize=True)
+    calibrate_(model, training)
     report = evaluate(model, data, Threat("Linf", 0.05), "quick", steps=1)
     assert (last.quick, last.clean_accuracy) == (report.worst_case, report.accuracy("clean"))
 

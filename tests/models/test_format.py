@@ -97,7 +97,14 @@ def read(folder, base=None):
     check(set(config) - {"statistics"} == KEYS and set(config["base"]) == BASE, "keys")
     steps = config.get("statistics", [])
     check(all(set(step) == STEP and HOW[step["kind"]].count(step["how"]) == 1 for step in steps), "statistics")
-    check(set(config["settings"]) == ESTIMATE | {"learnable"}, "settings")
+    check(set(config["settings"]) - {"standardize"} == ESTIMATE | {"learnable"}, "settings")
+    check(config["settings"].get("standardize", True) is True, "settings")
+    standardize = "standardize" in config["settings"]
+    check(
+        standardize
+        or not any(".units." in name for name in safetensors.numpy.load((folder / "nrpm.safetensors").read_bytes())),
+        "units that were not asked for",
+    )
     check({"nrpm.safetensors"} <= names <= FILES, "files")
     check(0 < len(set(layers)) == len(layers), "layers")
     files = {name: (folder / name).read_bytes() for name in names}
@@ -179,6 +186,7 @@ def compute(x, config, state, layer, stride=1, padding=0, groups=1):
 HALVES = {"stride": 2, "padding": 1}
 NETWORK = {"0": HALVES, "1": {"groups": 2}, "3": {}}
 SETTINGS = {"iterations": 2, "eps": 0.01, "penalty": "l1", "delta": 0.05, "gamma": 0.2, "learnable": False}
+SETTINGS |= {"standardize": True}
 
 
 def state_of(model):
@@ -210,8 +218,8 @@ def reprogrammed_network(standardize=False):
     base = network()
     model = network()
     model.load_state_dict(base.state_dict())
-    reprogram_(model, NRPMConfig(lam={"0": 0.0, "1": 0.5, "3": 1.0}, eps=0.01))
-    return calibrate_(model, [torch.rand(32, 3, 8, 8)], standardize=standardize), base
+    reprogram_(model, NRPMConfig(lam={"0": 0.0, "1": 0.5, "3": 1.0}, eps=0.01, standardize=standardize))
+    return calibrate_(model, [torch.rand(32, 3, 8, 8)]), base
 
 
 def written(folder, lam=0.3, drop=(), add=None, **settings):
@@ -222,7 +230,7 @@ def written(folder, lam=0.3, drop=(), add=None, **settings):
         tensors[f"{name}.lam"] = np.array(lam, np.float32)
         tensors[f"{name}.correction.gain"] = torch.empty(outputs).uniform_(0.5, 2).numpy()
         tensors[f"{name}.correction.offset"] = torch.randn(outputs).numpy()
-        if name != "0":
+        if "standardize" in {**SETTINGS, **settings}:
             inputs = base.get_submodule(name).weight.shape[1] * GROUPS.get(name, 1)
             tensors[f"{name}.units.centre"] = torch.randn(inputs).numpy()
             tensors[f"{name}.units.distance"] = torch.empty(outputs).uniform_(0.5, 2).numpy()

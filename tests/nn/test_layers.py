@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import timm.layers as timm_layers
@@ -7,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from timm_nrpm import NRPMConfig, calibrate_, functional, lambdas, reprogram_, restore_
+from timm_nrpm.nn.fitted import Correction, StandardUnits
 from timm_nrpm.nn.layers import REPROGRAMMED, Reprogrammed
 
 LAYERS = {
@@ -54,7 +56,8 @@ def test_the_layer_reads_the_same_numbers_as_the_plain_one(make, shape):
 
 def with_units(layer, distance=None):
     """A reprogrammed layer in units that no calibration would give."""
-    units = layer.add_part("units")
+    layer.config = dataclasses.replace(layer.config, standardize=True)
+    units = layer.add_part(StandardUnits)
     units.centre.uniform_(-1.0, 1.0)
     units.distance.uniform_(0.5, 2.0) if distance is None else units.distance.fill_(distance)
     return layer
@@ -78,7 +81,7 @@ def test_linear_backward_keeps_the_values_and_has_the_gradient_of_the_linear_map
     plain = copy.deepcopy(layer)
     reprogram_(layer, NRPMConfig(lam=0.4, iterations=2, eps=0.1))
     if corrected:
-        correction = layer.add_part("correction")
+        correction = layer.add_part(Correction)
         correction.gain.uniform_(0.5, 2.0)
         correction.offset.uniform_(-1.0, 1.0)
         with_units(layer)
@@ -103,21 +106,57 @@ def test_units_are_another_origin_and_another_eps(make, shape):
     plain = copy.deepcopy(layer)
     with_units(reprogram_(layer, NRPMConfig(lam=0.3, eps=0.1)), distance=2.0)
     other = reprogram_(copy.deepcopy(plain), NRPMConfig(lam=0.3, eps=0.2))
-    centre = layer.units.centre_like(x).expand_as(x)
+    centre = layer.units.along(layer.units.centre, x.dtype).expand_as(x)
     bias = 0 if plain.bias is None else plain.bias.view(-1, *[1] * (-layer.channel - 1))
     torch.testing.assert_close(layer(x), other(x - centre) + plain(centre) - bias)
 
 
 def test_a_state_brings_what_was_fitted_and_a_plain_one_leaves_it():
     layer = with_units(reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5)))
-    layer.add_part("correction").gain.fill_(2.0)
-    other, x = reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5)), torch.randn(4, 6)
+    layer.add_part(Correction).gain.fill_(2.0)
+    other, x = reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5, standardize=True)), torch.randn(4, 6)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
     other.load_state_dict(nn.Linear(6, 3).state_dict())
     assert sorted(other.parts()) == ["correction", "units"]
     other.load_state_dict(reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5)).state_dict())
     assert not other.parts()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"units.centre": None}, "units.distance"),
+        ({"correction.gain": None}, "correction.offset"),
+        ({"units.distance": torch.tensor([1.0, 0.0, 1.0])}, "not above 0"),
+    ],
+)
+def test_a_state_with_half_a_part_is_refused(change, message):
+    layer = with_units(reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5)))
+    layer.add_part(Correction)
+    state = {k: v for k, v in {**layer.state_dict(), **change}.items() if v is not None}
+    other = reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5, standardize=True))
+    with pytest.raises(RuntimeError, match=message):
+        other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="units"):  # which were not asked for
+        reprogram_(nn.Linear(6, 3), NRPMConfig(lam=0.5)).load_state_dict(layer.state_dict())
+
+
+@layers
+def test_units_keep_the_precision_of_float32_in_half_precision(make, shape):
+    """Also where products are tiny: of a distance that no half can divide by."""
+    layer, x = make(), torch.randn(shape)
+    with_units(reprogram_(layer, NRPMConfig(lam=0.3, eps=0.5)))
+    layer.units.distance[0] = 1e-7
+    want = layer(x)
+    scale = want.detach().abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    assert got.dtype == torch.bfloat16
+    assert (got - want).abs().max() < 5e-3 * scale  # one rounding at the end
+    half = copy.deepcopy(layer).half()
+    half.units.distance.clamp_(min=torch.finfo(torch.half).tiny)
+    assert bool(half(x.half()).isfinite().all())
 
 
 def test_the_robust_part_is_the_functional():

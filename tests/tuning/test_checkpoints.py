@@ -5,6 +5,7 @@ from torch import nn
 import timm_nrpm
 from timm_nrpm import NRPMConfig
 from timm_nrpm.errors import CheckpointWarning
+from timm_nrpm.nn.fitted import Correction, StandardUnits
 from timm_nrpm.tuning.checkpoints import Checkpoints, collect, install_
 
 
@@ -70,14 +71,15 @@ def test_drafts_of_a_killed_process_are_swept(tmp_path):
 
 def test_what_calibration_fitted_comes_back():
     def network():
-        return timm_nrpm.reprogram_(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), NRPMConfig(lam=0.5))
+        layers = nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)
+        return timm_nrpm.reprogram_(nn.Sequential(*layers), NRPMConfig(lam={"0": 0.5, "2": 1.0}, standardize=True))
 
     images = torch.rand(32, 1, 1, 6)
     model, other = (nn.Sequential(nn.Flatten(), network()) for _ in range(2))
-    units = model[1][0].add_part("units")
+    units = model[1][0].add_part(StandardUnits)
     units.distance.fill_(2.0)
-    model[1][2].add_part("correction").gain.fill_(3.0)
-    other[1][2].add_part("units")  # which the checkpoint does not have
+    model[1][2].add_part(Correction).gain.fill_(3.0)
+    other[1][2].add_part(StandardUnits)  # which the checkpoint does not have
     state = collect(model[1], model, torch.optim.SGD(model.parameters(), 0.1))
     install_(other[1], other, torch.optim.SGD(other.parameters(), 0.1), state)
     assert [sorted(layer.parts()) for layer in (other[1][0], other[1][2])] == [["units"], ["correction"]]

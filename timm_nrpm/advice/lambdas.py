@@ -43,8 +43,8 @@ def _standard_units(study: Study) -> Candidates:
     for layers, (lam, values) in STANDARD.items():
         where = "all layers" if layers is None else layers
         for eps in values:
-            config = NRPMConfig(lam, eps=eps, layers=layers)
-            yield _candidate(study, f"lambda {lam:g}, eps {eps:g} in {where}", config, standardize=True)
+            config = NRPMConfig(lam, eps=eps, layers=layers, standardize=True)
+            yield _candidate(study, f"lambda {lam:g}, eps {eps:g} in {where}", config)
 
 
 def _one_lambda(study: Study) -> Candidates:
@@ -83,19 +83,15 @@ def _by_layer(study: Study) -> Candidates:
     yield Candidate("searched under quick attacks", make, seconds=seconds)
 
 
-def _candidate(study: Study, setting: str, config: NRPMConfig, standardize: bool = False) -> Candidate:
+def _candidate(study: Study, setting: str, config: NRPMConfig) -> Candidate:
     """A candidate with this config; against a shift it is adapted too, since stale statistics are most of the loss."""
-
-    def make() -> nn.Module:
-        return study.fresh(config, standardize)
-
     if not (isinstance(study.danger, Shift) and norms_of(study.model)):
-        return Candidate(setting, make, seconds=study.fresh_seconds(config))
+        return Candidate(setting, lambda: study.fresh(config), seconds=study.fresh_seconds(config))
     shifted, clean = (lambda: study.shifted("selection")), (lambda: study.parts["selection"].pixels)
     return Candidate(
         f"{setting}, adapted",
-        lambda: adapted(study, make, shifted(), "auto"),
-        lambda: adapted(study, make, clean(), "auto"),
+        lambda: adapted(study, lambda: study.fresh(config), shifted(), "auto"),
+        lambda: adapted(study, lambda: study.fresh(config), clean(), "auto"),
         control=name_of("auto"),
         seconds=study.fresh_seconds(config),
     )

@@ -8,7 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -135,21 +135,21 @@ class Study:
         self.quick_seconds = 0.0  # of the last quick attacks
         self._reports: dict[str, RobustnessReport] = {}
         self._shifted: dict[str, Tensor] = {}
-        self._last: tuple[NRPMConfig, bool, nn.Module] | None = None  # the last model that was calibrated
+        self._last: tuple[NRPMConfig, nn.Module] | None = None  # of the last model that was calibrated
 
-    def fresh(self, config: NRPMConfig | None = None, standardize: bool = False) -> nn.Module:
-        """A copy of the model; if a config is given, reprogrammed anew and calibrated, in standard units or not."""
+    def fresh(self, config: NRPMConfig | None = None) -> nn.Module:
+        """A copy of the model, reprogrammed anew and calibrated if a config is given."""
         if config is None:
             return copied(self.model).eval()
-        if self._last is None or self._last[:2] != (config, standardize):
+        if self._last is None or self._last[0] != config:
             model = reprogram_(copied(self.model), config)
-            calibrate_(model, self.calibration, standardize=standardize, mean=self.mean, std=self.std)
-            self._last = config, standardize, model.eval()
-        return copied(self._last[2])
+            self._last = config, calibrate_(model, self.calibration, mean=self.mean, std=self.std).eval()
+        return copied(self._last[1])
 
     def fresh_seconds(self, config: NRPMConfig) -> float:
         """Expected time of calibrating a reprogrammed model and of running it on the images of the selection."""
         images = sum(map(len, self.calibration)) + 3 * len(self.parts["selection"].labels)
+        config = replace(config, standardize=False)  # as fast, and needs no calibration
         return self.forward_seconds(reprogram_(copied(self.model), config)) * images
 
     def forward_seconds(self, model: nn.Module) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from timm_nrpm.attacks.library import gradient_source
-from timm_nrpm.models.calibration import calibrate_, is_standardized, plain_of
+from timm_nrpm.models.calibration import calibrate_, plain_of
 from timm_nrpm.models.reprogramming import lambdas, plain_copy, record_of, reprogram_, reprogrammed_layers
 from timm_nrpm.nn.pixel_model import PixelModel, alike
 from timm_nrpm.nn.wrappers import subject_of, unwrapped
@@ -107,6 +107,6 @@ def sources_of(
             iterations=surrogate.iterations or config.iterations,
         )
         net = alike(reprogram_(plain_copy(plain.model), setting), own)
-        calibrate_(net.model, calibration, standardize=is_standardized(own.model), **own.normalisation())
+        calibrate_(net.model, calibration, **own.normalisation())
         sources[name] = Source(net)
     return sources

@@ -15,7 +15,6 @@ from timm_nrpm.cli.options import (
     add_images,
     add_model,
     add_output,
-    add_standardize,
     useless_splits,
 )
 from timm_nrpm.cli.terminal import Terminal
@@ -65,7 +64,7 @@ def add_calibrate(commands: Any) -> None:
         "timm-nrpm calibrate --model resnet8_digits --lam 0.8 --samples 200 --output calibrated",
     )
     add_model(parser, 0.8)
-    add_standardize(add_images(parser, 100, "train", 1000))
+    add_images(parser, 100, "train", 1000)
     add_output(parser, "folder of the calibrated variant (default: that of --variant, or variant)")
 
 
@@ -125,8 +124,7 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> None:
 
     output = _output(args)
     model = model_of(args)
-    standardize = args.standardize or None  # a variant that has standard units gets them anew
-    calibrate_(model, chosen_images(args, model), standardize=standardize, progress=terminal.progress)
+    calibrate_(model, chosen_images(args, model), progress=terminal.progress)
     report_variant(output, save_loadable(model, output), model, terminal)
 
 

@@ -23,7 +23,7 @@ SETTINGS = "settings.json"
 
 SAME = (
     *("variant", "model", "image_size", "mean", "std", "lam", "iterations", "estimator_eps", "penalty", "layers"),
-    *("calibrate", "standardize", "training_split", "data", "split", "samples", "first", "batch_size"),
+    *("standardize", "calibrate", "training_split", "data", "split", "samples", "first", "batch_size"),
 )
 """Options that must agree for all results in one folder; weights must agree by their hash."""
 

@@ -164,7 +164,7 @@ def _show(about: Description, terminal: Terminal) -> None:
     revision = f" at {base.revision[:12]}" if base.revision else ""
     terminal.show(f"base: {name}{revision}; {weights}, {held}")
     estimate = about.estimator
-    units = " in standard units" if about.is_standardized else ""
+    units = " in standard units" if about.standardize else ""
     terminal.show(f"estimate: iterations {estimate.iterations}, eps {estimate.eps}{units}, penalty {estimate.penalty}")
     if about.statistics:
         terminal.show(f"statistics: {', then '.join(map(str, about.statistics))}")

@@ -51,6 +51,7 @@ def _new_model(args: argparse.Namespace, arguments: dict[str, Any]) -> nn.Module
                 eps=config.eps,
                 penalty=config.penalty,
                 layers=config.layers,
+                standardize=config.standardize,
                 **arguments,
             )
         plain = create_plain(args.model, pretrained=pretrained, **arguments)
@@ -61,7 +62,8 @@ def _new_model(args: argparse.Namespace, arguments: dict[str, Any]) -> nn.Module
 
 def _config_of(args: argparse.Namespace) -> NRPMConfig:
     layers = args.layers[0] if args.layers and len(args.layers) == 1 else args.layers  # "first:4" stands alone
-    return NRPMConfig(args.lam, args.iterations, args.estimator_eps, args.penalty, layers=layers)
+    lam, eps, standardize = args.lam, args.estimator_eps, args.standardize
+    return NRPMConfig(lam, args.iterations, eps, args.penalty, layers=layers, standardize=standardize)
 
 
 def _arguments_of_timm(args: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +191,7 @@ def calibrate(args: argparse.Namespace, model: nn.Module, terminal: Terminal) ->
     """Calibrate a model that was reprogrammed just now on training images."""
     images = calibration_images(args, model, terminal)
     if images is not None:
-        calibrate_(model, images, standardize=args.standardize, progress=terminal.progress)
+        calibrate_(model, images, progress=terminal.progress)
 
 
 def make_folder(output: Path) -> None:

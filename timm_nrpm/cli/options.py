@@ -111,6 +111,8 @@ def add_model(parser: argparse.ArgumentParser, lam: float, *, plain: bool = Fals
         help="what the estimate adds to every distance, in units of one product (default: 1e-3)",
     )
     model.add_argument("--penalty", default="l1", choices=PENALTIES, help="penalty of the estimate (default: l1)")
+    words = "estimate in standard units, which calibration takes from images: --estimator-eps 0.3 to 2 suits them"
+    model.add_argument("--standardize", action="store_true", help=words)
     model.add_argument(
         "--layers", nargs="+", metavar="GLOB", help="layers to reprogram; or first:N, the first N (default: all)"
     )
@@ -123,7 +125,7 @@ def add_model(parser: argparse.ArgumentParser, lam: float, *, plain: bool = Fals
 def add_plain_model(parser: argparse.ArgumentParser) -> None:
     """Add the options of a model that is given as it is; inside it is one with every lambda at 1."""
     _add_base(parser, "timm's name of the model (default: resnet8_digits, the bundled one)")
-    parser.set_defaults(lam=1.0, iterations=3, estimator_eps=1e-3, penalty="l1", layers=None)
+    parser.set_defaults(lam=1.0, iterations=3, estimator_eps=1e-3, penalty="l1", layers=None, standardize=False)
     parser.set_defaults(variant=None, revision=None, offline=False)
 
 
@@ -145,7 +147,7 @@ def _add_base(parser: argparse.ArgumentParser, bundled: str) -> Any:
 
 MODEL = (
     *("model", "weights", "no_pretrained", "num_classes", "image_size", "mean", "std"),
-    *("lam", "iterations", "estimator_eps", "penalty", "layers"),
+    *("lam", "iterations", "estimator_eps", "penalty", "layers", "standardize"),
 )
 """Options that a variant brings along."""
 
@@ -193,13 +195,6 @@ def add_calibration(data: Any) -> None:
         help="number of training images, at most, that the model is calibrated on first; 0 for none (default: 1000)",
     )
     data.add_argument("--training-split", default="train", metavar="NAME", help="split of those (default: train)")
-    add_standardize(data)
-
-
-def add_standardize(data: Any) -> None:
-    """Add the option of standard units, which calibration fits."""
-    words = "count inputs from their means, and --estimator-eps in the mean distance of an output's products"
-    data.add_argument("--standardize", action="store_true", help=words)
 
 
 def add_threat(group: Any, *, several: bool) -> None:
@@ -293,12 +288,12 @@ USELESS_FOR_IMAGES = (
 
 USELESS_FOR_CALIBRATION = (
     Useless(
-        ("calibrate", "training_split", "standardize"),
+        ("calibrate", "training_split"),
         lambda args: args.variant is not None,
         "{variant} is a variant, which brings its own statistics. Leave them out.",
     ),
     Useless(
-        ("training_split", "standardize"),
+        ("training_split",),
         lambda args: args.calibrate == 0 and args.variant is None and not is_plain(args),
         "--calibrate 0 takes no images.",
     ),
@@ -307,7 +302,7 @@ USELESS_FOR_CALIBRATION = (
 
 USELESS_FOR_PLAIN = (
     Useless(
-        ("iterations", "estimator_eps", "penalty", "layers", "calibrate", "training_split", "standardize"),
+        ("iterations", "estimator_eps", "penalty", "layers", "standardize", "calibrate", "training_split"),
         is_plain,
         "with --lam none the model is plain. Leave them out, or give a number.",
     ),
@@ -340,6 +335,7 @@ NAMES = {
     "name": "--data",
     "input_size": "--image-size",
     "local_files_only": "--offline",
+    "timm_nrpm.calibrate_(model, images)": "timm-nrpm calibrate",
     "a folder that save_pretrained wrote": "the folder of a variant, or owner/name on the Hub",
     "Build that model and give it as base=.": "Save it with its weights: save_pretrained(model, folder, full=True).",
     "(C, H, W)": "H W",

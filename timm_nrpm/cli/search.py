@@ -20,7 +20,7 @@ USELESS = (
         lambda args: args.variant is None,
         "lambda is what is searched for. Give --layers to choose the layers it is searched for.",
     ),
-    Useless(("training_split", "standardize"), lambda args: args.calibrate == 0, "--calibrate 0 takes no images."),
+    Useless(("training_split",), lambda args: args.calibrate == 0, "--calibrate 0 takes no images."),
 )
 
 NAMES = {
@@ -82,8 +82,6 @@ def _search(args: argparse.Namespace, terminal: Terminal) -> None:
     if args.calibrate:
         with called(split="--training-split", samples="--calibrate"):
             calibration = inputs.images_of(args, model, args.training_split, at_most=args.calibrate)
-    if args.standardize and calibration is not None:
-        calibrate_(model, calibration, standardize=True)  # then every setting that is tried gets standard units
     front = search_lambda(
         model,
         loader,
@@ -102,7 +100,7 @@ def _search(args: argparse.Namespace, terminal: Terminal) -> None:
     picture = plot(front, args.output / "front.png")
     reprogram_(model, replace(record_of(model).config, lam=front.best.lams))
     if calibration is not None:
-        calibrate_(model, calibration, standardize=args.standardize)
+        calibrate_(model, calibration)
     save_loadable(model, args.output / "variant")
     terminal.show(str(front))
     terminal.show(f"Written: {file}, {picture}, {args.output / 'variant'}")

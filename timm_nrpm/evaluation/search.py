@@ -20,7 +20,7 @@ from timm_nrpm.evaluation.proposals import optuna_module, settings
 from timm_nrpm.jobs.journal import Journal, digest_of
 from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.base import weights_sha256
-from timm_nrpm.models.calibration import calibrate_, is_standardized, plain_of
+from timm_nrpm.models.calibration import calibrate_, plain_of
 from timm_nrpm.models.reprogramming import plain_copy, record_of, reprogrammed_layers, uncalibrate_
 from timm_nrpm.nn.wrappers import Subject, copied, subject_of
 
@@ -57,14 +57,13 @@ def search_lambda(
     The model itself is not changed. To apply the result, and then calibrate anew:
 
         reprogram_(model, dataclasses.replace(model.nrpm.config, lam=front.best.lams))
-        calibrate_(model, calibration)  # with standardize=True if the model had standard units
+        calibrate_(model, calibration)
 
     The best of many settings owes part of its result to luck, on these images and with this random start of PGD. To
     measure what it is worth, `evaluate` it beside the plain model on other images and with another seed.
 
     Args:
-        model: A reprogrammed model; its lambdas and its calibration do not matter, but for whether it has standard
-            units, which every setting then gets too.
+        model: A reprogrammed model; its lambdas and its calibration do not matter.
         loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, the same in each pass.
         threat: What an attacker may change; the default is Linf with eps 8/255.
         budget: Number of settings to try, the plain model included. A setting costs one `evaluate` and, with
@@ -73,7 +72,7 @@ def search_lambda(
         bound: Largest loss of clean accuracy, in points of the plain model's on the same images.
         calibration: Batches of pixels `[B, C, H, W]` in [0, 1], or tuples that start with such a batch, as those of a
             training loader. Every setting is calibrated on them before it is evaluated, since other lambdas make
-            statistics stale. By default no setting is calibrated.
+            statistics stale. By default no setting is calibrated, which `standardize=True` does not allow.
         steps: Number of steps of PGD.
         seed: Seed of PGD's random start and of the search; the same seed gives the same trials.
         mean, std: The model's normalisation, the same as in :func:`timm_nrpm.evaluate`.
@@ -82,9 +81,9 @@ def search_lambda(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: The model is not reprogrammed, a setting is outside its range, `resume` holds another search, the
-            loader is empty, gives its images only once or gives other images in each pass, pixels are outside [0, 1],
-            or labels are not classes of the model.
+        ValueError: The model is not reprogrammed, it needs a calibration and has none, a setting is outside its range,
+            `resume` holds another search, the loader is empty, gives its images only once or gives other images in each
+            pass, pixels are outside [0, 1], or labels are not classes of the model.
         ImportError: Optuna is not installed.
 
     Example:
@@ -98,9 +97,10 @@ def search_lambda(
     budget = check_integer("budget", budget, least=2, why=" (the plain model is the first)")
     bound = check_number("bound", bound, least=0, most=100, why=" of points")
     steps, seed = check_integer("steps", steps, least=1), check_integer("seed", seed, least=0)
-    record_of(model)
+    if record_of(model).config.standardize and calibration is None:
+        raise ValueError("The model has standardize=True, whose units are taken from images: give calibration=.")
     subject = subject_of(model, mean, std)
-    work, standardize = _working_copy(subject.model), is_standardized(subject.model)
+    work = _working_copy(subject.model)
     layers = reprogrammed_layers(work)
     layerwise = layerwise and len(layers) > 1
     optuna = optuna_module() if layerwise else None
@@ -110,7 +110,7 @@ def search_lambda(
     plain = plain_of(net, images if statistics is None else statistics).eval()
     share = min(MOST_GLOBAL, max(1, (budget - 1) // 3)) if layerwise else budget - 1
     trials: list[Candidate] = []
-    journal = _journal(resume, work, images, statistics, standardize, threat, bound, layerwise, steps, seed)
+    journal = _journal(resume, work, images, statistics, threat, bound, layerwise, steps, seed)
     with progress_bar(progress, counted=True) as bar:
         task = bar.add_task("Searching lambda", total=budget)
         for kind, lams in settings(list(layers), trials, share, bound, seed, optuna):
@@ -119,7 +119,7 @@ def search_lambda(
                     for name, layer in layers.items():
                         layer.lam.fill_(lams[name])
                 if statistics is not None and kind != "plain":  # calibration does not change the plain model
-                    calibrate_(work, statistics, standardize=standardize, **net.normalisation())
+                    calibrate_(work, statistics, **net.normalisation())
                 evaluated = plain if kind == "plain" else net
                 report = evaluate(evaluated, images, threat, "quick", steps=steps, seed=seed, control=False)
                 found = Candidate(kind, lams, report.clean, report.worst_case, report.flags)
@@ -138,7 +138,6 @@ def _journal(
     model: nn.Module,
     images: _Images,
     calibration: _Calibration | None,
-    standardize: bool,
     threat: Threat,
     bound: float,
     layerwise: bool,
@@ -153,7 +152,7 @@ def _journal(
         for batch in part:
             pixels, labels = batch if isinstance(batch, tuple) else (batch, torch.zeros(0))
             digest.update(digest_of(pixels, labels).encode())
-    config = {**record_of(model).config.estimator._asdict(), "standardize": standardize}
+    config = record_of(model).config.estimator._asdict() | {"standardize": record_of(model).config.standardize}
     plain = weights_sha256(plain_copy(model).state_dict())
     layers = list(reprogrammed_layers(model))
     asked = {"threat": str(threat), "bound": bound, "layerwise": layerwise, "steps": steps, "seed": seed}

@@ -39,7 +39,7 @@ class Description:
         base: The model that the variant was made from.
         is_full: Whether the variant holds the weights.
         estimator: Settings of the robust estimate.
-        is_standardized: Whether they count in standard units, see :func:`timm_nrpm.calibrate_`.
+        standardize: Whether they count in standard units, see :class:`timm_nrpm.NRPMConfig`.
         lams: Lambda of every layer.
         statistics: The steps that moved the statistics, as far as they are known.
         reports: The reports behind its card, if they are on this very model.
@@ -51,7 +51,7 @@ class Description:
     base: Base
     is_full: bool
     estimator: Estimator
-    is_standardized: bool
+    standardize: bool
     lams: Mapping[str, float]
     statistics: tuple[Step, ...]
     reports: tuple[RobustnessReport, ...]
@@ -121,7 +121,7 @@ def inspect(
         variant.base,
         variant.is_full,
         variant.config.estimator,
-        variant.is_standardized,
+        variant.config.standardize,
         variant.lams,
         variant.statistics,
         tuple(reports),

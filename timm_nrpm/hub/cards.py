@@ -115,7 +115,7 @@ def _content(variant: Variant, folder: Path, name: str, reports: Sequence[Robust
         "source": _repository(variant) or base.name,
         "revision": base.revision,
         "calibrated": bool(variant.tensors),
-        "standardized": variant.is_standardized,
+        "standardized": variant.config.standardize,
         "statistics": ", then ".join(map(str, variant.statistics)),
         "size": sum((folder / file).stat().st_size for file in (CONFIG, TENSORS)),
         "lams": lams,

@@ -113,9 +113,7 @@ class _SumSite(_Site):
     def __init__(self, layer: Reprogrammed) -> None:
         super().__init__()
         self.channel = layer.channel
-        correction = layer.add_part("correction")
-        assert isinstance(correction, Correction)
-        self.correction = correction
+        self.correction = layer.add_part(Correction)
 
     def correct(self, reference: Moments, moving: Moments, growth: Tensor) -> None:
         self.correction.gain.copy_(1 / growth)
@@ -139,7 +137,6 @@ def calibrate_(
     loader: Iterable[Any],
     mode: Literal["relative", "scratch"] = "relative",
     *,
-    standardize: bool | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     progress: bool = False,
@@ -157,6 +154,9 @@ def calibrate_(
     `"scratch"` replaces the stored BatchNorm statistics by those of the given images. It costs an adversarially
     trained model its robustness, since the statistics of such a model came from attacked images.
 
+    With `standardize=True`, layers get their units first, in a pass through the plain model, and images are kept in
+    memory. `tune` takes units only before weights train, which then learn in them.
+
     The moments are exact over the whole loader, whatever its batch size. Layers are corrected while the images pass,
     so that later layers see corrected inputs; the larger the batches, the better the corrections in the first of them.
     A second call starts again from the plain model's statistics, which stay in the model; :func:`restore_` brings them
@@ -168,10 +168,6 @@ def calibrate_(
         loader: Batches of pixels `[B, C, H, W]` in [0, 1], or of tuples that start with such pixels. A thousand images
             are enough.
         mode: `"relative"` or `"scratch"`, as described above.
-        standardize: Whether every layer first gets standard units (`layer.units`): its estimate is of the products of
-            inputs less the mean of their channel, and `eps`, `delta` and `gamma` count in the mean distance of the
-            products of an output to their mean, both as in the plain model. It costs one more pass, and the rest of the
-            sum a convolution of one image. By default a model that has such units gets them anew, and another none.
         mean, std: The model's normalisation, one number per channel; by default timm's for this model, and none for a
             model that is not timm's.
         progress: Whether to show a progress bar.
@@ -195,7 +191,7 @@ def calibrate_(
     layers, norms = reprogrammed_layers(inner), norms_of(inner)
     if mode == "scratch" and not norms:
         raise ValueError('mode="scratch" re-estimates BatchNorm statistics, and this model has none: use "relative".')
-    standardize = is_standardized(inner) if standardize is None else standardize
+    standardize = record_of(inner).config.standardize
     images = track(pixels_of(loader), "Calibrating", total=count_of(loader), disable=not progress, console=CONSOLE)
     if (norms and not is_settled(inner)) or standardize:  # the loader may give its images only once
         images = _CachedBatches(images)
@@ -208,18 +204,13 @@ def calibrate_(
     sites |= {name: _SumSite(layer) for name, layer in active.items()}
     try:
         if standardize:
-            fit_units_(layers, plain, images)  # also where lambda is 1, which may be learned
+            fit_units_(layers, plain, images)  # also where lambda is 1, since it may be learned
         seen = _pass(net, plain if mode == "relative" else None, sites, plain.model, images)
     except BaseException:
         uncalibrate_(inner)
         raise
     record_of(inner).statistics = (Step("calibration", mode, seen),)
     return model
-
-
-def is_standardized(model: nn.Module) -> bool:
-    """Whether a layer of a reprogrammed model has standard units."""
-    return any(layer.units is not None for layer in reprogrammed_layers(model).values())
 
 
 @torch.inference_mode(False)

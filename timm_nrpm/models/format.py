@@ -44,7 +44,7 @@ FORMAT = 1
 CONFIG, TENSORS = "nrpm_config.json", "nrpm.safetensors"
 KEYS = ("format", "base", "settings", "layers", "model", "files", "sha256")
 MAYBE = ("statistics",)  # of calibrated and adapted variants
-SETTINGS = tuple(f.name for f in fields(NRPMConfig) if f.name not in ("lam", "layers"))
+SETTINGS = tuple(f.name for f in fields(NRPMConfig) if f.name not in ("lam", "layers", "standardize"))
 HASH = re.compile(r"[0-9a-f]{64}")
 LARGEST = {CONFIG: LARGEST_CONFIG, TENSORS: 256 << 20, TIMM_FILES[0]: LARGEST_CONFIG, "evaluation.json": 64 << 20}
 """Largest size of each file in bytes; a larger one is neither downloaded nor read."""
@@ -58,7 +58,7 @@ class Variant:
         base: Origin of the plain model.
         config: Settings by which the base is reprogrammed, with the name and lambda of each layer in the order the
             model calls them.
-        tensors: All else that the variant adds to its base, by name: corrections and changed statistics.
+        tensors: All else that the variant adds to its base, by name: what calibration fitted, and changed statistics.
         model: :func:`timm_nrpm.models.reprogramming.model_sha256` of the reprogrammed model.
         files: SHA-256 of every other file, by the name of the file.
         statistics: The steps that moved the statistics, as far as they are known.
@@ -75,11 +75,6 @@ class Variant:
     def is_full(self) -> bool:
         """Whether the variant holds the weights."""
         return TIMM_FILES[1] in self.files
-
-    @property
-    def is_standardized(self) -> bool:
-        """Whether layers have standard units, in which the settings then count."""
-        return any(".units." in f".{name}" for name in self.tensors)
 
     @property
     def lams(self) -> dict[str, float]:
@@ -111,11 +106,11 @@ class Variant:
             raise BrokenVariant(f"{TENSORS} of {where} cannot be read ({error}): get it again.") from error
         try:
             lams = {layer: _lam(tensors.pop(f"{layer}.lam", None), layer) for layer in content["layers"]}
-            check_tensors(tensors, lams)
+            check_tensors(tensors, lams, "standardize" in content["settings"])
             base = Base.from_dict(content["base"])
             settings = content["settings"]
             config = NRPMConfig(**settings, lam=lams, layers=tuple(lams))
-            if checksum_of(settings) != checksum_of({name: getattr(config, name) for name in SETTINGS}):
+            if checksum_of(settings) != checksum_of({name: getattr(config, name) for name in settings}):
                 raise ValueError(f"its settings {settings} hold an integer where a float is required, or the reverse.")
             steps = _steps(content.get("statistics", []))
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -219,10 +214,14 @@ def parse_config(path: Path, where: str) -> dict[str, Any]:
         raise BrokenVariant(
             f"{CONFIG} of {where} has hashes of {sorted(files)}, and a variant of {sorted(allowed[-1])}."
         )
-    if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
+    if not isinstance(settings, dict) or set(settings) - {"standardize"} != set(SETTINGS):
         raise BrokenVariant(f"{CONFIG} of {where} has other settings than {', '.join(SETTINGS)}: update timm_nrpm.")
     if not isinstance(settings["learnable"], bool):
         raise BrokenVariant(f"{CONFIG} of {where} has learnable={settings['learnable']!r}, which is true or false.")
+    if settings.get("standardize", True) is not True:
+        raise BrokenVariant(
+            f"{CONFIG} of {where} has standardize={settings['standardize']!r}, which is true or left out."
+        )
     return content
 
 
@@ -266,8 +265,9 @@ PARTNERS |= {second: first for first, second in PARTNERS.items()}
 """Ends of the names of two tensors that a variant holds together or not at all."""
 
 
-def check_tensors(tensors: dict[str, Tensor], layers: dict[str, float]) -> None:
-    """Raise a ValueError for tensors that no calibration writes: other names, halves of pairs, non-finite values."""
+def check_tensors(tensors: dict[str, Tensor], layers: dict[str, float], standardize: bool) -> None:
+    """Raise a ValueError for tensors that no calibration writes: other names, halves of pairs, non-finite values, units
+    where none were asked for."""
     for name, tensor in tensors.items():
         key = next((key for key in PARTNERS if name.endswith(f".{key}")), None)
         if key is None or name.removesuffix(key) + PARTNERS[key] not in tensors:
@@ -275,12 +275,14 @@ def check_tensors(tensors: dict[str, Tensor], layers: dict[str, float]) -> None:
         owner, part = name.removesuffix(f".{key}"), key.rpartition(".")[0]
         if part and owner not in layers:
             raise ValueError(f"{name} is a part of a layer that is not reprogrammed.")
+        if part == "units" and not standardize:
+            raise ValueError(f"{name} has no place in a variant without standardize.")
         if not tensor.is_floating_point() or tensor.ndim != 1 or not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} does not hold one finite number per channel.")
         if name.endswith(".running_var") and bool((tensor < 0).any()):
             raise ValueError(f"{name} holds variances below 0.")
-        if name.endswith(".units.distance") and bool((tensor <= 0).any()):
-            raise ValueError(f"{name} holds distances that are not above 0.")
+        if name.endswith(".units.distance") and bool((tensor < torch.finfo(tensor.dtype).tiny).any()):
+            raise ValueError(f"{name} holds distances that are too small to divide by.")
 
 
 def _install(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
@@ -291,7 +293,7 @@ def _install(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
         owner, _, key = name.rpartition(".")
         above, _, part = owner.rpartition(".")
         if part in PARTS and above in layers:
-            fitted = layers[above].parts().get(part) or layers[above].add_part(part)
+            fitted = layers[above].parts().get(part) or layers[above].add_part(PARTS[part])
             target = fitted._buffers.get(key)
         else:
             target = modules[owner]._buffers.get(key) if owner in modules else None

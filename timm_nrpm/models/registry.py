@@ -83,6 +83,7 @@ def create_model(
     penalty: str = "l1",
     layers: LayerSelection = None,
     learnable: bool = False,
+    standardize: bool = False,
     **timm_kwargs: Any,
 ) -> nn.Module:
     """Create a timm model and reprogram it.
@@ -90,7 +91,7 @@ def create_model(
     Args:
         name: Any name that `timm.create_model` takes, with or without a tag, `hf-hub:` and `local-dir:` included.
         pretrained: Whether to load pretrained weights.
-        lam, iterations, eps, penalty, layers, learnable: Settings; see :class:`timm_nrpm.NRPMConfig`.
+        lam, iterations, eps, penalty, layers, learnable, standardize: Settings; see :class:`timm_nrpm.NRPMConfig`.
         **timm_kwargs: Further arguments of `timm.create_model`.
 
     Returns:
@@ -105,7 +106,7 @@ def create_model(
         >>> timm_nrpm.lambdas(model)["layer1.0.conv1"]
         0.8
     """
-    config = NRPMConfig(lam=lam, iterations=iterations, eps=eps, penalty=penalty, layers=layers, learnable=learnable)
+    config = NRPMConfig(lam, iterations, eps, penalty, layers, learnable=learnable, standardize=standardize)
     name = name.removeprefix("nrpm_")
     if isinstance(timm_kwargs.get("pretrained_cfg"), str):  # timm passes the tag of nrpm_resnet18.a1_in1k here
         name = f"{name}.{timm_kwargs.pop('pretrained_cfg')}"

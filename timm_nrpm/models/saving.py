@@ -84,7 +84,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     if not full and base.is_public and not is_rebuilt(base, plain):
         base = base.nameless()
     content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "layers": list(layers)}
-    content |= {"settings": {name: getattr(record.config, name) for name in SETTINGS}, "model": model_sha256(model)}
+    settings = {name: getattr(record.config, name) for name in SETTINGS}
+    settings |= {"standardize": True} if record.config.standardize else {}  # earlier versions know no such setting
+    content |= {"settings": settings, "model": model_sha256(model)}
     if record.statistics:
         content["statistics"] = [step.to_dict() for step in record.statistics]
     with filling(folder) as draft:

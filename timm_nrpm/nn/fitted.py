@@ -3,30 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from timm_nrpm.nn.functional import is_readable
 
+Part = TypeVar("Part", bound="Fitted")
 
-class Correction(nn.Module):
-    """A gain and an offset for every output: `gain * z + offset`.
+
+class Fitted(nn.Module):
+    """Numbers for every channel of a layer, in two buffers.
 
     Args:
-        like: Tensor whose first dimension counts the outputs, and whose device and dtype the correction takes.
-        channel: Dimension of the outputs in `z`, counted from the end (-1 is the last).
+        channel: Dimension of the channels, counted from the end (-1 is the last).
+        first, second: The numbers, each `[channels]`.
+
+    Attributes:
+        KEYS: Names of the buffers.
     """
 
+    KEYS: ClassVar[tuple[str, str]]
+
+    def __init__(self, channel: int, first: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self.channel = channel
+        for name, values in zip(self.KEYS, (first, second), strict=True):
+            self.register_buffer(name, values)
+
+    @classmethod
+    def of(cls: type[Part], weight: Tensor, channel: int, inputs: int) -> Part:
+        """A part that changes nothing yet, in the device and dtype of a weight `[O, ...]`.
+
+        Args:
+            weight: The layer's weight.
+            channel: Dimension of the channels, in the input and in the sum, counted from the end.
+            inputs: Number of channels of the input.
+        """
+        raise NotImplementedError
+
+    def along(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Numbers `[channels]` in a shape that broadcasts along the channels."""
+        return values.to(dtype).view(-1, *[1] * (-self.channel - 1))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        load_keeping(super()._load_from_state_dict, self.KEYS, state_dict, prefix, *rest)
+
+
+class Correction(Fitted):
+    """A gain and an offset for every output `[O]`: `gain * z + offset`."""
+
+    KEYS = ("gain", "offset")
     gain: Tensor
     offset: Tensor
 
-    def __init__(self, like: Tensor, channel: int) -> None:
-        super().__init__()
-        self.channel = channel
-        self.register_buffer("gain", like.new_ones(len(like)))
-        self.register_buffer("offset", like.new_zeros(len(like)))
+    @classmethod
+    def of(cls, weight: Tensor, channel: int, inputs: int) -> Correction:
+        return cls(channel, weight.new_ones(len(weight)), weight.new_zeros(len(weight)))
 
     def forward(self, z: Tensor, lam: Tensor) -> Tensor:
         """`z` corrected, or `z` itself where `lam` is 1; the device chooses, since a graph cannot branch on a value."""
@@ -35,53 +69,32 @@ class Correction(nn.Module):
             gain, offset = torch.where(lam < 1, gain, 1), torch.where(lam < 1, offset, 0)
         elif lam >= 1:
             return z
-        shape = (-1, *[1] * (-self.channel - 1))
-        return torch.addcmul(offset.to(z.dtype).view(shape), gain.to(z.dtype).view(shape), z)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        load_keeping(super()._load_from_state_dict, tuple(self._buffers), state_dict, prefix, *rest)
+        return torch.addcmul(self.along(offset, z.dtype), self.along(gain, z.dtype), z)
 
 
-class StandardUnits(nn.Module):
+class StandardUnits(Fitted):
     """The units in which a layer's products are estimated: `a * (x - centre) / distance`.
 
     In these units one eps suits every output of every layer: products of inputs that are never negative, such as pixels
     and what follows a ReLU, are far from each other by their means alone, and those of one output are often ten times
     as large as those of another.
 
-    Args:
-        like: Tensor whose first dimension counts the outputs, and whose device and dtype the units take.
-        channels: Number of channels of the input.
-        channel: Dimension of the channels in the input and of the outputs in the sum, counted from the end.
-
     Attributes:
         centre: Mean of each channel of the input, `[C]`.
         distance: Mean distance of the products of each output to their mean, `[O]`, above 0.
     """
 
+    KEYS = ("centre", "distance")
     centre: Tensor
     distance: Tensor
 
-    def __init__(self, like: Tensor, channels: int, channel: int) -> None:
-        super().__init__()
-        self.channel = channel
-        self.register_buffer("centre", like.new_zeros(channels))
-        self.register_buffer("distance", like.new_ones(len(like)))
-
-    def centre_like(self, x: Tensor) -> Tensor:
-        """The centre in the dtype of an input `x`, with its dimensions."""
-        return self.centre.to(x.dtype).view(-1, *[1] * (-self.channel - 1))
+    @classmethod
+    def of(cls, weight: Tensor, channel: int, inputs: int) -> StandardUnits:
+        return cls(channel, weight.new_zeros(inputs), weight.new_ones(len(weight)))
 
     def scaled(self, weight: Tensor) -> Tensor:
         """A weight `[O, ...]` whose products are in these units."""
         return weight / self.distance.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
-
-    def back(self, z: Tensor, rest: Tensor) -> Tensor:
-        """A sum of products in the layer's own units, from one in these and the `rest`, that of the centre."""
-        return torch.addcmul(rest, self.distance.to(z.dtype).view(-1, *[1] * (-self.channel - 1)), z)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        load_keeping(super()._load_from_state_dict, tuple(self._buffers), state_dict, prefix, *rest)
 
 
 def load_keeping(

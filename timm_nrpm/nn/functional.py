@@ -62,7 +62,7 @@ def _check(
     return lam.reshape(()), settings
 
 
-def _precision(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+def precision_of(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """The floating-point types to compute in and to return, which autocast may set.
 
     Nothing is computed in half precision, whose three digits of a product are too few for its distance to the mean.
@@ -142,7 +142,7 @@ def mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lam: float | Te
     """What :func:`nrpm_linear` computes of arguments that are known to be right, where lambda counts."""
     if x.numel() == 0 or weight.numel() == 0:
         return F.linear(x, weight, bias)
-    compute_dtype, dtype = _precision(x)
+    compute_dtype, dtype = precision_of(x)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(compute_dtype)  # [N, D]
     matrix = weight.to(compute_dtype)
     # The kernels run along the positions of a 1x1 convolution. These are the rows or, if rows are few, the outputs; in
@@ -242,7 +242,7 @@ def mixed_conv2d(
     """What :func:`nrpm_conv2d` computes of arguments that are known to be right, where lambda counts."""
     if x.numel() == 0 or weight.numel() == 0:
         return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    compute_dtype, dtype = _precision(x)
+    compute_dtype, dtype = precision_of(x)
     x, weight = x.to(compute_dtype), weight.to(compute_dtype)
     last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
     out = _mix(x, weight, conv, lam, estimator, last)  # [B, O, H', W']

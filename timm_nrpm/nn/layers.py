@@ -17,41 +17,12 @@ from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 
 from timm_nrpm.config import Estimator, NRPMConfig
-from timm_nrpm.nn.fitted import Correction, StandardUnits, load_keeping
-from timm_nrpm.nn.functional import Convolution, is_plain, mixed_conv2d, mixed_linear, padded
+from timm_nrpm.nn.custom_gradients import Clamp, StraightThrough
+from timm_nrpm.nn.fitted import Correction, Fitted, Part, StandardUnits, load_keeping
+from timm_nrpm.nn.functional import Convolution, is_plain, mixed_conv2d, mixed_linear, padded, precision_of
 
-
-class _Clamp(torch.autograd.Function):
-    """Clamp to [0, 1] whose gradient is zero only where a descent step would leave the interval.
-
-    `torch.clamp` has no gradient outside the interval, so a lambda that an optimizer pushed past 1 would stay there.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, lam: Tensor) -> Tensor:
-        ctx.save_for_backward(lam)
-        return lam.clamp(0.0, 1.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (lam,) = ctx.saved_tensors
-        return grad.masked_fill(((lam >= 1) & (grad < 0)) | ((lam <= 0) & (grad > 0)), 0.0)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The value of the first argument with the gradient of the second."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, path: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad
-
-
-PARTS = ("correction", "units")
-"""Names of the parts of a reprogrammed layer that calibration fits."""
+PARTS: dict[str, type[Fitted]] = {"correction": Correction, "units": StandardUnits}
+"""The parts of a reprogrammed layer that calibration fits, by the names of their attributes."""
 
 
 class Reprogrammed(nn.Module):
@@ -62,7 +33,8 @@ class Reprogrammed(nn.Module):
             that :func:`timm_nrpm.lambdas` reports. It takes a gradient if `config.learnable`.
         config: Settings of the estimate; its `lam` and `layers` describe the model, not this layer.
         correction: Correction of the sum before the bias, fitted by calibration; None without one.
-        units: Units in which the products are estimated, fitted by calibration; None for those of the products.
+        units: Units in which the products are estimated if `config.standardize`, fitted by calibration; None without
+            them, or before it.
         linear_backward: Whether the gradient goes through the linear map alone, past the estimate, as an attack may
             need, since the estimate's own gradient is steep and erratic (backward pass differentiable approximation,
             arXiv 1802.00420, section 4.1).
@@ -92,12 +64,12 @@ class Reprogrammed(nn.Module):
             linear: Function that gives the linear map of the same input.
         """
         learned = self.lam.requires_grad and torch.is_grad_enabled()
-        lam = _Clamp.apply(self.lam) if learned else self.lam.detach().clamp(0.0, 1.0)
+        lam = Clamp.apply(self.lam) if learned else self.lam.detach().clamp(0.0, 1.0)
         if not self.linear_backward:
             return mixed(lam, self.config.estimator)
         with torch.no_grad():
             value = mixed(lam, self.config.estimator)
-        return _StraightThrough.apply(value, linear())
+        return StraightThrough.apply(value, linear())
 
     def finish(self, z: Tensor, bias: Tensor | None) -> Tensor:
         """The sum plus bias, with any correction; none applies at lambda = 1, even while lambda is learned."""
@@ -105,27 +77,61 @@ class Reprogrammed(nn.Module):
             z = self.correction(z, self.lam)
         return z if bias is None else z + bias.to(z.dtype).view(-1, *[1] * (-self.channel - 1))
 
-    def add_part(self, name: str) -> nn.Module:
-        """Add one of the parts that calibration fits, which does not change anything yet, and return it."""
-        like = self.get_parameter("weight").detach()
-        part = Correction(like, self.channel) if name == "correction" else self._new_units(like)
-        setattr(self, name, part)
-        return part
+    def estimated(self, x: Tensor, lam: Tensor, estimator: Estimator) -> Tensor:
+        """The mixed sum, in standard units if the config asks for them.
 
-    def _new_units(self, like: Tensor) -> StandardUnits:
+        Raises:
+            ValueError: No calibration has fitted these units.
+        """
+        if not self.config.standardize:
+            return self._mixed(x, lam, estimator, None)
+        if self.units is None:
+            raise ValueError(
+                "This model has standardize=True, and its units are not known yet: call "
+                "timm_nrpm.calibrate_(model, images), which takes them from images."
+            )
+        compute, dtype = precision_of(x)
+        with torch.autocast(x.device.type, enabled=False):  # products over their distance may be no number of a half
+            x = x.to(compute)
+            centre = self.units.along(self.units.centre, compute)
+            z = self._mixed(x - centre, lam, estimator, self.units)  # before padding, since that is no input
+            rest = self._linear(self._field(centre, x))
+            return torch.addcmul(rest, self.units.along(self.units.distance, compute), z).to(dtype)
+
+    def _mixed(self, x: Tensor, lam: Tensor, estimator: Estimator, units: StandardUnits | None) -> Tensor:
+        """The mixed sum of `x` and the weight, which is in other units if they are given."""
         raise NotImplementedError
 
-    def parts(self) -> dict[str, nn.Module]:
+    def _linear(self, x: Tensor) -> Tensor:
+        """The linear map without a bias."""
+        raise NotImplementedError
+
+    def _field(self, centre: Tensor, x: Tensor) -> Tensor:
+        """An input like one of `x` that has the centre of each channel everywhere."""
+        raise NotImplementedError
+
+    def add_part(self, part: type[Part]) -> Part:
+        """Add one of the parts that calibration fits, which does not change anything yet, and return it."""
+        weight: Tensor = self.weight.detach()  # type: ignore[operator]
+        added = part.of(weight, self.channel, self.channels())
+        setattr(self, next(name for name, each in PARTS.items() if each is part), added)
+        return added
+
+    def channels(self) -> int:
+        """Number of channels of the input."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, Fitted]:
         """The parts that calibration has fitted, by the names of their attributes."""
         return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
 
     def keep_parts(self, names: Iterable[str]) -> None:
         """Have these parts and no others; one that is there already stays as it is."""
         wanted = set(names)
-        for name in PARTS:
+        for name, part in PARTS.items():
             has = getattr(self, name) is not None
             if name in wanted and not has:
-                self.add_part(name)
+                self.add_part(part)
             elif name not in wanted and has:
                 delattr(self, name)  # assigning None to a child would keep its name, which `repr` would show
                 setattr(self, name, None)
@@ -138,7 +144,9 @@ class Reprogrammed(nn.Module):
     def extra_repr(self) -> str:
         c = self.config
         lam = "?" if self.lam.is_meta else f"{float(self.lam.detach().clamp(0.0, 1.0)):.4g}"
-        return f"{super().extra_repr()}, lam={lam}, iterations={c.iterations}, eps={c.eps:g}, penalty={c.penalty}"
+        units = ", standardize=True" if c.standardize else ""
+        estimate = f"lam={lam}, iterations={c.iterations}, eps={c.eps:g}, penalty={c.penalty}{units}"
+        return f"{super().extra_repr()}, {estimate}"
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: Any, missing: Any, *rest: Any
@@ -147,9 +155,14 @@ class Reprogrammed(nn.Module):
         if lam is not None and not bool((lam >= 0) & (lam <= 1)):
             rest[-1].append(f"{prefix}lam is {lam.tolist()}, and lambda must be in [0, 1].")
             return
-        # The state of a calibrated model holds such parts; that of another reprogrammed model removes them.
-        held = {name for name in PARTS if any(key.startswith(f"{prefix}{name}.") for key in state_dict)}
+        # The state of a calibrated model holds such parts; that of another reprogrammed model removes them. Half of a
+        # part, and units that were not asked for, are unexpected.
+        known = {name: part for name, part in PARTS.items() if name != "units" or self.config.standardize}
+        held = {n for n, part in known.items() if all(f"{prefix}{n}.{key}" in state_dict for key in part.KEYS)}
         self.keep_parts(held if lam is not None else held | self.parts().keys())
+        if "units" in held and not bool((state_dict[f"{prefix}units.distance"] > 0).all()):
+            rest[-1].append(f"{prefix}units.distance holds numbers that are not above 0.")
+            return
         load_keeping(super()._load_from_state_dict, ("lam",), state_dict, prefix, metadata, strict, missing, *rest)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -167,18 +180,21 @@ class NRPMLinear(Reprogrammed, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.is_plain():
             return super().forward(input)
-        z = self.mix(partial(self._mixed, input), partial(F.linear, input, self.weight))
+        z = self.mix(partial(self.estimated, input), partial(self._linear, input))
         return self.finish(z, self.bias)
 
-    def _mixed(self, x: Tensor, lam: Tensor, estimator: Estimator) -> Tensor:
-        if self.units is None:
-            return mixed_linear(x, self.weight, None, lam, estimator)
-        centre = self.units.centre_like(x)
-        z = mixed_linear(x - centre, self.units.scaled(self.weight), None, lam, estimator)
-        return self.units.back(z, F.linear(centre, self.weight).to(z.dtype))
+    def _mixed(self, x: Tensor, lam: Tensor, estimator: Estimator, units: StandardUnits | None) -> Tensor:
+        weight = self.weight if units is None else units.scaled(self.weight.to(x.dtype))
+        return mixed_linear(x, weight, None, lam, estimator)
 
-    def _new_units(self, like: Tensor) -> StandardUnits:
-        return StandardUnits(like, self.in_features, self.channel)
+    def _linear(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def _field(self, centre: Tensor, x: Tensor) -> Tensor:
+        return centre
+
+    def channels(self) -> int:
+        return self.in_features
 
     def factors(self, input: Tensor) -> tuple[Tensor, Tensor]:
         return input.reshape(len(input), -1, 1, self.in_features), self.weight.unsqueeze(0)
@@ -197,30 +213,30 @@ class NRPMConv2d(Reprogrammed, nn.Conv2d):
         if self.is_plain():
             return super().forward(input)
         batch = input if input.ndim == 4 else input.unsqueeze(0)
-        z = self.mix(partial(self._mixed, batch), partial(self._linear, batch))
+        z = self.mix(partial(self.estimated, batch), partial(self._linear, batch))
         return self.finish(z if input.ndim == 4 else z.squeeze(0), self.bias)
 
-    def _mixed(self, batch: Tensor, lam: Tensor, estimator: Estimator) -> Tensor:
-        if self.units is None:
-            x, weight, conv = self._padded(batch)
-            return mixed_conv2d(x, weight, None, conv, lam, estimator)
-        centre = self.units.centre_like(batch)
-        x, weight, conv = self._padded(batch - centre)  # before padding, since that is no input
-        z = mixed_conv2d(x, self.units.scaled(weight), None, conv, lam, estimator)
-        return self.units.back(z, self._linear(centre.expand(1, -1, *batch.shape[2:])).to(z.dtype))
+    def _mixed(self, x: Tensor, lam: Tensor, estimator: Estimator, units: StandardUnits | None) -> Tensor:
+        x, weight, conv = self._padded(x)
+        return mixed_conv2d(
+            x, weight if units is None else units.scaled(weight.to(x.dtype)), None, conv, lam, estimator
+        )
 
-    def _linear(self, batch: Tensor) -> Tensor:
-        x, weight, conv = self._padded(batch)
-        return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    def _linear(self, x: Tensor) -> Tensor:
+        x, weight, conv = self._padded(x)
+        return F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def _field(self, centre: Tensor, x: Tensor) -> Tensor:
+        return centre.expand(1, -1, *x.shape[2:])
+
+    def channels(self) -> int:
+        return self.in_channels
 
     def _padded(self, batch: Tensor) -> tuple[Tensor, Tensor, Convolution]:
         """Input, weight and geometry of the convolution that the original class computes."""
         x, weight, padding = self.operands(batch)
         x, conv = padded(x, weight, self.stride, padding, self.dilation, self.groups)
         return x, weight, conv
-
-    def _new_units(self, like: Tensor) -> StandardUnits:
-        return StandardUnits(like, self.in_channels, self.channel)
 
     def factors(self, input: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, conv = self._padded(input)

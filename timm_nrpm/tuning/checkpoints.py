@@ -30,10 +30,9 @@ from torch.optim import Optimizer
 from timm_nrpm.errors import CheckpointWarning
 from timm_nrpm.models.base import checksum_of
 from timm_nrpm.models.downloads import sha256_of
-from timm_nrpm.models.reprogramming import reprogrammed_layers, uncalibrate_
+from timm_nrpm.models.reprogramming import uncalibrate_
 from timm_nrpm.models.saving import DRAFT
 from timm_nrpm.models.tensors import write_tensors
-from timm_nrpm.nn.layers import PARTS
 
 STATE, TENSORS = "state.json", "state.safetensors"
 
@@ -166,9 +165,7 @@ def install_(model: nn.Module, wrapped: nn.Module, optimizer: Optimizer, state: 
         {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
         for start in ("model.", "optimizer.")
     )
-    uncalibrate_(model)
-    for name, layer in reprogrammed_layers(model).items():
-        layer.keep_parts(part for part in PARTS if any(f".{name}.{part}." in f".{key}" for key in trained))
+    uncalibrate_(model)  # the layers add what they find in the state
     set_model_state_dict(wrapped, trained, options=_options(trained=True))
     set_optimizer_state_dict(wrapped, optimizer, moments, options=_options(flat=True))
 
