@@ -5,10 +5,10 @@
 FOLDER is that of `scripts/atlas.py`, which keeps the trained LeNet. The protocol: corrections and statistics come from
 training images. Candidates are compared with the plain model on selection images under PGD along the candidate's own
 gradient, which is how gains are usually shown. Of those that gain and lose at most a point of clean accuracy, the best
-of each estimate, ten at most, are attacked by the adaptive suite on report images, beside the plain model. If more is
-left of a candidate than of the plain model, both are attacked on other images, more of them, and then, under L0, by a
-second attack. Nothing is trained. The plain model has no estimate, so that calibration leaves it as it is, and is its
-own control. Writes results/estimators.json and .md.
+of each estimate on each model, twelve at most, are attacked by the adaptive suite on report images, beside the plain
+model. If more is left of a candidate than of the plain model, both are attacked on other images, more of them, and
+then, under L0, by a second attack. Nothing is trained. The plain model has no estimate, so that calibration leaves it
+as it is, and is its own control. Writes results/estimators.json and .md.
 """
 
 from __future__ import annotations
@@ -205,13 +205,13 @@ def survey(study: Study, lab: Lab) -> list[dict[str, Any]]:
 
 
 def judged(study: Study, lab: Lab, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The second part: the best candidate of each estimate under the adaptive suite, beside the plain model."""
-    best: dict[str, dict[str, Any]] = {}
+    """The second part: the best candidates of each estimate under the adaptive suite, beside the plain model."""
+    best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: -row["apparent"]):
         if row["lost"] <= CLEAN_LOSS and row["apparent"] > 0 and len(best) < BEST:
-            best.setdefault(row["candidate"].estimate, row)
+            best.setdefault((row["base"], row["candidate"].estimate), row)
     bases = {name: BASES[name](lab) for name in {row["base"] for row in best.values()}}
-    results: dict[str, tuple[Result, Result | None]] = {}
+    results: dict[tuple[str, str], tuple[Result, Result | None]] = {}
     for last in (False, True):
         for name, row in track(list(best.items()), "judged again" if last else "judged"):
             if not last or (name in results and results[name][0][2].points > 0):  # what is closed needs no more
