@@ -26,8 +26,8 @@ def markdown(rows: list[dict[str, Any]], best: list[dict[str, Any]]) -> str:
         f"under two threats: {len(rows)} candidates. On {SELECTION} selection images under PGD along the own gradient, "
         f"{seeming} of them seem to gain over the plain model, {much} more than 3 points at a loss of at most "
         f"{CLEAN_LOSS:g} point clean. The best of each estimate on each model, {BEST} at most and {len(best)} so far, "
-        f"on {best[0]['images']} report images under the adaptive suite with the least effort, along the plain model and, "
-        "for sums that are not the package's, along the linear maps behind them; with 95 % intervals. The last "
+        f"on {best[0]['images']} report images under the adaptive suite with the least effort, along the plain model "
+        "and, for sums that are not the package's, along the linear maps behind them; with 95 % intervals. The last "
         "column is the attack that took the most images which were still right after PGD along the own gradient.", "",
         "| model | threat | candidate | clean lost | seeming gain | own gradient | worst case | plain | true gain "
         "| most taken by |", "|---" * 10 + "|",

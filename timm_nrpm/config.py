@@ -76,7 +76,7 @@ class NRPMConfig:
         standardize: Whether the estimate is in standard units: of the products of inputs less the mean of their
             channel, with `eps`, `delta` and `gamma` in the mean distance of an output's products to their mean, so that
             an eps of 0.3 to 2 suits every layer. :func:`timm_nrpm.calibrate_` takes them from images, and the model
-            cannot be called before. The paper has no such units.
+            raises without it. The paper has no such units.
 
     Raises:
         ValueError: A value is outside its range; the message names the range.
@@ -129,6 +129,11 @@ class NRPMConfig:
     def estimator(self) -> Estimator:
         """The settings of the estimate alone, without those that say where and how it is used in a model."""
         return Estimator(self.iterations, self.eps, self.penalty, self.delta, self.gamma)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but lambda and layers, and `standardize` only where it is True, since earlier versions have no such."""
+        return {k: v for k, v in asdict(self).items() if k not in ("lam", "layers") and (k != "standardize" or v)}
 
     def to_dict(self) -> dict[str, Any]:
         if callable(self.layers):
@@ -197,13 +202,12 @@ class TuneConfig:
             whose weight and bias are frozen keeps its statistics, and a frozen block has no dropout.
         objective: Training loss, see :mod:`timm_nrpm.tuning.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
             sum of the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"` or `"awp"`.
-        norm: Norm of the change in the inner attack: `"Linf"`, `"L2"` or `"L1"`, see :class:`timm_nrpm.Threat`. A
-            change of n pixels (L0) lies within an L1 bound of n times the channels.
+        norm: Norm of the inner attack: `"Linf"`, `"L2"` or `"L1"`, see :class:`timm_nrpm.Threat`. A change of n pixels
+            (L0) lies within an L1 bound of n times the channels.
         eps: Bound of that norm, in pixel units of [0, 1]: under Linf the largest change of a pixel, by default 8/255;
             the other norms have no default. 0 attacks nothing.
         steps: Number of steps of the inner attack; FGSM always takes one.
-        step_size: Step size of the inner attack, in pixel units. The default is `eps / 4` (the paper's 2/255 at 8/255),
-            or `eps` for an attack of one step.
+        step_size: Its step size in pixel units: by default `eps / 4` (the paper's 2/255 at 8/255), or `eps` for one step.
         gradient: Gradient that the inner attack follows: `"own"`, the model's own, as in the paper; `"bpda"`, with
             the estimate forward and the linear map backward; `"plain"`, that of the model at lambda = 1; or
             `"mixture"`, each of the three for every third image. The estimate's own gradient misleads an attack, and a
@@ -221,23 +225,19 @@ class TuneConfig:
         weight_decay: Weight decay of all parameters with more than one dimension, lambda excepted.
         calibrate: Number of training images for :func:`timm_nrpm.calibrate_`, which runs before the first epoch and, if
             no weight trains, after every epoch, since statistics are stale once lambdas have changed; 0 for none.
-        schedule: Schedule of the learning rates: `"cosine"`, `"tanh"` or `"poly"`, which decay to zero, or
-            `"constant"`.
+        schedule: Schedule of the learning rates: `"cosine"`, `"tanh"` or `"poly"`, which decay to 0, or `"constant"`.
         warmup_epochs: Number of epochs of linear warm-up of the learning rates.
-        clip: Largest norm of the gradient, for the lambdas and for the other parameters separately; None lets any
-            gradient pass.
+        clip: Largest norm of the gradient, of the lambdas and of all else separately; None lets any gradient pass.
         patience: Number of consecutive steps with a non-finite gradient after which
             :class:`timm_nrpm.errors.Diverged` is raised. Such a step changes nothing.
-        accumulate: Number of batches whose mean gradient makes one step; the last step of an epoch takes those that
-            are left.
+        accumulate: Number of batches whose mean gradient makes one step; the last step of an epoch takes what is left.
         precision: `"no"` for float32, or `"bf16"`, under which the estimate is still computed in float32.
         seed: Seed of the order of the images, their augmentation, the start of the attack, and dropout.
         output: Folder for checkpoints, history, plots and the tuned variant; None writes none of them.
         checkpoint_every: Number of steps between checkpoints.
         keep: Number of most recent checkpoints to keep.
         evaluate_steps: Number of steps of PGD on the validation images, before the first and after every epoch.
-        evaluate_eps: Bound of the same norm for the validation images; by default `eps`, or, if that is 0, 8/255 under
-            Linf.
+        evaluate_eps: Bound of the same norm for validation images; by default `eps`, or 8/255 under Linf if that is 0.
         log_every: Number of steps between two rows of the history.
         trackers: Names of trackers that accelerate knows, such as `("tensorboard",)`.
         push_to: Repository on the Hub, `owner/name`, to which the main process sends the variant with every checkpoint,

@@ -152,7 +152,7 @@ def _journal(
         for batch in part:
             pixels, labels = batch if isinstance(batch, tuple) else (batch, torch.zeros(0))
             digest.update(digest_of(pixels, labels).encode())
-    config = record_of(model).config.estimator._asdict() | {"standardize": record_of(model).config.standardize}
+    config = {k: v for k, v in record_of(model).config.settings.items() if k != "learnable"}
     plain = weights_sha256(plain_copy(model).state_dict())
     layers = list(reprogrammed_layers(model))
     asked = {"threat": str(threat), "bound": bound, "layerwise": layerwise, "steps": steps, "seed": seed}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ FORMAT = 1
 CONFIG, TENSORS = "nrpm_config.json", "nrpm.safetensors"
 KEYS = ("format", "base", "settings", "layers", "model", "files", "sha256")
 MAYBE = ("statistics",)  # of calibrated and adapted variants
-SETTINGS = tuple(f.name for f in fields(NRPMConfig) if f.name not in ("lam", "layers", "standardize"))
+SETTINGS = tuple(NRPMConfig().settings)
 HASH = re.compile(r"[0-9a-f]{64}")
 LARGEST = {CONFIG: LARGEST_CONFIG, TENSORS: 256 << 20, TIMM_FILES[0]: LARGEST_CONFIG, "evaluation.json": 64 << 20}
 """Largest size of each file in bytes; a larger one is neither downloaded nor read."""
@@ -110,7 +110,7 @@ class Variant:
             base = Base.from_dict(content["base"])
             settings = content["settings"]
             config = NRPMConfig(**settings, lam=lams, layers=tuple(lams))
-            if checksum_of(settings) != checksum_of({name: getattr(config, name) for name in settings}):
+            if checksum_of(settings) != checksum_of(config.settings):
                 raise ValueError(f"its settings {settings} hold an integer where a float is required, or the reverse.")
             steps = _steps(content.get("statistics", []))
         except (TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -273,7 +273,7 @@ def identity_of(net: PixelModel) -> Mapping[str, object]:
     """What identifies a model on pixels besides its weights: types of modules, settings of estimates, normalisation."""
     kinds = {name: type(module).__qualname__ for name, module in net.model.named_modules()}
     layers = reprogrammed_layers(net.model)
-    estimates = {name: {**asdict(layer.config), "lam": None, "layers": None} for name, layer in layers.items()}
+    estimates = {name: {**layer.config.settings, "lam": None, "layers": None} for name, layer in layers.items()}
     return {"modules": checksum_of({"kinds": kinds, "estimates": estimates}), **net.normalisation()}
 
 

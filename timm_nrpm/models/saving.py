@@ -21,7 +21,7 @@ from timm_nrpm.config import NRPMConfig
 from timm_nrpm.models.base import Base, checksum_of, dtype_of, weights_sha256
 from timm_nrpm.models.creation import TIMM_FILES
 from timm_nrpm.models.downloads import sha256_of
-from timm_nrpm.models.format import CONFIG, FORMAT, SETTINGS, TENSORS
+from timm_nrpm.models.format import CONFIG, FORMAT, TENSORS
 from timm_nrpm.models.loadable import check_loads, is_rebuilt
 from timm_nrpm.models.loading import find_variant
 from timm_nrpm.models.plain_statistics import moved
@@ -84,9 +84,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     if not full and base.is_public and not is_rebuilt(base, plain):
         base = base.nameless()
     content: dict[str, Any] = {"format": FORMAT, "base": base.to_dict(), "layers": list(layers)}
-    settings = {name: getattr(record.config, name) for name in SETTINGS}
-    settings |= {"standardize": True} if record.config.standardize else {}  # earlier versions know no such setting
-    content |= {"settings": settings, "model": model_sha256(model)}
+    content |= {"settings": record.config.settings, "model": model_sha256(model)}
     if record.statistics:
         content["statistics"] = [step.to_dict() for step in record.statistics]
     with filling(folder) as draft:

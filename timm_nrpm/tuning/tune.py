@@ -338,7 +338,7 @@ class _Run:
         same = {"batch of all processes": self.loader.total_batch_size, "images": len(self.numbered)}
         same |= {"layers": self.history.layers, "sha256 of what is frozen": self.frozen}
         same |= {name: value.flatten().tolist() for name, value in self.objective.net.named_buffers(recurse=False)}
-        estimate = {k: v for k, v in asdict(record_of(self.model).config).items() if k not in ("lam", "layers")}
+        estimate = record_of(self.model).config.settings
         return json.loads(json.dumps({**settings, **same, **{f"estimate's {k}": v for k, v in estimate.items()}}))
 
     def _resume(self) -> None:
