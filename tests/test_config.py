@@ -136,3 +136,12 @@ def test_what_follows_from_a_setting_follows_another():
 def test_bad_tune_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         TuneConfig(**settings)
+
+
+def test_settings_of_earlier_versions_are_the_same():
+    """`standardize` came later: runs, searches and variants that do not have it are as they were."""
+    assert "standardize" not in NRPMConfig(lam=0.5, eps=0.1).settings
+    assert NRPMConfig(standardize=True).settings["standardize"] is True
+    for wrong in ({"standardize": 1}, {"learnable": "yes"}):
+        with pytest.raises(ValueError, match="are True or False"):
+            NRPMConfig(**wrong)

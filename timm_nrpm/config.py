@@ -207,7 +207,7 @@ class TuneConfig:
         eps: Bound of that norm, in pixel units of [0, 1]: under Linf the largest change of a pixel, by default 8/255;
             the other norms have no default. 0 attacks nothing.
         steps: Number of steps of the inner attack; FGSM always takes one.
-        step_size: Its step size in pixel units: by default `eps / 4` (the paper's 2/255 at 8/255), or `eps` for one step.
+        step_size: Its step size in pixel units: by default `eps / 4` (the paper's 2/255 at 8/255), or `eps` for one.
         gradient: Gradient that the inner attack follows: `"own"`, the model's own, as in the paper; `"bpda"`, with
             the estimate forward and the linear map backward; `"plain"`, that of the model at lambda = 1; or
             `"mixture"`, each of the three for every third image. The estimate's own gradient misleads an attack, and a
