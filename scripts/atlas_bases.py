@@ -65,6 +65,7 @@ class Base:
         kinds: Corruptions of the highest severity.
         foreign: Images of the same classes from another source, and its name.
         seconds, shifted: Time for a cell under attack, and for one after a shift, by the cost of the model.
+        sparse: Time for a cell under attacks on few pixels; by default as under others.
     """
 
     title: str
@@ -76,12 +77,13 @@ class Base:
     foreign: tuple[str, Images] | None = None
     seconds: float = 300
     shifted: float = 180
+    sparse: float | None = None
 
     def cells(self, images: int | None) -> list[Cell]:
         """All questions about this model; `images` replaces the numbers of images for each purpose."""
         found = [
-            Cell(self.model, danger.norm, danger, self.seconds, *_two(self.held, images or ATTACKED), self.training)
-            for danger in self.threats
+            Cell(self.model, danger.norm, danger, seconds, *_two(self.held, images or ATTACKED), self.training)
+            for danger, seconds in ((each, self._attacked(each)) for each in self.threats)
         ]
         corrupted = _two(self.held, images or CORRUPTED)
         found += [Cell(self.model, kind, Shift(kind), self.shifted, *corrupted, self.training) for kind in self.kinds]
@@ -97,6 +99,10 @@ class Base:
                 )
             )
         return found
+
+    def _attacked(self, threat: Threat) -> float:
+        """Time for a cell under an attack."""
+        return self.sparse if self.sparse and threat.norm in ("L0", "patch") else self.seconds
 
 
 def batches(images: Images, size: int = 60) -> list[Images]:
@@ -133,7 +139,7 @@ def bundled(lab: Lab) -> Base:
     foreign = _scaled(_shuffled(lab.images("mnist", "test", 2000)), 8)
     return Base(
         "resnet8_digits, digits", model.eval(), _shuffled(digits("test")), digits("train"),
-        _threats(0.15, 0.6, 1.0, 1, 2), NATIVE, ("MNIST", foreign),
+        _threats(0.15, 0.6, 1.0, 1, 2), NATIVE, ("MNIST", foreign), sparse=600,
     )  # fmt: skip
 
 
@@ -143,7 +149,7 @@ def _mnist(lab: Lab, title: str, family: str, name: str, threats: tuple[Threat, 
         title, lab.plain(family, name), _shuffled(lab.images("mnist", "test", 2000)),
         _shuffled(lab.images("mnist", "train", 20_000), TRAINING), threats,
         (*NATIVE, "gaussian_noise", "motion_blur", "fog", "contrast", "jpeg_compression"),
-        ("scikit-learn's digits", foreign), shifted=100,
+        ("scikit-learn's digits", foreign), shifted=100, sparse=600,
     )  # fmt: skip
 
 

@@ -29,8 +29,8 @@ ESTIMATES = {
 """Settings of the estimate that are tried at a mild and at a low lambda. Its eps is in units of one product: the
 larger, the smoother the estimate, and the nearer to the mean."""
 
-STANDARD = {"first:1": (0.0, (1.0, 0.6, 0.3)), "first:3": (0.0, (1.0,)), None: (0.5, (1.0,))}
-"""Layers that standard units are tried in, with the lambda and the values of eps there."""
+STANDARD = (("first:1", 0.0, 0.6), (None, 0.0, 2.0), ("first:1", 0.0, 0.3), ("first:1", 0.0, 1.0), (None, 0.4, 1.0))
+"""Layers that standard units are tried in, with lambda and eps; what gained on other models comes first."""
 
 LAYERS = (None, "first:1", "first:3")
 """Layers that one lambda is tried on: all, and a few, which cost less time."""
@@ -40,11 +40,9 @@ BUDGET = 30
 
 
 def _standard_units(study: Study) -> Candidates:
-    for layers, (lam, values) in STANDARD.items():
-        where = "all layers" if layers is None else layers
-        for eps in values:
-            config = NRPMConfig(lam, eps=eps, layers=layers, standardize=True)
-            yield _candidate(study, f"lambda {lam:g}, eps {eps:g} in {where}", config)
+    for layers, lam, eps in STANDARD:
+        config = NRPMConfig(lam, eps=eps, layers=layers, standardize=True)
+        yield _candidate(study, f"lambda {lam:g}, eps {eps:g} in {layers or 'all layers'}", config)
 
 
 def _one_lambda(study: Study) -> Candidates:
