@@ -26,6 +26,7 @@ ORDER = (
 
 SHORT = {
     "adaptation": "adapted", "tuning a few layers": "few tuned", "tuning all": "all tuned", "one lambda": "lambda",
+    "standard units": "std units",
     "the estimate": "estimate", "a lambda for each layer": "lambdas", "tuning lambda": "lambda tuned",
 }  # fmt: skip
 
