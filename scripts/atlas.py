@@ -130,8 +130,7 @@ def main() -> None:
                 rows.append(row_of(base, cell, Advice.from_json(file.read_text())))
     how = (
         f"{limits.images or ATTACKED} images to choose on and as many to judge on under attack, "
-        f"up to {limits.images or CORRUPTED} after a shift, and up to {TRAINING} to train on; two to "
-        "twenty minutes for a cell. Standard units, which came last, were tried in a few cells alone"
+        f"up to {limits.images or CORRUPTED} after a shift, and up to {TRAINING} to train on"
     )
     written(args.out, args.docs, rows, how)
     print(markdown(rows, how))

@@ -143,5 +143,5 @@ def test_settings_of_earlier_versions_are_the_same():
     assert "standardize" not in NRPMConfig(lam=0.5, eps=0.1).settings
     assert NRPMConfig(standardize=True).settings["standardize"] is True
     for wrong in ({"standardize": 1}, {"learnable": "yes"}):
-        with pytest.raises(ValueError, match="are True or False"):
+        with pytest.raises(ValueError, match="give True or False"):
             NRPMConfig(**wrong)

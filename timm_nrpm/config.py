@@ -120,7 +120,7 @@ class NRPMConfig:
                 '"first:4", or a function of name and module.'
             )
         if not (isinstance(self.learnable, bool) and isinstance(self.standardize, bool)):
-            raise ValueError(f"learnable={self.learnable!r} and standardize={self.standardize!r} are True or False.")
+            raise ValueError(f"learnable={self.learnable!r}, standardize={self.standardize!r}: give True or False.")
         settings = check_estimator(self.iterations, self.eps, self.penalty, self.delta, self.gamma)
         for name, value in settings._asdict().items():
             object.__setattr__(self, name, value)
