@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from timm_nrpm.models.registry import create_model, list_models
     from timm_nrpm.models.reprogramming import lambdas, plain_copy, reprogram_, restore_
     from timm_nrpm.models.saving import save_pretrained
+    from timm_nrpm.subnetworks.semirobust import semirobust
     from timm_nrpm.tuning.tune import tune
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "restore_",
     "save_pretrained",
     "search_lambda",
+    "semirobust",
     "smoothed_predict",
     "tune",
 ]
@@ -96,12 +98,16 @@ _HOMES = {
     "restore_": "models.reprogramming",
     "save_pretrained": "models.saving",
     "search_lambda": "evaluation.search",
+    "semirobust": "subnetworks.semirobust",
     "smoothed_predict": "evaluation.certification",
     "tune": "tuning.tune",
 }
 """The module that defines each public name; it is imported when the name is first used."""
 
-_SUBPACKAGES = ("nn", "data", "models", "attacks", "evaluation", "tuning", "advice", "figures", "hub", "jobs", "cli")
+_SUBPACKAGES = (
+    *("nn", "data", "models", "attacks", "evaluation", "tuning", "subnetworks", "advice"),
+    *("figures", "hub", "jobs", "cli"),
+)
 """The subpackages, in the order in which a name without its subpackage, such as `timm_nrpm.flags`, is looked up."""
 
 

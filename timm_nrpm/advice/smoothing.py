@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.advice.adaptation import adapted
 from timm_nrpm.advice.strategy import Candidate, Candidates, Strategy
-from timm_nrpm.advice.study import Study, digits_of, file_name
+from timm_nrpm.advice.study import Study, file_name
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.evaluation.certification import certify
 from timm_nrpm.evaluation.trials import Kept

@@ -23,7 +23,7 @@ from timm_nrpm.evaluation.corruptions import right_on
 from timm_nrpm.evaluation.evaluate import evaluate, first_images
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.evaluation.shifts import Shift
-from timm_nrpm.evaluation.trials import Bounds, Kept
+from timm_nrpm.evaluation.trials import Bounds, Kept, digits_of
 from timm_nrpm.models.calibration import calibrate_
 from timm_nrpm.models.reprogramming import reprogram_, reprogrammed_layers
 from timm_nrpm.nn.pixel_model import PixelModel
@@ -42,11 +42,6 @@ TURNS = 3
 def file_name(words: str) -> str:
     """A name of files, from words."""
     return re.sub(r"[^\w.]+", "-", words).strip("-")
-
-
-def digits_of(right: Iterable[bool]) -> str:
-    """A digit for each image, 1 where a model is right."""
-    return "".join(str(int(each)) for each in right)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO
 
 import shtab
 
-from timm_nrpm.cli import advise, create, evaluate, hub, measure, options, plot, search, tune
+from timm_nrpm.cli import advise, create, evaluate, hub, measure, options, plot, search, subnetwork, tune
 from timm_nrpm.cli.given import WrongCall, completed, keep_defaults_apart
 from timm_nrpm.cli.options import Command
 from timm_nrpm.cli.terminal import Terminal
@@ -90,6 +90,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     shtab.add_argument_to(parser, "--print-completion", help="print the completion script of a shell, for its startup")
     commands: Any = parser.add_subparsers(dest="command_name", metavar="COMMAND", parser_class=_Parser)
     advise.add_advise(commands)
+    subnetwork.add_subnetwork(commands)
     create.add_models(commands)
     create.add_create(commands)
     create.add_calibrate(commands)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,11 @@ NOTHING = "nothing"
 
 NEAR = 0.9
 """Share of the largest gain on the selection images that a trial needs to be chosen for losing less clean accuracy."""
+
+
+def digits_of(right: Iterable[bool]) -> str:
+    """A digit for each image, 1 where a model is right."""
+    return "".join(str(int(each)) for each in right)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from timm_nrpm.evaluation.certificates import CertificationReport
 from timm_nrpm.evaluation.corruption_report import CorruptionReport
@@ -13,6 +13,7 @@ from timm_nrpm.evaluation.history import History
 from timm_nrpm.evaluation.landscape import LossLandscape
 from timm_nrpm.evaluation.pareto import ParetoFront
 from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.evaluation.subnetwork_report import SubnetworkReport
 from timm_nrpm.evaluation.trials import Advice
 from timm_nrpm.figures.advised import draw_advice
 from timm_nrpm.figures.certified import draw_certified
@@ -22,6 +23,7 @@ from timm_nrpm.figures.history import draw_history
 from timm_nrpm.figures.lambdas import draw_lambdas
 from timm_nrpm.figures.pareto import draw_front
 from timm_nrpm.figures.robustness import draw_attacks, draw_curves
+from timm_nrpm.figures.subnetworks import draw_subnetworks
 
 Result: TypeAlias = (
     RobustnessReport
@@ -30,14 +32,35 @@ Result: TypeAlias = (
     | History
     | ParetoFront
     | Advice
+    | SubnetworkReport
     | EmbeddingDifferences
     | LossLandscape
 )
 """Results that :func:`plot` draws one at a time; it draws several of some kinds together as well."""
 
+DRAWERS: Mapping[type, Callable[[Any, str | Path], Path]] = {
+    RobustnessReport: draw_attacks,
+    CertificationReport: lambda report, path: draw_certified([report], path),
+    CorruptionReport: draw_corruptions,
+    History: draw_history,
+    ParetoFront: draw_front,
+    Advice: draw_advice,
+    SubnetworkReport: lambda report, path: draw_subnetworks([report], path),
+    EmbeddingDifferences: lambda result, path: draw_differences({"model": result}, path),
+    LossLandscape: lambda result, path: draw_landscape({"model": result}, path),
+}
+"""The function that draws a result of each kind."""
+
+SEVERAL: Mapping[type, Callable[[Any, str | Path], Path]] = {
+    RobustnessReport: draw_curves,
+    CertificationReport: draw_certified,
+    SubnetworkReport: draw_subnetworks,
+}
+"""The function that draws a list of results of each kind."""
+
 DRAWN = (
-    "a RobustnessReport, CertificationReport, CorruptionReport, History, ParetoFront, Advice, EmbeddingDifferences or "
-    "LossLandscape; a list of RobustnessReports or of CertificationReports; or a dict of EmbeddingDifferences, of "
+    f"a {', '.join(kind.__name__ for kind in DRAWERS)}; a list of RobustnessReports, of CertificationReports or of "
+    "SubnetworkReports; or a dict of EmbeddingDifferences, of "
     "LossLandscapes or of lambdas by their names"
 )
 
@@ -46,6 +69,7 @@ def plot(
     result: Result
     | Sequence[RobustnessReport]
     | Sequence[CertificationReport]
+    | Sequence[SubnetworkReport]
     | Mapping[str, EmbeddingDifferences]
     | Mapping[str, LossLandscape]
     | Mapping[str, float],
@@ -58,7 +82,8 @@ def plot(
             accuracy that each attack leaves, and a list of them as accuracy over eps; one report of
             :func:`timm_nrpm.certify`, or a list of them, as certified accuracy over radius; a report of
             :func:`timm_nrpm.evaluate_corruptions` as heat maps; the result of :func:`timm_nrpm.search_lambda` as its
-            Pareto front; an advice of :func:`timm_nrpm.advise` as the effect of each strategy; the history of
+            Pareto front; an advice of :func:`timm_nrpm.advise` as the effect of each strategy; a report of
+            :func:`timm_nrpm.semirobust`, or a list of them, as the dependence between layers; the history of
             :func:`timm_nrpm.tune` as curves over the steps; and the dict of :func:`timm_nrpm.lambdas` as a bar for each
             layer. Embedding differences, or loss landscapes, of several models are given as a dict by the name of the
             model.
@@ -75,31 +100,15 @@ def plot(
         >>> timm_nrpm.plot(timm_nrpm.lambdas(model), "lambdas.png")
         PosixPath('lambdas.png')
     """
-    if isinstance(result, RobustnessReport):
-        return draw_attacks(result, path)
-    if isinstance(result, CertificationReport):
-        return draw_certified([result], path)
-    if isinstance(result, CorruptionReport):
-        return draw_corruptions(result, path)
-    if isinstance(result, History):
-        return draw_history(result, path)
-    if isinstance(result, ParetoFront):
-        return draw_front(result, path)
-    if isinstance(result, Advice):
-        return draw_advice(result, path)
-    if isinstance(result, EmbeddingDifferences):
-        return draw_differences({"model": result}, path)
-    if isinstance(result, LossLandscape):
-        return draw_landscape({"model": result}, path)
+    if drawer := DRAWERS.get(type(result)):
+        return drawer(result, path)
     if isinstance(result, Mapping):
         return _plot_by_name(result, path)
     if isinstance(result, Sequence) and not isinstance(result, str):
-        robustness = [report for report in result if isinstance(report, RobustnessReport)]
-        certified = [report for report in result if isinstance(report, CertificationReport)]
-        if robustness and len(robustness) == len(result):
-            return draw_curves(robustness, path)
-        if certified and len(certified) == len(result):
-            return draw_certified(certified, path)
+        kinds = {type(report) for report in result}
+        for kind, drawer in SEVERAL.items():
+            if kinds == {kind}:
+                return drawer(result, path)
     raise _unknown(result)
 
 

@@ -18,6 +18,15 @@ from timm_nrpm.errors import ReprogrammingWarning
 from timm_nrpm.models.modes import evaluating
 
 
+def example_of(model: nn.Module) -> Tensor | None:
+    """An image of zeros `[1, C, H, W]` of the size that a timm model takes; None for a model that is not timm's."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or not hasattr(model, "pretrained_cfg"):
+        return None
+    size = get_model_input_config(model)["input_size"]  # of this model, not of its pretrained weights
+    return torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
+
+
 def call_order(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor | None) -> list[str] | None:
     """Names of the layers that a forward pass calls, in the order of their first calls.
 
@@ -32,13 +41,10 @@ def call_order(model: nn.Module, layers: Mapping[str, nn.Module], example: Tenso
     Raises:
         ValueError: The model does not run on `example`.
     """
-    parameter = next(model.parameters(), None)
     given = example is not None
+    example = example_of(model) if example is None else example
     if example is None:
-        if parameter is None or not hasattr(model, "pretrained_cfg"):
-            return None
-        size = get_model_input_config(model)["input_size"]  # of this model, not of its pretrained weights
-        example = torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype)
+        return None
     order: dict[str, None] = {}
 
     def record_call(name: str) -> Callable[..., None]:

@@ -1,0 +1,129 @@
+"""`timm-nrpm subnetwork`: a network and images in, what a robust early part is worth to the rest out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from timm_nrpm.cli import options
+from timm_nrpm.cli.given import Useless
+from timm_nrpm.cli.terminal import Terminal
+from timm_nrpm.cli.wording import called
+from timm_nrpm.config import OPTIMIZERS, TUNED_NORMS, TuneConfig
+
+NAMES = {
+    **options.NAMES,
+    "trials.jsonl": "--output",
+    "another file": "another folder as --output",
+    "epochs": "--late-epochs",
+    "suites": "--attacks",
+}
+STOPPED = "What is done is in {output}, and the same command goes on from it."
+
+ATTACKS = {"quick": "FGSM and PGD", "standard": "AutoAttack", "adaptive": "the worst case"}
+"""Suites of attacks, and what they measure."""
+
+USELESS = (
+    *options.USELESS_FOR_MODELS,
+    *options.USELESS_FOR_IMAGES,
+    *options.useless_splits("split", "training_split"),
+    Useless(("epochs", "lr"), lambda args: args.robust is not None, "--robust is robust already."),
+)
+
+
+def add_subnetwork(commands: Any) -> None:
+    """Add `timm-nrpm subnetwork`."""
+    parser = options.add_command(
+        commands,
+        "subnetwork",
+        options.Command(_subnetwork, USELESS, NAMES, STOPPED),
+        "find whether a robust early part of a network is enough",
+        "Make a network robust by adversarial training, give its last layers their natural weights back, and tune "
+        "those alone behind the robust early part, until the network is as robust as it was (Algorithm 1 of "
+        "arXiv 2307.03803). Trials end on some images, and the networks are compared on others.",
+        "timm-nrpm subnetwork --model resnet8_digits --late 2 --eps 0.1 --epochs 1 --steps 1 --trials 1 "
+        "--late-epochs 1 --samples 40 --attacks quick",
+    )
+    options.add_plain_model(parser)
+    data = options.add_images(parser, 64, "test", 400)
+    training = "number of training images, at most (default: 5000)"
+    data.add_argument("--train", type=int, default=5000, metavar="N", help=training)
+    split = "split that those are from (default: train)"
+    data.add_argument("--training-split", default="train", metavar="NAME", help=split)
+    _add_networks(parser.add_argument_group("the networks"))
+    _add_attack(parser.add_argument_group("attacks"))
+    options.add_output(parser, "folder of the result and of all weights", "subnetwork")
+
+
+def _add_networks(group: Any) -> None:
+    late = "number of layers of the late part, counted from the output"
+    group.add_argument("--late", type=int, required=True, metavar="N", help=late)
+    natural = "epochs of training on clean images, for a model without weights (default: 0)"
+    group.add_argument("--natural-epochs", type=int, default=0, metavar="N", help=natural)
+    group.add_argument("--robust", metavar="FILE", help="weights of the robust network (default: it is trained)")
+    group.add_argument("--epochs", type=int, default=10, metavar="N", help="epochs of its training (default: 10)")
+    group.add_argument("--lr", type=options.number, default=0.01, metavar="X", help="its learning rate (default: 0.01)")
+    optimizer = "optimizer, one of timm's (default: momentum)"
+    group.add_argument("--optimizer", default="momentum", choices=OPTIMIZERS, help=optimizer)
+    group.add_argument("--trials", type=int, default=3, metavar="N", help="late parts that are tuned (default: 3)")
+    epochs = "epochs of each, at most, with a learning rate of 0.001 (default: 10)"
+    group.add_argument("--late-epochs", type=int, default=10, metavar="N", help=epochs)
+    tolerance = "points under PGD by which a network may be worse than the robust one (default: 1)"
+    group.add_argument("--tolerance", type=options.number, default=1.0, metavar="X", help=tolerance)
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
+
+
+def _add_attack(group: Any) -> None:
+    norm = "norm of the change, in training and of all attacks (default: Linf)"
+    group.add_argument("--norm", default="Linf", choices=TUNED_NORMS, help=norm)
+    eps = "its bound, under Linf of a pixel of [0, 1] (default under Linf: 8/255)"
+    group.add_argument("--eps", type=options.number, metavar="EPS", help=eps)
+    group.add_argument("--steps", type=int, default=10, metavar="N", help="steps of PGD in training (default: 10)")
+    attacks = "; ".join(f"{name}: {what}" for name, what in ATTACKS.items())
+    group.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS, help=f"{attacks} (default: all)")
+
+
+def _subnetwork(args: argparse.Namespace, terminal: Terminal) -> None:
+    import torch
+
+    from timm_nrpm.cli import inputs
+    from timm_nrpm.figures.plot import plot
+    from timm_nrpm.models.reprogramming import plain_copy
+    from timm_nrpm.models.weights import load_published_
+    from timm_nrpm.subnetworks.semirobust import semirobust
+
+    inputs.make_folder(args.output)
+    model = inputs.model_of(args).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    robust = None
+    if args.robust is not None:
+        with called(weights="--robust"):
+            robust = load_published_(plain_copy(model), args.robust)
+    report, selection, training = inputs.images_for_advice(args, model, terminal)
+    if training is None:
+        raise ValueError("train=0 leaves no images to train on: give --train 1000, or leave it out.")
+    config = TuneConfig(
+        paradigm="all", norm=args.norm, eps=args.eps, steps=args.steps, epochs=args.epochs, lr=args.lr,
+        optimizer=args.optimizer, seed=args.seed,
+    )  # fmt: skip
+    result = semirobust(
+        model,
+        training,
+        selection,
+        report,
+        args.late,
+        robust=robust,
+        natural_epochs=args.natural_epochs,
+        config=config,
+        trials=args.trials,
+        epochs=args.late_epochs,
+        tolerance=args.tolerance / 100,
+        suites=tuple(args.attacks),
+        folder=args.output,
+        progress=terminal.progress,
+    )
+    terminal.show(f"{result}\n")
+    (args.output / "subnetwork.json").write_text(result.to_json() + "\n", encoding="utf-8")
+    picture = plot(result, args.output / "subnetwork.png")
+    terminal.show(f"Written: {args.output / 'subnetwork.json'}, {picture}")
+    terminal.give({"subnetwork": json.loads(result.to_json())})

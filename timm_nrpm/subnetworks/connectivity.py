@@ -1,0 +1,88 @@
+"""Connectivity: how much each layer of a late part depends on the layer before it, within a class (the paper's rho)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from timm_nrpm.models.modes import evaluating
+from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.subnetworks.mutual_information import LEAST, edge
+from timm_nrpm.subnetworks.splitting import Split
+
+
+def connectivity(
+    net: PixelModel, images: Iterable[tuple[Tensor, Tensor]], parts: Split, *, classes: int, seed: int = 0
+) -> tuple[float, ...]:
+    """Mutual information between consecutive layers, within a class, for each layer of the late part (arXiv 2307.03803,
+    assumption A1), by :func:`timm_nrpm.mutual_information.edge`.
+
+    The output of a layer is what the next one receives, so with its normalisation, activation and the residual sum; of
+    the last layer, the logits. Of images and tokens it is the mean over all places, one number for each channel.
+
+    Args:
+        net: The network on pixels.
+        images: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`.
+        parts: The split of the network.
+        classes: Number of classes, each of which needs images.
+        seed: Seed of the estimate.
+
+    Returns:
+        A number of nats for each layer of `parts.late`, of its dependence on the layer before it.
+
+    Raises:
+        ValueError: A class has no image, or fewer than 100.
+    """
+    recorded: list[list[Tensor]] = [[] for _ in range(len(parts.late) + 1)]
+    given = []
+    device = net.mean.device
+    with _inputs(net.model, parts.late) as inputs, evaluating(net), torch.no_grad():
+        for pixels, labels in images:
+            logits = net(pixels.to(device))
+            for place, name in enumerate(parts.late):
+                recorded[place].append(inputs[name].cpu())
+            recorded[-1].append(logits.float().cpu())
+            given.append(labels.cpu())
+    labels = torch.cat(given)
+    check_classes(labels, classes)
+    outputs = [torch.cat(each) for each in recorded]
+    return tuple(edge(x, y, given=labels, seed=seed) for x, y in pairwise(outputs))
+
+
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Raise a ValueError if a class has fewer images than connectivity takes."""
+    counts = torch.bincount(labels, minlength=classes)
+    few = [f"{label} has {int(count)}" for label, count in enumerate(counts) if count < LEAST]
+    if few:
+        raise ValueError(
+            f"Connectivity is measured within each class, from {LEAST} images or more, and of the {classes} classes "
+            f"{len(few)} have fewer: class {', '.join(few[:5])}. Give more images, of every class."
+        )
+
+
+@contextmanager
+def _inputs(model: nn.Module, names: Iterable[str]) -> Iterator[Mapping[str, Tensor]]:
+    """What layers receive in the last forward, by name: the mean over all places, `[B, C]`."""
+    found: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().float()
+            if isinstance(module, nn.modules.conv._ConvNd):
+                found[name] = x.flatten(2).mean(2)
+            else:
+                found[name] = x.reshape(len(x), -1, x.shape[-1]).mean(1)
+
+        return note
+
+    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

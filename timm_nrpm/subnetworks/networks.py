@@ -1,0 +1,182 @@
+"""Networks of one architecture that differ in their weights: made from a model, tuned in part, and compared."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from timm_nrpm.attacks.library import pgd
+from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.config import NRPMConfig, TuneConfig
+from timm_nrpm.data.images import check_batch, check_labels
+from timm_nrpm.evaluation.corruptions import right_on
+from timm_nrpm.evaluation.evaluate import evaluate
+from timm_nrpm.evaluation.trials import digits_of
+from timm_nrpm.models.base import weights_sha256
+from timm_nrpm.models.reprogramming import identity_of, plain_copy, reprogram_
+from timm_nrpm.models.tensors import write_tensors
+from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.nn.wrappers import copied, subject_of
+from timm_nrpm.tuning.tune import tune
+
+State: TypeAlias = Mapping[str, Tensor]
+"""Weights and statistics of a network, by name."""
+
+Batches: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, in memory."""
+
+MEASURED = 5000
+"""Largest number of training images that the dependence between layers is measured on."""
+
+
+class Networks:
+    """A model, and the networks with other weights that are made from it.
+
+    Args:
+        model: A classifier; of a reprogrammed one, the plain model. It is not changed.
+        training: A DataLoader of training images and labels.
+        threat: What attacks may change.
+        folder: Folder that keeps weights and what attacks left.
+        mean, std: Normalisation of the model, as for :func:`timm_nrpm.evaluate`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: DataLoader[Any],
+        threat: Threat,
+        folder: Path,
+        mean: tuple[float, ...] | None,
+        std: tuple[float, ...] | None,
+    ) -> None:
+        subject = subject_of(model, mean, std)
+        self.plain, self.mean, self.std = plain_copy(subject.model).eval(), subject.mean, subject.std
+        self.training, self.threat, self.folder = training, threat, folder
+        net = self.on_pixels(self.state)
+        pixels, labels = check_batch(next(iter(training)))
+        self.device = net.mean.device
+        self.example = net.normalise(pixels[:1].to(self.device))
+        with torch.no_grad():
+            self.classes = self.plain(self.example).shape[1]
+        check_labels(labels, self.classes)
+        self.identity = {"model": weights_sha256(self.state), **identity_of(net), "threat": str(threat)}
+
+    @property
+    def state(self) -> State:
+        """The model's own weights and statistics."""
+        return self.plain.state_dict()
+
+    def state_of(self, model: nn.Module) -> State:
+        """The weights and statistics of another model.
+
+        Raises:
+            ValueError: Its architecture is another one.
+        """
+        state = plain_copy(subject_of(model, self.mean, self.std).model).state_dict()
+        shapes = {name: each.shape for name, each in state.items()}
+        if shapes != {name: each.shape for name, each in self.state.items()}:
+            raise ValueError("The two models have weights of other names or shapes: give two of one architecture.")
+        return {name: each.to(self.device) for name, each in state.items()}
+
+    def network(self, state: State) -> nn.Module:
+        """A plain network with these weights."""
+        model = copied(self.plain)
+        model.load_state_dict(dict(state))
+        return model.eval()
+
+    def on_pixels(self, state: State) -> PixelModel:
+        """The same on pixels in [0, 1]."""
+        return subject_of(self.network(state), self.mean, self.std).on_pixels().eval()
+
+    def checked(self, images: Iterable[Any]) -> Batches:
+        """All batches of some images.
+
+        Raises:
+            ValueError: There are none, or a label is no class of the model.
+        """
+        batches = [check_batch(batch) for batch in images]
+        if not batches:
+            raise ValueError("The loader gave no images: give some to choose on, and others to compare on.")
+        for pixels, labels in batches:
+            check_labels(labels, self.classes, count=len(pixels))
+        return batches
+
+    def tuned(self, state: State, config: TuneConfig, name: str, *, progress: bool = False) -> State:
+        """The weights after some tuning, which are kept under a name; a run that was stopped goes on."""
+        file = self.folder / f"{name}.safetensors"
+        if not file.exists():
+            model = reprogram_(self.network(state), NRPMConfig(lam=1.0))
+            config = replace(config, output=str(self.folder / name), keep=1)
+            tune(model, self.training, config, mean=self.mean, std=self.std, resume=True, progress=progress)
+            after = model.state_dict()
+            draft = self.folder / name / "tuned.safetensors"
+            write_tensors({each: after[each] for each in self.state}, draft)
+            draft.replace(file)
+            shutil.rmtree(self.folder / name)
+        return self.kept(name)
+
+    def kept(self, name: str) -> State:
+        """Weights that were tuned under this name."""
+        return load_file(self.folder / f"{name}.safetensors", device=str(self.device))
+
+    def attacked(self, state: State, batches: Batches, steps: int, seed: int) -> Batches:
+        """Images under PGD along a network's own gradient."""
+        net, run = self.on_pixels(state), pgd(self.threat, steps)
+        found: Batches = []
+        for number, (pixels, labels) in enumerate(batches):
+            seeds = [seed + number] * len(pixels)
+            points = run(net, pixels.float().to(self.device), labels.to(self.device), seeds)
+            found.append((points.cpu(), labels))
+        return found
+
+    def accuracy(self, state: State, batches: Batches) -> float:
+        """Share of some images that a network is right on."""
+        net = self.on_pixels(state)
+        with torch.no_grad():
+            right = [each for pixels, labels in batches for each in right_on(net, pixels, labels)]
+        return sum(right) / len(right)
+
+    def some_training(self) -> Batches:
+        """Training images in an order of their own, at most `MEASURED`."""
+        images = self.training.dataset
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:MEASURED]  # type: ignore[arg-type]
+        loader = DataLoader(
+            Subset(images, order.tolist()), self.training.batch_size or 1, collate_fn=self.training.collate_fn
+        )
+        return self.checked(loader)
+
+    def measured(self, state: State, batches: Batches, suite: str, name: str) -> dict[str, str]:
+        """The images that a network is right on: for each measure, a digit for each image, 1 where it is right.
+
+        Args:
+            state: Weights of the network.
+            batches: Images that it is compared on.
+            suite: Suite of attacks: `"quick"` gives the measures clean, fgsm and pgd, `"standard"` clean and
+                autoattack, and `"adaptive"` clean and worst case.
+            name: Name of the network, under which what attacks left is found again.
+        """
+        report = evaluate(
+            self.network(state),
+            batches,
+            self.threat,
+            suite,
+            effort="fast" if suite == "adaptive" else "default",
+            control=False,
+            mean=self.mean,
+            std=self.std,
+            resume=self.folder / f"{name}-{suite}.jsonl",
+        )
+        right = {"clean": report.correct}
+        if suite == "quick":
+            right |= {each.name: tuple(s is True for s in each.survived) for each in report.attacks}
+        else:
+            right["worst case" if suite == "adaptive" else "autoattack"] = report.survivors
+        return {measure: digits_of(digits) for measure, digits in right.items()}
