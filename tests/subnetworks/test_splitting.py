@@ -83,7 +83,7 @@ class Again(nn.Module):
 
 @pytest.mark.parametrize("late", [0, 18, 19, -1, 1.5, True])
 def test_a_part_without_layers_is_refused(late):
-    with pytest.raises(ValueError, match="late=.*from 1 to 17.*18 convolutional and linear layers"):
+    with pytest.raises(ValueError, match=r"late=.*from 1 to 17.*18 convolutional and linear layers"):
         split(timm.create_model("resnet18_cifar_narrow"), late)
 
 

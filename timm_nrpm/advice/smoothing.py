@@ -12,7 +12,7 @@ from timm_nrpm.advice.strategy import Candidate, Candidates, Strategy
 from timm_nrpm.advice.study import Study, file_name
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.evaluation.certification import certify
-from timm_nrpm.evaluation.trials import Kept
+from timm_nrpm.evaluation.trials import Kept, digits_of
 from timm_nrpm.models.plain_statistics import norms_of
 
 VOTES = 500

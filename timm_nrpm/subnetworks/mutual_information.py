@@ -331,7 +331,7 @@ def _counts(codes: Tensor) -> Tensor:
 
 
 def _entropy(counts: Tensor) -> float:
-    """Grassberger's estimate of the entropy of a discrete variable, in nats, from the numbers of samples of its values."""
+    """Grassberger's estimate of an entropy, in nats, from the number of samples of each value."""
     total = float(counts.sum())
     sign = 1 - 2 * (counts % 2)
     expected = torch.digamma(counts) + sign / 2 * (torch.digamma((counts + 1) / 2) - torch.digamma(counts / 2))

@@ -33,8 +33,8 @@ State: TypeAlias = Mapping[str, Tensor]
 Batches: TypeAlias = list[tuple[Tensor, Tensor]]
 """Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, in memory."""
 
-MEASURED = 5000
-"""Largest number of training images that the dependence between layers is measured on."""
+MEASURED = 200
+"""Number of training images for each class, on average and at most, that the dependence between layers is measured on."""
 
 
 class Networks:
@@ -145,9 +145,10 @@ class Networks:
         return sum(right) / len(right)
 
     def some_training(self) -> Batches:
-        """Training images in an order of their own, at most `MEASURED`."""
+        """Training images in an order of their own, at most `MEASURED` for each class."""
         images = self.training.dataset
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:MEASURED]  # type: ignore[arg-type]
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        order = order[: MEASURED * self.classes]
         loader = DataLoader(
             Subset(images, order.tolist()), self.training.batch_size or 1, collate_fn=self.training.collate_fn
         )

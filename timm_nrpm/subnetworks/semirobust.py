@@ -94,8 +94,9 @@ def semirobust(
 
     Example:
         >>> model = timm_nrpm.create_model("resnet8_digits", pretrained=True)
-        >>> config = TuneConfig(paradigm="all", eps=0.1, epochs=1, steps=2)
-        >>> result = semirobust(model, training_loader, loader, loader, 2, config=config, trials=1, suites=("quick",))
+        >>> images = timm_nrpm.data.pixel_loader("digits", training=True)
+        >>> config = TuneConfig(paradigm="all", eps=0.1, epochs=1, steps=1)
+        >>> result = semirobust(model, images, loader, loader, 2, config=config, trials=1, epochs=1, suites=("quick",))
         >>> print(result.verdict)
         With the first 6 of 8 layers robust and kept, ...
     """
