@@ -108,9 +108,9 @@ def markdown(reports: dict[int, SubnetworkReport], effort: Effort) -> str:
         f"`{effort.name}`, Linf {EPS * 255:g}/255, PGD with {STEPS} steps in training. F is trained on clean images, "
         f"and F* from F for {effort.epochs} epochs on {effort.samples or 50_000} images. The late part has the weights "
         f"of F again, and is tuned alone, at most {effort.late_epochs} epochs, until PGD leaves at most a point fewer "
-        f"of {effort.images} images than of F*. The table is of {effort.images} other images, in %; the paper's numbers, "
-        "in brackets, are of a ResNet-18 eight times as wide, trained for 120 epochs on ten times as many images, and "
-        "the paper ends and compares trials on the same images.", "",
+        f"of {effort.images} images than of F*. The table is of {effort.images} other images, in %; the paper's "
+        "numbers, in brackets, are of a ResNet-18 eight times as wide, trained for 120 epochs on ten times as many "
+        "images, and the paper ends and compares trials on the same images.", "",
     ]  # fmt: skip
     for late, report in sorted(reports.items()):
         lines += [f"## The last {late} layers of 18", "", report.verdict, ""]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_nrpm.models.modes import evaluating
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.subnetworks.mutual_information import LEAST, edge
+from timm_nrpm.subnetworks.recording import received
 from timm_nrpm.subnetworks.splitting import Split
 
 
@@ -40,7 +40,7 @@ def connectivity(
     recorded: list[list[Tensor]] = [[] for _ in range(len(parts.late) + 1)]
     given = []
     device = net.mean.device
-    with _inputs(net.model, parts.late) as inputs, evaluating(net), torch.no_grad():
+    with received(net.model, parts.late, pooled=True) as inputs, evaluating(net), torch.no_grad():
         for pixels, labels in images:
             logits = net(pixels.to(device))
             for place, name in enumerate(parts.late):
@@ -62,27 +62,3 @@ def check_classes(labels: Tensor, classes: int) -> None:
             f"Connectivity is measured within each class, from {LEAST} images or more, and of the {classes} classes "
             f"{len(few)} have fewer: class {', '.join(few[:5])}. Give more images, of every class."
         )
-
-
-@contextmanager
-def _inputs(model: nn.Module, names: Iterable[str]) -> Iterator[Mapping[str, Tensor]]:
-    """What layers receive in the last forward, by name: the mean over all places, `[B, C]`."""
-    found: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
-
-    def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().float()
-            if isinstance(module, nn.modules.conv._ConvNd):
-                found[name] = x.flatten(2).mean(2)
-            else:
-                found[name] = x.reshape(len(x), -1, x.shape[-1]).mean(1)
-
-        return note
-
-    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -34,7 +34,7 @@ Batches: TypeAlias = list[tuple[Tensor, Tensor]]
 """Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, in memory."""
 
 MEASURED = 200
-"""Number of training images for each class, on average and at most, that the dependence between layers is measured on."""
+"""Number of training images for each class, on average, that the dependence between layers is measured on, at most."""
 
 
 class Networks:

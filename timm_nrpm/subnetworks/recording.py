@@ -1,0 +1,44 @@
+"""What the layers of a network receive: the output of the layer before, with all that comes in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def received(model: nn.Module, names: Iterable[str], *, pooled: bool) -> Iterator[Mapping[str, Tensor]]:
+    """Record what layers receive in the last forward: the output of the layer before each, with its normalisation, its
+    activation and the residual sum.
+
+    Args:
+        model: The network.
+        names: Names of convolutional or linear layers.
+        pooled: Whether to take the mean over all places of an image or over all tokens, one number for each channel.
+
+    Yields:
+        A mapping from names to `[B, C]` if pooled, and else `[B, N]` of all N values, after each forward.
+    """
+    found: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().float()
+            if not pooled:
+                found[name] = x.flatten(1)
+            elif isinstance(module, nn.modules.conv._ConvNd):
+                found[name] = x.flatten(2).mean(2)
+            else:
+                found[name] = x.reshape(len(x), -1, x.shape[-1]).mean(1)
+
+        return note
+
+    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
