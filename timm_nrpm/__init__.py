@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from timm_nrpm.models.registry import create_model, list_models
     from timm_nrpm.models.reprogramming import lambdas, plain_copy, reprogram_, restore_
     from timm_nrpm.models.saving import save_pretrained
-    from timm_nrpm.subnetworks.semirobust import semirobust
     from timm_nrpm.tuning.tune import tune
 
 __all__ = [
@@ -65,7 +64,6 @@ __all__ = [
     "restore_",
     "save_pretrained",
     "search_lambda",
-    "semirobust",
     "smoothed_predict",
     "tune",
 ]
@@ -98,7 +96,6 @@ _HOMES = {
     "restore_": "models.reprogramming",
     "save_pretrained": "models.saving",
     "search_lambda": "evaluation.search",
-    "semirobust": "subnetworks.semirobust",
     "smoothed_predict": "evaluation.certification",
     "tune": "tuning.tune",
 }

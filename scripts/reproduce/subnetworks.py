@@ -20,8 +20,9 @@ from lab import Lab
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_nrpm import NRPMConfig, TuneConfig, plot, reprogram_, restore_, semirobust, tune
+from timm_nrpm import NRPMConfig, TuneConfig, plot, reprogram_, restore_, tune
 from timm_nrpm.evaluation.subnetwork_report import SYMBOLS, SubnetworkReport
+from timm_nrpm.subnetworks.semirobust import semirobust
 
 ROOT = Path(__file__).parents[2]
 EPS, STEPS = 8 / 255, 10

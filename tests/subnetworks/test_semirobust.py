@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_nrpm
-from timm_nrpm import TuneConfig, semirobust
+from timm_nrpm import TuneConfig
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.evaluation.subnetwork_report import SubnetworkReport, SubnetworkTrial
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.subnetworks.connectivity import connectivity
 from timm_nrpm.subnetworks.mutual_information import edge
+from timm_nrpm.subnetworks.semirobust import semirobust
 from timm_nrpm.subnetworks.splitting import split
 
 CONFIG = TuneConfig(paradigm="all", eps=0.15, epochs=1, steps=1, evaluate_steps=2, optimizer="momentum")

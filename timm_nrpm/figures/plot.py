@@ -83,7 +83,7 @@ def plot(
             :func:`timm_nrpm.certify`, or a list of them, as certified accuracy over radius; a report of
             :func:`timm_nrpm.evaluate_corruptions` as heat maps; the result of :func:`timm_nrpm.search_lambda` as its
             Pareto front; an advice of :func:`timm_nrpm.advise` as the effect of each strategy; a report of
-            :func:`timm_nrpm.semirobust`, or a list of them, as the dependence between layers; the history of
+            :func:`timm_nrpm.semirobust.semirobust`, or a list of them, as the dependence between layers; the history of
             :func:`timm_nrpm.tune` as curves over the steps; and the dict of :func:`timm_nrpm.lambdas` as a bar for each
             layer. Embedding differences, or loss landscapes, of several models are given as a dict by the name of the
             model.

@@ -14,7 +14,7 @@ def draw_subnetworks(reports: Sequence[SubnetworkReport], path: str | Path) -> P
     part.
 
     Args:
-        reports: Results of :func:`timm_nrpm.semirobust` for one network, with late parts of different lengths.
+        reports: Results of :func:`timm_nrpm.semirobust.semirobust` for one network, with late parts of several lengths.
         path: The file to write, which ends in .png or .svg.
 
     Returns:
