@@ -1,0 +1,111 @@
+"""Robust criticality of a layer: how much the adversarial loss rises when its weights move a little in the worst
+direction (Zhu et al., arXiv 2308.02533, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_nrpm.attacks.library import pgd
+from timm_nrpm.attacks.threats import Threat, check_threat
+from timm_nrpm.checks import check_integer, check_number
+from timm_nrpm.models.modes import attackable
+from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.subnetworks.splitting import Split
+
+RADIUS = 0.1
+"""Largest move of a layer's weights, in times their norm."""
+
+STEPS = 5
+"""Number of steps of the ascent over the weights."""
+
+
+def criticality(
+    net: PixelModel,
+    images: Iterable[tuple[Tensor, Tensor]],
+    parts: Split,
+    threat: Threat | None = None,
+    *,
+    radius: float = RADIUS,
+    steps: int = STEPS,
+    attack_steps: int = 10,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Rise of the mean cross-entropy on attacked images, in nats, when the weight of one layer moves in the direction
+    in which it rises most. The images are attacked once, by PGD on the network as it is.
+
+    Args:
+        net: The network on pixels.
+        images: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`.
+        parts: A split of the network, whose layers are looked at.
+        threat: What the attack may change, under Linf or L2; the default is Linf with eps 8/255.
+        radius: Largest move of a weight, in times its norm.
+        steps: Number of steps of the ascent over the weight.
+        attack_steps: Number of steps of PGD.
+        seed: Seed of the attack.
+
+    Returns:
+        The rise by the name of the layer, in the order of a forward.
+
+    Raises:
+        ValueError: There are no images, or a setting is outside its range.
+
+    Example:
+        >>> net = PixelModel(plain).eval()
+        >>> rises = criticality(net, [(pixels, labels)], split(plain, 2), Threat("Linf", 0.1))
+        >>> max(rises, key=rises.get)
+        '...'
+    """
+    threat = check_threat(threat)
+    radius = check_number("radius", radius, above=0, why=", in times the norm of a weight")
+    steps, attack_steps = (
+        check_integer(name, value, least=1) for name, value in (("steps", steps), ("attack_steps", attack_steps))
+    )
+    attack, attacked = pgd(threat, attack_steps), []
+    for number, (pixels, labels) in enumerate(images):
+        pixels, labels = pixels.float().to(net.mean.device), labels.to(net.mean.device)
+        attacked.append((attack(net, pixels, labels, [seed + number] * len(pixels)), labels))
+    if not attacked:
+        raise ValueError("There are no images: give some to take the loss on.")
+    modules = dict(net.model.named_modules())
+    with attackable(net.model):
+        return {name: _rise(net, attacked, modules[name].weight, radius, steps) for name in parts.layers}
+
+
+def _rise(
+    net: PixelModel, batches: Sequence[tuple[Tensor, Tensor]], weight: torch.nn.Parameter, radius: float, steps: int
+) -> float:
+    """The largest rise that some steps of an ascent find, from a weight that is put back at the end."""
+    start, learning = weight.detach().clone(), weight.requires_grad
+    bound, highest, first = radius * float(start.norm()), -torch.inf, 0.0
+    weight.requires_grad_(True)
+    try:
+        for step in range(steps + 1):
+            loss, slope = _loss_and_slope(net, batches, weight)
+            first = loss if step == 0 else first
+            highest = max(highest, loss)
+            if step == steps or not bound:
+                break
+            with torch.no_grad():
+                moved = weight - start + 2 * bound / steps * slope / slope.norm().clamp_min(1e-30)
+                weight.copy_(start + moved * min(1.0, bound / max(float(moved.norm()), 1e-30)))
+    finally:
+        with torch.no_grad():
+            weight.copy_(start)
+        weight.requires_grad_(learning)
+    return highest - first
+
+
+def _loss_and_slope(
+    net: PixelModel, batches: Sequence[tuple[Tensor, Tensor]], weight: torch.nn.Parameter
+) -> tuple[float, Tensor]:
+    """Mean cross-entropy and its gradient."""
+    count, total, slope = sum(len(labels) for _, labels in batches), 0.0, torch.zeros_like(weight)
+    for pixels, labels in batches:
+        loss = F.cross_entropy(net(pixels).float(), labels, reduction="sum") / count
+        slope += torch.autograd.grad(loss, weight)[0]
+        total += float(loss.detach())
+    return total, slope
