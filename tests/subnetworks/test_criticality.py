@@ -28,7 +28,7 @@ def net():
 
 def test_no_random_direction_rises_higher(net, images):
     parts = split(net.model, 2)
-    found = criticality(net, images, parts, THREAT, attack_steps=3)
+    found = criticality(net, images, parts.layers, THREAT, attack_steps=3)
     assert tuple(found) == parts.layers
     attack = pgd(THREAT, 3)
     attacked = [(attack(net, x, y, [number] * len(x)), y) for number, (x, y) in enumerate(images)]
@@ -55,7 +55,9 @@ def test_a_wider_move_rises_higher_and_the_network_is_as_it_was(net, images):
     before = {name: value.clone() for name, value in net.model.state_dict().items()}
     net.model.conv1.weight.requires_grad_(False)
     parts = split(net.model, 2)
-    near, far = (criticality(net, images, parts, THREAT, radius=radius, attack_steps=2) for radius in (0.05, 0.2))
+    near, far = (
+        criticality(net, images, parts.layers, THREAT, radius=radius, attack_steps=2) for radius in (0.05, 0.2)
+    )
     assert all(0 < near[name] < far[name] for name in parts.layers)
     assert all(torch.equal(before[name], value) for name, value in net.model.state_dict().items())
     assert not net.model.conv1.weight.requires_grad
@@ -69,6 +71,6 @@ def test_a_wider_move_rises_higher_and_the_network_is_as_it_was(net, images):
 )
 def test_bad_settings_are_refused(net, images, settings, message):
     with pytest.raises(ValueError, match=message):
-        criticality(net, images, split(net.model, 2), THREAT, **settings)
+        criticality(net, images, split(net.model, 2).layers, THREAT, **settings)
     with pytest.raises(ValueError, match="no images"):
-        criticality(net, [], split(net.model, 2), THREAT)
+        criticality(net, [], split(net.model, 2).layers, THREAT)

@@ -11,6 +11,7 @@ from timm_nrpm.evaluation.corruption_report import CorruptionReport
 from timm_nrpm.evaluation.diagnostics import EmbeddingDifferences
 from timm_nrpm.evaluation.history import History
 from timm_nrpm.evaluation.landscape import LossLandscape
+from timm_nrpm.evaluation.layer_worth import LayerRecommendation
 from timm_nrpm.evaluation.pareto import ParetoFront
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.evaluation.subnetwork_report import SubnetworkReport
@@ -21,6 +22,7 @@ from timm_nrpm.figures.corruptions import draw_corruptions
 from timm_nrpm.figures.diagnostics import draw_differences, draw_landscape
 from timm_nrpm.figures.history import draw_history
 from timm_nrpm.figures.lambdas import draw_lambdas
+from timm_nrpm.figures.layers import draw_layers
 from timm_nrpm.figures.pareto import draw_front
 from timm_nrpm.figures.robustness import draw_attacks, draw_curves
 from timm_nrpm.figures.subnetworks import draw_subnetworks
@@ -33,6 +35,7 @@ Result: TypeAlias = (
     | ParetoFront
     | Advice
     | SubnetworkReport
+    | LayerRecommendation
     | EmbeddingDifferences
     | LossLandscape
 )
@@ -46,6 +49,7 @@ DRAWERS: Mapping[type, Callable[[Any, str | Path], Path]] = {
     ParetoFront: draw_front,
     Advice: draw_advice,
     SubnetworkReport: lambda report, path: draw_subnetworks([report], path),
+    LayerRecommendation: draw_layers,
     EmbeddingDifferences: lambda result, path: draw_differences({"model": result}, path),
     LossLandscape: lambda result, path: draw_landscape({"model": result}, path),
 }
@@ -83,7 +87,8 @@ def plot(
             :func:`timm_nrpm.certify`, or a list of them, as certified accuracy over radius; a report of
             :func:`timm_nrpm.evaluate_corruptions` as heat maps; the result of :func:`timm_nrpm.search_lambda` as its
             Pareto front; an advice of :func:`timm_nrpm.advise` as the effect of each strategy; a report of
-            :func:`timm_nrpm.semirobust.semirobust`, or a list of them, as the dependence between layers; the history of
+            :func:`timm_nrpm.semirobust.semirobust`, or a list of them, as the dependence between layers; what
+            :func:`timm_nrpm.recommend.recommend_layers` found as bars and a front; the history of
             :func:`timm_nrpm.tune` as curves over the steps; and the dict of :func:`timm_nrpm.lambdas` as a bar for each
             layer. Embedding differences, or loss landscapes, of several models are given as a dict by the name of the
             model.

@@ -14,7 +14,6 @@ from timm_nrpm.attacks.threats import Threat, check_threat
 from timm_nrpm.checks import check_integer, check_number
 from timm_nrpm.models.modes import attackable
 from timm_nrpm.nn.pixel_model import PixelModel
-from timm_nrpm.subnetworks.splitting import Split
 
 RADIUS = 0.1
 """Largest move of a layer's weights, in times their norm."""
@@ -26,7 +25,7 @@ STEPS = 5
 def criticality(
     net: PixelModel,
     images: Iterable[tuple[Tensor, Tensor]],
-    parts: Split,
+    layers: Iterable[str],
     threat: Threat | None = None,
     *,
     radius: float = RADIUS,
@@ -40,7 +39,7 @@ def criticality(
     Args:
         net: The network on pixels.
         images: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`.
-        parts: A split of the network, whose layers are looked at.
+        layers: Names of the layers to look at, such as `split(model, 1).layers`.
         threat: What the attack may change, under Linf or L2; the default is Linf with eps 8/255.
         radius: Largest move of a weight, in times its norm.
         steps: Number of steps of the ascent over the weight.
@@ -48,16 +47,16 @@ def criticality(
         seed: Seed of the attack.
 
     Returns:
-        The rise by the name of the layer, in the order of a forward.
+        The rise by the name of the layer.
 
     Raises:
         ValueError: There are no images, or a setting is outside its range.
 
     Example:
         >>> net = PixelModel(plain).eval()
-        >>> rises = criticality(net, [(pixels, labels)], split(plain, 2), Threat("Linf", 0.1))
+        >>> rises = criticality(net, [(pixels, labels)], ["conv1", "fc"], Threat("Linf", 0.1))
         >>> max(rises, key=rises.get)
-        '...'
+        'conv1'
     """
     threat = check_threat(threat)
     radius = check_number("radius", radius, above=0, why=", in times the norm of a weight")
@@ -72,7 +71,7 @@ def criticality(
         raise ValueError("There are no images: give some to take the loss on.")
     modules = dict(net.model.named_modules())
     with attackable(net.model):
-        return {name: _rise(net, attacked, modules[name].weight, radius, steps) for name in parts.layers}
+        return {name: _rise(net, attacked, modules[name].weight, radius, steps) for name in layers}
 
 
 def _rise(

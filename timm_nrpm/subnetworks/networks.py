@@ -37,12 +37,15 @@ MEASURED = 200
 """Number of training images for each class, on average, that the dependence between layers is measured on, at most."""
 
 
+NO_IMAGES = "The loader gave no images: give some to choose on, and others to judge on."
+
+
 class Networks:
     """A model, and the networks with other weights that are made from it.
 
     Args:
         model: A classifier; of a reprogrammed one, the plain model. It is not changed.
-        training: A DataLoader of training images and labels.
+        images: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, of which the first is looked at.
         threat: What attacks may change.
         folder: Folder that keeps weights and what attacks left.
         mean, std: Normalisation of the model, as for :func:`timm_nrpm.evaluate`.
@@ -51,7 +54,7 @@ class Networks:
     def __init__(
         self,
         model: nn.Module,
-        training: DataLoader[Any],
+        images: Iterable[Any],
         threat: Threat,
         folder: Path,
         mean: tuple[float, ...] | None,
@@ -59,11 +62,14 @@ class Networks:
     ) -> None:
         subject = subject_of(model, mean, std)
         self.plain, self.mean, self.std = plain_copy(subject.model).eval(), subject.mean, subject.std
-        self.training, self.threat, self.folder = training, threat, folder
+        self.threat, self.folder = threat, folder
         net = self.on_pixels(self.state)
-        pixels, labels = check_batch(next(iter(training)))
+        first = next(iter(images), None)
+        if first is None:
+            raise ValueError(NO_IMAGES)
+        pixels, labels = check_batch(first)
         self.device = net.mean.device
-        self.example = net.normalise(pixels[:1].to(self.device))
+        self.example = net.normalise(pixels[:1].float().to(self.device))
         with torch.no_grad():
             self.classes = self.plain(self.example).shape[1]
         check_labels(labels, self.classes)
@@ -104,18 +110,20 @@ class Networks:
         """
         batches = [check_batch(batch) for batch in images]
         if not batches:
-            raise ValueError("The loader gave no images: give some to choose on, and others to compare on.")
+            raise ValueError(NO_IMAGES)
         for pixels, labels in batches:
             check_labels(labels, self.classes, count=len(pixels))
-        return batches
+        return [(pixels.float(), labels) for pixels, labels in batches]
 
-    def tuned(self, state: State, config: TuneConfig, name: str, *, progress: bool = False) -> State:
+    def tuned(
+        self, state: State, training: DataLoader[Any], config: TuneConfig, name: str, *, progress: bool = False
+    ) -> State:
         """The weights after some tuning, which are kept under a name; a run that was stopped goes on."""
         file = self.folder / f"{name}.safetensors"
         if not file.exists():
             model = reprogram_(self.network(state), NRPMConfig(lam=1.0))
             config = replace(config, output=str(self.folder / name), keep=1)
-            tune(model, self.training, config, mean=self.mean, std=self.std, resume=True, progress=progress)
+            tune(model, training, config, mean=self.mean, std=self.std, resume=True, progress=progress)
             after = model.state_dict()
             draft = self.folder / name / "tuned.safetensors"
             write_tensors({each: after[each] for each in self.state}, draft)
@@ -133,7 +141,7 @@ class Networks:
         found: Batches = []
         for number, (pixels, labels) in enumerate(batches):
             seeds = [seed + number] * len(pixels)
-            points = run(net, pixels.float().to(self.device), labels.to(self.device), seeds)
+            points = run(net, pixels.to(self.device), labels.to(self.device), seeds)
             found.append((points.cpu(), labels))
         return found
 
@@ -144,14 +152,12 @@ class Networks:
             right = [each for pixels, labels in batches for each in right_on(net, pixels, labels)]
         return sum(right) / len(right)
 
-    def some_training(self) -> Batches:
+    def some_training(self, training: DataLoader[Any]) -> Batches:
         """Training images in an order of their own, at most `MEASURED` for each class."""
-        images = self.training.dataset
+        images = training.dataset
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
         order = order[: MEASURED * self.classes]
-        loader = DataLoader(
-            Subset(images, order.tolist()), self.training.batch_size or 1, collate_fn=self.training.collate_fn
-        )
+        loader = DataLoader(Subset(images, order.tolist()), training.batch_size or 1, collate_fn=training.collate_fn)
         return self.checked(loader)
 
     def measured(self, state: State, batches: Batches, suite: str, name: str) -> dict[str, str]:

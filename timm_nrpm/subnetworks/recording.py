@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+
+from timm_nrpm.models.modes import evaluating
 
 
 @contextmanager
@@ -42,3 +45,35 @@ def received(model: nn.Module, names: Iterable[str], *, pooled: bool) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
+
+
+def products(model: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, int]:
+    """Number of products of a weight and an input that layers add up for one image.
+
+    Args:
+        model: The network, which runs once.
+        names: Names of convolutional or linear layers.
+        example: An input of the network `[1, ...]`.
+
+    Example:
+        >>> products(plain, ["fc"], torch.zeros(1, 1, 8, 8))
+        {'fc': 640}
+    """
+    found: dict[str, int] = {}
+    modules = dict(model.named_modules())
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, _: object, output: Tensor) -> None:
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            found[name] = found.get(name, 0) + output[0].numel() * weight[0].numel()
+
+        return note
+
+    handles = [modules[name].register_forward_hook(hook(name)) for name in names]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -116,7 +116,7 @@ def semirobust(
         parts = split(networks.plain, late, example=networks.example)
         given = None if robust is None else networks.state_of(robust)
         held = networks.checked(report)
-        run = _Run(networks, parts, settings, networks.checked(selection), given)
+        run = _Run(networks, parts, settings, training, networks.checked(selection), given)
         natural = run.natural(progress)
         star = run.robust(natural, progress)
         bar = stack.enter_context(progress_bar(progress, counted=True))
@@ -147,11 +147,18 @@ class _Run:
     """The networks of Algorithm 1, from weights and images."""
 
     def __init__(
-        self, networks: Networks, parts: Split, settings: Settings, selection: Batches, given: State | None
+        self,
+        networks: Networks,
+        parts: Split,
+        settings: Settings,
+        training: DataLoader[Any],
+        selection: Batches,
+        given: State | None,
     ) -> None:
-        self.networks, self.parts, self.settings, self.selection = networks, parts, settings, selection
+        self.networks, self.parts, self.settings = networks, parts, settings
+        self.training, self.selection = training, selection
         self.given = given
-        self.images = networks.some_training()
+        self.images = networks.some_training(training)
         check_classes(torch.cat([labels for _, labels in self.images]), networks.classes)
         identity = {
             **networks.identity, "robust": given and weights_sha256(given), "late": list(parts.late),
@@ -169,15 +176,15 @@ class _Run:
         s = self.settings
         if not s.natural_epochs:
             return self.networks.state
-        config = replace(s.config, objective="clean", epochs=s.natural_epochs)
-        return self.networks.tuned(self.networks.state, self._of(config, self._every()), "natural", progress=progress)
+        config = self._of(replace(s.config, objective="clean", epochs=s.natural_epochs), self._every())
+        return self.networks.tuned(self.networks.state, self.training, config, "natural", progress=progress)
 
     def robust(self, natural: State, progress: bool) -> State:
         """F*, which is trained if it was not given."""
         star = self.given
         if star is None:
             config = self._of(self.settings.config, self._every())
-            star = self.networks.tuned(natural, config, "robust", progress=progress)
+            star = self.networks.tuned(natural, self.training, config, "robust", progress=progress)
         if 0 not in self.journal.rows:
             self.journal.add(0, {"own": self._own(star)})
         self.target = self.journal.rows[0]["own"]
@@ -201,7 +208,8 @@ class _Run:
         for epoch in range(s.epochs + 1):
             if epoch:
                 seed = s.config.seed + 1 + number * s.epochs + epoch
-                state = self.networks.tuned(state, replace(config, seed=seed), f"trial-{number}-{epoch}")
+                config = replace(config, seed=seed)
+                state = self.networks.tuned(state, self.training, config, f"trial-{number}-{epoch}")
             own, rho = self._row(state, 1 + number * s.epochs + epoch if epoch else 1)  # all trials start alike
             converged = epoch > 0 and own >= self.target - s.tolerance
             trial = SubnetworkTrial(number, (*trial.own, own), (*trial.connectivity, rho), converged)
