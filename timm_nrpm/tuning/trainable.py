@@ -92,13 +92,22 @@ def _by_name(named: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> set[
 def set_modes_(model: nn.Module, training: bool = True) -> None:
     """Set modules with a weight that trains to training mode, and other modules with weights to evaluation mode.
 
-    Modules without weights follow their parent. Lambda does not count as a weight: under paradigm 2 BatchNorm and
-    dropout stay in evaluation mode.
+    A module without weights, such as dropout, follows its parent, but stays in evaluation mode where weights stand
+    before it in the parent and none of them trains: in a block of which only the end trains, the dropout of the frozen
+    start is off. Lambda does not count as a weight: under paradigm 2 BatchNorm and dropout stay in evaluation mode.
     """
-    weights = [p for name, p in model.named_parameters() if name.rpartition(".")[2] != "lam"]
+    weights = _weights(model)
     model.training = any(p.requires_grad for p in weights) if weights else training
+    before: list[bool] = []
     for child in model.children():
-        set_modes_(child, model.training)
+        set_modes_(child, model.training and (not before or any(before)))
+        if _weights(child):
+            before.append(child.training)
+
+
+def _weights(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters but lambdas."""
+    return [p for name, p in model.named_parameters() if name.rpartition(".")[2] != "lam"]
 
 
 @contextmanager
