@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-PARTS = ("advice", "evaluation", "tuning hub", "")
+PARTS = ("advice subnetworks", "evaluation", "tuning hub", "")
 """Wings whose examples run in one process; the last part is all others."""
 
 

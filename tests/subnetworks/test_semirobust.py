@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 
+import forked
 import pytest
 import timm
 import torch
@@ -173,16 +174,16 @@ def test_a_killed_run_goes_on_and_gives_the_same_table(tmp_path):
         *("--attacks", "quick", "--quiet"),
     ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, "--output", whole], check=True, capture_output=True)
+    forked.run([*command, "--output", whole], check=True, capture_output=True)
     for seen in ("robust", "robust.safetensors", "trial-0-1.safetensors"):
-        process = subprocess.Popen([*command, "--output", broken], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = forked.Popen([*command, "--output", broken], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         until = time.monotonic() + 120
         while not (broken / seen).exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (broken / "subnetwork.json").exists()
-    subprocess.run([*command, "--output", broken], check=True, capture_output=True)
+    forked.run([*command, "--output", broken], check=True, capture_output=True)
     first, second = (json.loads((folder / "subnetwork.json").read_text()) for folder in (whole, broken))
     assert first == second
 

@@ -56,7 +56,7 @@ def criticality(
         >>> net = PixelModel(plain).eval()
         >>> rises = criticality(net, [(pixels, labels)], ["conv1", "fc"], Threat("Linf", 0.1))
         >>> max(rises, key=rises.get)
-        'conv1'
+        'fc'
     """
     threat = check_threat(threat)
     radius = check_number("radius", radius, above=0, why=", in times the norm of a weight")

@@ -58,11 +58,12 @@ def linear_readout(
         ValueError: There are fewer than two batches.
 
     Example:
+        >>> from timm_nrpm.subnetworks.splitting import split
         >>> net = PixelModel(model).eval()
         >>> images = [(pixels[:16], labels[:16]), (pixels[16:], labels[16:])]
         >>> readout = linear_readout(net, images, split(model, 2))
         >>> readout.layers, readout.values
-        (6, 3840)
+        (6, 2176)
     """
     batches = [(pixels.to(net.mean.device), labels.to(net.mean.device)) for pixels, labels in images]
     if len(batches) < 2:

@@ -90,8 +90,8 @@ def edge(x: Tensor, y: Tensor, *, given: Tensor | None = None, seed: int = 0) ->
 
     Example:
         >>> x = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
-        >>> edge(x, x > 0)
-        0.69
+        >>> edge(x, x > 0), math.log(2)
+        (0.67, 0.69)
         >>> edge(x, x.flip(0))
         0.0
     """

@@ -73,10 +73,10 @@ def recommend_layers(
         ValueError: A setting is outside its range, there are no images, or `folder` holds another run.
 
     Example:
-        >>> config = NRPMConfig(0.0, eps=1.0, layers="conv1", standardize=True)
-        >>> found = recommend_layers(model, loader, Threat("L0", 1), report=loader, config=config)
-        >>> NRPMConfig(0.0, layers=found.layers) if found.layers else print(found.sentence)
-        Against L0 1, leave all layers plain: ...
+        >>> config = NRPMConfig(0.5, layers="conv1")
+        >>> found = recommend_layers(model, loader, Threat("Linf", 0.3), report=loader, config=config)
+        >>> NRPMConfig(0.5, layers=found.layers) if found.layers else print(found.sentence)
+        Against Linf 0.3, leave all layers plain: ...
     """
     threat = check_threat(threat)
     budget = check_number("budget", budget, above=0, most=1, why=", a share of the products")

@@ -57,7 +57,7 @@ def products(model: nn.Module, names: Iterable[str], example: Tensor) -> dict[st
 
     Example:
         >>> products(plain, ["fc"], torch.zeros(1, 1, 8, 8))
-        {'fc': 640}
+        {'fc': 320}
     """
     found: dict[str, int] = {}
     modules = dict(model.named_modules())
