@@ -17,7 +17,7 @@ from timm_nrpm.cli.options import Command
 from timm_nrpm.cli.plot import result_in
 from timm_nrpm.cli.program import main
 
-ORDER = ["advise", "models", "create", "calibrate", "adapt", "search", "tune", "evaluate", "certify"]
+ORDER = ["advise", "models", "create", "calibrate", "adapt", "search", "tune", "subnetwork", "evaluate", "certify"]
 ORDER += ["corrupt", "plot", "push", "pull", "inspect", "list", "demo"]
 
 
@@ -110,7 +110,13 @@ def test_the_example_of_every_help_works(tmp_path, monkeypatch, capsys):
     assert set(timm_nrpm.lambdas(timm_nrpm.from_pretrained("variant")).values()) == {0.8}
     front = result_in(tmp_path / "searched" / "front.json")
     assert timm_nrpm.lambdas(timm_nrpm.from_pretrained("searched/variant")) == pytest.approx(front.best.lams)
-    files = ["tuned/history.json", "certified/sigma-0.25.json", "corrupted/corruptions.json", "searched/front.json"]
+    files = [
+        "tuned/history.json",
+        "certified/sigma-0.25.json",
+        "corrupted/corruptions.json",
+        "searched/front.json",
+        "subnetwork/subnetwork.json",
+    ]
     for file in [*files, "evaluated/adaptive-Linf-0.15.json"]:
         assert main(["plot", file, "--output", "one.png"]) == 0
     assert main(["plot", "--variant", "calibrated", "--output", "lambdas.svg"]) == 0

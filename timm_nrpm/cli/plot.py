@@ -39,7 +39,7 @@ def add_plot(commands: Any) -> None:
         options.Command(_plot, USELESS, options.NAMES),
         "draw results, or the lambdas of a variant",
         "Draw what a command wrote: the JSON of evaluate, where several are accuracy over eps; of certify, one or "
-        "several; of corrupt; of search; of tune; or the lambdas of a variant.",
+        "several; of corrupt; of search; of tune; of subnetwork, one or several; or the lambdas of a variant.",
         "timm-nrpm plot evaluated/adaptive-Linf-0.1.json evaluated/adaptive-Linf-0.15.json --output curves.png",
     )
     results = "JSON files that commands wrote"
@@ -73,14 +73,18 @@ def result_in(path: Path) -> Result:
     from timm_nrpm.evaluation.certificates import CertificationReport
     from timm_nrpm.evaluation.corruption_report import CorruptionReport
     from timm_nrpm.evaluation.history import History
+    from timm_nrpm.evaluation.layer_worth import LayerRecommendation
     from timm_nrpm.evaluation.pareto import ParetoFront
     from timm_nrpm.evaluation.report import RobustnessReport
+    from timm_nrpm.evaluation.subnetwork_report import SubnetworkReport
     from timm_nrpm.evaluation.trials import Advice
 
     kinds: Mapping[str, Callable[[str], Result]] = {
         "attacks": RobustnessReport.from_json,
         "sigma": CertificationReport.from_json,
         "untried": Advice.from_json,
+        "early": SubnetworkReport.from_json,
+        "worth": LayerRecommendation.from_json,
         "trials": ParetoFront.from_json,
         "evaluations": History.from_json,
         "corruption_errors": CorruptionReport.from_json,
@@ -92,5 +96,5 @@ def result_in(path: Path) -> Result:
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(
             f"{path} holds no result that can be drawn: give a JSON file that advise, evaluate, certify, corrupt, "
-            "search or tune wrote."
+            "search, tune or subnetwork wrote."
         ) from error

@@ -18,6 +18,7 @@ NAMES = {
     "another file": "another folder as --output",
     "epochs": "--late-epochs",
     "suites": "--attacks",
+    "robust": "--robust-weights",
 }
 STOPPED = "What is done is in {output}, and the same command goes on from it."
 
@@ -28,7 +29,11 @@ USELESS = (
     *options.USELESS_FOR_MODELS,
     *options.USELESS_FOR_IMAGES,
     *options.useless_splits("split", "training_split"),
-    Useless(("epochs", "lr"), lambda args: args.robust is not None, "--robust is robust already."),
+    Useless(
+        ("epochs", "lr"),
+        lambda args: args.robust_weights is not None,
+        "the robust network is given. Leave --robust-weights out to train it.",
+    ),
 )
 
 
@@ -61,7 +66,9 @@ def _add_networks(group: Any) -> None:
     group.add_argument("--late", type=int, required=True, metavar="N", help=late)
     natural = "epochs of training on clean images, for a model without weights (default: 0)"
     group.add_argument("--natural-epochs", type=int, default=0, metavar="N", help=natural)
-    group.add_argument("--robust", metavar="FILE", help="weights of the robust network (default: it is trained)")
+    group.add_argument(
+        "--robust-weights", metavar="FILE", help="weights of the robust network (default: it is trained)"
+    )
     group.add_argument("--epochs", type=int, default=10, metavar="N", help="epochs of its training (default: 10)")
     group.add_argument("--lr", type=options.number, default=0.01, metavar="X", help="its learning rate (default: 0.01)")
     optimizer = "optimizer, one of timm's (default: momentum)"
@@ -96,9 +103,9 @@ def _subnetwork(args: argparse.Namespace, terminal: Terminal) -> None:
     inputs.make_folder(args.output)
     model = inputs.model_of(args).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     robust = None
-    if args.robust is not None:
-        with called(weights="--robust"):
-            robust = load_published_(plain_copy(model), args.robust)
+    if args.robust_weights is not None:
+        with called(weights="--robust-weights"):
+            robust = load_published_(plain_copy(model), args.robust_weights)
     report, selection, training = inputs.images_for_advice(args, model, terminal)
     if training is None:
         raise ValueError("train=0 leaves no images to train on: give --train 1000, or leave it out.")
