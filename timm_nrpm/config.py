@@ -194,12 +194,13 @@ class TuneConfig:
 
     Args:
         paradigm: Parameters that train: with `"lambda"` one lambda per layer, while every weight is frozen (paradigm
-            2); with `"all"` the lambdas and every weight that is not frozen (paradigm 3). Parameters that you froze by
-            `requires_grad_(False)` stay frozen, including a lambda of a model that was reprogrammed with
-            `learnable=True`. With `learnable=False` every lambda starts frozen, and trains all the same.
+            2); with `"all"` the lambdas and every weight that is not frozen (paradigm 3). What you froze by
+            `requires_grad_(False)` stays frozen, a lambda of a model reprogrammed with `learnable=True` as well. With
+            `learnable=False` every lambda starts frozen, and trains all the same.
         trainable: Globs of parameter names that replace the paradigm, such as `("*.lam", "layer4.*", "fc.*")`. Matching
             parameters train even if they were frozen. With or without it, frozen parts stay as they are: a BatchNorm
             whose weight and bias are frozen keeps its statistics, and a frozen block has no dropout.
+        still: Globs of modules that stay in evaluation mode, such as `"*.bn*"`, though their weights may train.
         objective: Training loss, see :mod:`timm_nrpm.tuning.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
             sum of the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"` or `"awp"`.
         norm: Norm of the inner attack: `"Linf"`, `"L2"` or `"L1"`, see :class:`timm_nrpm.Threat`. A change of n pixels
@@ -210,8 +211,7 @@ class TuneConfig:
         step_size: Its step size in pixel units: by default `eps / 4` (the paper's 2/255 at 8/255), or `eps` for one.
         gradient: Gradient that the inner attack follows: `"own"`, the model's own, as in the paper; `"bpda"`, with
             the estimate forward and the linear map backward; `"plain"`, that of the model at lambda = 1; or
-            `"mixture"`, each of the three for every third image. The estimate's own gradient misleads an attack, and a
-            model that trains against a misled attack learns to mislead it.
+            `"mixture"`, each of the three for every third image, without which a model may learn to mislead the attack.
         beta: Weight of the second term of TRADES, MART and SAT; their authors' default is 6.
         weight_perturbation: Size of AWP's adversarial step in a weight, relative to the weight's norm.
         target_momentum: Share of the previous target that SAT keeps when it mixes in the model's prediction.
@@ -241,8 +241,7 @@ class TuneConfig:
         log_every: Number of steps between two rows of the history.
         trackers: Names of trackers that accelerate knows, such as `("tensorboard",)`.
         push_to: Repository on the Hub, `owner/name`, to which the main process sends the variant with every checkpoint,
-            in the background. If the Hub is down, the run goes on, and waits for it only at its end, for two minutes at
-            most.
+            in the background. If the Hub is down, the run goes on, and waits for it at its end, two minutes at most.
         license: Licence of the pushed variant, an id that the Hub knows; by default that of the base model.
 
     Raises:
@@ -255,6 +254,7 @@ class TuneConfig:
 
     paradigm: str = "lambda"
     trainable: tuple[str, ...] | None = None
+    still: tuple[str, ...] = ()
     objective: str = "pgd"
     norm: str = "Linf"
     eps: float = None  # type: ignore[assignment]  # __post_init__ puts a number in its place
@@ -289,7 +289,7 @@ class TuneConfig:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("trainable", "trackers"):
+        for name in ("trainable", "still", "trackers"):
             given: Any = getattr(self, name)
             if given is not None:
                 given = (given,) if isinstance(given, str) else tuple(given)

@@ -60,7 +60,7 @@ def test_the_terms_are_those_of_the_whole_hessian(seed):
         return F.cross_entropy(torch.func.functional_call(model, state, (pixels,)), labels)
 
     values = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, start))
-    assert found.curvature == pytest.approx(float(max(values, key=abs)), rel=1e-2)
+    assert found.curvature == pytest.approx(abs(float(max(values, key=abs))), rel=1e-2)
     slope = torch.autograd.functional.jacobian(loss, start) @ (end - start)
     assert found.slope == pytest.approx(abs(float(slope)), rel=1e-3, abs=1e-7)
     assert found.distance == pytest.approx(float((end - start).norm()), rel=1e-5)
@@ -84,6 +84,23 @@ def test_a_late_part_alone_counts_its_own_weights():
     assert found.distance == pytest.approx(0.05 * model.fc.weight.numel() ** 0.5, rel=1e-4)
     assert found.curvature > 0
     assert all(parameter.grad is None for parameter in model.parameters())
+    model.fc.weight.requires_grad_(False)
+    with torch.no_grad():
+        assert weight_bound(PixelModel(model).eval(), PixelModel(other).eval(), images(), iterations=5) == found
+    assert not model.fc.weight.requires_grad
+
+
+def test_a_loss_that_does_not_depend_on_the_weights_has_no_curvature():
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(10))
+
+        def forward(self, x):
+            return 0 * self.weight.expand(len(x), 10)
+
+    found = weight_bound(on_pixels(Dead()), on_pixels(moved(Dead(), 0.1)), images(), iterations=3)
+    assert (found.curvature, found.slope, found.difference, found.holds) == (0, 0, 0, True)
 
 
 def test_networks_that_cannot_be_compared_are_refused():

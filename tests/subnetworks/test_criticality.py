@@ -1,5 +1,7 @@
 """Robust criticality against a search over random directions, and what it leaves untouched."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -65,6 +67,35 @@ def test_a_wider_move_rises_higher_and_the_network_is_as_it_was(net, images):
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+def test_it_is_the_largest_rise_within_the_radius():
+    """Of a weight with two numbers, against a grid over the circle that it may reach."""
+
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1, bias=False)
+
+        def forward(self, x):
+            z = self.layer(x.flatten(1)[:, :2])
+            return torch.cat([z.sin(), z.cos() * z], dim=1)
+
+    torch.manual_seed(3)
+    net = PixelModel(Small(), mean=(0.0,), std=(1.0,)).eval()
+    pixels, labels = torch.rand(30, 1, 2, 2), torch.randint(2, (30,))
+    found = criticality(net, [(pixels, labels)], ["layer"], Threat("Linf", 1e-9), radius=0.3, steps=40)["layer"]
+    weight = net.model.layer.weight
+    start, highest = weight.detach().clone(), 0.0
+    with torch.no_grad():
+        first = float(F.cross_entropy(net(pixels), labels))
+        for angle in torch.linspace(0, 2 * math.pi, 200):
+            for share in torch.linspace(0, 1, 20):
+                step = 0.3 * start.norm() * share * torch.stack([angle.cos(), angle.sin()])[None]
+                weight.copy_(start + step)
+                highest = max(highest, float(F.cross_entropy(net(pixels), labels)) - first)
+        weight.copy_(start)
+    assert found == pytest.approx(highest, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"radius": 0}, "radius=0"), ({"steps": 0}, "steps=0"), ({"attack_steps": 1.5}, "attack_steps=1.5")],
@@ -74,3 +105,7 @@ def test_bad_settings_are_refused(net, images, settings, message):
         criticality(net, images, split(net.model, 2).layers, THREAT, **settings)
     with pytest.raises(ValueError, match="no images"):
         criticality(net, [], split(net.model, 2).layers, THREAT)
+    with pytest.raises(ValueError, match="under Linf or L2"):
+        criticality(net, images, ["fc"], Threat("L0", 1))
+    with pytest.raises(ValueError, match=r"'nope'.* are no layers with a weight"):
+        criticality(net, images, ["fc", "nope"], THREAT)

@@ -84,6 +84,30 @@ def test_a_class_and_what_depends_on_it(size):
     assert edge(y, x) == pytest.approx(true, rel=0.1)
 
 
+@pytest.mark.parametrize("count", [3000, 10_000])
+def test_many_classes_and_many_coordinates(count):
+    """Ten classes far apart in ten coordinates tell all: the entropy of the classes. Nearer ones, against a posterior
+    that is known."""
+    generator = seeded()
+    y = torch.randint(10, (count,), generator=generator)
+    noise = torch.randn(count, 10, generator=generator)
+    for distance in (6.0, 2.0):
+        x = noise + distance * torch.nn.functional.one_hot(y, 10)
+        posterior = (distance * x).log_softmax(1)[torch.arange(count), y]
+        true = math.log(10) + float(posterior.mean())
+        assert edge(x, y) == pytest.approx(true, rel=0.1)
+        assert edge(y, x) == pytest.approx(true, rel=0.1)
+    assert abs(edge(noise, y)) < 0.03
+
+
+def test_a_rare_value_among_few_coordinates():
+    x = torch.randn(200, 3, generator=seeded())
+    y = torch.zeros(200, dtype=torch.long)
+    y[7] = 1
+    assert abs(edge(x, y)) < 0.1
+    assert abs(edge(x, torch.arange(200))) < 0.5  # every sample its own value: nothing can be known
+
+
 def test_a_dependence_without_correlation_is_seen_in_few_coordinates():
     x = torch.randn(10_000, 1, generator=seeded())
     y = x**2 + 0.3 * torch.randn(10_000, 1, generator=seeded(1))

@@ -1,5 +1,6 @@
 """Recommendation of layers: what is measured is what is said, within the budget, and a stopped run goes on."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -34,7 +35,7 @@ def model():
 def found(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = recommend_layers(model, batches(0, 40), THREAT, 1.0, report=batches(40, 80), config=CONFIG, folder=folder)
+    result = recommend_layers(model, batches(0, 20), THREAT, 1.0, report=batches(40, 60), config=CONFIG, folder=folder)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     return result, folder
 
@@ -42,20 +43,30 @@ def found(model, tmp_path_factory):
 def test_every_layer_of_the_config_is_measured(model, found):
     result, _ = found
     assert [each.name for each in result.worth] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
-    counted = products(model, ["conv1", "layer1.0.conv1"], torch.zeros(1, 1, 8, 8))
-    assert [each.products for each in result.worth[:2]] == list(counted.values())
+    counted = products(model, torch.zeros(1, 1, 8, 8))
+    assert [each.products for each in result.worth] == [counted[each.name] for each in result.worth]
     assert counted["conv1"] == 8 * 8 * model.conv1.weight.numel()
+    assert sum(each.share for each in result.worth) < 1  # of the network, whose other layers are not looked at
+    assert result.worth[0].share == pytest.approx(counted["conv1"] / sum(counted.values()))
     assert all(each.criticality > 0 for each in result.worth)
     assert all(each.connectivity is None for each in result.worth)  # too few images of a class
-    plain = result.choices[0]
-    assert (plain.layers, plain.share) == ((), 0.0)
-    for each in result.worth:
-        assert each.is_bound == (each.kept.accuracy < plain.kept.accuracy)
+    assert (result.choices[0].layers, result.choices[0].share) == ((), 0.0)
+
+
+def test_a_layer_keeps_what_the_model_with_it_alone_reprogrammed_keeps(model, found):
+    result, _ = found
+    each = result.worth[0]
+    reprogrammed = timm_nrpm.reprogram_(copy.deepcopy(model), replace(CONFIG, layers="conv1"))
+    timm_nrpm.calibrate_(reprogrammed, [pixels for pixels, _ in batches(0, 20)])
+    suite, effort = ("quick", "default") if each.is_bound else ("adaptive", "fast")
+    report = timm_nrpm.evaluate(reprogrammed, batches(0, 20), THREAT, suite, effort=effort, seed=1, control=False)
+    assert each.kept.threat == "".join(str(int(kept)) for kept in report.survivors)
+    assert each.kept.clean == "".join(str(int(right)) for right in report.correct)
 
 
 def test_what_is_said_is_what_was_measured(model, found):
     result, _ = found
-    report = timm_nrpm.evaluate(model, batches(40, 80), THREAT, effort="fast")
+    report = timm_nrpm.evaluate(model, batches(40, 60), THREAT, effort="fast")
     assert result.plain.threat == "".join(str(int(each)) for each in report.survivors)
     assert result.layers == () or result.effect.is_gain
     assert "leave all layers plain" in result.sentence or "reprogram" in result.sentence
@@ -67,11 +78,11 @@ def test_what_is_said_is_what_was_measured(model, found):
 def test_a_run_that_was_stopped_goes_on(model, found, monkeypatch):
     result, folder = found
     monkeypatch.setattr("timm_nrpm.subnetworks.recommend.evaluate", None)  # nothing is measured again
-    again = recommend_layers(model, batches(0, 40), THREAT, 1.0, report=batches(40, 80), config=CONFIG, folder=folder)
+    again = recommend_layers(model, batches(0, 20), THREAT, 1.0, report=batches(40, 60), config=CONFIG, folder=folder)
     assert again == result
     with pytest.raises(ValueError, match=r"layers.jsonl holds another run \(.*threat"):
         recommend_layers(
-            model, batches(0, 40), Threat("Linf", 0.06), report=batches(40, 80), config=CONFIG, folder=folder
+            model, batches(0, 20), Threat("Linf", 0.06), report=batches(40, 60), config=CONFIG, folder=folder
         )
 
 
@@ -87,20 +98,21 @@ def test_layers_are_added_by_their_gain_for_their_products_within_the_budget(mod
         "timm_nrpm.subnetworks.recommend._Run.kept",
         lambda self, names, suite, on_report=False: kept({**gains, **joint}[names]),
     )
-    settings = {"report": batches(40, 80), "config": CONFIG}
-    every = recommend_layers(model, batches(0, 40), THREAT, 1.0, **settings)
+    settings = {"report": batches(40, 60), "config": CONFIG}
+    every = recommend_layers(model, batches(0, 20), THREAT, 1.0, **settings)
     assert every.layers == ("conv1", "layer1.0.conv1")
     # 40 images for 36,864 products go before 4 images for 4608.
     assert [choice.layers for choice in every.choices] == [(), ("layer1.0.conv1",), ("conv1", "layer1.0.conv1")]
     assert every.effect.points == 25
+    nothing = recommend_layers(model, batches(0, 20), THREAT, 0.001, **settings)
+    assert "conv1, layer1.0.conv1 gained on their own, and have more than 0.1 % of the products" in nothing.sentence
     assert "reprogram conv1, layer1.0.conv1" in every.sentence
-    share = every.worth[0].products / sum(each.products for each in every.worth)
-    only = recommend_layers(model, batches(0, 40), THREAT, share, **settings)
+    only = recommend_layers(model, batches(0, 20), THREAT, every.worth[0].share, **settings)
     assert [choice.layers for choice in only.choices] == [(), ("conv1",)]
     assert only.layers == ()  # two points of two hundred images cannot be told from chance
     assert "cannot be told from chance" in only.sentence
     gains |= dict.fromkeys([("conv1",), ("layer1.0.conv1",)], 99)
-    none = recommend_layers(model, batches(0, 40), THREAT, 1.0, **settings)
+    none = recommend_layers(model, batches(0, 20), THREAT, 1.0, **settings)
     assert none.layers == ()
     assert "no layer gained anything" in none.sentence
 
@@ -120,7 +132,7 @@ def test_products_are_those_of_the_sums():
     with torch.no_grad():
         for layer in (model[0], model[2]):
             layer.weight.fill_(1)
-    found = products(model, ["0", "2"], torch.ones(1, 4, 7, 7))
+    found = products(model, torch.ones(1, 4, 7, 7))
     assert found == {"0": int(model[0](torch.ones(1, 4, 7, 7)).sum()), "2": int(model[2](torch.ones(1, 54)).sum())}
 
 
@@ -131,13 +143,13 @@ def test_it_is_drawn(found, tmp_path):
 @pytest.mark.parametrize("budget", [0, 1.5, -1])
 def test_bad_settings_are_refused(model, budget):
     with pytest.raises(ValueError, match=r"budget=.*a share of the products"):
-        recommend_layers(model, batches(0, 40), THREAT, budget, report=batches(40, 80))
+        recommend_layers(model, batches(0, 20), THREAT, budget, report=batches(40, 60))
     with pytest.raises(ValueError, match="gave no images"):
-        recommend_layers(model, [], THREAT, report=batches(40, 80))
+        recommend_layers(model, [], THREAT, report=batches(40, 60))
 
 
 def test_a_network_of_any_wrapper_is_taken(model):
     with pytest.raises(ValueError, match="matches none"):
         recommend_layers(
-            PixelModel(model), batches(0, 40), THREAT, report=batches(40, 80), config=NRPMConfig(0.5, layers="nothing")
+            PixelModel(model), batches(0, 20), THREAT, report=batches(40, 60), config=NRPMConfig(0.5, layers="nothing")
         )

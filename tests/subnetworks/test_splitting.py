@@ -70,6 +70,29 @@ def test_the_model_is_as_it_was():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnetv2_50", "regnetx_002"])
+def test_shortcuts_are_not_counted_wherever_they_are_called(name):
+    layers = split(timm.create_model(name), 1, example=torch.zeros(1, 3, 64, 64)).layers
+    assert not any("downsample" in layer for layer in layers)
+
+
+def test_a_late_part_has_only_what_a_state_dict_has():
+    model = timm.create_model("swin_tiny_patch4_window7_224")
+    state = model.state_dict()
+    parts = split(model, 20)
+    assert set(parts.composed(state, state)) == set(state)
+
+
+def test_weights_that_are_read_without_a_call_belong_to_the_module_around():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 16), layer, nn.Linear(16, 4)).train()  # in training, nothing is fused
+    parts = split(model, 3, example=torch.zeros(2, 5, 8))
+    assert parts.late == ("1.linear1", "1.linear2", "2")
+    assert "1.self_attn.out_proj.weight" not in parts.late_state
+    assert {"", "0", "1", "1.self_attn"} <= set(parts.early_modules)
+    assert "1.norm2" not in parts.early_modules
+
+
 class Again(nn.Module):
     """Calls its first layer again after another one."""
 

@@ -78,14 +78,13 @@ def test_modes_follow_what_trains(model, settings, training):
     assert {name for name, m in model.named_modules() if m.training} == training
 
 
-def test_dropout_of_the_frozen_start_of_a_block_is_off():
-    block = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Dropout()
-    )
-    for name, parameter in block.named_parameters():
-        parameter.requires_grad_(name.startswith(("3.", "4.")))
-    set_modes_(block.eval())
-    assert {name for name, m in block.named_modules() if m.training} == {"", "3", "4", "5"}
+def test_modules_that_are_named_stay_still(model):
+    model.eval()
+    select_(model, TuneConfig(paradigm="all"))
+    set_modes_(model, still=("stem.*", "body.1", ""))
+    assert {name for name, m in model.named_modules() if m.training} == {"stem", "body", "head", "body.0", "body.2"}
+    with pytest.raises(ValueError, match=r"still='stam\.\*' matches no module\. Near names: stem"):
+        set_modes_(model, still=("stam.*",))
 
 
 # --- what the user froze -------------------------------------------------------------------------------------------

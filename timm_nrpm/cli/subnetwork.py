@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from timm_nrpm.checks import check_number
 from timm_nrpm.cli import options
 from timm_nrpm.cli.given import Useless
 from timm_nrpm.cli.terminal import Terminal
@@ -14,8 +15,8 @@ from timm_nrpm.config import OPTIMIZERS, TUNED_NORMS, TuneConfig
 
 NAMES = {
     **options.NAMES,
-    "trials.jsonl": "--output",
     "another file": "another folder as --output",
+    "Give more images, of every class": "Give more training images as --train, of every class",
     "epochs": "--late-epochs",
     "suites": "--attacks",
     "robust": "--robust-weights",
@@ -25,15 +26,14 @@ STOPPED = "What is done is in {output}, and the same command goes on from it."
 ATTACKS = {"quick": "FGSM and PGD", "standard": "AutoAttack", "adaptive": "the worst case"}
 """Suites of attacks, and what they measure."""
 
+GIVEN = "the robust network is given. Leave --robust-weights out to train it."
+
 USELESS = (
     *options.USELESS_FOR_MODELS,
     *options.USELESS_FOR_IMAGES,
     *options.useless_splits("split", "training_split"),
-    Useless(
-        ("epochs", "lr"),
-        lambda args: args.robust_weights is not None,
-        "the robust network is given. Leave --robust-weights out to train it.",
-    ),
+    Useless(("epochs",), lambda args: args.robust_weights is not None, GIVEN),
+    Useless(("lr",), lambda args: args.robust_weights is not None and not args.natural_epochs, GIVEN),
 )
 
 
@@ -98,6 +98,7 @@ def _subnetwork(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.figures.plot import plot
     from timm_nrpm.models.reprogramming import plain_copy
     from timm_nrpm.models.weights import load_published_
+    from timm_nrpm.nn.wrappers import copied
     from timm_nrpm.subnetworks.semirobust import semirobust
 
     inputs.make_folder(args.output)
@@ -105,14 +106,16 @@ def _subnetwork(args: argparse.Namespace, terminal: Terminal) -> None:
     robust = None
     if args.robust_weights is not None:
         with called(weights="--robust-weights"):
-            robust = load_published_(plain_copy(model), args.robust_weights)
+            robust = load_published_(copied(plain_copy(model)), args.robust_weights)
     report, selection, training = inputs.images_for_advice(args, model, terminal)
     if training is None:
         raise ValueError("train=0 leaves no images to train on: give --train 1000, or leave it out.")
-    config = TuneConfig(
-        paradigm="all", norm=args.norm, eps=args.eps, steps=args.steps, epochs=args.epochs, lr=args.lr,
-        optimizer=args.optimizer, seed=args.seed,
-    )  # fmt: skip
+    check_number("tolerance", args.tolerance, least=0, most=100, why=" of points")
+    with called(epochs="--epochs"):
+        config = TuneConfig(
+            paradigm="all", norm=args.norm, eps=args.eps, steps=args.steps, epochs=args.epochs, lr=args.lr,
+            optimizer=args.optimizer, seed=args.seed,
+        )  # fmt: skip
     result = semirobust(
         model,
         training,

@@ -127,6 +127,8 @@ def _add_objective(group: Any) -> None:
     group.add_argument(
         "--trainable", nargs="+", metavar="GLOB", help="parameters that are tuned instead, as '*.lam' 'layer4.*'"
     )
+    still = "modules that stay in evaluation mode, as '*.bn*' for statistics that do not move"
+    group.add_argument("--still", nargs="+", default=(), metavar="GLOB", help=still)
     loss = "loss; clean+fgsm is the sum of the two (default: pgd)"
     group.add_argument("--objective", default="pgd", choices=OBJECTIVES, help=loss)
     norm = "norm of the change in the inner attack (default: Linf)"

@@ -16,6 +16,7 @@ class LayerWorth:
     Attributes:
         name: Name of the layer.
         products: Number of products of a weight and an input that it adds up for one image.
+        share: Share of the network's products that this is, from 0 to 1.
         criticality: Rise of the loss on attacked images, in nats, when its weight moves by a tenth of its norm.
         connectivity: Dependence on the layer before it within a class, in nats; None for the first layer, and where a
             class has too few images.
@@ -25,6 +26,7 @@ class LayerWorth:
 
     name: str
     products: int
+    share: float
     criticality: float
     connectivity: float | None
     kept: Kept
@@ -103,7 +105,14 @@ class LayerRecommendation:
                 "accuracy lost."
             )
         if not best.layers:
-            return f"Against {self.threat}, leave all layers plain: no layer gained anything on its own."
+            plain = self.choices[0].kept.accuracy
+            gaining = [each.name for each in self.worth if not each.is_bound and each.kept.accuracy > plain]
+            why = (
+                f"{', '.join(gaining)} gained on their own, and have more than {100 * self.budget:g} % of the products"
+                if gaining and len(self.choices) == 1
+                else "no layer gained anything on its own"
+            )
+            return f"Against {self.threat}, leave all layers plain: {why}."
         return (
             f"Against {self.threat}, leave all layers plain: the best choice, {names}, has {self.effect} points on "
             f"{count} images that nothing was chosen on, which cannot be told from chance."
@@ -111,7 +120,7 @@ class LayerRecommendation:
 
     def __str__(self) -> str:
         width = max(len(each.name) for each in self.worth)
-        plain, total = self.choices[0].kept.threat, sum(each.products for each in self.worth)
+        plain = self.choices[0].kept.threat
         lines = [self.sentence, f"{self.setting}; alone, in points over the plain network, and what else a layer has:"]
         for each in self.worth:
             gain = Effect.of(each.kept.threat, plain).points
@@ -119,7 +128,7 @@ class LayerRecommendation:
             bound = "at most " if each.is_bound else ""
             lines.append(
                 f"  {each.name:{width}}  {bound + format(gain, '+.1f'):>14}  criticality {each.criticality:6.3f}  "
-                f"connectivity {rho}  {100 * each.products / total:5.1f} % of the products"
+                f"connectivity {rho}  {100 * each.share:5.1f} % of the products"
             )
         return "\n".join(lines)
 

@@ -50,6 +50,7 @@ class SubnetworkReport:
         tolerance: Largest share of the selection images that a tuned network may be worse by, and count as converged.
         target: Share of the selection images that the robust network is right on under PGD.
         trials: All trials, those that did not converge among them.
+        measured: Number of training images of each class that connectivity is measured on; from more it sees more.
         right: For each measure (clean, fgsm, pgd, autoattack, worst case), the report images that each network is right
             on: a digit for each image, by the name of the network.
     """
@@ -60,6 +61,7 @@ class SubnetworkReport:
     tolerance: float
     target: float
     trials: tuple[SubnetworkTrial, ...]
+    measured: int
     right: Mapping[str, Mapping[str, str]]
 
     @property
@@ -118,7 +120,7 @@ class SubnetworkReport:
             values = "".join(f"{100 * self.accuracy(measure, network):14.1f}" for network in SYMBOLS)
             lines.append(f"{measure:12}{values}  {self.difference(measure)}")
         kind = "smallest of those that converged" if self.converged else "largest of all trials"
-        lines.append(f"Connectivity, {kind}, in nats:")
+        lines.append(f"Connectivity, {kind}, in nats, on {self.measured} images of each class:")
         width = max(map(len, self.late))
         lines += [f"  {name:{width}}  {rho:6.2f}" for name, rho in zip(self.late, self.thresholds, strict=True)]
         return "\n".join(lines)

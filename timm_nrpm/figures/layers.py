@@ -27,7 +27,7 @@ def draw_layers(found: LayerRecommendation, path: str | Path) -> Path:
     target, rows = canvas.target(path), len(found.worth)
     figure = canvas.figure(11, min(2.2 + 0.22 * rows, 40))
     gains, critical, shares, front = figure.subplots(1, 4, width_ratios=(3, 2, 2, 4))
-    plain, total = found.choices[0].kept, sum(each.products for each in found.worth)
+    plain = found.choices[0].kept
     places = range(rows)
     points = [Effect.of(each.kept.threat, plain.threat).points for each in found.worth]
     for is_bound, label in ((False, "measured"), (True, "at most")):
@@ -39,7 +39,7 @@ def draw_layers(found: LayerRecommendation, path: str | Path) -> Path:
     gains.legend(fontsize=7, frameon=False)
     critical.barh(places, [each.criticality for each in found.worth], color=canvas.STYLES[1][0], height=0.6)
     critical.set_xlabel("criticality, nats")
-    shares.barh(places, [100 * each.products / total for each in found.worth], color=canvas.STYLES[2][0], height=0.6)
+    shares.barh(places, [100 * each.share for each in found.worth], color=canvas.STYLES[2][0], height=0.6)
     shares.set_xlabel("products, %")
     for panel in (gains, critical, shares):
         panel.set_yticks(places, [each.name for each in found.worth] if panel is gains else [""] * rows, fontsize=7)

@@ -26,7 +26,7 @@ class WeightBound:
         difference: Mean cross-entropy of the other network less that of the network, in nats.
         distance: Euclidean distance of their weights.
         slope: Size of the linear term of Taylor's series, which the paper takes to be zero where training converged.
-        curvature: The eigenvalue of the network's Hessian that is largest in size.
+        curvature: Size of the eigenvalue of the network's Hessian that is largest in size.
     """
 
     difference: float
@@ -38,7 +38,7 @@ class WeightBound:
     def bound(self) -> float:
         """Largest size of the difference to second order: `slope + curvature * distance^2 / 2` (equations 12 and 13).
         Terms of higher order may exceed it where the distance is large."""
-        return self.slope + abs(self.curvature) * self.distance**2 / 2
+        return self.slope + self.curvature * self.distance**2 / 2
 
     @property
     def holds(self) -> bool:
@@ -81,18 +81,33 @@ def weight_bound(
         difference = _loss(other, batches) - _loss(net, batches)
     if not moved:
         return WeightBound(float(difference), 0.0, 0.0, 0.0)
+    flags = [each.requires_grad for each in weights]
+    try:
+        with evaluating(net), torch.enable_grad():
+            for each in weights:
+                each.requires_grad_(True)
+            curvature = _curvature(net, batches, weights, iterations, seed)
+            slope = _dot(torch.autograd.grad(_loss(net, batches), weights), step)
+    finally:
+        for each, flag in zip(weights, flags, strict=True):
+            each.requires_grad_(flag)
+    return WeightBound(float(difference), _dot(step, step) ** 0.5, abs(slope), curvature)
+
+
+def _curvature(
+    net: PixelModel, batches: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor], iterations: int, seed: int
+) -> float:
+    """The size of the Hessian's eigenvalue that is largest in size, by power iterations."""
     generator = torch.Generator().manual_seed(seed)
     direction = [torch.randn(each.shape, generator=generator).to(each) for each in weights]
-    curvature = 0.0
-    with evaluating(net):
-        for _ in range(iterations):
-            length = _dot(direction, direction) ** 0.5
-            direction = [each / length for each in direction]
-            product = _hessian_times(net, batches, weights, direction)
-            curvature = _dot(direction, product)
-            direction = product
-        slope = _dot(torch.autograd.grad(_loss(net, batches), weights), step)
-    return WeightBound(float(difference), _dot(step, step) ** 0.5, abs(slope), curvature)
+    size = 0.0
+    for _ in range(iterations):
+        length = _dot(direction, direction) ** 0.5
+        if not length:  # the Hessian is zero in all directions that were left
+            return 0.0
+        direction = _hessian_times(net, batches, weights, [each / length for each in direction])
+        size = _dot(direction, direction) ** 0.5
+    return size
 
 
 def _loss(net: PixelModel, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

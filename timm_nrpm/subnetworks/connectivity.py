@@ -22,11 +22,13 @@ def connectivity(
     assumption A1), by :func:`timm_nrpm.mutual_information.edge`.
 
     The output of a layer is what the next one receives, so with its normalisation, activation and the residual sum; of
-    the last layer, the logits. Of images and tokens it is the mean over all places, one number for each channel.
+    the last layer, the logits. Of images and tokens it is the mean over all places, one number for each channel. From
+    more images the estimate sees more: compare numbers from equally many images of each class.
 
     Args:
         net: The network on pixels.
-        images: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`.
+        images: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`. Of every class, as many are used as there
+            are of the smallest.
         parts: The split of the network.
         classes: Number of classes, each of which needs images.
         seed: Seed of the estimate.
@@ -41,20 +43,25 @@ def connectivity(
     given = []
     device = net.mean.device
     with received(net.model, parts.late, pooled=True) as inputs, evaluating(net), torch.no_grad():
-        for pixels, labels in images:
-            logits = net(pixels.to(device))
+        for pixels, classes_of_batch in images:
+            logits = net(pixels.float().to(device))
             for place, name in enumerate(parts.late):
                 recorded[place].append(inputs[name].cpu())
             recorded[-1].append(logits.float().cpu())
-            given.append(labels.cpu())
+            given.append(classes_of_batch.cpu())
     labels = torch.cat(given)
-    check_classes(labels, classes)
-    outputs = [torch.cat(each) for each in recorded]
-    return tuple(edge(x, y, given=labels, seed=seed) for x, y in pairwise(outputs))
+    count = smallest_class(labels, classes)
+    rows = torch.cat([(labels == label).nonzero()[:count, 0] for label in range(classes)])
+    outputs = [torch.cat(each)[rows] for each in recorded]
+    return tuple(edge(x, y, given=labels[rows], seed=seed) for x, y in pairwise(outputs))
 
 
-def check_classes(labels: Tensor, classes: int) -> None:
-    """Raise a ValueError if a class has fewer images than connectivity takes."""
+def smallest_class(labels: Tensor, classes: int) -> int:
+    """Number of images of the smallest class.
+
+    Raises:
+        ValueError: It is fewer than connectivity takes.
+    """
     counts = torch.bincount(labels, minlength=classes)
     few = [f"{label} has {int(count)}" for label, count in enumerate(counts) if count < LEAST]
     if few:
@@ -62,3 +69,4 @@ def check_classes(labels: Tensor, classes: int) -> None:
             f"Connectivity is measured within each class, from {LEAST} images or more, and of the {classes} classes "
             f"{len(few)} have fewer: class {', '.join(few[:5])}. Give more images, of every class."
         )
+    return int(counts.min())

@@ -50,7 +50,8 @@ def criticality(
         The rise by the name of the layer.
 
     Raises:
-        ValueError: There are no images, or a setting is outside its range.
+        ValueError: There are no images, a name is of no layer with a weight, the threat is under another norm, or a
+            setting is outside its range.
 
     Example:
         >>> net = PixelModel(plain).eval()
@@ -58,7 +59,9 @@ def criticality(
         >>> max(rises, key=rises.get)
         'fc'
     """
-    threat = check_threat(threat)
+    threat, layers = check_threat(threat), list(layers)
+    if threat.norm not in ("Linf", "L2"):
+        raise ValueError(f"threat={str(threat)!r}: PGD attacks the images here, so give a Threat under Linf or L2.")
     radius = check_number("radius", radius, above=0, why=", in times the norm of a weight")
     steps, attack_steps = (
         check_integer(name, value, least=1) for name, value in (("steps", steps), ("attack_steps", attack_steps))
@@ -70,6 +73,8 @@ def criticality(
     if not attacked:
         raise ValueError("There are no images: give some to take the loss on.")
     modules = dict(net.model.named_modules())
+    if unknown := [name for name in layers if name not in modules or not hasattr(modules[name], "weight")]:
+        raise ValueError(f"layers={unknown} are no layers with a weight: give names of model.named_modules().")
     with attackable(net.model):
         return {name: _rise(net, attacked, modules[name].weight, radius, steps) for name in layers}
 

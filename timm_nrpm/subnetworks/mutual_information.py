@@ -8,7 +8,8 @@ This module differs from the paper where images of a network need it to. Coordin
 normal distribution, which leaves mutual information as it is and tames heavy tails. Cells are as narrow as the samples
 fill them. Entropies are Grassberger's estimates (arXiv physics/0307138), and what remains of shuffled pairs, which
 share nothing, is subtracted. And since no hash of many coordinates at once is filled by the samples at hand, many
-coordinates are hashed by pairs of canonical directions, fitted on one half of the samples and hashed on the other.
+coordinates are hashed by pairs of canonical directions, fitted on one half of the samples and hashed on the other. A
+discrete variable beside many coordinates is told by a linear discriminant instead.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from timm_nrpm.checks import check_integer
+from timm_nrpm.subnetworks.directions import canonical_directions, discriminant_loss, few_of
 
 LEAST = 100
 """Smallest number of samples, of each class where classes are given."""
@@ -43,12 +45,6 @@ JOINTLY = 2
 PER_DIRECTION = 20
 """Number of samples for each principal direction among which canonical ones are sought."""
 
-PROJECTED = 512
-"""Number of coordinates beyond which there are random projections of them instead (p-stable hashing)."""
-
-DIRECTIONS = 64
-"""Largest number of pairs of canonical directions."""
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -58,8 +54,8 @@ class Estimate:
         nats: The estimate, in nats. It is below zero where less than chance was found.
         chance: What shuffled pairs leave, in nats; it is subtracted already. Where it is large beside `nats`, there are
             too few samples.
-        pairs: Number of pairs of directions that it is the sum of; 0 if nothing was found to hash, and the estimate
-            is 0.
+        pairs: Number of pairs of directions, or of directions of a discriminant, that it is of, the mean of two halves
+            of the samples; 0 if no direction was found, and the estimate is 0.
     """
 
     nats: float
@@ -72,7 +68,8 @@ def edge(x: Tensor, y: Tensor, *, given: Tensor | None = None, seed: int = 0) ->
 
     It sees every dependence of up to two coordinates each. Of more coordinates it sees what canonical directions see,
     in which a linear function of x goes with a linear function of y, and sums over pairs of them: a dependence without
-    any correlation is missed, and one that several pairs share is counted for each of them.
+    any correlation is missed, and one that several pairs share is counted for each of them. From few samples it sees
+    few directions, one for every 40 at most: estimates can be compared where they are of equally many samples.
 
     Args:
         x, y: Samples `[N, ...]`, of any shape. Those of integers or booleans are discrete, and equal rows are equal
@@ -82,7 +79,8 @@ def edge(x: Tensor, y: Tensor, *, given: Tensor | None = None, seed: int = 0) ->
         seed: Seed of shuffles, of the places of cells and of random projections.
 
     Returns:
-        The estimate, which may be slightly negative for independent variables, so that means of several are right.
+        The estimate. For independent variables it is near zero, on either side; of two coordinates, where two
+        estimates are made and the larger is taken, about 0.01 above at 200 samples.
 
     Raises:
         ValueError: There are fewer than 100 samples, of all or of a class; the numbers of samples differ; or a value is
@@ -142,10 +140,12 @@ def _mean(parts: list[tuple[float, Estimate]]) -> Estimate:
 
 @dataclass(frozen=True)
 class _Variable:
-    """Samples of a variable: coordinates `[N, D]` of a continuous one, or codes `[N]` of a discrete one."""
+    """Samples of a variable: coordinates `[N, D]` of a continuous one, as normal scores and as they are but for their
+    mean and deviation; or codes `[N]` of a discrete one."""
 
     coordinates: Tensor | None
     codes: Tensor | None = None
+    linear: Tensor | None = None
 
     @classmethod
     def of(cls, name: str, samples: Tensor, rows: Tensor | None = None) -> _Variable:
@@ -158,24 +158,13 @@ class _Variable:
         if not torch.isfinite(samples).all():
             raise ValueError(f"{name} has values that are not finite: leave these samples out.")
         samples = samples.double()
-        return cls(normal_scores(samples[:, (samples != samples[:1]).any(0)]))
+        samples = samples[:, (samples != samples[:1]).any(0)]
+        return cls(normal_scores(samples), None, _standard(samples))
 
     @property
     def size(self) -> int:
         """Number of coordinates that are not constant."""
         return 1 if self.coordinates is None else self.coordinates.shape[1]
-
-    def features(self, generator: torch.Generator) -> Tensor:
-        """Coordinates `[N, D]` whose linear functions are looked at: indicators of the values of a discrete variable,
-        and random projections where there are too many."""
-        if self.coordinates is None:
-            assert self.codes is not None
-            found = torch.nn.functional.one_hot(self.codes).double()
-        else:
-            found = self.coordinates
-        if found.shape[1] > PROJECTED:
-            found = found @ torch.randn(found.shape[1], PROJECTED, generator=generator, dtype=torch.float64)
-        return found
 
     def hashed(self, width: float, generator: torch.Generator) -> Tensor:
         """Codes `[N]` of the cells of all coordinates at once; those of a discrete variable are its values."""
@@ -184,6 +173,12 @@ class _Variable:
             return self.codes
         shift = torch.rand(self.size, generator=generator, dtype=torch.float64)
         return _codes((self.coordinates / width + shift).floor().long())
+
+
+def _standard(samples: Tensor) -> Tensor:
+    """Samples `[N, D]` less their mean, in units of their deviation."""
+    centred = samples - samples.mean(0)
+    return centred / centred.square().mean(0).sqrt()
 
 
 def _codes(rows: Tensor) -> Tensor:
@@ -216,64 +211,49 @@ def _estimate(x: _Variable, y: _Variable, generator: torch.Generator) -> Estimat
     if x.size <= JOINTLY and y.size <= JOINTLY:
         found.append(_graph(x, y, generator))
     if max(x.size, y.size) > 1:
-        found.append(_canonical(x, y, generator))
+        if x.coordinates is not None and y.coordinates is not None:
+            found.append(_canonical(x.coordinates, y.coordinates, generator))
+        elif x.linear is not None and y.codes is not None:
+            found.append(_classified(x.linear, y.codes, generator))
+        elif y.linear is not None and x.codes is not None:
+            found.append(_classified(y.linear, x.codes, generator))
     return max(found, key=lambda each: each.nats)
 
 
-def _canonical(x: _Variable, y: _Variable, generator: torch.Generator) -> Estimate:
-    """The sum over pairs of canonical directions, which are fitted on each half of the samples for the other half."""
-    features = [each.features(generator) for each in (x, y)]
-    order = torch.randperm(len(features[0]), generator=generator)
-    halves = order[: len(order) // 2], order[len(order) // 2 :]
-    parts = []
-    for fitted, held in (halves, halves[::-1]):
-        directions = _directions(features[0][fitted], features[1][fitted], generator)
+def _halves(count: int, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The samples in two halves, of which each is fitted on once and held out once."""
+    order = torch.randperm(count, generator=generator)
+    first, second = order[: count // 2], order[count // 2 :]
+    return (first, second), (second, first)
+
+
+def _canonical(x: Tensor, y: Tensor, generator: torch.Generator) -> Estimate:
+    """The sum over pairs of canonical directions of two continuous variables."""
+    features, parts = [few_of(each, generator) for each in (x, y)], []
+    for fitted, held in _halves(len(x), generator):
+        directions = canonical_directions(
+            features[0][fitted], features[1][fitted], len(fitted) // PER_DIRECTION, generator
+        )
         sides = [normal_scores(f[held] @ d) for f, d in zip(features, directions, strict=True)]
         total = Estimate(0.0, 0.0, 0)
-        if x.coordinates is None or y.coordinates is None:  # the values of a discrete variable are no sum of parts
-            total = _with_values(x, y, sides, held, generator)
-        else:
-            for u, v in zip(sides[0].T, sides[1].T, strict=True):
-                pair = _graph(_Variable(u[:, None]), _Variable(v[:, None]), generator)
-                total = Estimate(total.nats + pair.nats, total.chance + pair.chance, total.pairs + 1)
+        for u, v in zip(sides[0].T, sides[1].T, strict=True):
+            pair = _graph(_Variable(u[:, None]), _Variable(v[:, None]), generator)
+            total = Estimate(total.nats + pair.nats, total.chance + pair.chance, total.pairs + 1)
         parts.append((0.5, total))
     return _mean(parts)
 
 
-def _with_values(x: _Variable, y: _Variable, sides: list[Tensor], held: Tensor, generator: torch.Generator) -> Estimate:
-    """The estimate between the values of a discrete variable and the first directions of the other."""
-    if not sides[0].shape[1]:
-        return Estimate(0.0, 0.0, 0)
-    first, second = (
-        _Variable(side[:, :JOINTLY]) if each.codes is None else _Variable(None, each.codes[held])
-        for each, side in zip((x, y), sides, strict=True)
-    )
-    return _graph(first, second, generator)
-
-
-def _directions(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Canonical directions of two sets of coordinates, `[D, K]` each: those pairs whose correlation is larger than any
-    of shuffled pairs."""
-    most = max(1, len(x) // PER_DIRECTION)
-    whitened = [_whitening(each, most) for each in (x, y)]
-    u, v = (_centred(each) @ w for each, w in zip((x, y), whitened, strict=True))
-    left, correlations, right = torch.linalg.svd(u.T @ v / len(u), full_matrices=False)
-    shuffled = [v[torch.randperm(len(v), generator=generator)] for _ in range(SHUFFLES)]
-    bar = max(float(torch.linalg.matrix_norm(u.T @ each / len(u), ord=2)) for each in shuffled)
-    kept = min(int((correlations > bar).sum()), DIRECTIONS)
-    return whitened[0] @ left[:, :kept], whitened[1] @ right[:kept].T
-
-
-def _whitening(samples: Tensor, most: int) -> Tensor:
-    """Directions `[D, K]` in which samples `[N, D]` are uncorrelated and of variance 1: the first principal ones."""
-    centred = _centred(samples)
-    variances, directions = torch.linalg.eigh(centred.T @ centred / len(samples))
-    kept = min(most, int((variances > 1e-9 * variances[-1]).sum()))
-    return directions[:, -kept:] / variances[-kept:].sqrt()
-
-
-def _centred(samples: Tensor) -> Tensor:
-    return samples - samples.mean(0)
+def _classified(x: Tensor, codes: Tensor, generator: torch.Generator) -> Estimate:
+    """What a linear discriminant tells of the values of a discrete variable: their entropy, less the cross-entropy of
+    the discriminant on samples that it was not fitted on (a lower bound in expectation, Barber and Agakov 2003)."""
+    features, parts = few_of(x, generator), []
+    for fitted, held in _halves(len(x), generator):
+        told = discriminant_loss(
+            (features[fitted], codes[fitted]), (features[held], codes[held]), len(fitted) // PER_DIRECTION, generator
+        )
+        nats = _entropy(_counts(codes[held])) - told.loss if told.directions else 0.0
+        parts.append((0.5, Estimate(nats, 0.0, told.directions)))
+    return _mean(parts)
 
 
 def _graph(x: _Variable, y: _Variable, generator: torch.Generator) -> Estimate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from timm_nrpm.attacks.library import pgd
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.config import NRPMConfig, TuneConfig
 from timm_nrpm.data.images import check_batch, check_labels
-from timm_nrpm.evaluation.corruptions import right_on
 from timm_nrpm.evaluation.evaluate import evaluate
 from timm_nrpm.evaluation.trials import digits_of
 from timm_nrpm.models.base import weights_sha256
@@ -33,9 +32,12 @@ State: TypeAlias = Mapping[str, Tensor]
 Batches: TypeAlias = list[tuple[Tensor, Tensor]]
 """Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, in memory."""
 
-MEASURED = 200
+MEASURED = 1000
 """Number of training images for each class, on average, that the dependence between layers is measured on, at most."""
 
+
+UNSAVED = "This run will leave checkpoints, but no variant|No variant was written"
+"""What tune says of a model that cannot become a variant; its weights are kept here all the same."""
 
 NO_IMAGES = "The loader gave no images: give some to choose on, and others to judge on."
 
@@ -48,6 +50,7 @@ class Networks:
         images: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, of which the first is looked at.
         threat: What attacks may change.
         folder: Folder that keeps weights and what attacks left.
+        seed: Seed of the attacks.
         mean, std: Normalisation of the model, as for :func:`timm_nrpm.evaluate`.
     """
 
@@ -57,12 +60,13 @@ class Networks:
         images: Iterable[Any],
         threat: Threat,
         folder: Path,
+        seed: int,
         mean: tuple[float, ...] | None,
         std: tuple[float, ...] | None,
     ) -> None:
         subject = subject_of(model, mean, std)
-        self.plain, self.mean, self.std = plain_copy(subject.model).eval(), subject.mean, subject.std
-        self.threat, self.folder = threat, folder
+        self.plain, self.mean, self.std = copied(plain_copy(subject.model)).eval(), subject.mean, subject.std
+        self.threat, self.folder, self.seed = threat, folder, seed
         net = self.on_pixels(self.state)
         first = next(iter(images), None)
         if first is None:
@@ -123,7 +127,9 @@ class Networks:
         if not file.exists():
             model = reprogram_(self.network(state), NRPMConfig(lam=1.0))
             config = replace(config, output=str(self.folder / name), keep=1)
-            tune(model, training, config, mean=self.mean, std=self.std, resume=True, progress=progress)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=UNSAVED)
+                tune(model, training, config, mean=self.mean, std=self.std, resume=True, progress=progress)
             after = model.state_dict()
             draft = self.folder / name / "tuned.safetensors"
             write_tensors({each: after[each] for each in self.state}, draft)
@@ -135,32 +141,20 @@ class Networks:
         """Weights that were tuned under this name."""
         return load_file(self.folder / f"{name}.safetensors", device=str(self.device))
 
-    def attacked(self, state: State, batches: Batches, steps: int, seed: int) -> Batches:
-        """Images under PGD along a network's own gradient."""
-        net, run = self.on_pixels(state), pgd(self.threat, steps)
-        found: Batches = []
-        for number, (pixels, labels) in enumerate(batches):
-            seeds = [seed + number] * len(pixels)
-            points = run(net, pixels.to(self.device), labels.to(self.device), seeds)
-            found.append((points.cpu(), labels))
-        return found
-
-    def accuracy(self, state: State, batches: Batches) -> float:
-        """Share of some images that a network is right on."""
-        net = self.on_pixels(state)
-        with torch.no_grad():
-            right = [each for pixels, labels in batches for each in right_on(net, pixels, labels)]
-        return sum(right) / len(right)
-
-    def some_training(self, training: DataLoader[Any]) -> Batches:
-        """Training images in an order of their own, at most `MEASURED` for each class."""
+    def some_training(self, training: DataLoader[Any]) -> DataLoader[Any]:
+        """Training images in an order of their own, at most `MEASURED` for each class on average."""
+        if not isinstance(training, DataLoader):
+            raise ValueError(
+                f"training is a {type(training).__name__}: give a torch DataLoader, on which tune can train."
+            )
         images = training.dataset
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-        order = order[: MEASURED * self.classes]
-        loader = DataLoader(Subset(images, order.tolist()), training.batch_size or 1, collate_fn=training.collate_fn)
-        return self.checked(loader)
+        rows = order[: MEASURED * self.classes].tolist()
+        return DataLoader(Subset(images, rows), training.batch_size or 1, collate_fn=training.collate_fn)
 
-    def measured(self, state: State, batches: Batches, suite: str, name: str) -> dict[str, str]:
+    def measured(
+        self, state: State, batches: Batches, suite: str, name: str | None, steps: int | None = None
+    ) -> dict[str, str]:
         """The images that a network is right on: for each measure, a digit for each image, 1 where it is right.
 
         Args:
@@ -168,7 +162,8 @@ class Networks:
             batches: Images that it is compared on.
             suite: Suite of attacks: `"quick"` gives the measures clean, fgsm and pgd, `"standard"` clean and
                 autoattack, and `"adaptive"` clean and worst case.
-            name: Name of the network, under which what attacks left is found again.
+            name: Name of the network, under which what attacks left is found again; None keeps nothing.
+            steps: Number of steps of each ascent; by default that of the suite.
         """
         report = evaluate(
             self.network(state),
@@ -176,10 +171,12 @@ class Networks:
             self.threat,
             suite,
             effort="fast" if suite == "adaptive" else "default",
+            steps=steps,
+            seed=self.seed,
             control=False,
             mean=self.mean,
             std=self.std,
-            resume=self.folder / f"{name}-{suite}.jsonl",
+            resume=None if name is None else self.folder / f"{name}-{suite}.jsonl",
         )
         right = {"clean": report.correct}
         if suite == "quick":

@@ -81,12 +81,15 @@ def recommend_layers(
     threat = check_threat(threat)
     budget = check_number("budget", budget, above=0, most=1, why=", a share of the products")
     config = NRPMConfig(0.0, eps=1.0, standardize=True) if config is None else config
+    if not isinstance(config.lam, float):
+        raise ValueError(f"lam={config.lam!r} is not one number: layers are compared at the same lambda, so give one.")
     with ExitStack() as stack:
         place = Path(stack.enter_context(TemporaryDirectory())) if folder is None else Path(folder)
         place.mkdir(parents=True, exist_ok=True)
         bar = stack.enter_context(progress_bar(progress, counted=True))
-        networks = Networks(model, loader, threat, place, mean, std)
-        run = _Run(networks, networks.checked(loader), networks.checked(report), config, seed)
+        images, held = list(loader), list(report)
+        networks = Networks(model, images, threat, place, seed, mean, std)
+        run = _Run(networks, networks.checked(images), networks.checked(held), config, seed)
         task = bar.add_task("The plain network", total=2 * len(run.names) + 3)
         plain = run.kept((), None)
         choices, worth = [Choice((), 0.0, plain)], []
@@ -96,7 +99,9 @@ def recommend_layers(
             bar.update(task, advance=1, description=name)
             kept, is_bound = run.tried((name,), plain)
             worth.append(
-                LayerWorth(name, run.products[name], critical.get(name, 0.0), dependence.get(name), kept, is_bound)
+                LayerWorth(
+                    name, run.products[name], run.share([name]), critical[name], dependence.get(name), kept, is_bound
+                )
             )
         for names in run.prefixes(worth, plain, budget):
             bar.update(task, advance=1, description=f"{len(names)} layers")
@@ -108,8 +113,7 @@ def recommend_layers(
         judged = [run.kept(names, None, on_report=True) for names in ((), best.layers)]
         bar.update(task, completed=2 * len(run.names) + 3)
     gains = bool(best.layers) and Effect.of(judged[1].threat, judged[0].threat).is_gain
-    words = f"lambda {config.lam:g}, eps {config.eps:g}" if isinstance(config.lam, float) else "a lambda for each layer"
-    setting = words + (" in standard units" if config.standardize else "")
+    setting = f"lambda {config.lam:g}, eps {config.eps:g}" + (" in standard units" if config.standardize else "")
     return LayerRecommendation(
         str(threat), setting, budget, tuple(worth), tuple(choices), best.layers if gains else (), judged[0], judged[1]
     )
@@ -123,7 +127,7 @@ class _Run:
         plain, example = networks.plain, networks.example
         self.layers = split(plain, 1, example=example).layers
         self.names = tuple(reprogrammed_layers(reprogram_(copied(plain), config, example=example)))
-        self.products = products(plain, self.names, example)
+        self.products = products(plain, example)
         identity = {
             **networks.identity, "config": str(replace(config, layers=self.names)), "seed": seed,
             "version": __version__,
@@ -135,7 +139,7 @@ class _Run:
         self.journal = Journal(networks.folder / "layers.jsonl", identity)
 
     def share(self, names: Iterable[str]) -> float:
-        """The share of all products that are these layers'."""
+        """The share of the network's products that are these layers'."""
         return sum(self.products[name] for name in names) / sum(self.products.values())
 
     def network(self, names: tuple[str, ...]) -> nn.Module:
@@ -175,7 +179,7 @@ class _Run:
         """Robust criticality by layer; under another norm than Linf and L2, at Linf 8/255."""
         net = self.networks.on_pixels(self.networks.state)
         threat = self.networks.threat if self.networks.threat.norm in ("Linf", "L2") else Threat()
-        return criticality(net, self.images, self.layers, threat, seed=self.seed)
+        return criticality(net, self.images, self.names, threat, seed=self.seed)
 
     def connectivity(self) -> dict[str, float]:
         """Connectivity by layer, from the second on; nothing where a class has too few images."""

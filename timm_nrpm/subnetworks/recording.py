@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from timm_nrpm.models.modes import evaluating
+from timm_nrpm.subnetworks.splitting import COUNTED
 
 
 @contextmanager
@@ -23,23 +25,34 @@ def received(model: nn.Module, names: Iterable[str], *, pooled: bool) -> Iterato
 
     Yields:
         A mapping from names to `[B, C]` if pooled, and else `[B, N]` of all N values, after each forward.
+
+    Raises:
+        ValueError: In a forward, a layer receives what is not divided by images.
     """
     found: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
+    batch = [0]
+
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch[0] = len(_first(args, kwargs))
 
     def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().float()
-            if not pooled:
-                found[name] = x.flatten(1)
-            elif isinstance(module, nn.modules.conv._ConvNd):
-                found[name] = x.flatten(2).mean(2)
-            else:
-                found[name] = x.reshape(len(x), -1, x.shape[-1]).mean(1)
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _first(args, kwargs).detach().float()
+            if len(x) % batch[0]:
+                raise ValueError(
+                    f"{name} receives {list(x.shape)} for {batch[0]} images: its first dimension is not that of "
+                    "images, so what it receives of each image is unknown."
+                )
+            if isinstance(module, nn.modules.conv._ConvNd):
+                x = x.flatten(2).transpose(1, 2)
+            # Windows of an image, as in Swin, stand in a row.
+            found[name] = x.reshape(batch[0], -1, x.shape[-1]).mean(1) if pooled else x.reshape(batch[0], -1)
 
         return note
 
-    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
+    handles = [model.register_forward_pre_hook(count, with_kwargs=True)]
+    handles += [modules[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
     try:
         yield found
     finally:
@@ -47,29 +60,39 @@ def received(model: nn.Module, names: Iterable[str], *, pooled: bool) -> Iterato
             handle.remove()
 
 
-def products(model: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, int]:
-    """Number of products of a weight and an input that layers add up for one image.
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first argument of a call."""
+    first: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return first
+
+
+def products(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Number of products of a weight and an input that each convolutional or linear layer adds up for one image.
 
     Args:
         model: The network, which runs once.
-        names: Names of convolutional or linear layers.
         example: An input of the network `[1, ...]`.
 
     Example:
-        >>> products(plain, ["fc"], torch.zeros(1, 1, 8, 8))
-        {'fc': 320}
+        >>> products(plain, torch.zeros(1, 1, 8, 8))["fc"]
+        320
     """
     found: dict[str, int] = {}
-    modules = dict(model.named_modules())
 
     def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, _: object, output: Tensor) -> None:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             weight: Tensor = module.weight  # type: ignore[assignment]
-            found[name] = found.get(name, 0) + output[0].numel() * weight[0].numel()
+            # A transposed convolution adds each input to many outputs.
+            ends = _first(args, kwargs) if isinstance(module, nn.modules.conv._ConvTransposeNd) else output
+            found[name] = found.get(name, 0) + ends.numel() * weight[0].numel()
 
         return note
 
-    handles = [modules[name].register_forward_hook(hook(name)) for name in names]
+    handles = [
+        module.register_forward_hook(hook(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, COUNTED)
+    ]
     try:
         with evaluating(model), torch.no_grad():
             model(example)

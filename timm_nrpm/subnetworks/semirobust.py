@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from timm_nrpm.attacks.efforts import EFFORTS
+from timm_nrpm.attacks.suites import attacks_of
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.checks import check_integer, check_number
 from timm_nrpm.config import TuneConfig
@@ -28,9 +30,10 @@ from timm_nrpm.evaluation.subnetwork_report import (
 from timm_nrpm.jobs.journal import Journal, digest_of
 from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.base import weights_sha256
-from timm_nrpm.subnetworks.connectivity import check_classes, connectivity
+from timm_nrpm.subnetworks.connectivity import connectivity, smallest_class
 from timm_nrpm.subnetworks.networks import Batches, Networks, State
 from timm_nrpm.subnetworks.splitting import Split, split
+from timm_nrpm.tuning.setup import identity_of
 from timm_nrpm.version import __version__
 
 LATE_LR = 0.001
@@ -89,8 +92,8 @@ def semirobust(
         What was found, with all trials.
 
     Raises:
-        ValueError: A setting is outside its range, the split leaves one part empty, a class has too few training
-            images, `robust` has other weights than `model`, or `folder` holds another run.
+        ValueError: A setting is outside its range or has no place here, the split leaves one part empty, a class has
+            too few training images, `robust` has other weights than `model`, or `folder` holds another run.
 
     Example:
         >>> model = timm_nrpm.create_model("resnet8_digits", pretrained=True)
@@ -107,12 +110,11 @@ def semirobust(
         check_integer("natural_epochs", natural_epochs, least=0),
         check_number("tolerance", tolerance, least=0, most=1, why=", a share of the images"),
     )
-    if not suites or set(suites) - set(SUITES):
-        raise ValueError(f"suites={suites!r} is not allowed: give one or more of {', '.join(SUITES)}.")
     threat = Threat(settings.config.norm, settings.config.validation_eps)
+    _check(settings.config, suites, threat)
     with ExitStack() as stack:
         place = Path(stack.enter_context(TemporaryDirectory())) if folder is None else Path(folder)
-        networks = Networks(model, training, threat, place, mean, std)
+        networks = Networks(model, training, threat, place, settings.config.seed, mean, std)
         parts = split(networks.plain, late, example=networks.example)
         given = None if robust is None else networks.state_of(robust)
         held = networks.checked(report)
@@ -129,6 +131,21 @@ def semirobust(
             bar.update(task, completed=(number + 1) * (settings.epochs + 1))
         return run.report(
             natural, star, found, held, suites, lambda words: bar.update(task, advance=1, description=words)
+        )
+
+
+def _check(config: TuneConfig, suites: tuple[str, ...], threat: Threat) -> None:
+    """Raise a ValueError for settings that Algorithm 1 has no use for, before anything is trained."""
+    if not suites or set(suites) - set(SUITES):
+        raise ValueError(f"suites={suites!r} is not allowed: give one or more of {', '.join(SUITES)}.")
+    for suite in suites:
+        attacks_of(suite, threat, EFFORTS[suite], ("own",), 2)
+    for name in ("trainable", "still", "push_to"):
+        if getattr(config, name):
+            raise ValueError(f"{name}={getattr(config, name)!r} has no place here: Algorithm 1 says what trains.")
+    if config.objective == "sat":
+        raise ValueError(
+            "objective='sat' keeps targets over epochs, and late parts are tuned one by one: give another."
         )
 
 
@@ -159,13 +176,14 @@ class _Run:
         self.training, self.selection = training, selection
         self.given = given
         self.images = networks.some_training(training)
-        check_classes(torch.cat([labels for _, labels in self.images]), networks.classes)
+        self.measured = smallest_class(torch.cat([labels for _, labels in self.images]), networks.classes)
+        self.count = sum(len(labels) for _, labels in selection)
         identity = {
             **networks.identity, "robust": given and weights_sha256(given), "late": list(parts.late),
-            "config": settings.config.to_json(), "natural_epochs": settings.natural_epochs, "epochs": settings.epochs,
-            "tolerance": settings.tolerance,
+            **{f"config's {name}": value for name, value in identity_of(settings.config).items()},
+            "natural_epochs": settings.natural_epochs, "epochs": settings.epochs, "tolerance": settings.tolerance,
+            "training images": len(training.dataset), "batch_size": training.batch_size,  # type: ignore[arg-type]
             "selection": digest_of(*(torch.cat(part) for part in zip(*selection, strict=True))),
-            "training": digest_of(*(torch.cat(part) for part in zip(*self.images, strict=True))),
             "version": __version__,
         }  # fmt: skip
         self.journal = Journal(networks.folder / "trials.jsonl", identity)
@@ -196,7 +214,7 @@ class _Run:
 
     def _of(self, config: TuneConfig, trainable: tuple[str, ...]) -> TuneConfig:
         """Settings under which these weights train."""
-        return replace(config, paradigm="all", trainable=trainable)
+        return replace(config, paradigm="all", trainable=trainable, output=None)
 
     def trial(self, natural: State, star: State, number: int) -> Iterator[SubnetworkTrial]:
         """Tune a late part behind the robust early one, until it is as good as the robust network; yield the trial
@@ -204,14 +222,15 @@ class _Run:
         s, trial = self.settings, SubnetworkTrial(number, (), (), False)
         state: State = self.parts.composed(star, natural)
         config = replace(s.config, epochs=1, lr=LATE_LR, schedule="constant", warmup_epochs=0)
-        config = self._of(config, self.parts.trainable(self.networks.plain))
+        config = replace(self._of(config, self.parts.trainable(self.networks.plain)), still=self.parts.early_modules)
         for epoch in range(s.epochs + 1):
             if epoch:
                 seed = s.config.seed + 1 + number * s.epochs + epoch
                 config = replace(config, seed=seed)
                 state = self.networks.tuned(state, self.training, config, f"trial-{number}-{epoch}")
             own, rho = self._row(state, 1 + number * s.epochs + epoch if epoch else 1)  # all trials start alike
-            converged = epoch > 0 and own >= self.target - s.tolerance
+            missing = round(self.count * self.target) - round(self.count * own)  # in images
+            converged = epoch > 0 and missing <= self.count * s.tolerance
             trial = SubnetworkTrial(number, (*trial.own, own), (*trial.connectivity, rho), converged)
             yield trial
             if converged:
@@ -220,18 +239,16 @@ class _Run:
     def _row(self, state: State, number: int) -> tuple[float, tuple[float, ...]]:
         """Accuracy under PGD and connectivity of a network, from the journal if it has them."""
         if number not in self.journal.rows:
-            steps, seed = self.settings.config.evaluate_steps, self.settings.config.seed
-            attacked = self.networks.attacked(state, self.images, steps, seed)
-            net = self.networks.on_pixels(state)
-            rho = connectivity(net, attacked, self.parts, classes=self.networks.classes)
+            net, seed = self.networks.on_pixels(state), self.settings.config.seed
+            rho = connectivity(net, self.images, self.parts, classes=self.networks.classes, seed=seed)
             self.journal.add(number, {"own": self._own(state), "connectivity": rho})
         row = self.journal.rows[number]
         return row["own"], tuple(row["connectivity"])
 
     def _own(self, state: State) -> float:
         """Share of the selection images that a network is right on under PGD along its own gradient."""
-        steps, seed = self.settings.config.evaluate_steps, self.settings.config.seed
-        return self.networks.accuracy(state, self.networks.attacked(state, self.selection, steps, seed))
+        right = self.networks.measured(state, self.selection, "quick", None, self.settings.config.evaluate_steps)
+        return right["pgd"].count("1") / self.count
 
     def report(
         self,
@@ -245,7 +262,7 @@ class _Run:
         """Compare the four networks on the report images, and say what is being done."""
         draft = SubnetworkReport(
             self.parts.early, self.parts.late, str(self.networks.threat), self.settings.tolerance, self.target,
-            tuple(trials), {},
+            tuple(trials), self.measured, {},
         )  # fmt: skip
         best = f"trial-{draft.best.number}-{draft.best.epochs}"
         composed, tuned = self.parts.composed(star, natural), self.networks.kept(best)
@@ -254,6 +271,7 @@ class _Run:
         for suite in suites:
             for name, state in states.items():
                 say(f"Attacks of {suite} on the {name} network")
-                for measure, digits in self.networks.measured(state, held, suite, name).items():
+                kept = best if name == TUNED else name
+                for measure, digits in self.networks.measured(state, held, suite, kept).items():
                     right.setdefault(measure, {})[name] = digits
         return replace(draft, right=right)

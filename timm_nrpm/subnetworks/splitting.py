@@ -28,13 +28,15 @@ class Split:
     Attributes:
         early: Names of the counted layers of the early part (the paper's f_a), in the order of a forward.
         late: Those of the late part (f_b).
-        late_state: Names of all parameters and buffers of the late part: of its layers, and of the modules, such as
-            BatchNorm, that a forward calls after the first of them.
+        late_state: Names of all parameters and buffers of the late part, as a state dict has them: of its layers, and
+            of the modules, such as BatchNorm, that a forward calls after the first of them.
+        early_modules: Names of the modules that a forward calls before it, among them those that the late part lies in.
     """
 
     early: tuple[str, ...]
     late: tuple[str, ...]
     late_state: tuple[str, ...]
+    early_modules: tuple[str, ...]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -69,42 +71,47 @@ def split(model: nn.Module, late: int, *, example: Tensor | None = None) -> Spli
         ('layer3.0.conv2', 'fc')
     """
     calls = _calls(model, example)
-    layers = [name for name in calls if name in _counted(model, calls)]
+    counted = _counted(model, calls)
+    layers = [name for name in calls if name in counted]
     why = f": the model has {len(layers)} convolutional and linear layers, and either part needs one"
     if len(layers) < 2:
         raise ValueError(f"The model has {len(layers)} convolutional or linear layers: two parts take two.")
     late = check_integer("late", late, least=1, most=len(layers) - 1, why=why)
     until = len(layers) - late
-    place = {name: number for number, name in enumerate(calls)}
-    first = place[layers[until]]
+    first = calls.index(layers[until])
+    called = {name: number >= first for number, name in enumerate(calls)}
     state = [
-        name
-        for name in (*dict(model.named_parameters()), *dict(model.named_buffers()))
-        if place.get(name.rpartition(".")[0], -1) >= first and name.rpartition(".")[2] != "lam"
-    ]
-    return Split(tuple(layers[:until]), tuple(layers[until:]), tuple(state))
+        name for name in model.state_dict()
+        if name.rpartition(".")[2] != "lam" and called[_nearest(name.rpartition(".")[0], called)]
+    ]  # fmt: skip
+    return Split(tuple(layers[:until]), tuple(layers[until:]), tuple(state), tuple(calls[:first]))
+
+
+def _nearest(name: str, called: Mapping[str, bool]) -> str:
+    """The module itself, or the nearest one around it that is called, where its weights are read without a call."""
+    while name not in called:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _counted(model: nn.Module, calls: Iterable[str]) -> set[str]:
     """Names of the layers that count: all that a forward calls but those on shortcuts."""
     modules = dict(model.named_modules())
-    found, seen = set[str](), list[str]()
-    for name in calls:
-        if isinstance(modules[name], COUNTED):
-            if not any(_is_shortcut(name, place, seen) for place in SHORTCUTS):
-                found.add(name)
-            seen.append(name)
-    return found
+    layers = [name for name in calls if isinstance(modules[name], COUNTED)]
+    return {name for number, name in enumerate(layers) if not _is_shortcut(name, layers[:number], layers)}
 
 
-def _is_shortcut(name: str, place: str, seen: Iterable[str]) -> bool:
-    """Whether a layer stands in a shortcut: in a module of that name, called after a layer beside that module."""
-    above, found, _ = f".{name}".partition(f".{place}.")
-    if not found and not f".{name}".endswith(f".{place}"):
-        return False
-    above = above[1:] if found else name.rpartition(".")[0]
-    inside = f"{above}.{place}".lstrip(".")
-    return any(each.startswith(f"{above}.") and not each.startswith(inside) for each in seen if above)
+def _is_shortcut(name: str, before: Iterable[str], layers: Iterable[str]) -> bool:
+    """Whether a layer stands in a shortcut: in a module of that name beside layers of the same block, which stand in
+    the block itself or are called before. A stage that begins with a downsampling has blocks beside it."""
+    path = name.split(".")
+    for place in (number for number, part in enumerate(path) if part in SHORTCUTS):
+        block, inside = path[:place], path[: place + 1]
+        beside = [each.split(".") for each in layers]
+        beside = [each for each in beside if each[:place] == block and each[: place + 1] != inside]
+        if any(len(each) == place + 1 or ".".join(each) in before for each in beside):
+            return True
+    return False
 
 
 def _calls(model: nn.Module, example: Tensor | None) -> list[str]:

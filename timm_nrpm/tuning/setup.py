@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ from timm_nrpm.data.images import check_batch, check_labels
 from timm_nrpm.jobs.processes import check_processes
 from timm_nrpm.models.modes import evaluating
 from timm_nrpm.nn.pixel_model import PixelModel
+
+MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience", "push_to", "license")
+"""Settings that may change when a run resumes, since they do not change what it computes."""
+
+
+def identity_of(config: TuneConfig) -> dict[str, Any]:
+    """What decides the results of a run, by name; a newer setting, which earlier runs lack, only if it is set."""
+    newer = () if config.still else ("still",)
+    return {name: value for name, value in asdict(config).items() if name not in (*MAY_DIFFER, *newer)}
 
 
 def accelerator_of(config: TuneConfig) -> Accelerator:

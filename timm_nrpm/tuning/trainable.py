@@ -89,25 +89,37 @@ def _by_name(named: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> set[
     return chosen
 
 
-def set_modes_(model: nn.Module, training: bool = True) -> None:
+def set_modes_(model: nn.Module, training: bool = True, still: Iterable[str] = ()) -> None:
     """Set modules with a weight that trains to training mode, and other modules with weights to evaluation mode.
 
-    A module without weights, such as dropout, follows its parent, but stays in evaluation mode where weights stand
-    before it in the parent and none of them trains: in a block of which only the end trains, the dropout of the frozen
-    start is off. Lambda does not count as a weight: under paradigm 2 BatchNorm and dropout stay in evaluation mode.
+    Modules without weights follow their parent. Lambda does not count as a weight: under paradigm 2 BatchNorm and
+    dropout stay in evaluation mode.
+
+    Args:
+        model: The model.
+        training: Mode of a model without weights.
+        still: Globs of names of modules that are in evaluation mode in any case.
+
+    Raises:
+        ValueError: A glob matches no module.
     """
-    weights = _weights(model)
+    _follow_(model, training)
+    modules = dict(model.named_modules())
+    for pattern in still:
+        matches = fnmatch.filter(modules, pattern)
+        if not matches:
+            near = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.3) or list(modules)[1:4]
+            raise ValueError(f"still={pattern!r} matches no module. Near names: {', '.join(near)}.")
+        for name in matches:
+            modules[name].training = False
+
+
+def _follow_(model: nn.Module, training: bool) -> None:
+    """Set the modes as what trains has them."""
+    weights = [p for name, p in model.named_parameters() if name.rpartition(".")[2] != "lam"]
     model.training = any(p.requires_grad for p in weights) if weights else training
-    before: list[bool] = []
     for child in model.children():
-        set_modes_(child, model.training and (not before or any(before)))
-        if _weights(child):
-            before.append(child.training)
-
-
-def _weights(model: nn.Module) -> list[nn.Parameter]:
-    """All parameters but lambdas."""
-    return [p for name, p in model.named_parameters() if name.rpartition(".")[2] != "lam"]
+        _follow_(child, model.training)
 
 
 @contextmanager

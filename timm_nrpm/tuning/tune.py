@@ -35,11 +35,8 @@ from timm_nrpm.tuning.checkpoints import collect, install_
 from timm_nrpm.tuning.objectives import Objective
 from timm_nrpm.tuning.progress import Bar, tracked
 from timm_nrpm.tuning.run_folder import RunFolder
-from timm_nrpm.tuning.setup import accelerator_of, check_batches, classes_of, optimizer_of, scheduler_of
+from timm_nrpm.tuning.setup import accelerator_of, check_batches, classes_of, identity_of, optimizer_of, scheduler_of
 from timm_nrpm.tuning.trainable import given_back, select_, set_modes_
-
-MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience", "push_to", "license")
-"""Settings that may change when a run resumes, since they do not change what it computes."""
 
 PLAIN = 1000
 """Number of training images for the plain model's statistics, which are taken anew where weights train."""
@@ -163,7 +160,7 @@ class _Run:
         """Run every epoch that is left."""
         # Without a folder there is nothing to save, so signals keep their usual effect.
         with self.interruption if self.folder else nullcontext(), self.bar:
-            set_modes_(self.model)
+            set_modes_(self.model, still=self.config.still)
             if self.step == 0:
                 self.calibrate()
                 self.evaluate()
@@ -334,7 +331,7 @@ class _Run:
 
     def _identity(self) -> Mapping[str, object]:
         """Settings and hashes that must be the same for a run to resume, as JSON values by name."""
-        settings = {k: v for k, v in asdict(self.config).items() if k not in MAY_DIFFER}
+        settings = identity_of(self.config)
         same = {"batch of all processes": self.loader.total_batch_size, "images": len(self.numbered)}
         same |= {"layers": self.history.layers, "sha256 of what is frozen": self.frozen}
         same |= {name: value.flatten().tolist() for name, value in self.objective.net.named_buffers(recurse=False)}
