@@ -100,15 +100,16 @@ class SubnetworkReport:
     def verdict(self) -> str:
         """The result, in a sentence or two."""
         count, layers = len(self.trials), len(self.early) + len(self.late)
+        points = f"{100 * self.tolerance:g} point{'s' * (self.tolerance != 0.01)}"
         early = f"With the first {len(self.early)} of {layers} layers robust and kept"
         if not self.converged:
             best = 100 * (self.best.own[-1] - self.target)
             return (
-                f"{early}, none of {count} trials came within {100 * self.tolerance:g} points of the robust network "
+                f"{early}, none of {count} trials came within {points} of the robust network "
                 f"under PGD; the best was {best:+.1f} points from it."
             )
         return (
-            f"{early}, {len(self.converged)} of {count} trials came within {100 * self.tolerance:g} points of the "
+            f"{early}, {len(self.converged)} of {count} trials came within {points} of the "
             f"robust network under PGD, after {self.epochs:.1f} epochs on average."
         )
 

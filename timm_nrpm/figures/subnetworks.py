@@ -52,7 +52,7 @@ def draw_subnetworks(reports: Sequence[SubnetworkReport], path: str | Path) -> P
     for panel in (left, right):
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, frameon=False)
+        panel.legend(fontsize=8, frameon=False, loc="lower left")
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, dpi=120)
     return target
