@@ -128,7 +128,8 @@ def markdown(reports: dict[int, SubnetworkReport], effort: Effort) -> str:
         kind = (
             "smallest of the converged trials" if report.converged else "largest of all trials, none of which converged"
         )
-        lines += ["", f"Dependence of each layer on the layer before it within a class, in nats, {kind}:", ""]
+        about = f"Dependence of each layer on the layer before it within a class, from {report.measured} images of each"
+        lines += ["", f"{about}, in nats, {kind}:", ""]
         start = report.best.connectivity[0]
         lines += ["| layer | with natural weights | tuned |", "|---|---|---|"]
         lines += [

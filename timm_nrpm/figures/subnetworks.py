@@ -50,7 +50,7 @@ def draw_subnetworks(reports: Sequence[SubnetworkReport], path: str | Path) -> P
     right.set_xlabel("epochs of the late part")
     right.set_title(f"over the epochs, last {len(longest.late)} layers, first in dark", fontsize=10, loc="left")
     for panel in (left, right):
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, frameon=False, loc="lower left")
         panel.spines[["top", "right"]].set_visible(False)
