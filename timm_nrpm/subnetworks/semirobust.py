@@ -230,7 +230,7 @@ class _Run:
                 state = self.networks.tuned(state, self.training, config, f"trial-{number}-{epoch}")
             own, rho = self._row(state, 1 + number * s.epochs + epoch if epoch else 1)  # all trials start alike
             missing = round(self.count * self.target) - round(self.count * own)  # in images
-            converged = epoch > 0 and missing <= self.count * s.tolerance
+            converged = epoch > 0 and missing <= self.count * s.tolerance + 1e-9
             trial = SubnetworkTrial(number, (*trial.own, own), (*trial.connectivity, rho), converged)
             yield trial
             if converged:
