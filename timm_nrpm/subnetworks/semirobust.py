@@ -70,7 +70,8 @@ def semirobust(
 
     Args:
         model: The network; of a reprogrammed one, the plain model. It is not changed.
-        training: A DataLoader of training images and labels, of every class 100 or more.
+        training: A DataLoader of training images and labels. Connectivity is measured on some of them, drawn at random,
+            1000 for each class on average, which have to be 100 or more of every class.
         selection: Batches of other images and labels, on which trials end and the best is chosen.
         report: Batches of further images and labels, on which the four networks are compared.
         late: Number of layers of the late part, see :func:`timm_nrpm.splitting.split`.
