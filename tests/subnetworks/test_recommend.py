@@ -68,8 +68,6 @@ def test_what_is_said_is_what_was_measured(model, found):
     result, _ = found
     report = timm_nrpm.evaluate(model, batches(40, 60), THREAT, effort="fast")
     assert result.plain.threat == "".join(str(int(each)) for each in report.survivors)
-    assert result.layers == () or result.effect.is_gain
-    assert "leave all layers plain" in result.sentence or "reprogram" in result.sentence
     text = str(result)
     assert all(each.name in text for each in result.worth)
     assert LayerRecommendation.from_json(result.to_json()) == result
@@ -148,7 +146,7 @@ def test_bad_settings_are_refused(model, budget):
         recommend_layers(model, [], THREAT, report=batches(40, 60))
 
 
-def test_a_network_of_any_wrapper_is_taken(model):
+def test_layers_that_match_nothing_are_refused_behind_a_wrapper_as_well(model):
     with pytest.raises(ValueError, match="matches none"):
         recommend_layers(
             PixelModel(model), batches(0, 20), THREAT, report=batches(40, 60), config=NRPMConfig(0.5, layers="nothing")

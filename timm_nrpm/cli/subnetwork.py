@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import Any
 
+import shtab
+
 from timm_nrpm.checks import check_number
 from timm_nrpm.cli import options
 from timm_nrpm.cli.given import Useless
@@ -66,9 +68,8 @@ def _add_networks(group: Any) -> None:
     group.add_argument("--late", type=int, required=True, metavar="N", help=late)
     natural = "epochs of training on clean images, for a model without weights (default: 0)"
     group.add_argument("--natural-epochs", type=int, default=0, metavar="N", help=natural)
-    group.add_argument(
-        "--robust-weights", metavar="FILE", help="weights of the robust network (default: it is trained)"
-    )
+    robust = "weights of the robust network (default: it is trained)"
+    group.add_argument("--robust-weights", metavar="FILE", help=robust).complete = shtab.FILE
     group.add_argument("--epochs", type=int, default=10, metavar="N", help="epochs of its training (default: 10)")
     group.add_argument("--lr", type=options.number, default=0.01, metavar="X", help="its learning rate (default: 0.01)")
     optimizer = "optimizer, one of timm's (default: momentum)"

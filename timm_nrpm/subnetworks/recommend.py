@@ -59,8 +59,8 @@ def recommend_layers(
         threat: What an attacker may change; the default is Linf with eps 8/255.
         budget: Largest share of all products that may be reprogrammed, above 0 and up to 1.
         report: Other images and labels, on which the choice is judged.
-        config: The estimate; its layers are the ones to choose from. The default is lambda 0 in standard units, which
-            gains where few pixels change.
+        config: The estimate; its layers are the ones to choose from. The default is lambda 0 in standard units with
+            eps 1, in all layers.
         folder: Folder that keeps what is measured, from which the same call goes on; None keeps nothing.
         mean, std: Normalisation of the model, as for :func:`timm_nrpm.evaluate`.
         seed: Seed of everything random.
