@@ -275,10 +275,8 @@ def _graph(x: _Variable, y: _Variable, generator: torch.Generator) -> Estimate:
 
 def _width(x: _Variable, y: _Variable, filled: float, generator: torch.Generator) -> float:
     """The width of the narrowest cells that the samples fill."""
-    low, high = (
-        0,
-        int(math.log(WIDEST / NARROWEST) / math.log(SHRINK)),
-    )  # places in the list of widths, from wide to narrow
+    # Places in the list of widths, from wide to narrow.
+    low, high = 0, int(math.log(WIDEST / NARROWEST) / math.log(SHRINK))
     while low < high:
         middle = (low + high + 1) // 2
         width = WIDEST / SHRINK**middle

@@ -33,7 +33,7 @@ from timm_nrpm.models.base import weights_sha256
 from timm_nrpm.subnetworks.connectivity import connectivity, smallest_class
 from timm_nrpm.subnetworks.networks import Batches, Networks, State
 from timm_nrpm.subnetworks.splitting import Split, split
-from timm_nrpm.tuning.setup import deciding_settings
+from timm_nrpm.tuning.setup import settings_of
 from timm_nrpm.version import __version__
 
 LATE_LR = 0.001
@@ -181,7 +181,7 @@ class _Run:
         self.count = sum(len(labels) for _, labels in selection)
         identity = {
             **networks.identity, "robust": given and weights_sha256(given), "late": list(parts.late),
-            **{f"config's {name}": value for name, value in deciding_settings(settings.config).items()},
+            **{f"config's {name}": value for name, value in settings_of(settings.config).items()},
             "natural_epochs": settings.natural_epochs, "epochs": settings.epochs, "tolerance": settings.tolerance,
             "training images": len(training.dataset), "batch_size": training.batch_size,  # type: ignore[arg-type]
             "selection": digest_of(*(torch.cat(part) for part in zip(*selection, strict=True))),

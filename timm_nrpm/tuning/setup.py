@@ -27,7 +27,7 @@ MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience", "pus
 """Settings that may change when a run resumes, since they do not change what it computes."""
 
 
-def deciding_settings(config: TuneConfig) -> dict[str, Any]:
+def settings_of(config: TuneConfig) -> dict[str, Any]:
     """What decides the results of a run, by name; a newer setting, which earlier runs lack, only if it is set."""
     newer = () if config.still else ("still",)
     return {name: value for name, value in asdict(config).items() if name not in (*MAY_DIFFER, *newer)}

@@ -35,14 +35,7 @@ from timm_nrpm.tuning.checkpoints import collect, install_
 from timm_nrpm.tuning.objectives import Objective
 from timm_nrpm.tuning.progress import Bar, tracked
 from timm_nrpm.tuning.run_folder import RunFolder
-from timm_nrpm.tuning.setup import (
-    accelerator_of,
-    check_batches,
-    classes_of,
-    deciding_settings,
-    optimizer_of,
-    scheduler_of,
-)
+from timm_nrpm.tuning.setup import accelerator_of, check_batches, classes_of, optimizer_of, scheduler_of, settings_of
 from timm_nrpm.tuning.trainable import given_back, select_, set_modes_
 
 PLAIN = 1000
@@ -338,7 +331,7 @@ class _Run:
 
     def _identity(self) -> Mapping[str, object]:
         """Settings and hashes that must be the same for a run to resume, as JSON values by name."""
-        settings = deciding_settings(self.config)
+        settings = settings_of(self.config)
         same = {"batch of all processes": self.loader.total_batch_size, "images": len(self.numbered)}
         same |= {"layers": self.history.layers, "sha256 of what is frozen": self.frozen}
         same |= {name: value.flatten().tolist() for name, value in self.objective.net.named_buffers(recurse=False)}
