@@ -1,7 +1,7 @@
 """How far a network can be from a robust one in loss, given how far it is in weights (arXiv 2307.03803, section 2.2).
 
-This is the paper's first bound. Its second one, a product of the norms of all layers, holds for chains of layers without
-normalisation and without shortcuts alone, and is not computed here.
+This is the paper's first bound. Its second one, a product of the norms of all layers, holds for chains of layers
+without normalisation and without shortcuts alone, and is not computed here.
 """
 
 from __future__ import annotations
