@@ -13,12 +13,16 @@ from torch import nn
 import timm_nrpm
 from timm_nrpm.models.backbones import BACKBONES, LinearMLP, load_published_
 from timm_nrpm.models.registry import DIGITS
+from timm_nrpm.subnetworks.splitting import split
 
 CHECKPOINTS = Path(__file__).resolve().parents[3] / "shared" / "checkpoints"
 PUBLISHED = {"mlp3_mnist": "mlp3_mnist_model.pth", "resnet18_cifar_narrow": "tinyresnet18_cifar10_model.t7"}
 published = pytest.mark.skipif(
     not CHECKPOINTS.exists(), reason="needs the published models in shared/checkpoints beside the repository"
 )
+
+SMALLER = {"wideresnet34_cifar": {"channels": (16, 32, 64)}}
+"""Arguments that make a backbone of many millions of weights a small one of the same form."""
 
 PARAMETERS = {
     "mlp1_mnist": 784 * 10 + 10,
@@ -30,6 +34,7 @@ PARAMETERS = {
     "resnet10_cifar": 4_903_242,
     "resnet18_cifar": 11_173_962,  # as everywhere for this form
     "resnet34_cifar": 21_282_122,
+    "wideresnet34_cifar": 46_160_474,  # as everywhere for this form
     "resnet10_cifar_narrow": 78_002,
     "resnet18_cifar_narrow": 176_402,
     "resnet34_cifar_narrow": 335_154,
@@ -53,11 +58,15 @@ def as_published(model, wrapped):
     return {"net": state, "acc": 67.89, "epoch": 75} if wrapped else state
 
 
+def small(name, make=timm.create_model, **arguments):
+    return make(name, **SMALLER.get(name.removeprefix("nrpm_"), {}), **arguments)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_each_is_a_timm_model(name):
-    model = timm.create_model(name).eval()
+    assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) == PARAMETERS[name]
+    model = small(name).eval()
     row = BACKBONES[name]
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     assert timm.data.resolve_model_data_config(model)["input_size"] == row.input_size
     pixels = torch.rand(2, *row.input_size)
     logits = model(pixels)
@@ -99,10 +108,10 @@ def test_a_few_layers_have_nothing_to_checkpoint(name):
 
 @pytest.mark.parametrize("name", [DIGITS, "resnet10_cifar_narrow"])
 def test_intermediate_features_are_as_large_as_they_say(name):
-    model = timm.create_model(name).eval()
+    model = small(name).eval()
     size = model.pretrained_cfg["input_size"]
     pixels = torch.rand(2, *size)
-    features = timm.create_model(name, features_only=True).eval()
+    features = small(name, features_only=True).eval()
     features.load_state_dict(model.state_dict(), strict=False)
     final, maps = model.forward_intermediates(pixels)
     assert torch.equal(final, model.forward_features(pixels))
@@ -114,7 +123,7 @@ def test_intermediate_features_are_as_large_as_they_say(name):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_classifiers_and_channels(name):
     _, height, width = BACKBONES[name].input_size
-    model = timm.create_model(name, num_classes=7, in_chans=2, dtype=torch.float64).eval()
+    model = small(name, num_classes=7, in_chans=2, dtype=torch.float64).eval()
     pixels = torch.rand(3, 2, height, width, dtype=torch.float64)
     assert model(pixels).shape == (3, 7)
     model.reset_classifier(5)
@@ -122,7 +131,7 @@ def test_classifiers_and_channels(name):
     assert model(pixels).shape == (3, 5)
     model.reset_classifier(0)
     assert model(pixels).shape == (3, model.num_features)
-    assert timm.create_model(name, num_classes=0).num_classes == 0
+    assert small(name, num_classes=0).num_classes == 0
 
 
 def test_the_mlp_is_three_linear_layers_and_nothing_else():
@@ -184,12 +193,22 @@ def test_the_resnet_keeps_the_resolution_in_its_stem():
     assert model.feature_info.reduction() == [1, 1, 2, 4, 8]
 
 
+def test_the_wide_resnet_is_that_of_the_paper():
+    """32 layers outside shortcuts, which with two 1x1 shortcuts are the 34 of its name; features in three stages."""
+    model = small("wideresnet34_cifar")
+    assert len(split(model, 4).layers) == 32
+    features = small("wideresnet34_cifar", features_only=True).eval()
+    shapes = [tuple(x.shape[1:]) for x in features(torch.rand(1, 3, 32, 32))]
+    assert shapes == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    assert features.feature_info.reduction() == [1, 1, 2, 4]
+
+
 @pytest.mark.parametrize("prefix", ["", "nrpm_"])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_they_are_reprogrammed_like_any_other(name, prefix):
     make = timm.create_model if prefix else timm_nrpm.create_model
-    model = make(f"{prefix}{name}", lam=0.5, iterations=1).eval()
-    plain = timm.create_model(name)
+    model = small(f"{prefix}{name}", make, lam=0.5, iterations=1).eval()
+    plain = small(name)
     linear_maps = [n for n, m in plain.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert list(timm_nrpm.lambdas(model)) == linear_maps
     assert model(torch.rand(2, *BACKBONES[name].input_size)).isfinite().all()
@@ -199,7 +218,7 @@ def test_they_are_reprogrammed_like_any_other(name, prefix):
 @pytest.mark.parametrize("how", ["state dict", "safetensors", "published", "published in parallel", "t7"])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_what_can_be_loaded(tmp_path, name, how):
-    source = timm.create_model(name)
+    source = small(name)
     file = tmp_path / ("weights.t7" if how == "t7" else "weights.pth")
     if how == "safetensors":
         file = file.with_suffix(".safetensors")
@@ -207,7 +226,7 @@ def test_what_can_be_loaded(tmp_path, name, how):
     else:
         state = source.state_dict() if how == "state dict" else as_published(source, wrapped=how != "published")
         torch.save(state, file)
-    model = timm.create_model(name)
+    model = small(name)
     assert load_published_(model, file) is model
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values(), strict=True)
@@ -258,10 +277,10 @@ def test_no_file_and_a_reprogrammed_model(tmp_path):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_timm_loads_a_published_file_too_and_the_variant_comes_back(tmp_path, name):
-    source = timm.create_model(name).eval()
+    source = small(name).eval()
     torch.save(as_published(source, wrapped=True), tmp_path / "weights.t7")
     overlay = {"file": str(tmp_path / "weights.t7")}
-    model = timm_nrpm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, lam=0.5).eval()
+    model = small(name, timm_nrpm.create_model, pretrained=True, pretrained_cfg_overlay=overlay, lam=0.5).eval()
     pixels = torch.rand(2, *BACKBONES[name].input_size)
     with torch.no_grad():
         logits = model(pixels)

@@ -1,6 +1,7 @@
-"""The paper's backbones as timm models, and its authors' published weights for them.
+"""The backbones of both papers as timm models, and published weights for them.
 
-The paper is "Robustness Reprogramming for Representation Learning" (arXiv 2410.04577).
+The papers are "Robustness Reprogramming for Representation Learning" (arXiv 2410.04577), whose authors' weights are
+published, and that of semirobust subnetworks (arXiv 2307.03803), which adds the wide ResNet.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_device_dtype, to_2tuple
+from timm.layers import BatchNormAct2d, ClassifierHead, create_conv2d, get_device_dtype, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.resnet import BasicBlock, ResNet
+from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
 from timm_nrpm.models.weights import load_published_, published
 
-__all__ = ["CifarResNet", "LeNet", "LinearMLP", "load_published_"]  # timm adds the entrypoints it registers
+__all__ = [
+    "CifarResNet",
+    "LeNet",
+    "LinearMLP",
+    "WideResNet",
+    "load_published_",
+]  # timm adds the entrypoints it registers
 
 
 class LinearMLP(nn.Module):
@@ -179,6 +187,27 @@ class CifarResNet(ResNet):
             info["reduction"] = max(1, info["reduction"] // 4)  # type: ignore[operator]
 
 
+class WideResNet(ResNetV2):
+    """A wide ResNet for small images (Zagoruyko and Komodakis, arXiv 1605.07146): three stages of blocks with the
+    normalisation first, behind one 3x3 convolution that keeps the resolution.
+
+    Args:
+        in_chans: Number of channels of the images.
+        **kwargs: Further arguments of timm's `ResNetV2`.
+    """
+
+    def __init__(self, in_chans: int = 3, **kwargs: Any) -> None:
+        blocks: dict[str, Any] = {"basic": True, "bottle_ratio": 1.0, "stem_chs": 16}
+        super().__init__(in_chans=in_chans, norm_layer=BatchNormAct2d, conv_layer=create_conv2d, **{**blocks, **kwargs})
+        placement = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        self.stem = nn.Sequential()
+        self.stem.add_module("conv", nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **placement))
+        pool = kwargs.get("global_pool", "avg")
+        self.head = ClassifierHead(self.num_features, self.num_classes, pool, self.drop_rate, **placement)
+        for info in self.feature_info:
+            info["reduction"] = max(1, info["reduction"] // 4)
+
+
 @dataclass(frozen=True)
 class Backbone:
     """An architecture that is registered with timm.
@@ -192,6 +221,8 @@ class Backbone:
         settings: Keyword arguments of the class.
         fixed_input_size: Whether it takes images of `input_size` only.
         num_classes: Number of classes.
+        paper: The paper that has it.
+        features: How timm takes features out of it, where that is not timm's default.
     """
 
     build: Callable[..., nn.Module]
@@ -201,6 +232,8 @@ class Backbone:
     settings: Mapping[str, Any] = field(default_factory=dict)
     fixed_input_size: bool = False
     num_classes: int = 10
+    paper: str = "arXiv:2410.04577"
+    features: Mapping[str, Any] = field(default_factory=dict)
 
 
 MNIST, CIFAR, IMAGENET = (1, 28, 28), (3, 32, 32), (3, 224, 224)
@@ -225,6 +258,12 @@ def _resnet(depth: int, divisor: int = 1) -> Backbone:
     )
 
 
+def _wide_resnet(depth: int, width: int) -> Backbone:
+    stages = {"layers": ((depth - 4) // 6,) * 3, "channels": (16 * width, 32 * width, 64 * width)}
+    features = {"out_indices": tuple(range(4)), "flatten_sequential": True}
+    return Backbone(WideResNet, CIFAR, "head.fc", "stem.conv", stages, paper="arXiv:2307.03803", features=features)
+
+
 def _mixer(blocks: int) -> Backbone:
     # The paper states only the number of blocks; the patch size and the width are chosen here.
     settings = {"img_size": 32, "patch_size": 4, "num_blocks": blocks, "embed_dim": 128}
@@ -240,6 +279,7 @@ BACKBONES = {
     "lenet_imagenet10": _lenet(IMAGENET),
     **{f"resnet{depth}_cifar": _resnet(depth) for depth in DEPTHS},
     **{f"resnet{depth}_cifar_narrow": _resnet(depth, 8) for depth in DEPTHS},
+    "wideresnet34_cifar": _wide_resnet(34, 10),
     **{f"mixer{blocks}_cifar": _mixer(blocks) for blocks in (2, 4, 8)},
 }
 
@@ -254,7 +294,7 @@ default_cfgs = generate_default_cfgs(
             "crop_pct": 1.0,
             "first_conv": backbone.first_conv,
             "classifier": backbone.classifier,
-            "paper_ids": "arXiv:2410.04577",
+            "paper_ids": backbone.paper,
         }
         for name, backbone in BACKBONES.items()
     }
@@ -267,12 +307,15 @@ def _register(name: str, backbone: Backbone) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         # With the filter timm can load the authors' files too, given as pretrained_cfg_overlay=dict(file=FILE).
         settings = {**backbone.settings, **kwargs}
-        return build_model_with_cfg(backbone.build, name, pretrained, pretrained_filter_fn=published, **settings)
+        return build_model_with_cfg(
+            backbone.build, name, pretrained, pretrained_filter_fn=published, feature_cfg=dict(backbone.features),
+            **settings,
+        )  # fmt: skip
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = __name__
     entrypoint.__doc__ = (
-        f"{name} of arXiv 2410.04577, for images {list(backbone.input_size)} of pixels in [0, 1] and "
+        f"{name} of {backbone.paper.replace(':', ' ')}, for images {list(backbone.input_size)} of pixels in [0, 1] and "
         f"{backbone.num_classes} classes."
     )
     globals()[name] = register_model(entrypoint)
