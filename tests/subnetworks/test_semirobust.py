@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_nrpm
 from timm_nrpm import TuneConfig
+from timm_nrpm.attacks.library import fgsm
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.evaluation.subnetwork_report import SubnetworkReport, SubnetworkTrial
 from timm_nrpm.nn.pixel_model import PixelModel
@@ -88,6 +89,26 @@ def test_the_four_networks_are_those_that_are_measured(model, found):
     assert set(result.right) == {"clean", "fgsm", "pgd"}
 
 
+def test_connectivity_is_measured_under_the_attacks_too(model, found):
+    result, folder = found
+    parts = split(model, 2)
+    star = load_file(folder / "robust.safetensors")
+    net = timm.create_model("resnet8_digits")
+    net.load_state_dict(parts.composed(star, model.state_dict()))
+    net = PixelModel(net).eval()
+    assert {attack: set(rows) for attack, rows in result.attacked.items()} == {
+        "fgsm": {"composed", "tuned"}, "pgd": {"composed", "tuned"},
+    }  # fmt: skip
+    images = training().dataset
+    pixels, labels = (
+        part[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))] for part in images.tensors
+    )
+    changed = fgsm(CONFIG.eps)(net, pixels, labels, [0] * len(labels))
+    again = connectivity(net, [(changed, labels)], parts, classes=10, seed=CONFIG.seed)
+    assert result.attacked["fgsm"]["composed"] == pytest.approx(again, abs=1e-3)
+    assert result.attacked["pgd"]["composed"] != result.attacked["pgd"]["tuned"]
+
+
 def test_trials_end_when_they_are_as_good_and_all_are_reported(found):
     result, _ = found
     assert [trial.number for trial in result.trials] == [0, 1]
@@ -134,7 +155,7 @@ def test_the_report_survives_json_and_prints_the_table(found):
     again = SubnetworkReport.from_json(result.to_json())
     assert again == result
     text = str(result)
-    for wanted in ("A(F*)", "A(f_a*, f_b*)", "pgd", "layer3.0.conv2", "nats"):
+    for wanted in ("A(F*)", "A(f_a*, f_b*)", "pgd", "layer3.0.conv2", "nats", "before and after tuning"):
         assert wanted in text
 
 
@@ -176,6 +197,8 @@ def test_statistics_and_dropout_before_the_late_part_are_still(tmp_path):
 def test_another_norm_is_attacked_in_its_own_terms(model, tmp_path):
     result = run(model, tmp_path, config=replace(CONFIG, norm="L1", eps=2.0), epochs=1, trials=1)
     assert set(result.right) == {"clean", "pgd"}
+    assert not result.attacked
+    assert "before and after tuning" not in str(result)
     report = timm_nrpm.evaluate(model, batches(80, 160), timm_nrpm.Threat("L1", 2.0), "quick")
     assert result.accuracy("pgd", "natural") == report.accuracy("pgd")
 

@@ -53,6 +53,8 @@ class SubnetworkReport:
         measured: Number of training images of each class that connectivity is measured on; from more it sees more.
         right: For each measure (clean, fgsm, pgd, autoattack, worst case), the report images that each network is right
             on: a digit for each image, by the name of the network.
+        attacked: Connectivity on training images that an attack along the network's own gradient has changed, of as
+            many of each class, by the attack (fgsm, pgd) and the network (composed, tuned).
     """
 
     early: tuple[str, ...]
@@ -63,6 +65,7 @@ class SubnetworkReport:
     trials: tuple[SubnetworkTrial, ...]
     measured: int
     right: Mapping[str, Mapping[str, str]]
+    attacked: Mapping[str, Mapping[str, tuple[float, ...]]]
 
     @property
     def converged(self) -> tuple[SubnetworkTrial, ...]:
@@ -124,6 +127,12 @@ class SubnetworkReport:
         lines.append(f"Connectivity, {kind}, in nats, on {self.measured} images of each class:")
         width = max(map(len, self.late))
         lines += [f"  {name:{width}}  {rho:6.2f}" for name, rho in zip(self.late, self.thresholds, strict=True)]
+        if self.attacked:
+            lines.append("The same of the best trial, on attacked images, before and after tuning:")
+            lines.append(f"  {'':{width}}{''.join(f'{attack:>16}' for attack in self.attacked)}")
+            for place, name in enumerate(self.late):
+                pairs = [f"{rows[COMPOSED][place]:9.2f} {rows[TUNED][place]:6.2f}" for rows in self.attacked.values()]
+                lines.append(f"  {name:{width}}{''.join(pairs)}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -138,4 +147,8 @@ class SubnetworkReport:
             )
             for each in data["trials"]
         )
-        return cls(**{**data, "early": tuple(data["early"]), "late": tuple(data["late"]), "trials": trials})
+        attacked = {
+            attack: {network: tuple(rho) for network, rho in rows.items()} for attack, rows in data["attacked"].items()
+        }
+        parts = {"early": tuple(data["early"]), "late": tuple(data["late"])}
+        return cls(**{**data, **parts, "trials": trials, "attacked": attacked})

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_nrpm.attacks.library import pgd
 from timm_nrpm.attacks.threats import Threat, check_threat
 from timm_nrpm.checks import check_integer, check_number
 from timm_nrpm.models.modes import attackable
 from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.subnetworks.attacked import attacked, gradient_attacks
 
 RADIUS = 0.1
 """Largest move of a layer's weights, in times their norm."""
@@ -66,17 +66,14 @@ def criticality(
     steps, attack_steps = (
         check_integer(name, value, least=1) for name, value in (("steps", steps), ("attack_steps", attack_steps))
     )
-    attack, attacked = pgd(threat, attack_steps), []
-    for number, (pixels, labels) in enumerate(images):
-        pixels, labels = pixels.float().to(net.mean.device), labels.to(net.mean.device)
-        attacked.append((attack(net, pixels, labels, [seed + number] * len(pixels)), labels))
-    if not attacked:
+    batches = attacked(net, images, gradient_attacks(threat, attack_steps)["pgd"], seed=seed)
+    if not batches:
         raise ValueError("There are no images: give some to take the loss on.")
     modules = dict(net.model.named_modules())
     if unknown := [name for name in layers if name not in modules or not hasattr(modules[name], "weight")]:
         raise ValueError(f"layers={unknown} are no layers with a weight: give names of model.named_modules().")
     with attackable(net.model):
-        return {name: _rise(net, attacked, modules[name].weight, radius, steps) for name in layers}
+        return {name: _rise(net, batches, modules[name].weight, radius, steps) for name in layers}
 
 
 def _rise(

@@ -30,6 +30,7 @@ from timm_nrpm.evaluation.subnetwork_report import (
 from timm_nrpm.jobs.journal import Journal, digest_of
 from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.base import weights_sha256
+from timm_nrpm.subnetworks.attacked import attacked, gradient_attacks
 from timm_nrpm.subnetworks.connectivity import connectivity, smallest_class
 from timm_nrpm.subnetworks.networks import Batches, Networks, State
 from timm_nrpm.subnetworks.splitting import Split, split
@@ -123,7 +124,7 @@ def semirobust(
         natural = run.natural(progress)
         star = run.robust(natural, progress)
         bar = stack.enter_context(progress_bar(progress, counted=True))
-        task = bar.add_task("Trials", total=settings.trials * (settings.epochs + 1) + len(suites) * 4)
+        task = bar.add_task("Trials", total=settings.trials * (settings.epochs + 1) + len(suites) * 4 + 4)
         found = []
         for number in range(settings.trials):
             for trial in run.trial(natural, star, number):
@@ -188,6 +189,7 @@ class _Run:
             "version": __version__,
         }  # fmt: skip
         self.journal = Journal(networks.folder / "trials.jsonl", identity)
+        self.dependence = Journal(networks.folder / "connectivity.jsonl", identity)
         self.target = 0.0
 
     def natural(self, progress: bool) -> State:
@@ -263,7 +265,7 @@ class _Run:
         """Compare the four networks on the report images, and say what is being done."""
         draft = SubnetworkReport(
             self.parts.early, self.parts.late, str(self.networks.threat), self.settings.tolerance, self.target,
-            tuple(trials), self.measured, {},
+            tuple(trials), self.measured, {}, {},
         )  # fmt: skip
         best = f"trial-{draft.best.number}-{draft.best.epochs}"
         composed, tuned = self.parts.composed(star, natural), self.networks.kept(best)
@@ -275,4 +277,23 @@ class _Run:
                 kept = best if name == TUNED else name
                 for measure, digits in self.networks.measured(state, held, suite, kept).items():
                     right.setdefault(measure, {})[name] = digits
-        return replace(draft, right=right)
+        dependence = dict[str, dict[str, tuple[float, ...]]]()
+        for attack in gradient_attacks(self.networks.threat, self.settings.config.evaluate_steps):
+            for name, kept in ((COMPOSED, COMPOSED), (TUNED, best)):
+                say(f"Connectivity of the {name} network under {attack}")
+                dependence.setdefault(attack, {})[name] = self.under(states[name], kept, attack)
+        return replace(draft, right=right, attacked=dependence)
+
+    def under(self, state: State, kept: str, attack: str) -> tuple[float, ...]:
+        """Connectivity of a network on training images that an attack along its own gradient has changed."""
+        rows = self.dependence.rows
+        key = {"network": kept, "attack": attack}
+        for row in rows.values():
+            if {name: row[name] for name in key} == key:
+                return tuple(row["connectivity"])
+        net, config = self.networks.on_pixels(state), self.settings.config
+        run = gradient_attacks(self.networks.threat, config.evaluate_steps)[attack]
+        changed = attacked(net, self.images, run, seed=config.seed)
+        rho = connectivity(net, changed, self.parts, classes=self.networks.classes, seed=config.seed)
+        self.dependence.add(len(rows), {**key, "connectivity": rho})
+        return rho
