@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,12 @@ FAMILIES = {
         published={"resnet18_cifar_narrow": "tinyresnet18_cifar10_model.t7"},
     ),
 }  # fmt: skip
+FAMILIES["cifar100"] = replace(FAMILIES["resnet"], dataset="cifar100", published={})
 
 READERS = {
     "mnist": (("torch/mnist", ""),),
     "cifar10": (("tar", "cifar10-jpeg"), ("tar", "cifar10"), ("torch/cifar10", "")),
+    "cifar100": (("torch/cifar100", ""),),
     "svhn": (("torch/svhn", "svhn"),),
     "imagenet10": (("folder", "imagenet10"),),
 }
@@ -130,6 +132,7 @@ EFFORTS: dict[str, dict[str, Effort]] = {
         "imagenet10": Effort(200, 20, samples=2000, epochs=5),
         "mixer": Effort(50, 10, samples=10_000, epochs=8),
         "resnet": Effort(1000, 25, samples=5000),
+        "cifar100": Effort(1000, 25, samples=5000),
     },
     "full": {
         "mlp": Effort(1000, 1000, 50, 300, epochs=50, tuning=5),  # the first thousand, as in the authors' code
@@ -138,6 +141,7 @@ EFFORTS: dict[str, dict[str, Effort]] = {
         "imagenet10": Effort(None, 500, 50, 300, epochs=50, tuning=5),
         "mixer": Effort(None, 1000, 50, 300, epochs=100, tuning=5),
         "resnet": Effort(None, 1000, 50, 300, epochs=200, tuning=5),
+        "cifar100": Effort(None, 1000, 50, 300, epochs=200, tuning=5),
     },
 }
 
