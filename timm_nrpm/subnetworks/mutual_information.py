@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -251,7 +252,7 @@ def _classified(x: Tensor, codes: Tensor, generator: torch.Generator) -> Estimat
         told = discriminant_loss(
             (features[fitted], codes[fitted]), (features[held], codes[held]), len(fitted) // PER_DIRECTION, generator
         )
-        nats = _entropy(_counts(codes[held])) - told.loss if told.directions else 0.0
+        nats = _entropy(codes[held]) - told.loss if told.directions else 0.0
         parts.append((0.5, Estimate(nats, 0.0, told.directions)))
     return _mean(parts)
 
@@ -267,9 +268,11 @@ def _graph(x: _Variable, y: _Variable, generator: torch.Generator) -> Estimate:
     nats = chance = 0.0
     for width, weight in zip(widths.tolist(), weights.tolist(), strict=True):
         i, j = x.hashed(width, generator), y.hashed(width, generator)
-        nats += weight * _between(i, j)
+        apart = _entropy(i) + _entropy(j)
+        nats += weight * (apart - _entropy(_joint(i, j)))
         for _ in range(SHUFFLES):
-            chance += weight * _between(i, j[torch.randperm(len(j), generator=generator)]) / SHUFFLES
+            shuffled = j[torch.randperm(len(j), generator=generator)]
+            chance += weight * (apart - _entropy(_joint(i, shuffled))) / SHUFFLES
     return Estimate(nats - chance, chance, 1)
 
 
@@ -281,7 +284,7 @@ def _width(x: _Variable, y: _Variable, filled: float, generator: torch.Generator
         middle = (low + high + 1) // 2
         width = WIDEST / SHRINK**middle
         joint = _joint(x.hashed(width, generator), y.hashed(width, generator))
-        alone = int((_counts(joint) == 1).sum())
+        alone = int((torch.bincount(joint) == 1).sum())
         low, high = (middle, high) if 1 - alone / len(joint) >= filled else (low, middle - 1)
     return WIDEST / SHRINK**low
 
@@ -295,25 +298,20 @@ def _weights(widths: Tensor) -> Tensor:
     return terms.T @ torch.linalg.solve(terms @ terms.T, torch.tensor([1.0, 0.0], dtype=torch.float64))
 
 
-def _between(i: Tensor, j: Tensor) -> float:
-    """Mutual information of two codes, from their entropies."""
-    return _entropy(_counts(i)) + _entropy(_counts(j)) - _entropy(_counts(_joint(i, j)))
-
-
 def _joint(i: Tensor, j: Tensor) -> Tensor:
     """A code for each pair of codes."""
     return _codes((i * (int(j.max()) + 1) + j)[:, None])
 
 
-def _counts(codes: Tensor) -> Tensor:
-    """Number of samples of each code that occurs."""
-    counts = torch.bincount(codes)
-    return counts[counts > 0].double()
+def _entropy(codes: Tensor) -> float:
+    """Grassberger's estimate of the entropy of codes `[N]`, in nats."""
+    return math.log(len(codes)) - float(_summands(len(codes))[torch.bincount(codes)].sum()) / len(codes)
 
 
-def _entropy(counts: Tensor) -> float:
-    """Grassberger's estimate of an entropy, in nats, from the number of samples of each value."""
-    total = float(counts.sum())
+@lru_cache(16)
+def _summands(most: int) -> Tensor:
+    """What a value with n samples gives to Grassberger's sum, for n from 0 to `most`."""
+    counts = torch.arange(1, most + 1, dtype=torch.float64)
     sign = 1 - 2 * (counts % 2)
     expected = torch.digamma(counts) + sign / 2 * (torch.digamma((counts + 1) / 2) - torch.digamma(counts / 2))
-    return math.log(total) - float((counts * expected).sum()) / total
+    return torch.cat([torch.zeros(1, dtype=torch.float64), counts * expected])
