@@ -21,10 +21,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 LONGEST = (
-    *("test_published.py", "test_examples.py", "test_downloads.py", "test_tune.py", "test_reproduce.py"),
-    "test_evaluate.py",
+    *("test_published.py", "test_publishing.py", "test_tune.py", "test_hostile.py", "test_backbones.py"),
+    *("test_field_reports.py", "test_flags.py", "test_evaluate.py", "test_examples.py"),
 )
-"""Files that take a minute each: they come first, so that no process waits for another at the end."""
+"""The longest files: they come first, so that no process waits for another at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -356,6 +356,7 @@ def test_features_are_no_classes(images):
 # 8. and 21. Words.
 
 
+@pytest.mark.slow
 def test_clean_is_a_number_and_a_worst_case_is_adaptive(images):
     report = quick(calibrated(), images, control=False)
     assert report.clean == sum(report.correct) / 60
@@ -365,6 +366,7 @@ def test_clean_is_a_number_and_a_worst_case_is_adaptive(images):
     assert adaptive.worst_case < report.worst_case
 
 
+@pytest.mark.slow
 def test_effort_is_one_setting(images):
     small = [(images[0][0][:12], images[0][1][:12])]
     passes = {}

@@ -64,6 +64,7 @@ def test_parts(module, part, tables, scripts, tmp_path, monkeypatch):
         assert of_part.tables["operator"][0].keys() >= HEADERS
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     """One part from the command line, with the package found in the checkout and the page written."""
     command = [sys.executable, str(SCRIPTS / "gpu_check.py"), "--device", "cpu", "--quick", "--minutes", "3"]

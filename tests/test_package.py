@@ -54,6 +54,7 @@ EACH_PATH = """
 """
 
 
+@pytest.mark.slow
 def test_every_path_that_is_mentioned_is_there_after_the_import():
     paths = mentioned()
     for name in (

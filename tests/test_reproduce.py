@@ -265,7 +265,10 @@ def checkpoints(tmp_path):
         torch.save(timm.create_model(name).state_dict(), folder / file)
 
 
-@pytest.mark.parametrize("name", ["table2", "table4", "table5", "table12", "figure6", "figure9"])
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("table4", "table5")]
+
+
+@pytest.mark.parametrize("name", ["table2", "table12", "figure6", "figure9", *LONG])
 def test_whole_experiments_on_published_weights(scripts, tiny, data, checkpoints, tmp_path, name, monkeypatch):
     """Every row that quick mode has, from files in the place of the published ones."""
     effort = scripts("table5").Effort

@@ -156,6 +156,7 @@ def fragile():
     return net.eval()
 
 
+@pytest.mark.slow
 def test_a_part_of_the_way_lies_between_the_old_weights_and_the_tuned_ones(model, images, tmp_path):
     selection, report = (Part.of(part) for part in images)
     plain = timm_nrpm.reprogram_(copy.deepcopy(model), timm_nrpm.NRPMConfig(lam=1.0))
@@ -175,6 +176,7 @@ def test_a_part_of_the_way_lies_between_the_old_weights_and_the_tuned_ones(model
     assert torch.equal(plain.conv1.weight, model.conv1.weight)
 
 
+@pytest.mark.slow
 def test_attacked_like_evaluate_does(fragile, images, tmp_path, monkeypatch):
     """The advised variant and its report; a strategy that gives a better model stands for all."""
     pixels, labels = digits("train")
@@ -289,6 +291,7 @@ def test_a_shift_says_what_it_is_and_refuses_what_is_unknown():
             Shift(kind, severity)
 
 
+@pytest.mark.slow
 def test_one_folder_without_splits_serves_all_purposes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pixels, labels = digits("train")

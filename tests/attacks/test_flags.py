@@ -68,7 +68,10 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("name", PLAIN)
+QUICK, SLOW = ("linear", "perceptron"), ("bundled", "convolutional", "trained on noise")
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 @pytest.mark.parametrize("eps", [0.02, 0.15])
 def test_plain_models_are_not_flagged(data, name, eps):
     torch.manual_seed(0)
@@ -130,9 +133,9 @@ class Integers(ZeroGradient):
     [
         (Detached, {F.ZERO, F.UNBOUNDED}),
         (Integers, {F.ZERO, F.UNBOUNDED}),
-        (ZeroGradient, {F.ZERO, F.UNBOUNDED}),
-        (Quantised, {F.ZERO, F.UNBOUNDED}),
-        (Noisy, {F.RANDOM}),
+        pytest.param(ZeroGradient, {F.ZERO, F.UNBOUNDED}, marks=pytest.mark.slow),
+        pytest.param(Quantised, {F.ZERO, F.UNBOUNDED}, marks=pytest.mark.slow),
+        pytest.param(Noisy, {F.RANDOM}, marks=pytest.mark.slow),
     ],
 )
 def test_broken_defences_are_flagged(data, defence, expected):
@@ -157,6 +160,7 @@ def test_the_cheap_flags_are_in_every_suite(data):
         assert F.RANDOM in evaluate(Noisy(beneath), data, THREAT, suite, **options).flags
 
 
+@pytest.mark.slow
 def test_a_saturated_loss_is_seen_through(data):
     """Its cross-entropy has no gradient, its margin has: the adaptive worst case is the plain model's, give or take."""
     beneath = timm.create_model(DIGITS, pretrained=True).eval()

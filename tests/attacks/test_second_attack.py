@@ -203,7 +203,7 @@ def test_passes_are_the_images_that_went_through(script, images):
 # --- the attack -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lam", [1.0, 0.4])
+@pytest.mark.parametrize("lam", [1.0, pytest.param(0.4, marks=pytest.mark.slow)])
 def test_it_breaks_images_and_every_hit_is_real(script, images, lam):
     attack = attack_of(script, images, lam, 5)
     pixels, labels = images
@@ -230,6 +230,7 @@ def test_a_bound_of_almost_nothing_breaks_nothing(script, images):
     assert not attack_of(script, images, 1.0, 3, eps=1e-4).hits
 
 
+@pytest.mark.slow
 def test_each_way_breaks_images(script, images):
     settings = script.Settings
     ways = [
@@ -247,6 +248,7 @@ def test_each_way_breaks_images(script, images):
         assert all(hit.settings == way for hit in attack.hits.values())
 
 
+@pytest.mark.slow
 def test_best_is_the_worst_point_that_was_seen(script, images):
     attack = attack_of(script, images, 1.0, 4, eps=0.05)
     with torch.no_grad():
@@ -256,6 +258,7 @@ def test_best_is_the_worst_point_that_was_seen(script, images):
     assert (now > clean).all()
 
 
+@pytest.mark.slow
 def test_the_longer_run_begins_like_the_shorter(script, images):
     few = slice(0, 8)
     short, long = (attack_of(script, images, 0.4, rounds, seed=3, small=few) for rounds in (2, 4))
@@ -305,6 +308,7 @@ def check(script, rows, text):
         assert all(hit["round"] <= second["rounds"] for hit in row["hits"])
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_that_is_its_json(script, tiny, monkeypatch, tmp_path):
     run(script, monkeypatch, tmp_path, "--only", "digits-1", "--seconds", "8")
     rows, text = json.loads((tmp_path / "second-attack.json").read_text()), (tmp_path / "second-attack.md").read_text()

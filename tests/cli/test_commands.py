@@ -50,6 +50,7 @@ def test_what_needs_no_model_imports_no_torch(arguments):
     assert not {"torch", "timm", "accelerate", "matplotlib", "numpy"} & loaded
 
 
+@pytest.mark.slow
 def test_a_users_program_registers_the_models_all_the_same():
     code = "import timm, timm_nrpm; print(timm.is_model('nrpm_resnet18'), timm.is_model('resnet8_digits'))"
     assert process("-c", code).stdout == "True True\n"
@@ -96,6 +97,7 @@ def test_every_command_has_the_flags_of_output():
 LOCAL = [name for name in ORDER if name not in ("pull", "list", "demo")]
 
 
+@pytest.mark.slow
 def test_the_example_of_every_help_works(tmp_path, monkeypatch, capsys):
     """In the order of the commands: what one writes another reads. Those that need the Hub are in tests/hub."""
     monkeypatch.chdir(tmp_path)

@@ -44,6 +44,7 @@ def test_evaluate_prints_draws_and_goes_on(capsys, tmp_path):
     assert "or another folder as --output" in error
 
 
+@pytest.mark.slow
 def test_evaluate_takes_variants_plain_models_and_other_norms(capsys, tmp_path):
     model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.7)
     folder = str(timm_nrpm.save_pretrained(model, tmp_path / "variant"))

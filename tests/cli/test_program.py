@@ -16,6 +16,7 @@ from timm_nrpm.cli.program import main
 from timm_nrpm.cli.terminal import Terminal
 
 
+@pytest.mark.slow
 def test_the_demo_on_fewer_images(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     demo.run(tmp_path, Terminal(), lams=(1.0, 0.6), images=40)

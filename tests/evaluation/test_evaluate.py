@@ -58,7 +58,9 @@ def labelled(model, count=12, size=4):
     return list(zip(pixels.split(size), labels.split(size), strict=True))
 
 
-@pytest.mark.parametrize(("norm", "unit"), [("Linf", 1.0), ("L1", 2.0), ("L2", 2**0.5)])
+@pytest.mark.parametrize(
+    ("norm", "unit"), [("Linf", 1.0), pytest.param("L1", 2.0, marks=pytest.mark.slow), ("L2", 2**0.5)]
+)
 def test_a_linear_model_falls_where_it_must(norm, unit):
     """Logits are the two pixels, 0.4 apart: both have to move by more than 0.2 for the other class."""
     model = linear([[1.0, 0.0], [0.0, 1.0]])
@@ -140,6 +142,7 @@ def test_the_report_is_per_image_and_adds_up(data):
     assert [a.survived for a in beside.attacks] == [a.survived for a in report.control.attacks]
 
 
+@pytest.mark.slow
 def test_broken_images_are_attacked_no_more():
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.9)
     report = evaluate(model, batches(16, 8), Threat("Linf", 0.12), steps=5, queries=10)
@@ -431,6 +434,7 @@ def uninterrupted(tmp_path_factory):
     return read(folder / "whole.json")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_same_report(tmp_path, uninterrupted):
     """SIGKILL as soon as two batches are done, and once more; no image is lost and none attacked twice."""
     journal, done = tmp_path / "journal.jsonl", 0
@@ -452,7 +456,7 @@ def test_killed_and_resumed_is_the_same_report(tmp_path, uninterrupted):
     assert read(tmp_path / "resumed.json") == uninterrupted
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L0"])
+@pytest.mark.parametrize("norm", ["Linf", pytest.param("L0", marks=pytest.mark.slow)])
 def test_batches_that_are_judged_together_change_nothing(monkeypatch, norm):
     """Also their journal's rows and numbers of passes: 26 images in batches of 8, alone and as one group."""
     from timm_nrpm.evaluation import judge, sharing
@@ -487,6 +491,7 @@ def test_attacks_take_gradients_for_pixels_alone(monkeypatch):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path, uninterrupted):
     assert started(tmp_path, tmp_path / "two.json", str(tmp_path / "journal"), 2).wait(300) == 0
     assert read(tmp_path / "two.json") == uninterrupted

@@ -158,6 +158,7 @@ def test_the_same_seed_gives_the_same_trials(state):
         assert [c.lams for c in other.trials] != [c.lams for c in fronts[0].trials]
 
 
+@pytest.mark.slow
 def test_a_lambda_for_each_layer_beats_every_global_one():
     globals_ = search_lambda(toy(), toy_images(), Threat("Linf", 0.1), budget=200, layerwise=False, **TOY)
     assert {c.lams["1"] for c in globals_.trials} == {i / 100 for i in range(101)}  # every one there is

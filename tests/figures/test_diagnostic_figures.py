@@ -53,7 +53,7 @@ def drawings(shown, scale):
     }
 
 
-@pytest.mark.parametrize("ending", ["png", "SVG"])
+@pytest.mark.parametrize("ending", ["png", pytest.param("SVG", marks=pytest.mark.slow)])
 def test_pictures_show_what_they_are_given(shown, tmp_path, ending):
     import matplotlib
 
@@ -68,6 +68,7 @@ def test_pictures_show_what_they_are_given(shown, tmp_path, ending):
     assert matplotlib.get_backend() == before
 
 
+@pytest.mark.slow
 def test_pictures_of_other_kinds(shown, tmp_path, net):
     models, pixels, labels, noise = shown
     attacked = (pixels + noise).clamp(0, 1)

@@ -60,7 +60,7 @@ def on_hub(hub, tmp_path, name="me/run"):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_last_variant_is_on_the_hub(hub, tmp_path, processes):
     done = tune(hub, tmp_path, processes=processes, lam_lr=0.1)
     assert done.returncode == 0, done.stderr

@@ -110,6 +110,7 @@ def test_publish_look_and_fetch(command, hub, work, tmp_path):
     assert "flags: " in said
 
 
+@pytest.mark.slow
 def test_every_command_of_the_hub_gives_json(command, hub, work, tmp_path):
     pushed = json.loads(command(hub, work, "push", "--variant", "v", "me/json", "--json"))
     assert pushed["commit"] == hub.repo("me/json").commits()[0].oid
@@ -146,6 +147,7 @@ def test_pull_replaces_a_variant_and_nothing_else(command, hub, work, tmp_path):
     assert not (tmp_path / "v" / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_branches_and_pull_requests(command, hub, work, tmp_path):
     command(hub, work, "push", "--variant", "v", "me/branches", "--public")
     repo = hub.repo("me/branches")

@@ -143,7 +143,9 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("kind", REASONS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if "0.25" in why else kind for kind, why in REASONS.items()]
+)
 def test_it_is_told_at_once_and_in_short(tmp_path, kind):
     """A quarter of a second stands for the real patience, so that all can be tried; at last one has the real one."""
     with out_of_reach(kind) as (endpoint, connections):

@@ -91,7 +91,10 @@ RESNET = [  # lam, eps, calibrated, lowest and highest accuracy
 
 
 @pytest.mark.parametrize(("every", "margin"), [(10, 4.5), pytest.param(1, 0.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("lam", "eps", "calibrated", "low", "high"), RESNET)
+@pytest.mark.parametrize(
+    ("lam", "eps", "calibrated", "low", "high"),
+    [*RESNET[:2], RESNET[-1], *(pytest.param(*row, marks=pytest.mark.slow) for row in RESNET[2:-1])],
+)
 def test_narrow_resnet18_on_the_test_set(lam, eps, calibrated, low, high, every, margin):
     """On a tenth of it, with three standard deviations of an accuracy on 1000 images; slowly, on the whole."""
     got = accuracy(reprogrammed(lam, eps, calibrated), *cifar("test", every))
@@ -133,7 +136,15 @@ def test_matching_moments_helps_a_model_without_batchnorm():
     assert after > accuracy(mlp(), *data) - 2
 
 
-@pytest.mark.parametrize(("lam", "calibrated"), [(1.0, False), (0.5, False), (0.5, True), (0.3, False), (0.3, True)])
+@pytest.mark.parametrize(
+    ("lam", "calibrated"),
+    [
+        (1.0, False),
+        (0.5, False),
+        (0.5, True),
+        *(pytest.param(0.3, each, marks=pytest.mark.slow) for each in (False, True)),
+    ],
+)
 def test_mlp_is_no_more_robust_in_the_worst_case(lam, calibrated):
     """PGD-20 at Linf 0.05: its own gradient says that lambda helps, and the worst case that it does not."""
     model = reprogram_(mlp(), NRPMConfig(lam=lam, iterations=1, eps=5e-5))
@@ -147,6 +158,7 @@ def test_mlp_is_no_more_robust_in_the_worst_case(lam, calibrated):
     assert report.flags == (() if lam == 1.0 else (MASKED,))
 
 
+@pytest.mark.slow
 def test_narrow_resnet18_is_masked():
     """PGD-20 at 8/255 on 200 images, lambda 0.5, calibrated: the paper's protocol, and what is left of its gain."""
     pixels, labels = cifar("test", 50)
@@ -205,7 +217,13 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize(("data", "paradigm", "processes"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    ("data", "paradigm", "processes"),
+    [
+        pytest.param(*run, id=name, marks=[pytest.mark.slow] * (name != "MNIST, paradigm 2"))
+        for name, run in RUNS.items()
+    ],
+)
 def test_the_command_tunes_the_published_models(tmp_path, data, paradigm, processes):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     command = [*launcher, "-m", "timm_nrpm.cli", "tune", *COMMANDS[data].split(), "--paradigm", paradigm]
@@ -223,6 +241,7 @@ def test_the_command_tunes_the_published_models(tmp_path, data, paradigm, proces
     assert tuple(lambdas(variant).values()) == history.steps[-1].lams
 
 
+@pytest.mark.slow
 def test_paradigm_3_is_stable_where_the_gradient_is_steep():
     """eps = 1e-3, learning rate 0.02. scripts/reproduce/mnist_mlp.py has five epochs, and the same without clipping."""
     model = reprogram_(mlp(), NRPMConfig(lam=0.5, iterations=3, eps=1e-3))

@@ -353,6 +353,7 @@ def test_a_graph_follows_lambda():
         torch.testing.assert_close(compiled(x, lam), nrpm_conv2d(x, weight, lam=value))
 
 
+@pytest.mark.slow
 def test_inductor():
     net, x = Net(0.4), torch.randn(2, 3, 8, 8)
     want = net(x)

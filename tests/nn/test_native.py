@@ -74,7 +74,10 @@ def expected(tmp_path):
     return compare
 
 
-@pytest.mark.parametrize(("compiler", "reason"), [("no-such-compiler", "no C++ compiler"), ("false", "failed")])
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "no C++ compiler"), pytest.param("false", "failed", marks=pytest.mark.slow)],
+)
 def test_without_a_compiler(tmp_path, expected, compiler, reason):
     lines = finish(start(tmp_path, "out", CXX=compiler))
     assert lines[-1] == "FAST False"
@@ -85,6 +88,7 @@ def test_without_a_compiler(tmp_path, expected, compiler, reason):
     assert not list(tmp_path.glob("cache/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(tmp_path, expected, capability):
@@ -121,6 +125,7 @@ def compiled(tmp_path_factory):
     return path, fake_compiler(folder, copy_of(path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 def test_compiled_once_and_by_many_at_a_time(tmp_path, expected, compiled):
     compiler = fake_compiler(tmp_path, f"sleep 1; {copy_of(compiled[0])}")
@@ -136,6 +141,7 @@ def test_compiled_once_and_by_many_at_a_time(tmp_path, expected, compiled):
     assert library.stem.split("-")[2] == hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 def test_killed_while_compiling(tmp_path, expected, compiled):
     process = start(tmp_path, "out", CXX=fake_compiler(tmp_path, "sleep 5"))
@@ -148,6 +154,7 @@ def test_killed_while_compiling(tmp_path, expected, compiled):
     expected("out")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 def test_what_others_could_have_written_is_not_executed(tmp_path, expected, compiled):
     assert finish(start(tmp_path, "out", CXX=compiled[1])) == ["FAST True"]
@@ -162,6 +169,7 @@ def test_what_others_could_have_written_is_not_executed(tmp_path, expected, comp
     assert library.read_bytes() != b"not a library"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 def test_without_a_home(tmp_path, monkeypatch):
     def nobody(_):
@@ -178,6 +186,7 @@ def test_without_a_home(tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 def test_a_cache_that_cannot_be_written(tmp_path, expected):
     (tmp_path / "cache").write_text("a file where the folder should be")
@@ -221,6 +230,7 @@ def broken(content):
     yield content + b"\0"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 def test_a_broken_library_is_never_loaded(tmp_path, compiled):
     whole, compiler = compiled
@@ -235,6 +245,7 @@ def test_a_broken_library_is_never_loaded(tmp_path, compiled):
         assert [path.read_bytes() == content for path in folder.iterdir()] == [True]  # made anew, and nothing beside it
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 def test_a_library_for_another_processor_is_not_taken(tmp_path, compiled):
     """A home that unlike machines share, and a compiler that makes code for the machine it runs on."""
@@ -261,6 +272,7 @@ def refuse(*_, **__):
     raise OSError(errno.EROFS, "Read-only file system")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 def test_a_full_cache(tmp_path, monkeypatch, cache):
     no_space = f'case "$*" in *{cache}*) echo No space left on device >&2; exit 1;; esac'

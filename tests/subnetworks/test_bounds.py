@@ -67,6 +67,7 @@ def test_the_terms_are_those_of_the_whole_hessian(seed):
     assert found.difference == pytest.approx(float(loss(end) - loss(start)), abs=1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), size=st.floats(1e-4, 0.02))
 def test_near_networks_are_within_the_bound(seed, size):

@@ -40,6 +40,7 @@ def found(model, tmp_path_factory):
     return result, folder
 
 
+@pytest.mark.slow
 def test_every_layer_of_the_config_is_measured(model, found):
     result, _ = found
     assert [each.name for each in result.worth] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
@@ -53,6 +54,7 @@ def test_every_layer_of_the_config_is_measured(model, found):
     assert (result.choices[0].layers, result.choices[0].share) == ((), 0.0)
 
 
+@pytest.mark.slow
 def test_a_layer_keeps_what_the_model_with_it_alone_reprogrammed_keeps(model, found):
     result, _ = found
     each = result.worth[0]
@@ -64,6 +66,7 @@ def test_a_layer_keeps_what_the_model_with_it_alone_reprogrammed_keeps(model, fo
     assert each.kept.clean == "".join(str(int(right)) for right in report.correct)
 
 
+@pytest.mark.slow
 def test_what_is_said_is_what_was_measured(model, found):
     result, _ = found
     report = timm_nrpm.evaluate(model, batches(40, 60), THREAT, effort="fast")
@@ -73,6 +76,7 @@ def test_what_is_said_is_what_was_measured(model, found):
     assert LayerRecommendation.from_json(result.to_json()) == result
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(model, found, monkeypatch):
     result, folder = found
     monkeypatch.setattr("timm_nrpm.subnetworks.recommend.evaluate", None)  # nothing is measured again
@@ -115,6 +119,7 @@ def test_layers_are_added_by_their_gain_for_their_products_within_the_budget(mod
     assert "no layer gained anything" in none.sentence
 
 
+@pytest.mark.slow
 def test_the_front_has_what_nothing_cheaper_beats(found):
     choices = (
         Choice((), 0.0, kept(100)), Choice(("a",), 0.1, kept(120)), Choice(("a", "b"), 0.2, kept(110)),
@@ -134,6 +139,7 @@ def test_products_are_those_of_the_sums():
     assert found == {"0": int(model[0](torch.ones(1, 4, 7, 7)).sum()), "2": int(model[2](torch.ones(1, 54)).sum())}
 
 
+@pytest.mark.slow
 def test_it_is_drawn(found, tmp_path):
     assert timm_nrpm.plot(found[0], tmp_path / "layers.png").stat().st_size > 10_000
 

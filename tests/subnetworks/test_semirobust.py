@@ -159,6 +159,7 @@ def test_the_report_survives_json_and_prints_the_table(found):
         assert wanted in text
 
 
+@pytest.mark.slow
 def test_natural_training_comes_first_where_it_is_asked_for(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("resnet8_digits")
@@ -194,6 +195,7 @@ def test_statistics_and_dropout_before_the_late_part_are_still(tmp_path):
     assert changed == {"last.weight", "last.bias"}
 
 
+@pytest.mark.slow
 def test_another_norm_is_attacked_in_its_own_terms(model, tmp_path):
     result = run(model, tmp_path, config=replace(CONFIG, norm="L1", eps=2.0), epochs=1, trials=1)
     assert set(result.right) == {"clean", "pgd"}

@@ -186,6 +186,7 @@ def shared(tmp_path_factory) -> dict[str, tuple[Outcome, Outcome]]:
     return dict(zip([*SHARED, "statistics"], zip(one, two, strict=True), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 def test_two_processes_learn_what_one_learns(shared, name):
     (one, alone), (two, together) = shared[name]
@@ -197,6 +198,7 @@ def test_two_processes_learn_what_one_learns(shared, name):
     assert one.evaluations[0] == two.evaluations[0]
 
 
+@pytest.mark.slow
 def test_three_processes_leave_frozen_statistics_alone(tmp_path):
     """The mean of three equal numbers is not always that number. The variant, lambda alone, is the test of it."""
     settings = {"config": {**FAST, "output": str(tmp_path / "run")}, "images": 24, "batch": 4}
@@ -206,6 +208,7 @@ def test_three_processes_leave_frozen_statistics_alone(tmp_path):
     assert (tmp_path / "run" / "variant" / "nrpm.safetensors").stat().st_size < 5000
 
 
+@pytest.mark.slow
 def test_moving_statistics_are_the_mean_of_all_processes(shared):
     """Those of the first BatchNorm, since those after it see what it made of each process's images."""
     (_, one), (_, two) = shared["statistics"]
@@ -213,6 +216,7 @@ def test_moving_statistics_are_the_mean_of_all_processes(shared):
     torch.testing.assert_close(two["bn1.running_mean"], one["bn1.running_mean"])
 
 
+@pytest.mark.slow
 def test_processes_that_would_each_tune_alone_are_refused(tmp_path):
     """As they would on a machine without CUDA, where ACCELERATE_USE_CPU was forgotten."""
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -274,7 +278,8 @@ def whole(tmp_path_factory) -> Outcome:
 
 
 # Seed 7 kills it after its first checkpoint, 1 before, and 5 after its second.
-@pytest.mark.parametrize("seed", [7, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 5))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [7, 1, 5])
 def test_killed_at_any_moment_and_taken_up_it_is_as_if_nothing_had_happened(tmp_path, whole, seed):
     chance = random.Random(seed)
     folder = tmp_path / "killed"
