@@ -14,9 +14,8 @@ PARTS = ("advice subnetworks", "evaluation", "tuning hub", "")
 """Wings whose examples run in one process; the last part is all others."""
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param(each, marks=[pytest.mark.slow] * (each != "tuning hub")) for each in PARTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
 def test_the_examples_in_docstrings_run(part, stocked_hub, tmp_path):
     named = {ROOT / "timm_nrpm" / wing for each in PARTS for wing in each.split()}
     folders = [ROOT / "timm_nrpm" / wing for wing in part.split()] or sorted(

@@ -170,6 +170,7 @@ LOOPS = """
 """
 
 
+@pytest.mark.slow
 def test_limit_loops_compute_what_they_count():
     pytest.importorskip("triton", reason="this build of torch comes without Triton")
     command = [sys.executable, "-c", textwrap.dedent(LOOPS), str(SCRIPTS)]

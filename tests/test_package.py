@@ -179,6 +179,7 @@ PICTURES = """
 """
 
 
+@pytest.mark.slow
 def test_a_picture_takes_nobodys_backend(tmp_path):
     assert fresh(PICTURES, str(tmp_path)) == ["svg", False, {}]
     assert [path.read_bytes()[:4] for path in sorted(tmp_path.iterdir())] == [b"\x89PNG"] * 3

@@ -214,10 +214,10 @@ def data(tmp_path, monkeypatch):
     return root
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("table6", "table9", "table10")]  # larger than table 3's
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("table6", "table9", "table10", "figure3", "figure4")]
 
 
-@pytest.mark.parametrize("name", ["figure3", "figure4", "figure5", "table3", *SLOW])
+@pytest.mark.parametrize("name", ["figure5", "table3", *SLOW])
 def test_whole_experiments_on_generated_images(scripts, tiny, data, tmp_path, name, monkeypatch):
     """Trained, reprogrammed, tuned, attacked, judged, drawn; a second run has it all and gives the same."""
     module = scripts(name)

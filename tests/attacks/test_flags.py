@@ -132,7 +132,7 @@ class Integers(ZeroGradient):
     ("defence", "expected"),
     [
         (Detached, {F.ZERO, F.UNBOUNDED}),
-        (Integers, {F.ZERO, F.UNBOUNDED}),
+        pytest.param(Integers, {F.ZERO, F.UNBOUNDED}, marks=pytest.mark.slow),
         pytest.param(ZeroGradient, {F.ZERO, F.UNBOUNDED}, marks=pytest.mark.slow),
         pytest.param(Quantised, {F.ZERO, F.UNBOUNDED}, marks=pytest.mark.slow),
         pytest.param(Noisy, {F.RANDOM}, marks=pytest.mark.slow),

@@ -30,7 +30,9 @@ def cases():
         for norm in THREATS:
             if suite == "autoattack" or (suite in ("paper", "standard") and norm not in ("Linf", "L2")):
                 continue
-            yield suite, norm
+            yield pytest.param(
+                suite, norm, marks=[pytest.mark.slow] * (suite == "paper" or (suite, norm) == ("standard", "L2"))
+            )
 
 
 @pytest.mark.parametrize(("suite", "norm"), list(cases()))

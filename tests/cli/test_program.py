@@ -137,6 +137,7 @@ def test_the_handler_of_sigterm_is_given_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_pipe_that_nobody_reads_is_no_failure():
     command = [sys.executable, "-m", "timm_nrpm.cli", "models"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

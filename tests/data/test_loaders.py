@@ -279,7 +279,7 @@ def test_mnist(split, file):
 
 
 @real
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "test"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_cifar10(split, whole):
     """The tar itself, and the folder of both; a sample, spread over classes that the tar has one after the other."""

@@ -207,8 +207,8 @@ def test_logits_that_are_no_numbers_are_wrong():
     assert not report.correct[1]  # though argmax gives 0 for NaN
 
 
-@pytest.mark.parametrize("suite", ["quick", "adaptive", "standard", "paper"])
-@pytest.mark.parametrize("norm", ["Linf", "L2", "L1", "L0"])
+@pytest.mark.parametrize("suite", ["quick", "adaptive", "standard", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("norm", ["Linf", "L2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("L1", "L0"))])
 def test_the_model_is_left_as_it_was(suite, norm):
     if suite in ("standard", "paper") and norm in ("L1", "L0"):
         return
@@ -253,7 +253,9 @@ def test_an_attack_that_fails_leaves_the_model_as_it_was(at):
     assert not any(layer.linear_backward for layer in reprogrammed_layers(model).values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.bfloat16, torch.float64))]
+)
 def test_pixels_of_any_type(dtype):
     model = small(0.6)
     data = [(pixels.to(dtype), labels.to(torch.uint8)) for pixels, labels in labelled(model)]
@@ -282,6 +284,7 @@ def test_half_precision_and_no_grad(data):
     assert report.accuracy("pgd") < report.accuracy("clean")
 
 
+@pytest.mark.slow
 def test_batches_of_one_and_another_base():
     model, base = small(0.5), small()
     data = labelled(model, size=1)
@@ -456,7 +459,8 @@ def test_killed_and_resumed_is_the_same_report(tmp_path, uninterrupted):
     assert read(tmp_path / "resumed.json") == uninterrupted
 
 
-@pytest.mark.parametrize("norm", ["Linf", pytest.param("L0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["Linf", "L0"])
 def test_batches_that_are_judged_together_change_nothing(monkeypatch, norm):
     """Also their journal's rows and numbers of passes: 26 images in batches of 8, alone and as one group."""
     from timm_nrpm.evaluation import judge, sharing

@@ -88,6 +88,7 @@ def clean(model, data):
         return torch.cat([model((x - 0.5) / 0.5).argmax(1) == y for x, y in data]).double().mean().item()
 
 
+@pytest.mark.slow
 def test_every_trial_is_what_reprogram_calibrate_and_evaluate_give(found, data, training):
     model = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.3).eval()
     stale = {}

@@ -13,7 +13,10 @@ def model():
     return reprogram_(net, NRPMConfig(lam=0.5, iterations=1, eps=0.01)).train()
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.2), ("L2", 1.0), ("L1", 5.0), ("L0", 4)])
+@pytest.mark.parametrize(
+    ("norm", "eps"),
+    [("Linf", 0.2), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("L2", 1.0), ("L1", 5.0), ("L0", 4)))],
+)
 def test_the_pictures_are_of_real_attacks_and_the_model_is_left_alone(model, norm, eps, tmp_path):
     pixels = torch.rand(12, 1, 8, 8)
     labels = model.eval()(pixels).argmax(1)

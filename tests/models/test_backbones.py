@@ -275,7 +275,10 @@ def test_no_file_and_a_reprogrammed_model(tmp_path):
         load_published_(timm_nrpm.create_model("mlp3_mnist"), tmp_path / "nope.pth")
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * ("8_cifar" in name or "34_cifar" in name)) for name in BACKBONES],
+)
 def test_timm_loads_a_published_file_too_and_the_variant_comes_back(tmp_path, name):
     source = small(name).eval()
     torch.save(as_published(source, wrapped=True), tmp_path / "weights.t7")

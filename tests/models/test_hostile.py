@@ -498,6 +498,7 @@ def test_any_config(scene, mutations):
     scene.tolerate(forged(scene.light, lambda content: mutate(content, mutations)), "load", "base", "inspect")
 
 
+@pytest.mark.slow
 @fuzz
 @given(MUTATIONS)
 def test_any_config_of_timm(scene, mutations):

@@ -85,7 +85,7 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", UNKNOWN)
 def test_weights_of_unknown_origin_have_the_licence_that_is_given(tmp_path, make, full):
     model = make(tmp_path)

@@ -69,7 +69,8 @@ INTERPRETED = """
 """
 
 
-@pytest.mark.parametrize("layer", [pytest.param(name, marks=[pytest.mark.slow] * (name != "odd")) for name in LAYERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", LAYERS)
 def test_interpreted(layer):
     command = [sys.executable, "-c", textwrap.dedent(INTERPRETED), json.dumps(LAYERS[layer])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

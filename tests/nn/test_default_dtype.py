@@ -89,7 +89,8 @@ def test_a_model_made_and_used_in_double_precision():
     ("suite", "threat"),
     [
         *(("quick", Threat(*threat)) for threat in (("L2", 0.5), ("L1", 3.0), ("L0", 3))),
-        *((suite, Threat("Linf", 0.1)) for suite in ("paper", "standard", "adaptive")),
+        ("adaptive", Threat("Linf", 0.1)),
+        *(pytest.param(suite, Threat("Linf", 0.1), marks=pytest.mark.slow) for suite in ("paper", "standard")),
     ],
     ids=str,
 )

@@ -266,7 +266,7 @@ def test_linear_of_few_rows(rows):
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("lam", [0.5, 1.0])
+@pytest.mark.parametrize("lam", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_the_operator_is_what_torch_expects(skip, keep, lam):
     x, weight, conv = operands(*LAYERS["uneven"])
     shape = (conv.stride, conv.padding, conv.dilation, conv.groups)

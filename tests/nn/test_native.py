@@ -283,6 +283,7 @@ def test_a_full_cache(tmp_path, monkeypatch, cache):
     assert not list(cache.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 @pytest.mark.parametrize("name", ["replace", "fsync", "chmod"])
 def test_a_cache_that_fails_while_it_is_written(tmp_path, monkeypatch, cache, compiled, name):

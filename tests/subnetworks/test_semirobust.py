@@ -120,6 +120,7 @@ def test_trials_end_when_they_are_as_good_and_all_are_reported(found):
         assert all(len(row) == 2 for row in trial.connectivity)
 
 
+@pytest.mark.slow
 def test_a_trial_that_does_not_converge_is_reported_as_such(model, found, tmp_path, monkeypatch):
     shares = iter([0.9, 0.1, 0.5])
     monkeypatch.setattr("timm_nrpm.subnetworks.semirobust._Run._own", lambda *_: next(shares))
