@@ -1,17 +1,19 @@
 """Algorithm 1 on the bundled digits: what is frozen stays, a killed run goes on, and no trial is dropped."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import forked
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -257,6 +259,49 @@ def test_a_killed_run_goes_on_and_gives_the_same_table(tmp_path):
     forked.run([*command, "--output", broken], check=True, capture_output=True)
     first, second = (json.loads((folder / "subnetwork.json").read_text()) for folder in (whole, broken))
     assert first == second
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_agree(model, tmp_path):
+    """The second time everything is there, and nothing is computed again."""
+    star = {name: value * 0 for name, value in model.state_dict().items()}
+    save_file(star, tmp_path / "star.safetensors")
+    launcher = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = ["--late", "1", "--eps", "0.15", "--steps", "1", "--trials", "1", "--late-epochs", "1", "--samples", "80"]
+    command += ["--attacks", "quick", "--json", "--robust-weights", str(tmp_path / "star.safetensors")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    found, kept = [], []
+    for _ in range(2):
+        done = forked.run(
+            [sys.executable, "-m", *launcher, "-m", "timm_nrpm.cli", "subnetwork", *command, "--output", "run"],
+            env=environment, cwd=tmp_path, check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout)["subnetwork"])
+        kept.append((tmp_path / "run" / "trial-0-1.safetensors").stat().st_mtime_ns)
+    assert found[0] == found[1]
+    assert kept[0] == kept[1]
+    assert {path.name for path in (tmp_path / "run").glob("*.jsonl*")} == {
+        "trials.jsonl", "connectivity.jsonl",
+        *(f"{name}-quick.jsonl.{rank}" for name in ("natural", "robust", "composed", "trial-0-1") for rank in (0, 1)),
+    }  # fmt: skip
+    alone = run(model, tmp_path / "alone", late=1, robust=with_weights(star), trials=1, epochs=1)
+    report = SubnetworkReport.from_json(json.dumps(found[0]))
+    assert report.trials[0].connectivity[0] == pytest.approx(alone.trials[0].connectivity[0], abs=1e-3)
+    tuned = load_file(tmp_path / "run" / "trial-0-1.safetensors")
+    assert not tuned["conv1.weight"].any()
+    assert tuned["fc.bias"].any()
+
+
+def with_weights(state):
+    net = timm.create_model("resnet8_digits")
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def test_processes_without_a_folder_are_refused(model):
+    with pytest.raises(ValueError, match="folder=None, and several processes share"):
+        run(model, None, accelerator=SimpleNamespace(num_processes=2))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,6 @@ from timm_nrpm.cli.terminal import Terminal
 from timm_nrpm.config import EFFORTS, SUITES
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from torch import nn
 
 SETTINGS = "settings.json"
@@ -82,7 +79,7 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> None:
 
     threats = [Threat(args.norm, eps) for eps in args.eps] if args.eps else [Threat(args.norm)]
     inputs.make_folder(args.output)
-    with _processes() as (accelerator, device):
+    with inputs.processes() as (accelerator, device):
         main = accelerator is None or accelerator.is_main_process
         model = inputs.model_of(args).to(device)
         loader = inputs.chosen_images(args, model)
@@ -126,29 +123,6 @@ def _controls() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     return None
-
-
-@contextmanager
-def _processes() -> Iterator[tuple[Accelerator | None, Any]]:
-    """The processes that torchrun or accelerate started, None for one alone; and the device of this one."""
-    import torch
-
-    if "WORLD_SIZE" not in os.environ:
-        yield None, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return
-    from datetime import timedelta
-
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    from timm_nrpm.jobs.processes import check_processes
-
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    check_processes(accelerator)
-    try:
-        yield accelerator, accelerator.device
-    finally:
-        accelerator.state.destroy_process_group()
 
 
 def _claim(args: argparse.Namespace, model: nn.Module) -> None:

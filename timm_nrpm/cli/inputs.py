@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -25,6 +27,9 @@ from timm_nrpm.models.registry import create_model
 from timm_nrpm.models.reprogramming import lambdas, reprogram_, reprogrammed_layers
 from timm_nrpm.models.weights import load_published_
 from timm_nrpm.nn.pixel_model import PixelModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def model_of(args: argparse.Namespace) -> nn.Module:
@@ -192,6 +197,27 @@ def calibrate(args: argparse.Namespace, model: nn.Module, terminal: Terminal) ->
     images = calibration_images(args, model, terminal)
     if images is not None:
         calibrate_(model, images, progress=terminal.progress)
+
+
+@contextmanager
+def processes() -> Iterator[tuple[Accelerator | None, Any]]:
+    """The processes that torchrun or accelerate started, None for one alone; and the device of this one."""
+    if "WORLD_SIZE" not in os.environ:
+        yield None, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return
+    from datetime import timedelta
+
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    from timm_nrpm.jobs.processes import check_processes
+
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    check_processes(accelerator)
+    try:
+        yield accelerator, accelerator.device
+    finally:
+        accelerator.state.destroy_process_group()
 
 
 def make_folder(output: Path) -> None:

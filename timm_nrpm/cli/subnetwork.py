@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import shtab
 
@@ -14,6 +15,9 @@ from timm_nrpm.cli.given import Useless
 from timm_nrpm.cli.terminal import Terminal
 from timm_nrpm.cli.wording import called
 from timm_nrpm.config import OPTIMIZERS, TUNED_NORMS, TuneConfig
+
+if TYPE_CHECKING:
+    from timm_nrpm.evaluation.subnetwork_report import SubnetworkReport
 
 NAMES = {
     **options.NAMES,
@@ -48,7 +52,8 @@ def add_subnetwork(commands: Any) -> None:
         "find whether a robust early part of a network is enough",
         "Make a network robust by adversarial training, give its last layers their natural weights back, and tune "
         "those alone behind the robust early part, until the network is as robust as it was (Algorithm 1 of "
-        "arXiv 2307.03803). Trials end on some images, and the networks are compared on others.",
+        "arXiv 2307.03803). Trials end on some images, and the networks are compared on others. Several processes share "
+        "the work: see timm-nrpm tune --help.",
         "timm-nrpm subnetwork --model resnet8_digits --late 2 --eps 0.1 --epochs 1 --steps 1 --trials 1 "
         "--late-epochs 1 --samples 40 --attacks quick",
     )
@@ -93,48 +98,55 @@ def _add_attack(group: Any) -> None:
 
 
 def _subnetwork(args: argparse.Namespace, terminal: Terminal) -> None:
-    import torch
-
     from timm_nrpm.cli import inputs
-    from timm_nrpm.figures.plot import plot
     from timm_nrpm.models.reprogramming import plain_copy
     from timm_nrpm.models.weights import load_published_
     from timm_nrpm.nn.wrappers import copied
     from timm_nrpm.subnetworks.semirobust import semirobust
 
     inputs.make_folder(args.output)
-    model = inputs.model_of(args).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    robust = None
-    if args.robust_weights is not None:
-        with called(weights="--robust-weights"):
-            robust = load_published_(copied(plain_copy(model)), args.robust_weights)
-    report, selection, training = inputs.images_for_advice(args, model, terminal)
-    if training is None:
-        raise ValueError("train=0 leaves no images to train on: give --train 1000, or leave it out.")
-    check_number("tolerance", args.tolerance, least=0, most=100, why=" of points")
-    with called(epochs="--epochs"):
-        config = TuneConfig(
-            paradigm="all", norm=args.norm, eps=args.eps, steps=args.steps, epochs=args.epochs, lr=args.lr,
-            optimizer=args.optimizer, seed=args.seed,
-        )  # fmt: skip
-    result = semirobust(
-        model,
-        training,
-        selection,
-        report,
-        args.late,
-        robust=robust,
-        natural_epochs=args.natural_epochs,
-        config=config,
-        trials=args.trials,
-        epochs=args.late_epochs,
-        tolerance=args.tolerance / 100,
-        suites=tuple(args.attacks),
-        folder=args.output,
-        progress=terminal.progress,
-    )
+    with inputs.processes() as (accelerator, device):
+        model = inputs.model_of(args).eval().to(device)
+        robust = None
+        if args.robust_weights is not None:
+            with called(weights="--robust-weights"):
+                robust = load_published_(copied(plain_copy(model)), args.robust_weights)
+        report, selection, training = inputs.images_for_advice(args, model, terminal)
+        if training is None:
+            raise ValueError("train=0 leaves no images to train on: give --train 1000, or leave it out.")
+        check_number("tolerance", args.tolerance, least=0, most=100, why=" of points")
+        with called(epochs="--epochs"):
+            config = TuneConfig(
+                paradigm="all", norm=args.norm, eps=args.eps, steps=args.steps, epochs=args.epochs, lr=args.lr,
+                optimizer=args.optimizer, seed=args.seed,
+            )  # fmt: skip
+        result = semirobust(
+            model,
+            training,
+            selection,
+            report,
+            args.late,
+            robust=robust,
+            natural_epochs=args.natural_epochs,
+            config=config,
+            trials=args.trials,
+            epochs=args.late_epochs,
+            tolerance=args.tolerance / 100,
+            suites=tuple(args.attacks),
+            folder=args.output,
+            accelerator=accelerator,
+            progress=terminal.progress,
+        )
+        if accelerator is None or accelerator.is_main_process:
+            _show(result, args.output, terminal)
+
+
+def _show(result: SubnetworkReport, folder: Path, terminal: Terminal) -> None:
+    """Print the result, and write it and its picture into the folder."""
+    from timm_nrpm.figures.plot import plot
+
     terminal.show(f"{result}\n")
-    (args.output / "subnetwork.json").write_text(result.to_json() + "\n", encoding="utf-8")
-    picture = plot(result, args.output / "subnetwork.png")
-    terminal.show(f"Written: {args.output / 'subnetwork.json'}, {picture}")
+    (folder / "subnetwork.json").write_text(result.to_json() + "\n", encoding="utf-8")
+    picture = plot(result, folder / "subnetwork.png")
+    terminal.show(f"Written: {folder / 'subnetwork.json'}, {picture}")
     terminal.give({"subnetwork": json.loads(result.to_json())})

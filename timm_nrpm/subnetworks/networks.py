@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file
@@ -18,13 +18,20 @@ from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.config import NRPMConfig, TuneConfig
 from timm_nrpm.data.images import check_batch, check_labels
 from timm_nrpm.evaluation.evaluate import evaluate
+from timm_nrpm.evaluation.sharing import together
 from timm_nrpm.evaluation.trials import digits_of
+from timm_nrpm.jobs.journal import Journal
 from timm_nrpm.models.base import weights_sha256
 from timm_nrpm.models.reprogramming import identity_of, plain_copy, reprogram_
 from timm_nrpm.models.tensors import write_tensors
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.nn.wrappers import copied, subject_of
 from timm_nrpm.tuning.tune import tune
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Found = TypeVar("Found")
 
 State: TypeAlias = Mapping[str, Tensor]
 """Weights and statistics of a network, by name."""
@@ -52,6 +59,7 @@ class Networks:
         folder: Folder that keeps weights and what attacks left.
         seed: Seed of the attacks.
         mean, std: Normalisation of the model, as for :func:`timm_nrpm.evaluate`.
+        accelerator: Accelerator whose processes share the work, with the folder; None for one process alone.
     """
 
     def __init__(
@@ -63,7 +71,9 @@ class Networks:
         seed: int,
         mean: tuple[float, ...] | None,
         std: tuple[float, ...] | None,
+        accelerator: Accelerator | None = None,
     ) -> None:
+        self.accelerator = accelerator
         subject = subject_of(model, mean, std)
         self.plain, self.mean, self.std = copied(plain_copy(subject.model)).eval(), subject.mean, subject.std
         self.threat, self.folder, self.seed = threat, folder, seed
@@ -78,6 +88,23 @@ class Networks:
             self.classes = self.plain(self.example).shape[1]
         check_labels(labels, self.classes)
         self.identity = {"model": weights_sha256(self.state), **identity_of(net), "threat": str(threat)}
+
+    def once(self, work: Callable[[], Found]) -> Found:
+        """What the main process finds, in every process; a failure is one of all."""
+        main = self.accelerator is None or self.accelerator.is_main_process
+        return cast(Found, together(self.accelerator, lambda: work() if main else None)[0])
+
+    def journal(self, name: str, identity: Mapping[str, Any]) -> Journal:
+        """A journal that the main process keeps in the folder, and that has the same rows in every process."""
+        journal = Journal(None, identity)
+
+        def opened() -> dict[int, dict[str, Any]]:
+            nonlocal journal
+            journal = Journal(self.folder / name, identity)
+            return journal.rows
+
+        journal.rows = self.once(opened)
+        return journal
 
     @property
     def state(self) -> State:
@@ -124,17 +151,21 @@ class Networks:
     ) -> State:
         """The weights after some tuning, which are kept under a name; a run that was stopped goes on."""
         file = self.folder / f"{name}.safetensors"
-        if not file.exists():
+        if not self.once(file.exists):
             model = reprogram_(self.network(state), NRPMConfig(lam=1.0))
             config = replace(config, output=str(self.folder / name), keep=1)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=UNSAVED)
                 tune(model, training, config, mean=self.mean, std=self.std, resume=True, progress=progress)
             after = model.state_dict()
-            draft = self.folder / name / "tuned.safetensors"
-            write_tensors({each: after[each] for each in self.state}, draft)
-            draft.replace(file)
-            shutil.rmtree(self.folder / name)
+
+            def keep() -> None:
+                draft = self.folder / name / "tuned.safetensors"
+                write_tensors({each: after[each] for each in self.state}, draft)
+                draft.replace(file)
+                shutil.rmtree(self.folder / name)
+
+            self.once(keep)
         return self.kept(name)
 
     def kept(self, name: str) -> State:
@@ -177,6 +208,7 @@ class Networks:
             mean=self.mean,
             std=self.std,
             resume=None if name is None else self.folder / f"{name}-{suite}.jsonl",
+            accelerator=self.accelerator,
         )
         right = {"clean": report.correct}
         if suite == "quick":

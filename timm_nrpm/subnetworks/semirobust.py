@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_nrpm.attacks.efforts import EFFORTS
+from timm_nrpm.attacks.library import Run
 from timm_nrpm.attacks.suites import attacks_of
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.checks import check_integer, check_number
@@ -27,7 +28,7 @@ from timm_nrpm.evaluation.subnetwork_report import (
     SubnetworkReport,
     SubnetworkTrial,
 )
-from timm_nrpm.jobs.journal import Journal, digest_of
+from timm_nrpm.jobs.journal import digest_of
 from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.base import weights_sha256
 from timm_nrpm.subnetworks.attacked import attacked, gradient_attacks
@@ -36,6 +37,9 @@ from timm_nrpm.subnetworks.networks import Batches, Networks, State
 from timm_nrpm.subnetworks.splitting import Split, split
 from timm_nrpm.tuning.setup import settings_of
 from timm_nrpm.version import __version__
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LATE_LR = 0.001
 """Learning rate of the late part, as in the paper."""
@@ -61,6 +65,7 @@ def semirobust(
     folder: str | Path | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    accelerator: Accelerator | None = None,
     progress: bool = False,
 ) -> SubnetworkReport:
     """Make a network robust, give its late part the natural weights back, and tune that part alone behind the robust
@@ -88,6 +93,8 @@ def semirobust(
             `"adaptive"` the worst case.
         folder: Folder of weights and results, from which the same call goes on after an interruption; None keeps none.
         mean, std: Normalisation of the model, as for :func:`timm_nrpm.evaluate`.
+        accelerator: Accelerator whose processes share training and attacks, as for :func:`timm_nrpm.evaluate`; they
+            need a folder that all of them can read and write.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -114,9 +121,12 @@ def semirobust(
     )
     threat = Threat(settings.config.norm, settings.config.validation_eps)
     _check(settings.config, suites, threat)
+    if folder is None and accelerator is not None and accelerator.num_processes > 1:
+        raise ValueError("folder=None, and several processes share the work by way of a folder: give one.")
+    progress = progress and (accelerator is None or accelerator.is_main_process)
     with ExitStack() as stack:
         place = Path(stack.enter_context(TemporaryDirectory())) if folder is None else Path(folder)
-        networks = Networks(model, training, threat, place, settings.config.seed, mean, std)
+        networks = Networks(model, training, threat, place, settings.config.seed, mean, std, accelerator)
         parts = split(networks.plain, late, example=networks.example)
         given = None if robust is None else networks.state_of(robust)
         held = networks.checked(report)
@@ -188,8 +198,8 @@ class _Run:
             "selection": digest_of(*(torch.cat(part) for part in zip(*selection, strict=True))),
             "version": __version__,
         }  # fmt: skip
-        self.journal = Journal(networks.folder / "trials.jsonl", identity)
-        self.dependence = Journal(networks.folder / "connectivity.jsonl", identity)
+        self.journal = networks.journal("trials.jsonl", identity)
+        self.dependence = networks.journal("connectivity.jsonl", identity)
         self.target = 0.0
 
     def natural(self, progress: bool) -> State:
@@ -242,8 +252,7 @@ class _Run:
     def _row(self, state: State, number: int) -> tuple[float, tuple[float, ...]]:
         """Accuracy under PGD and connectivity of a network, from the journal if it has them."""
         if number not in self.journal.rows:
-            net, seed = self.networks.on_pixels(state), self.settings.config.seed
-            rho = connectivity(net, self.images, self.parts, classes=self.networks.classes, seed=seed)
+            rho = self.networks.once(lambda: self._connectivity(state, self.images))
             self.journal.add(number, {"own": self._own(state), "connectivity": rho})
         row = self.journal.rows[number]
         return row["own"], tuple(row["connectivity"])
@@ -291,9 +300,13 @@ class _Run:
         for row in rows.values():
             if {name: row[name] for name in key} == key:
                 return tuple(row["connectivity"])
-        net, config = self.networks.on_pixels(state), self.settings.config
-        run = gradient_attacks(self.networks.threat, config.evaluate_steps)[attack]
-        changed = attacked(net, self.images, run, seed=config.seed)
-        rho = connectivity(net, changed, self.parts, classes=self.networks.classes, seed=config.seed)
+        run = gradient_attacks(self.networks.threat, self.settings.config.evaluate_steps)[attack]
+        rho = self.networks.once(lambda: self._connectivity(state, self.images, run))
         self.dependence.add(len(rows), {**key, "connectivity": rho})
         return rho
+
+    def _connectivity(self, state: State, images: Iterable[Any], attack: Run | None = None) -> tuple[float, ...]:
+        """Connectivity of a network on images, which are attacked first where an attack is given."""
+        net, seed = self.networks.on_pixels(state), self.settings.config.seed
+        images = images if attack is None else attacked(net, images, attack, seed=seed)
+        return connectivity(net, images, self.parts, classes=self.networks.classes, seed=seed)
