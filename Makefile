@@ -1,6 +1,6 @@
 # make demo    sets up everything in .venv and runs the demo
-# make test    sets up everything in .venv and passes the tests that take seconds
-# make slow    passes those that take minutes
+# make test    sets up everything in .venv and passes the tests, but for the slow ones
+# make slow    passes those that take longer than some seconds each
 PYTHON ?= python3
 VENV ?= .venv
 
