@@ -33,7 +33,7 @@ from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.nn.wrappers import copied
 from timm_nrpm.subnetworks.criticality import criticality
 from timm_nrpm.subnetworks.recording import products
-from timm_nrpm.subnetworks.splitting import split
+from timm_nrpm.subnetworks.splitting import layer_parameters
 
 sys.path.insert(0, str(Path(__file__).parent / "reproduce"))
 from lab import Lab
@@ -83,13 +83,8 @@ class Front:
             DataLoader(TensorDataset(pixels[list(rows)], labels[list(rows)]), 100) for rows in orders
         )
         lab.efforts = {**lab.efforts, "resnet": replace(lab.efforts["resnet"], samples=25_000, epochs=8)}
-        self.layers = split(self.plain(), 1).layers
-        sizes = [set(split(self.plain(), late).late_state) for late in range(1, len(self.layers))]
-        every = set(self.plain().state_dict())
-        steps = zip([*sizes, every], [set[str](), *sizes], strict=True)
-        owned = dict(zip(reversed(self.layers), (more - less for more, less in steps), strict=True))
-        weights = {name for name, _ in self.plain().named_parameters()}
-        self.owned = {layer: tuple(sorted(names & weights)) for layer, names in owned.items()}
+        self.owned = layer_parameters(self.plain())
+        self.layers = tuple(self.owned)
 
     def plain(self) -> nn.Module:
         """The network as it is."""

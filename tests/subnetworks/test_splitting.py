@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import timm_nrpm
-from timm_nrpm.subnetworks.splitting import split
+from timm_nrpm.subnetworks.splitting import layer_parameters, split
 
 
 def test_a_resnet_18_has_the_layers_of_the_paper():
@@ -40,6 +40,20 @@ def test_other_architectures_are_split_in_the_order_of_a_forward(name, late, fir
     assert set(parts.late_state) <= set(state)
     assert all(f"{layer}.weight" in parts.late_state for layer in parts.late)
     assert not any(f"{layer}.weight" in parts.late_state for layer in parts.early)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18_cifar_narrow", "vit_tiny_patch16_224", "mobilenetv3_small_050", "mlp3_mnist"]
+)
+def test_the_parameters_of_the_last_layers_are_those_of_the_late_part(name):
+    model = timm_nrpm.reprogram_(timm.create_model(name), timm_nrpm.NRPMConfig(lam=0.5))
+    owned = layer_parameters(model)
+    assert tuple(owned) == split(model, 1).layers
+    every = [each for names in owned.values() for each in names]
+    assert sorted(every) == sorted(n for n, _ in model.named_parameters() if not n.endswith(".lam"))
+    for late in (1, 2, len(owned) - 1):
+        last = [each for layer in list(owned)[-late:] for each in owned[layer]]
+        assert sorted(last) == sorted(split(model, late).trainable(model))
 
 
 def test_a_stage_that_begins_with_a_downsampling_counts_it():

@@ -52,8 +52,8 @@ def add_subnetwork(commands: Any) -> None:
         "find whether a robust early part of a network is enough",
         "Make a network robust by adversarial training, give its last layers their natural weights back, and tune "
         "those alone behind the robust early part, until the network is as robust as it was (Algorithm 1 of "
-        "arXiv 2307.03803). Trials end on some images, and the networks are compared on others. Several processes share "
-        "the work: see timm-nrpm tune --help.",
+        "arXiv 2307.03803). Trials end on some images, and the networks are compared on others. Several processes "
+        "share the work: see timm-nrpm tune --help.",
         "timm-nrpm subnetwork --model resnet8_digits --late 2 --eps 0.1 --epochs 1 --steps 1 --trials 1 "
         "--late-epochs 1 --samples 40 --attacks quick",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -87,7 +87,41 @@ def split(model: nn.Module, late: int, *, example: Tensor | None = None) -> Spli
     return Split(tuple(layers[:until]), tuple(layers[until:]), tuple(state), tuple(calls[:first]))
 
 
-def _nearest(name: str, called: Mapping[str, bool]) -> str:
+def layer_parameters(model: nn.Module, *, example: Tensor | None = None) -> dict[str, tuple[str, ...]]:
+    """The parameters that go with each layer, lambdas excepted: its own, and those of what a forward calls between it
+    and the next counted layer, such as BatchNorm and shortcuts; of the first layer, also of what is called before it.
+
+    Args:
+        model: A network whose forward calls its layers in one order, plain or reprogrammed. It runs once and is not
+            changed.
+        example: Input of the model `[B, ...]`; by default an image of zeros for a timm model.
+
+    Returns:
+        Names of parameters, as `TuneConfig(trainable=)` takes them, by the name of the layer, in the order of a
+        forward.
+
+    Raises:
+        ValueError: The model does not run on the example, or it calls layers in no one order.
+
+    Example:
+        >>> layer_parameters(timm_nrpm.create_model("resnet8_digits", pretrained=True))["conv1"]
+        ('conv1.weight', 'bn1.weight', 'bn1.bias')
+    """
+    calls = _calls(model, example)
+    counted = _counted(model, calls)
+    owners, layer = dict[str, str](), next(name for name in calls if name in counted)
+    found: dict[str, list[str]] = {name: [] for name in calls if name in counted}
+    for name in calls:
+        layer = name if name in counted else layer
+        owners[name] = layer
+    for name, _ in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if kind != "lam":
+            found[owners[_nearest(module, owners)]].append(name)
+    return {name: tuple(names) for name, names in found.items()}
+
+
+def _nearest(name: str, called: Container[str]) -> str:
     """The module itself, or the nearest one around it that is called, where its weights are read without a call."""
     while name not in called:
         name = name.rpartition(".")[0]
