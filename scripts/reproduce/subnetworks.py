@@ -106,7 +106,7 @@ class Case:
 QUICK = (
     Case(
         "resnet18_cifar_narrow", "cifar10", "resnet18_cifar",
-        samples=5000, natural_samples=25_000, natural_epochs=5, trials=2, late_epochs=4, batch=32, images=200,
+        samples=5000, natural_samples=25_000, natural_epochs=5, trials=2, late_epochs=10, batch=32, images=200,
     ),
 )  # fmt: skip
 FULL = tuple(
