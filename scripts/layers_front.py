@@ -40,10 +40,11 @@ from lab import Lab
 
 ROOT = Path(__file__).parents[1]
 NETWORK, THREAT = "resnet18_cifar_narrow", Threat("Linf", 4 / 255)
+CLEAN_SAMPLES, CLEAN_EPOCHS = 25_000, 8
 SAMPLES, EPOCHS, STEPS, BATCH, LR = 2000, 4, 3, 32, 0.01
 CHOSEN_ON, JUDGED_ON = 400, 400
-REPROGRAMMED = (1, 2, 4, 8, 17)
-"""Numbers of first and of last layers that are reprogrammed."""
+TUNED_COUNTS, REPROGRAMMED_COUNTS = tuple(range(1, 18)), (1, 2, 4, 8, 17)
+"""Numbers of layers that are tuned, and of first and of last layers that are reprogrammed."""
 
 KINDS = ("first", "last", "critical")
 TUNED, MIXED = "tuned", "reprogrammed"
@@ -82,7 +83,10 @@ class Front:
         self.selection, self.report = (
             DataLoader(TensorDataset(pixels[list(rows)], labels[list(rows)]), 100) for rows in orders
         )
-        lab.efforts = {**lab.efforts, "resnet": replace(lab.efforts["resnet"], samples=25_000, epochs=8)}
+        lab.efforts = {
+            **lab.efforts,
+            "resnet": replace(lab.efforts["resnet"], samples=CLEAN_SAMPLES, epochs=CLEAN_EPOCHS),
+        }
         self.owned = layer_parameters(self.plain())
         self.layers = tuple(self.owned)
 
@@ -103,13 +107,13 @@ class Front:
 
     def choices(self) -> list[Choice]:
         """All that is compared."""
-        ranked, count = self.ranked(), len(self.layers)
+        ranked = self.ranked()
         found = [Choice(TUNED, "plain", ()), Choice(TUNED, "all", self.layers)]
-        for number in range(1, count):
+        for number in TUNED_COUNTS:
             critical = tuple(name for name in self.layers if name in ranked[:number])
             parts = (self.layers[:number], self.layers[-number:], critical)
             found += [Choice(TUNED, kind, layers) for kind, layers in zip(KINDS, parts, strict=True)]
-            if number in REPROGRAMMED:
+            if number in REPROGRAMMED_COUNTS:
                 found += [Choice(MIXED, kind, layers) for kind, layers in zip(KINDS[:2], parts[:2], strict=True)]
         return [*found, Choice(MIXED, "all", self.layers)]
 
@@ -193,7 +197,7 @@ def page(front: Front, choices: Sequence[Choice], judged: Mapping[str, Choice]) 
     lines += [f"All choices under PGD, on the {CHOSEN_ON} images that are chosen on, clean and attacked, in %:", ""]
     lines += ["| layers | " + " | ".join(KINDS) + " | first, reprogrammed | last, reprogrammed |", "|---" * 6 + "|"]
     by_name = {choice.name: choice for choice in choices}
-    for number in range(1, len(front.layers)):
+    for number in TUNED_COUNTS:
         cells = []
         for how, kind in [(TUNED, kind) for kind in KINDS] + [(MIXED, kind) for kind in KINDS[:2]]:
             choice = by_name.get(f"{how}-{kind}-{number}")

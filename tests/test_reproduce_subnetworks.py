@@ -1,4 +1,5 @@
-"""The second paper's experiments on generated images: Algorithm 1 in its two forms, and Algorithm 2."""
+"""The second paper's experiments on generated images: Algorithm 1 in its two forms, Algorithm 2, and the front of
+layers."""
 
 import importlib
 import json
@@ -78,18 +79,26 @@ def test_algorithm_1_on_generated_images(scripts, folders, tmp_path, monkeypatch
     )  # fmt: skip
     monkeypatch.setattr(module, name, cases)
     kept, out = tmp_path / "kept", tmp_path / "out"
-    arguments = [*folders, "--kept", str(kept), "--out", str(out), "--late", "1", "2", *["--full"][: int(full)]]
+    arguments = [
+        *folders,
+        "--kept",
+        str(kept),
+        "--out",
+        str(out),
+        *(["--full", "--late", "1"] if full else ["--late", "1", "2"]),
+    ]
     run(module, [*arguments, "--networks"], monkeypatch)
     assert not out.exists()
     run(module, arguments, monkeypatch)
     found = json.loads((out / "subnetworks.json").read_text())
     assert set(found) == {case.name for case in cases}
     for case in cases:
-        assert set(found[case.name]) == {"1", "2"}
+        assert set(found[case.name]) == ({"1"} if full else {"1", "2"})
         assert Image.open(out / module.picture(case)).size[0] > 300
     page = (out / "subnetworks.md").read_text()
-    for wanted in ("The last 2 of", "| layer | natural | tuned | fgsm | pgd |", "before tuning, a longer robust part"):
+    for wanted in ("The last 1 of", "| layer | natural | tuned | fgsm | pgd |"):
         assert page.count(wanted) >= len(cases)
+    assert ("before tuning, a longer robust part" in page) == (not full)
     before = {file: file.read_bytes() for file in out.iterdir()}
     run(module, [*arguments, "--page"], monkeypatch)
     assert before == {file: file.read_bytes() for file in out.iterdir()}
@@ -115,3 +124,32 @@ def test_algorithm_2_on_generated_images(scripts, folders, tmp_path, monkeypatch
     assert networks[0] >= networks[1]
     page = (tmp_path / "out" / "linear-readout.md").read_text()
     assert page.count("\n| ") == 1 + 12
+
+
+@pytest.mark.slow
+def test_the_front_on_generated_images(scripts, folders, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS.parent))
+    module = scripts("layers_front")
+    few = {"NETWORK": "resnet10_cifar_narrow", "SAMPLES": 32, "EPOCHS": 1, "STEPS": 1, "BATCH": 16}
+    few |= {"TUNED_COUNTS": (1, 3), "REPROGRAMMED_COUNTS": (1,)}
+    for name, value in {**few, "CHOSEN_ON": 10, "JUDGED_ON": 10, "CLEAN_SAMPLES": 1000, "CLEAN_EPOCHS": 1}.items():
+        monkeypatch.setattr(module, name, value)
+    arguments = [*folders[:2], "--kept", str(tmp_path / "kept"), "--out", str(tmp_path / "out")]
+    for part in ("0", "1"):
+        run(module, [*arguments, "--part", part, "2"], monkeypatch)
+        assert not (tmp_path / "out").exists()
+    run(module, arguments, monkeypatch)
+    found = json.loads((tmp_path / "out" / "layers-front.json").read_text())
+    wanted = {f"tuned-{kind}-{number}" for kind in ("first", "last", "critical") for number in (1, 3)}
+    wanted |= {"tuned-plain-0", "tuned-all-10", "reprogrammed-all-10"}
+    assert set(found["selection"]) == wanted | {"reprogrammed-first-1", "reprogrammed-last-1"}
+    first, last = (
+        torch.load(tmp_path / "kept" / "choices" / f"tuned-{kind}-1.pt", weights_only=True)
+        for kind in ("first", "last")
+    )
+    differ = {name.split(".")[0] for name, value in first.items() if not torch.equal(value, last[name])}
+    assert differ == {"conv1", "bn1", "fc"}
+    assert found["report"]["tuned, all"]["choice"] == "tuned-all-10"
+    assert Image.open(tmp_path / "out" / "layers-front.png").size[0] > 300
+    page = (tmp_path / "out" / "layers-front.md").read_text()
+    assert page.count("| tuned, ") + page.count("| reprogrammed, ") == len(found["report"])
