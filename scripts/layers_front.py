@@ -148,7 +148,7 @@ class Front:
                 effort="fast" if suite == "adaptive" else "default", control=False, seed=int(on_report),
             )  # fmt: skip
             file.write_text(json.dumps({"clean": digits_of(found.correct), "attacked": digits_of(found.survivors)}))
-        return json.loads(file.read_text())  # type: ignore[no-any-return]
+        return json.loads(file.read_text())
 
 
 def share(digits: str) -> float:
@@ -200,9 +200,12 @@ def page(front: Front, choices: Sequence[Choice], judged: Mapping[str, Choice]) 
     for number in TUNED_COUNTS:
         cells = []
         for how, kind in [(TUNED, kind) for kind in KINDS] + [(MIXED, kind) for kind in KINDS[:2]]:
-            choice = by_name.get(f"{how}-{kind}-{number}")
-            found = front.measured(choice, "quick", on_report=False) if choice else None
-            cells.append(f"{share(found['clean']):.1f}, {share(found['attacked']):.1f}" if found else "")
+            name = f"{how}-{kind}-{number}"
+            cell = ""
+            if name in by_name:
+                found = front.measured(by_name[name], "quick", on_report=False)
+                cell = f"{share(found['clean']):.1f}, {share(found['attacked']):.1f}"
+            cells.append(cell)
         lines.append(f"| {number} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -220,9 +223,9 @@ def draw(front: Front, choices: Sequence[Choice], path: Path) -> None:
                 kept = [share(front.measured(choice, "quick", on_report=False)["attacked"]) for choice in some]
                 panel.plot(at, kept, color=colour, marker=marker, linestyle=line, markersize=4, label=f"{kind} layers")
         for style, name in ((":", f"{TUNED}-plain-0"), ("-", f"{how}-all-{len(front.layers)}")):
-            kept = share(front.measured(ends[name], "quick", on_report=False)["attacked"])
+            level = share(front.measured(ends[name], "quick", on_report=False)["attacked"])
             label = "the network as it is" if "plain" in name else f"all layers {how}"
-            panel.axhline(kept, color="black", linewidth=1, linestyle=style, label=label)
+            panel.axhline(level, color="black", linewidth=1, linestyle=style, label=label)
         panel.set_title(how, fontsize=10, loc="left")
         panel.set_xlabel(f"layers {how}")
         panel.legend(fontsize=8, frameon=False)
