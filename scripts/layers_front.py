@@ -1,7 +1,7 @@
 """Which layers are worth tuning, and which reprogramming: first and last ones of every number, the most critical ones,
 and all, at equal passes.
 
-    python scripts/layers_front.py --data DATA --kept FOLDER              # an hour and a half on two cores
+    python scripts/layers_front.py --data DATA --kept FOLDER              # hours on two cores
     python scripts/layers_front.py --data DATA --kept FOLDER --part 0 2   # half of it, for two processes
     python scripts/layers_front.py --data DATA --kept FOLDER --page       # the page from what is kept
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -125,7 +126,7 @@ class Front:
             model = reprogram_(self.plain(), replace(ESTIMATE, layers=choice.layers))
             pixels, _ = self.lab.images("cifar10", "train", 1000)
             return calibrate_(model, pixels.split(100)).eval()
-        file = self.kept / f"{choice.name}.pt"
+        file = self.kept / f"{choice.name}.safetensors"
         model = reprogram_(self.plain(), NRPMConfig(lam=1.0))
         if not file.exists():
             names = tuple(name for layer in choice.layers for name in self.owned[layer])
@@ -135,8 +136,8 @@ class Front:
             )  # fmt: skip
             images = self.lab.loader("cifar10", "train", training=True, batch_size=BATCH, samples=SAMPLES)
             tune(model.to(self.lab.device), images, config)
-            torch.save(model.state_dict(), file)
-        model.load_state_dict(torch.load(file, weights_only=True, map_location=self.lab.device))
+            save_file(model.state_dict(), file)
+        model.load_state_dict(load_file(file, device=self.lab.device))
         return restore_(model).eval()
 
     def measured(self, choice: Choice, suite: str, *, on_report: bool) -> dict[str, str]:

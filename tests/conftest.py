@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import signal
+import sys
+from pathlib import Path
 
 # Before anything imports huggingface_hub: a test that would reach the network fails at once instead.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +22,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "reproduce"
 
 LONGEST = (
     *("test_published.py", "test_publishing.py", "test_tune.py", "test_hostile.py", "test_backbones.py"),
@@ -35,6 +40,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> None:
     random.seed(0)  # which timm's augmentation draws from
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Modules of scripts/reproduce by name, and none of them left behind."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(SCRIPTS)):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def photos(folder, trained=2, tested=2):
 @pytest.mark.slow
 def test_the_commands_for_resnet18_run(stocked_hub, tmp_path):
     """Weights drawn at random are right about few images, so the attacks have little to do; of ten epochs one is run,
-    and advice has a second. A subnetwork takes images of every class, so that its model has the two of the photos."""
+    and advice has a second. A subnetwork needs images of every class: its model has the two of the photos."""
     ran = []
     for number, block in enumerate(blocks(README.read_text())):
         folder = tmp_path / str(number)

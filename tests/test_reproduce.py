@@ -1,7 +1,6 @@
 """The paper's experiments: verdicts and page against hand-made results, the whole chain on generated images, the
 published weights where they are."""
 
-import importlib
 import json
 import os
 import re
@@ -33,15 +32,7 @@ published = pytest.mark.skipif(
 NAMES = [f"table{n}" for n in range(1, 13)] + [f"figure{n}" for n in range(3, 13)]
 
 
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch):
-    """Modules of scripts/reproduce by name, and none of them left behind."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(SCRIPTS)):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("scripts")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The second paper's experiments on generated images: Algorithm 1 in its two forms, Algorithm 2, and the front of
 layers."""
 
-import importlib
 import json
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "reproduce"
 SMALL = {
@@ -19,17 +19,6 @@ SMALL = {
     "wideresnet34_cifar": {"layers": (1, 1, 1), "channels": (4, 8, 16)},
     "resnet18_cifar_narrow": {},
 }
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """Modules of scripts/reproduce by name, and none of them left behind."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(SCRIPTS)):
-            del sys.modules[name]
 
 
 @pytest.fixture
@@ -144,8 +133,7 @@ def test_the_front_on_generated_images(scripts, folders, tmp_path, monkeypatch):
     wanted |= {"tuned-plain-0", "tuned-all-10", "reprogrammed-all-10"}
     assert set(found["selection"]) == wanted | {"reprogrammed-first-1", "reprogrammed-last-1"}
     first, last = (
-        torch.load(tmp_path / "kept" / "choices" / f"tuned-{kind}-1.pt", weights_only=True)
-        for kind in ("first", "last")
+        load_file(tmp_path / "kept" / "choices" / f"tuned-{kind}-1.safetensors") for kind in ("first", "last")
     )
     differ = {name.split(".")[0] for name, value in first.items() if not torch.equal(value, last[name])}
     assert differ == {"conv1", "bn1", "fc"}

@@ -28,7 +28,10 @@ from timm_nrpm.models.reprogramming import model_sha256
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.version import __version__
 
-DATA = "MNIST/ and cifar10/ as torchvision or class folders in tars keep them, svhn/, imagenet10/ with train/ and val/"
+DATA = (
+    "MNIST/, cifar10/ and cifar-100-python/ as torchvision or class folders in tars keep them, svhn/, imagenet10/ with "
+    "train/ and val/"
+)
 BATCH = 250
 USEFUL = {"resnet": 30.0}
 """By family: the clean accuracy in % below which quick mode leaves out the worst case, which takes minutes."""

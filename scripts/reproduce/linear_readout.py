@@ -1,7 +1,7 @@
 """The second paper (arXiv 2307.03803): Table 2, the logits of a robust network as a linear combination of the outputs
 of its early layers (Algorithm 2).
 
-    python scripts/reproduce/linear_readout.py --data DATA --checkpoints CHECKPOINTS    # ten minutes on two cores
+    python scripts/reproduce/linear_readout.py --data DATA --checkpoints CHECKPOINTS
 
 Measures the narrow ResNet-18 with its published robust weights. Writes results/linear-readout.json and .md.
 """

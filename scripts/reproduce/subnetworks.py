@@ -1,6 +1,6 @@
 """The second paper (arXiv 2307.03803): Tables 1 and 3 and the figures of Algorithm 1.
 
-    python scripts/reproduce/subnetworks.py --data DATA --checkpoints CHECKPOINTS --kept FOLDER   # an hour on two cores
+    python scripts/reproduce/subnetworks.py --data DATA --checkpoints CHECKPOINTS --kept FOLDER   # hours on two cores
     python scripts/reproduce/subnetworks.py --kept FOLDER --full                                   # for a GPU
     python scripts/reproduce/subnetworks.py --kept FOLDER --page                                   # only the page
 
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from timm_nrpm import NRPMConfig, TuneConfig, plot, reprogram_, restore_, tune
 from timm_nrpm.evaluation.subnetwork_report import COMPOSED, ROBUST, SYMBOLS, TUNED, SubnetworkReport
+from timm_nrpm.nn.wrappers import copied
 from timm_nrpm.subnetworks.semirobust import SUITES, semirobust
 
 ROOT = Path(__file__).parents[2]
@@ -133,8 +134,7 @@ def networks(lab: Lab, case: Case) -> tuple[nn.Module, nn.Module]:
         model = reprogram_(lab.plain(case.family, case.network, **case.build), NRPMConfig(lam=1.0))
         return restore_(lab.tuned(case.family, model, settings, case.natural_samples)).eval(), star
     natural = lab.trained(case.family, case.network, {"objective": "clean", "eps": 0.0}, **case.build).eval()
-    model = reprogram_(lab.trained(case.family, case.network, {"objective": "clean", "eps": 0.0}, **case.build),
-                       NRPMConfig(lam=1.0))  # fmt: skip
+    model = reprogram_(copied(natural), NRPMConfig(lam=1.0))
     config = replace(
         config_of(case), trainable=("*.weight", "*.bias"), output=str(lab.kept / f"robust-{case.name}"),
         checkpoint_every=20, keep=1,
@@ -179,7 +179,8 @@ def about(case: Case) -> str:
         f"Linf {EPS * 255:g}/255, PGD with {STEPS} steps in training. {origin}. The late part has the weights of F "
         f"again, and is tuned alone, in batches of {case.batch}, at most {case.late_epochs} epochs of "
         f"{case.samples or 50_000} images, until PGD leaves at most a point fewer of {case.images} images than of F*. "
-        f"The table is of {case.images} other images, in %; in brackets, the paper's numbers of `{case.paper}`, "
+        f"The table is of {case.images} other images, in %, under PGD with 20 steps; in brackets, the paper's "
+        f"numbers of `{case.paper}`, "
         "which ends and compares trials on the same images."
     )
 
@@ -221,12 +222,17 @@ def claims(reports: Mapping[int, SubnetworkReport]) -> list[str]:
     """The paper's claims, and whether they hold here."""
     strongest = [list(report.right)[-1] for report in reports.values()]
     held = [
-        (f"a late part of {late} layers reaches the robust network under PGD", bool(report.converged))
+        (
+            f"a tuned late part of {late} layers comes within a point of the robust network under PGD",
+            bool(report.converged),
+        )
         for late, report in reports.items()
     ]
     for (late, report), measure in zip(reports.items(), strongest, strict=True):
         effect = report.difference(measure)
-        claim = f"so it does on other images, last {late} layers, {measure}: nothing tells it from the robust network"
+        claim = (
+            f"on other images, a tuned late part of {late} layers cannot be told from the robust network ({measure})"
+        )
         held.append((claim, effect.high >= 0))
         lower = report.accuracy(measure, COMPOSED) < report.accuracy(measure, ROBUST)
         held.append((f"natural weights in the last {late} layers cost robustness ({measure})", lower))

@@ -197,8 +197,8 @@ class WideResNet(ResNetV2):
     """
 
     def __init__(self, in_chans: int = 3, **kwargs: Any) -> None:
-        blocks: dict[str, Any] = {"basic": True, "bottle_ratio": 1.0, "stem_chs": 16}
-        super().__init__(in_chans=in_chans, norm_layer=BatchNormAct2d, conv_layer=create_conv2d, **{**blocks, **kwargs})
+        blocks: dict[str, Any] = {"basic": True, "bottle_ratio": 1.0, "stem_chs": 16, "conv_layer": create_conv2d}
+        super().__init__(in_chans=in_chans, **{**blocks, "norm_layer": BatchNormAct2d, **kwargs})
         placement: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.stem = nn.Sequential()
         self.stem.add_module("conv", nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **placement))

@@ -134,7 +134,7 @@ def semirobust(
         natural = run.natural(progress)
         star = run.robust(natural, progress)
         bar = stack.enter_context(progress_bar(progress, counted=True))
-        task = bar.add_task("Trials", total=settings.trials * (settings.epochs + 1) + len(suites) * 4 + 4)
+        task = bar.add_task("Trials", total=settings.trials * (settings.epochs + 1) + 4 * len(suites))
         found = []
         for number in range(settings.trials):
             for trial in run.trial(natural, star, number):
@@ -252,7 +252,7 @@ class _Run:
     def _row(self, state: State, number: int) -> tuple[float, tuple[float, ...]]:
         """Accuracy under PGD and connectivity of a network, from the journal if it has them."""
         if number not in self.journal.rows:
-            rho = self.networks.once(lambda: self._connectivity(state, self.images))
+            rho = self.networks.once(lambda: self._connectivity(state))
             self.journal.add(number, {"own": self._own(state), "connectivity": rho})
         row = self.journal.rows[number]
         return row["own"], tuple(row["connectivity"])
@@ -287,26 +287,26 @@ class _Run:
                 for measure, digits in self.networks.measured(state, held, suite, kept).items():
                     right.setdefault(measure, {})[name] = digits
         dependence = dict[str, dict[str, tuple[float, ...]]]()
-        for attack in gradient_attacks(self.networks.threat, self.settings.config.evaluate_steps):
-            for name, kept in ((COMPOSED, COMPOSED), (TUNED, best)):
-                say(f"Connectivity of the {name} network under {attack}")
-                dependence.setdefault(attack, {})[name] = self.under(states[name], kept, attack)
+        for attack, run in gradient_attacks(self.networks.threat, self.settings.config.evaluate_steps).items():
+            dependence[attack] = {
+                name: self._under(states[name], kept, attack, run)
+                for name, kept in ((COMPOSED, COMPOSED), (TUNED, best))
+            }
         return replace(draft, right=right, attacked=dependence)
 
-    def under(self, state: State, kept: str, attack: str) -> tuple[float, ...]:
+    def _under(self, state: State, kept: str, attack: str, run: Run) -> tuple[float, ...]:
         """Connectivity of a network on training images that an attack along its own gradient has changed."""
         rows = self.dependence.rows
         key = {"network": kept, "attack": attack}
         for row in rows.values():
             if {name: row[name] for name in key} == key:
                 return tuple(row["connectivity"])
-        run = gradient_attacks(self.networks.threat, self.settings.config.evaluate_steps)[attack]
-        rho = self.networks.once(lambda: self._connectivity(state, self.images, run))
+        rho = self.networks.once(lambda: self._connectivity(state, run))
         self.dependence.add(len(rows), {**key, "connectivity": rho})
         return rho
 
-    def _connectivity(self, state: State, images: Iterable[Any], attack: Run | None = None) -> tuple[float, ...]:
-        """Connectivity of a network on images, which are attacked first where an attack is given."""
+    def _connectivity(self, state: State, attack: Run | None = None) -> tuple[float, ...]:
+        """Connectivity of a network on training images, which are attacked first where an attack is given."""
         net, seed = self.networks.on_pixels(state), self.settings.config.seed
-        images = images if attack is None else attacked(net, images, attack, seed=seed)
+        images = self.images if attack is None else attacked(net, self.images, attack, seed=seed)
         return connectivity(net, images, self.parts, classes=self.networks.classes, seed=seed)
