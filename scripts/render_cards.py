@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import timm_nrpm
 from timm_nrpm import Threat, TuneConfig
 from timm_nrpm.data.loaders import digits
-from timm_nrpm.hub.cards import read_reports, write_card
+from timm_nrpm.hub.cards import write_card
+from timm_nrpm.hub.templates import read_reports
 from timm_nrpm.models.registry import DIGITS
 from timm_nrpm.models.saving import needs_weights
 

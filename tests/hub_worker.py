@@ -34,12 +34,12 @@ import torch
 
 import timm_nrpm as nrpm
 from timm_nrpm.models import network
-from timm_nrpm.hub import publishing
+from timm_nrpm.hub import publishing, pushing
 from timm_nrpm.models import downloads as transfers
 from timm_nrpm.models.reprogramming import model_sha256, reprogrammed_layers
 
 torch.set_num_threads(1)
-transfers.WAITS = publishing.WAITS = (0.05, 0.05)
+transfers.WAITS = pushing.WAITS = (0.05, 0.05)
 images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from timm_nrpm.advice.advise import advise
     from timm_nrpm.attacks.threats import Threat
     from timm_nrpm.config import NRPMConfig, TuneConfig
+    from timm_nrpm.ensembles.folders import from_pretrained, save_pretrained
     from timm_nrpm.evaluation.certificates import CertificationReport
     from timm_nrpm.evaluation.certification import certify, smoothed_predict
     from timm_nrpm.evaluation.corruptions import corrupt, evaluate_corruptions
@@ -29,10 +30,8 @@ if TYPE_CHECKING:
     from timm_nrpm.hub.publishing import push_to_hub
     from timm_nrpm.models.adaptation import adapt_
     from timm_nrpm.models.calibration import calibrate_
-    from timm_nrpm.models.loading import from_pretrained
     from timm_nrpm.models.registry import create_model, list_models
     from timm_nrpm.models.reprogramming import lambdas, plain_copy, reprogram_, restore_
-    from timm_nrpm.models.saving import save_pretrained
     from timm_nrpm.tuning.tune import tune
 
 __all__ = [
@@ -83,7 +82,7 @@ _HOMES = {
     "create_model": "models.registry",
     "evaluate": "evaluation.evaluate",
     "evaluate_corruptions": "evaluation.corruptions",
-    "from_pretrained": "models.loading",
+    "from_pretrained": "ensembles.folders",
     "inspect": "hub.browsing",
     "lambdas": "models.reprogramming",
     "list_models": "models.registry",
@@ -94,7 +93,7 @@ _HOMES = {
     "push_to_hub": "hub.publishing",
     "reprogram_": "models.reprogramming",
     "restore_": "models.reprogramming",
-    "save_pretrained": "models.saving",
+    "save_pretrained": "ensembles.folders",
     "search_lambda": "evaluation.search",
     "smoothed_predict": "evaluation.certification",
     "tune": "tuning.tune",
@@ -102,7 +101,7 @@ _HOMES = {
 """The module that defines each public name; it is imported when the name is first used."""
 
 _SUBPACKAGES = (
-    *("nn", "data", "models", "attacks", "evaluation", "tuning", "subnetworks", "advice"),
+    *("nn", "data", "models", "attacks", "evaluation", "tuning", "subnetworks", "advice", "ensembles"),
     *("figures", "hub", "jobs", "cli"),
 )
 """The subpackages, in the order in which a name without its subpackage, such as `timm_nrpm.flags`, is looked up."""

@@ -15,8 +15,9 @@ import timm_nrpm
 from timm_nrpm import RobustnessReport, Threat
 from timm_nrpm.attacks.flags import THRESHOLDS
 from timm_nrpm.evaluation.report import AttackResult
-from timm_nrpm.hub.cards import BEGIN, END, evaluation_json, parse_evaluation, write_card
+from timm_nrpm.hub.cards import write_card
 from timm_nrpm.hub.publishing import push_to_hub
+from timm_nrpm.hub.templates import BEGIN, END, evaluation_json, parse_evaluation
 from timm_nrpm.models.loading import find_variant
 from timm_nrpm.models.reprogramming import model_sha256
 

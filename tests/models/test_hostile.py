@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 import timm_nrpm
-from timm_nrpm.hub.cards import evaluation_json
+from timm_nrpm.hub.templates import evaluation_json
 from timm_nrpm.models.base import checksum_of
 from timm_nrpm.models.registry import DIGITS
 

@@ -20,7 +20,7 @@ from timm_nrpm.advice.tuning import TUNED_ALL, TUNED_LAMBDA, TUNED_LAYERS
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.evaluation.report import GIVEN, REPROGRAMMED
 from timm_nrpm.evaluation.trials import NOTHING, Advice, Trial
-from timm_nrpm.hub.cards import EVALUATION, evaluation_json
+from timm_nrpm.hub.templates import EVALUATION, evaluation_json
 from timm_nrpm.jobs.journal import Journal, digest_of
 from timm_nrpm.models.reprogramming import identity_of, model_sha256, plain_copy
 from timm_nrpm.models.saving import is_timm, save_loadable

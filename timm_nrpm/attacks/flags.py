@@ -20,8 +20,8 @@ from timm_nrpm.attacks.sparse import SPARSE
 from timm_nrpm.attacks.threats import Threat
 
 MASKED = "gradient_masking"
-"""The same PGD breaks more images along the gradient of the plain model, of `base` or of the linear maps than along the
-model's own."""
+"""The same PGD breaks more images along the gradient of the plain model, of `base`, of the linear maps or of an
+ensemble's member than along the model's own."""
 
 SCORES = "scores_beat_gradient"
 """A random search that sees only the scores breaks images that no attack along the model's own gradient broke."""
@@ -55,9 +55,9 @@ MARGIN = 0.02
 """Share of all images by which an attack must break more than another to count as better."""
 
 MEANINGS = {
-    MASKED: "The same PGD breaks more images along the gradient of the plain model or of the linear maps than along "
-    "the model's own, so its own gradient misleads attackers without keeping them out. At least three images are "
-    "needed to raise this flag.",
+    MASKED: "The same PGD breaks more images along the gradient of the plain model, of the linear maps or of an "
+    "ensemble's member than along the model's own, so its own gradient misleads attackers without keeping them out. At "
+    "least three images are needed to raise this flag.",
     SCORES: "A random search that sees only the scores breaks images that no attack along the model's own gradient "
     "broke. At least three images are needed to raise this flag.",
     NON_FINITE: "A gradient that an attack followed was not finite, so the attack did not move the pixels concerned.",
@@ -208,7 +208,7 @@ def evidence_of(
     left = [c and all(s[i] is not False for s in own) for i, c in enumerate(clean)]
     evidence = {NON_FINITE: float(non_finite)}
     right = {name: sum(s is True for s in survived) for name, (_, survived) in outcomes.items()}
-    elsewhere = [right[name] for name in ("pgd_plain", "pgd_base", "pgd_bpda") if name in right]
+    elsewhere = [right[name] for name in right if name.startswith("pgd_")]
     if "pgd" in right and elsewhere:
         evidence[MASKED] = (right["pgd"] - min(elsewhere)) / count
     searched = [survived for source, survived in outcomes.values() if source == "scores"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from timm_nrpm.attacks.library import gradient_source
 from timm_nrpm.models.calibration import calibrate_, plain_of
 from timm_nrpm.models.reprogramming import lambdas, plain_copy, record_of, reprogram_, reprogrammed_layers
+from timm_nrpm.nn.ensemble import Ensemble
 from timm_nrpm.nn.pixel_model import PixelModel, alike
 from timm_nrpm.nn.wrappers import subject_of, unwrapped
 
@@ -38,6 +39,10 @@ SURROGATES = {
 """Surrogates that an attack may follow in place of the attacked model. A hundred times the eps, or lambda 0.9, added
 little to these: nothing on the paper's narrow ResNet-18, and on the bundled model two images of 180, a gain that the
 mean of three seeds does not show."""
+
+
+MEMBER = "member_"
+"""Start of the names of sources that are parts of an ensemble."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ def sources_of(
     These are `"own"`, the model itself, and `"base"`, if one is given. For a model that has an estimate in some layer
     there are also `"bpda"`, its values with the gradient of the linear maps, and `"plain"`, the plain model; and, if
     there are images to calibrate them with, surrogates whose gradient is smoother, see :data:`SURROGATES`. A surrogate
-    with the statistics of another model would not yield an attack, so each is calibrated separately. All models are put
+    with the statistics of another model would not yield an attack, so each is calibrated separately. Of an ensemble
+    there are also its members, `"member_robust"` for the one called `robust`, and no surrogates. All models are put
     into evaluation mode, `model` and `base` included.
 
     Args:
@@ -88,9 +94,15 @@ def sources_of(
     sources = {"own": Source(own, predicts=True)}
     if base is not None:
         sources["base"] = Source(alike(unwrapped(base), own))
+    if isinstance(own.model, Ensemble):
+        followed = own.model.followed().items()
+        sources |= {f"{MEMBER}{name}": Source(alike(part, own)) for name, part in followed}
     layers = reprogrammed_layers(own.model).values()
     if all(layer.is_plain() for layer in layers):
         return sources
+    if isinstance(own.model, Ensemble):
+        plain = alike(plain_copy(own.model, kept=True), own)
+        return sources | {"bpda": Source(own, linear=True, predicts=True), "plain": Source(plain)}
     plain = plain_of(own, calibration) if calibration else alike(plain_copy(own.model, kept=True), own)
     sources |= {"bpda": Source(own, linear=True, predicts=True), "plain": Source(plain.eval())}
     if not calibration:

@@ -16,6 +16,7 @@ from timm_nrpm.attacks.evolution import HERD, PARTS, evolve
 from timm_nrpm.attacks.library import MOST_TARGETS, Run, auto_attack, fgsm, original_auto_attack, pgd, square
 from timm_nrpm.attacks.pursuit import Pursuit, ascend, likely_targets
 from timm_nrpm.attacks.random_search import search
+from timm_nrpm.attacks.sources import MEMBER
 from timm_nrpm.attacks.sparse import PROPOSED, SPARSE, Sparse
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.checks import check_choice
@@ -27,7 +28,8 @@ EXPECTATION = 8
 arXiv 1707.07397)."""
 
 CYCLE = ("soft", "plain", "soft_short", "halfway", "base")
-"""Sources that the rounds follow in turn. A model without a plain model is attacked along its own gradient."""
+"""Sources that the rounds follow in turn, and after them those of :func:`members_of`. A model with none of these but a
+base is attacked along its own gradient."""
 
 TURNS = ("margin", "cross_entropy")
 """Losses that the ascents climb in turn."""
@@ -128,6 +130,7 @@ def attacks_of(
         attacks.append(Attack("pgd", "own", pursue, passes, always=True))
         # The same attack on every image along other gradients: if they break more, the model's own gradient misleads.
         compared = {"quick": ("plain",), "adaptive": ("plain", "base", "bpda")}.get(suite, ())
+        compared += members_of(sources) if compared else ()
         attacks += [Attack(f"pgd_{name}", name, pursue, passes, always=True) for name in compared if name in sources]
     if suite == "paper":
         attacks.append(Attack("cw", "own", once(_carlini_wagner(threat, effort.steps)), 2 * effort.steps))
@@ -155,10 +158,10 @@ def _pursuit(effort: Effort, sources: Collection[str], classes: int, average: in
     Of every three ascents two continue from the worst points, one up the margin and one up the cross-entropy. The third
     starts anew, alternately up one of these losses and up the margin of the next most likely target.
     """
-    followed = [name for name in CYCLE if name in sources] if "plain" in sources else ["own"]
+    followed = _followed(sources)
     # Sources without an estimate come first: they are cheap, and leave fewer images to the others.
     starts = [name for name in ("plain", "base", "bpda") if name in sources] if "plain" in sources else ["own"]
-    for name in starts:
+    for name in (*starts, *members_of(sources)):
         yield _ascent(effort, name, "margin", average, size=0.5, momentum=0.75, fresh=name in ("plain", "own"))
     targets = count()
     turns = [(stage, rounds_left) for stage in effort.stages for rounds_left in reversed(range(stage.rounds))]
@@ -182,6 +185,17 @@ def _pursuit(effort: Effort, sources: Collection[str], classes: int, average: in
             name = followed[next(herds) // 3 % len(followed)]
             evolution = _evolution(2 * effort.steps, stage.evolution * effort.queries // average, name, average)
             yield replace(evolution, near=stage.near)
+
+
+def members_of(sources: Collection[str]) -> tuple[str, ...]:
+    """Return the names of those sources that are parts of an ensemble."""
+    return tuple(name for name in sources if name.startswith(MEMBER))
+
+
+def _followed(sources: Collection[str]) -> list[str]:
+    """Return the names of the sources that the rounds follow in turn."""
+    found = [name for name in CYCLE if name in sources] if "plain" in sources else ["own"]
+    return [*found, *members_of(sources)]
 
 
 def _ascent(
@@ -271,11 +285,10 @@ def _sparse(threat: Threat, effort: Effort, sources: Collection[str], average: i
     """Yield the attacks of the adaptive suite on few pixels, or on those of a patch. Judged ones start from the images
     along every source, and then from the worst points along one source for each stage. A random search ends them."""
     kind = SPARSE[threat.norm]
-    for source in ("plain", "base", "own", "bpda", "soft", "soft_short", "halfway"):
+    for source in ("plain", "base", "own", "bpda", "soft", "soft_short", "halfway", *members_of(sources)):
         if source in sources:
             yield _judged(kind, effort, source, average, fresh=True)
-    followed = [name for name in CYCLE if name in sources] if "plain" in sources else ["own"]
-    for stage, source in zip(effort.stages, cycle(followed), strict=False):
+    for stage, source in zip(effort.stages, cycle(_followed(sources)), strict=False):
         yield replace(_judged(kind, effort, source, average, fresh=False), near=stage.near)
     queries = effort.queries * sum(stage.rounds + stage.evolution for stage in effort.stages)
     if queries:

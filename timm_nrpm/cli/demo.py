@@ -20,10 +20,10 @@ from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.figures.robustness import draw_lambda
 from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.calibration import calibrate_
-from timm_nrpm.models.loading import from_pretrained
+from timm_nrpm.models.loading import load_variant
 from timm_nrpm.models.registry import DIGITS, create_model
 from timm_nrpm.models.reprogramming import reprogram_
-from timm_nrpm.models.saving import save_pretrained
+from timm_nrpm.models.saving import save_variant
 from timm_nrpm.nn.pixel_model import PixelModel
 
 THREAT = Threat("Linf", 0.15)
@@ -82,11 +82,11 @@ def run(folder: Path, terminal: Terminal, lams: Sequence[float] = LAMBDAS, image
     terminal.show(Text(f"Lambda {lams[-1]:g}, calibrated. {last.verdict}"))
     picture = draw_lambda(reports, folder / "demo.png", title)
     terminal.show(Text(f"Picture: {picture}"))
-    variant = save_pretrained(model, folder / "variant")
+    variant = save_variant(model, folder / "variant")
     size = sum(file.stat().st_size for file in variant.iterdir())
     with torch.no_grad():
         inputs = PixelModel(model).normalise(calibration[0])
-        if not torch.equal(from_pretrained(variant)(inputs), model(inputs)):
+        if not torch.equal(load_variant(variant)(inputs), model(inputs)):
             raise RuntimeError(
                 f"The variant in {variant}, loaded back, gives other logits than the model that was saved."
             )

@@ -20,9 +20,9 @@ from timm_nrpm.cli.wording import called
 from timm_nrpm.config import NRPMConfig
 from timm_nrpm.data.loaders import pixel_loader
 from timm_nrpm.data.readers import FOLDERS
+from timm_nrpm.ensembles.folders import from_pretrained
 from timm_nrpm.models.calibration import calibrate_
 from timm_nrpm.models.creation import create_plain
-from timm_nrpm.models.loading import from_pretrained
 from timm_nrpm.models.registry import create_model
 from timm_nrpm.models.reprogramming import lambdas, reprogram_, reprogrammed_layers
 from timm_nrpm.models.weights import load_published_

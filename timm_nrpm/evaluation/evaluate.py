@@ -24,7 +24,7 @@ from timm_nrpm.data.images import pixels_of
 from timm_nrpm.evaluation.controls import KeptJudge
 from timm_nrpm.evaluation.judge import Judge, Protocol
 from timm_nrpm.evaluation.outcome import Joined, join
-from timm_nrpm.evaluation.report import GIVEN, REPROGRAMMED, TRAINED, RobustnessReport
+from timm_nrpm.evaluation.report import GIVEN, MEMBER, REPROGRAMMED, TRAINED, RobustnessReport
 from timm_nrpm.evaluation.sharing import Share, in_order, judge_all, recorded_warnings, shard_of, together
 from timm_nrpm.jobs.journal import Journal
 from timm_nrpm.jobs.progress import progress_bar
@@ -37,6 +37,7 @@ from timm_nrpm.models.reprogramming import (
     plain_copy,
     reprogrammed_layers,
 )
+from timm_nrpm.nn.ensemble import Ensemble
 from timm_nrpm.nn.pixel_model import PixelModel, alike
 from timm_nrpm.nn.wrappers import subject_of, unwrapped
 from timm_nrpm.version import __version__
@@ -79,7 +80,8 @@ def evaluate(
 
     As a control, the same attacks run on the plain model that was reprogrammed, with the statistics it had then. If
     weights were trained since, that model is no longer available. Give it as `base` in this case; otherwise the same
-    weights at lambda 1 take its place, and the flag `plain_model_changed` is raised.
+    weights at lambda 1 take its place, and the flag `plain_model_changed` is raised. An ensemble is compared with one
+    of its members, and attacks follow its own gradient and that of each member.
 
     Args:
         model: Classifier of normalised images, or a wrapper of one, attacked on the device it is on. Its modes,
@@ -127,7 +129,7 @@ def evaluate(
     model, net = subject.model, subject.on_pixels()
     base = None if base is None else unwrapped(base)
     start = time.perf_counter()
-    plain = _plain_kind(model, base) if control and reprogrammed_layers(model) else ""
+    plain = _plain_kind(model, base) if control else ""
     sha256 = model_sha256(model)
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     with ExitStack() as stack:
@@ -146,7 +148,7 @@ def evaluate(
 
         rows = in_order(together(accelerator, work))
     joined = [join(outcomes) for outcomes in zip(*(row.outcomes for row in rows), strict=True)]
-    if plain:
+    if plain and plain != MEMBER:
         joined[0].evidence[PLAIN_CHANGED] = float(plain == TRAINED)
     report, *others = [_report(results, protocol) for results in joined]
     texts = dict.fromkeys([*warning_texts, *(text for row in rows for text in row.warnings)])
@@ -189,14 +191,17 @@ def _judges(
     controls: Path | None,
 ) -> list[Judge | KeptJudge]:
     """Return the judge of a model, and that of the plain model it is compared with, if there is one."""
-    ours = bool(reprogrammed_layers(net.model))
+    ours = bool(reprogrammed_layers(net.model)) and not isinstance(net.model, Ensemble)
     calibration = first_images(loader) if ours and (protocol.suite == "adaptive" or plain == TRAINED) else []
     sources = sources_of(net.model, calibration, base=base, **net.normalisation())
     own = Judge(sources, protocol)
     if not plain:
         return [own]
     name = "base" if plain == GIVEN else "plain"
-    beside = sources[name].net if len(sources) > 1 else alike(plain_copy(net.model), net)
+    if isinstance(net.model, Ensemble):
+        beside = alike(net.model.member(net.model.reference), net)
+    else:
+        beside = sources[name].net if len(sources) > 1 else alike(plain_copy(net.model), net)
     control = Judge({"own": Source(beside, predicts=True)}, protocol)
     return [own, control if controls is None else _kept(control, controls)]
 
@@ -217,7 +222,11 @@ def _check_reiterable(loader: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def _plain_kind(model: nn.Module, base: nn.Module | None) -> str:
-    """Return which plain model a reprogrammed one is compared with: `REPROGRAMMED`, `GIVEN` or `TRAINED`."""
+    """Return which plain model a model is compared with: `REPROGRAMMED`, `GIVEN`, `TRAINED` or `MEMBER`, or none."""
+    if isinstance(model, Ensemble):
+        return MEMBER
+    if not reprogrammed_layers(model):
+        return ""
     if is_as_reprogrammed(model):
         return REPROGRAMMED
     return GIVEN if base is not None and base.state_dict().keys() == plain_copy(model).state_dict().keys() else TRAINED

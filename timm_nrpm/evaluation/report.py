@@ -15,11 +15,16 @@ CONFIDENCE = 0.95
 SIGNIFICANT = 0.05
 """Largest p-value of McNemar's test at which a difference from the plain model counts as significant."""
 
-REPROGRAMMED, GIVEN, TRAINED = "reprogrammed", "given", "trained"
+REPROGRAMMED, GIVEN, TRAINED, MEMBER = "reprogrammed", "given", "trained", "member"
 """Plain models that a reprogrammed one may be compared with: the one that was reprogrammed; if weights were trained
-since, the one given as `base`; or else the same weights at lambda 1."""
+since, the one given as `base`; or else the same weights at lambda 1. An ensemble is compared with a member of it."""
 
-NAMES = {REPROGRAMMED: "the plain model", GIVEN: "the model it was made from", TRAINED: "the same weights at lambda 1"}
+NAMES = {
+    REPROGRAMMED: "the plain model",
+    GIVEN: "the model it was made from",
+    TRAINED: "the same weights at lambda 1",
+    MEMBER: "the member that it is compared with",
+}
 """Names of these plain models in a verdict."""
 
 
@@ -80,7 +85,7 @@ class RobustnessReport:
         evidence: Numbers that the flags are based on, by flag.
         control: Report of the plain model under the same attacks; None if there was no such model.
         plain: Kind of this plain model: `"reprogrammed"`, the one that was reprogrammed; `"given"`, the one given as
-            `base`; or `"trained"`, the same weights at lambda 1.
+            `base`; `"trained"`, the same weights at lambda 1; or `"member"`, a member of an ensemble.
         versions: Versions of the libraries, by name.
         sha256: Hash of the model's weights, statistics, lambdas and estimates, by
             :func:`timm_nrpm.reprogramming.model_sha256`.

@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_nrpm.errors import PushWarning
 from timm_nrpm.hub.publishing import push_to_hub
-from timm_nrpm.models.saving import needs_weights, save_pretrained
+from timm_nrpm.models.saving import needs_weights, save_variant
 
 
 class Publisher:
@@ -58,7 +58,7 @@ class Publisher:
         place = None
         try:
             place = Path(tempfile.mkdtemp(prefix="push-", dir=self.folder))
-            save_pretrained(model, place / "variant", full=needs_weights(model))
+            save_variant(model, place / "variant", full=needs_weights(model))
         except Exception as error:  # safetensors raises errors of its own for a full disk
             self._fail(str(error), unsaved=True)
             if place is not None:

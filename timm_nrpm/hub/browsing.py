@@ -15,8 +15,9 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from timm_nrpm.config import Estimator
 from timm_nrpm.errors import NotOnHub, Unreachable
 from timm_nrpm.evaluation.report import RobustnessReport
-from timm_nrpm.hub.cards import CARD, EVALUATION, PICTURE, TAGS, parse_evaluation
+from timm_nrpm.hub.cards import PICTURE, TAGS
 from timm_nrpm.hub.publishing import check_repo_id
+from timm_nrpm.hub.templates import CARD, EVALUATION, parse_evaluation
 from timm_nrpm.models.base import Base
 from timm_nrpm.models.downloads import insist
 from timm_nrpm.models.format import CONFIG

@@ -1,18 +1,19 @@
-"""Files of an earlier push in a repository, and which of them are still true of the variant that is pushed now."""
+"""Files of an earlier push in a repository, and which of them are still true of the model that is pushed now."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from timm_nrpm.errors import BrokenVariant, NotOnHub
 from timm_nrpm.evaluation.report import RobustnessReport
-from timm_nrpm.hub.cards import CARD, EVALUATION, PICTURE, parse_evaluation
-from timm_nrpm.models.creation import TIMM_FILES
+from timm_nrpm.hub.cards import PICTURE
+from timm_nrpm.hub.templates import CARD, EVALUATION, parse_evaluation
+from timm_nrpm.models.creation import LARGEST_CONFIG
 from timm_nrpm.models.downloads import Repository
-from timm_nrpm.models.format import CONFIG, LARGEST, Variant, parse_config
+from timm_nrpm.models.format import LARGEST
 
 LARGEST_CARD = 16 << 20
 """Most bytes that a card or a picture may have."""
@@ -29,57 +30,52 @@ class Earlier:
     Attributes:
         repository: The repository at that commit.
         card: Text of its card, if there is one.
-        config: Content of its `nrpm_config.json`, if there is one that this version reads.
+        config: Content of the config of the model in it, if there is one of the same kind that this version reads.
         evaluation: Text of its `evaluation.json`, if there is one.
     """
 
     repository: Repository
     card: str | None
-    config: dict[str, Any] | None
+    config: Mapping[str, Any] | None
     evaluation: str | None
 
     @classmethod
-    def read(cls, repository: Repository) -> Earlier:
+    def read(cls, repository: Repository, config_name: str, parse: Callable[[Path, str], Mapping[str, Any]]) -> Earlier:
         """Read what the repository holds.
 
         Args:
             repository: The repository at the commit that the push continues.
+            config_name: Name of the file that holds the config of a model of the kind that is pushed.
+            parse: Function that checks and reads that file.
 
         Raises:
             timm_nrpm.errors.HubError: The Hub does not answer, or refuses.
         """
-        path = _fetch(repository, CONFIG, LARGEST[CONFIG])
+        path = _fetch(repository, config_name, LARGEST_CONFIG)
         try:
-            config = None if path is None else parse_config(path, str(repository))
+            config = None if path is None else parse(path, str(repository))
         except BrokenVariant:
             config = None  # whatever it holds, it is not the model that is pushed
         files = (_fetch(repository, name, LARGEST.get(name, LARGEST_CARD)) for name in (CARD, EVALUATION))
         card, evaluation = (None if file is None else file.read_text(encoding="utf-8") for file in files)
         return cls(repository, card, config, evaluation)
 
-    def is_of(self, variant: Variant) -> bool:
-        """Whether the repository holds this very model, with or without its weights."""
-        return self.config is not None and bool(self.config["model"] == variant.model)
+    def is_of(self, model: str) -> bool:
+        """Whether the repository holds the model of this hash, with or without its weights."""
+        return self.config is not None and bool(self.config["model"] == model)
 
-    def holds_weights_of(self, variant: Variant) -> bool:
-        """Whether the repository holds the weights that the variant is based on."""
-        if self.config is None or TIMM_FILES[1] not in self.config["files"]:
-            return False
-        base = self.config["base"]
-        return isinstance(base, dict) and base.get("sha256") == variant.base.sha256
-
-    def picture(self, variant: Variant) -> bytes | None:
-        """The repository's picture, as PNG, if it shows these very lambdas."""
-        path = _fetch(self.repository, PICTURE, LARGEST_CARD) if self.is_of(variant) else None
+    def picture(self, model: str) -> bytes | None:
+        """The repository's picture, as PNG, if it shows the lambdas of the model of this hash."""
+        path = _fetch(self.repository, PICTURE, LARGEST_CARD) if self.is_of(model) else None
         return None if path is None else path.read_bytes()
 
     def reports(
-        self, variant: Variant, given: Sequence[RobustnessReport] | None
+        self, model: str, given: Sequence[RobustnessReport] | None
     ) -> tuple[tuple[RobustnessReport, ...], tuple[str, ...]]:
         """The reports that the new card shows, and notes on what becomes of those in the repository.
 
         Args:
-            variant: The variant that is pushed.
+            model: Hash of the model that is pushed.
             given: Its reports, which replace those in the repository; None to keep the latter if they are still true.
 
         Raises:
@@ -87,7 +83,7 @@ class Earlier:
         """
         if self.evaluation is None:
             return tuple(given or ()), ()
-        earlier = self._reports(variant, given is None)
+        earlier = self._reports(model, given is None)
         if earlier is None:
             advice = "" if given else " Evaluate this one, and push it again with its reports."
             return tuple(given or ()), (f"{OF_ANOTHER}{advice}",)
@@ -99,9 +95,9 @@ class Earlier:
         advice = "give it beside the others" if given else "leave out reports="
         return tuple(given), (f"The earlier report under {' and '.join(missing)} was removed: to keep it, {advice}.",)
 
-    def _reports(self, variant: Variant, needed: bool) -> tuple[RobustnessReport, ...] | None:
+    def _reports(self, model: str, needed: bool) -> tuple[RobustnessReport, ...] | None:
         """The reports in the repository: None if they are of another model, `()` if they are broken and not needed."""
-        if not self.is_of(variant):
+        if not self.is_of(model):
             return None
         try:
             reports = tuple(parse_evaluation(self.evaluation or ""))
@@ -112,7 +108,7 @@ class Earlier:
                 f"The {EVALUATION} in {self.repository.repo_id} cannot be read, and nothing was sent: {error} "
                 "Give reports= of this model, or reports=() to remove it."
             ) from None
-        return reports if all(report.sha256 == variant.model for report in reports) else None
+        return reports if all(report.sha256 == model for report in reports) else None
 
 
 def _fetch(repository: Repository, name: str, at_most: int) -> Path | None:

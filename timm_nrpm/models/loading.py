@@ -38,9 +38,14 @@ class Found:
     where: str
     repository: Repository | None = None
 
+    def build(self, cache_dir: str | Path | None, token: str | bool | None, local_files_only: bool) -> nn.Module:
+        """The model of the variant; the arguments are those of :func:`load_variant`."""
+        make_base = partial(self.variant.base.build, cache_dir, token, local_files_only)
+        return self.variant.build(self.find, make_base, self.where)
+
 
 @torch.inference_mode(False)  # no gradient would pass through weights made in that mode
-def from_pretrained(
+def load_variant(
     source: str | Path,
     *,
     base: nn.Module | None = None,
@@ -75,20 +80,18 @@ def from_pretrained(
         timm_nrpm.errors.HubError: The repository cannot be read; the message says why.
 
     Example:
-        >>> model = from_pretrained(save_pretrained(model, "my-variant"))
-        >>> model = from_pretrained("me/resnet18-nrpm", revision="main")
+        >>> model = load_variant(save_variant(model, "my-variant"))
+        >>> model = load_variant("me/resnet18-nrpm", revision="main")
     """
     located = find_variant(
         source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
     )
-    variant = located.variant
     if base is not None:
         if reprogrammed_layers(base):
             raise ValueError("base= is reprogrammed already: give the plain model, timm_nrpm.restore_(base).")
-        variant.base.check(base)
-        return variant.install(base, located.where)
-    make_base = partial(variant.base.build, cache_dir, token, local_files_only)
-    return variant.build(located.find, make_base, located.where)
+        located.variant.base.check(base)
+        return located.variant.install(base, located.where)
+    return located.build(cache_dir, token, local_files_only)
 
 
 def find_variant(
@@ -100,10 +103,10 @@ def find_variant(
     local_files_only: bool = False,
     weights: bool = True,
 ) -> Found:
-    """The checked contents of a folder or a repository, without a model; see :func:`from_pretrained`.
+    """The checked contents of a folder or a repository, without a model; see :func:`load_variant`.
 
     Args:
-        source, revision, cache_dir, token, local_files_only: The same as in :func:`from_pretrained`.
+        source, revision, cache_dir, token, local_files_only: The same as in :func:`load_variant`.
         weights: Whether the weights file of a full variant is fetched and checked as well.
     """
     name = str(source).removeprefix(PREFIX)
@@ -171,7 +174,7 @@ def from_timm(cfg: Mapping[str, Any], pretrained: bool, arguments: Mapping[str, 
     revision = str(cfg.get("hf_hub_id")).partition("@")[2] or None
     cache_dir = arguments.get("cache_dir")
     if pretrained:
-        return from_pretrained(source, revision=revision, cache_dir=cache_dir)
+        return load_variant(source, revision=revision, cache_dir=cache_dir)
     located = find_variant(source, revision=revision, cache_dir=cache_dir)
     variant = located.variant
     try:

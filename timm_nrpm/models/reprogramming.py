@@ -27,6 +27,7 @@ from timm_nrpm.models.plain_statistics import (
 )
 from timm_nrpm.models.provenance import Step
 from timm_nrpm.models.selection import assign, call_order, select
+from timm_nrpm.nn.ensemble import Ensemble
 from timm_nrpm.nn.layers import LINEAR_MAPS, REPROGRAMMED, Reprogrammed, reprogram_layer_, restore_layer_
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.nn.wrappers import copied, unwrapped
@@ -92,6 +93,8 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
         raise ValueError(
             "DistributedDataParallel has counted this model's parameters: reprogram it before wrapping it."
         )
+    if isinstance(unwrapped(model), Ensemble):
+        raise ValueError(f"This {type(model).__name__} is an ensemble: reprogram its members before they are joined.")
     wrapper, model = model, cast(Model, unwrapped(model))
     with torch.inference_mode(False):
         _reprogram_(model, config, example)

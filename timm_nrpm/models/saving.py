@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ def is_timm(model: nn.Module) -> bool:
     return hasattr(model, "pretrained_cfg") and hasattr(model, "num_classes")
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False) -> Path:
+def save_variant(model: nn.Module, folder: str | Path, *, full: bool = False) -> Path:
     """Write a reprogrammed model to a folder.
 
     Args:
@@ -60,7 +60,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
             would lose them; timm would build another model from a full folder; or `folder` holds something else.
 
     Example:
-        >>> save_pretrained(model, "my-variant")
+        >>> save_variant(model, "my-variant")
         PosixPath('my-variant')
     """
     model = unwrapped(model)
@@ -111,12 +111,12 @@ def save_loadable(model: nn.Module, folder: str | Path) -> bool:
     """Save a variant, with its weights where no public name leads to them, so that it can be loaded anywhere.
 
     Args:
-        model, folder: The same as in :func:`save_pretrained`.
+        model, folder: The same as in :func:`save_variant`.
 
     Returns:
         Whether the weights are in it.
     """
-    save_pretrained(model, folder, full=needs_weights(model))
+    save_variant(model, folder, full=needs_weights(model))
     return complete(model, folder)
 
 
@@ -128,13 +128,15 @@ def complete(model: nn.Module, folder: str | Path) -> bool:
     """
     variant = find_variant(folder, weights=False).variant
     if not variant.is_full and not variant.base.is_public:
-        save_pretrained(model, folder, full=True)
+        save_variant(model, folder, full=True)
         return True
     return variant.is_full
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
+def filling(
+    folder: Path, *, kind: str = "variant", config: str = CONFIG, maybe: Collection[str] = TIMM_FILES
+) -> Iterator[Path]:
     """Yield an empty draft folder, whose files, a whole variant, are moved to `folder` at the end.
 
     A new folder appears in one step. In a folder that holds a variant the config is replaced last: if that is
@@ -142,6 +144,9 @@ def filling(folder: Path) -> Iterator[Path]:
 
     Args:
         folder: Path of the variant's folder. The draft is made beside it, or in it if it exists.
+        kind: What the folder holds, in a word.
+        config: Name of the file that every such folder has, and no other.
+        maybe: Names of files of such a folder that the new one may lack.
 
     Raises:
         ValueError: `folder` is a file, or exists and holds something else than a variant.
@@ -150,8 +155,8 @@ def filling(folder: Path) -> Iterator[Path]:
         raise ValueError(f"{folder} is a file, and a variant is a folder: choose another name.")
     fresh = not folder.exists()
     others = [] if fresh else [f.name for f in folder.iterdir() if not f.name.startswith(DRAFT)]
-    if others and CONFIG not in others:
-        raise ValueError(f"{folder} exists and holds no variant: choose a new or an empty folder.")
+    if others and config not in others:
+        raise ValueError(f"{folder} exists and holds no {kind}: choose a new or an empty folder.")
     place, prefix = (folder.parent, f"{DRAFT}{folder.name}-") if fresh else (folder, DRAFT)
     place.mkdir(parents=True, exist_ok=True)
     for stale in place.iterdir():  # left by a process that was killed
@@ -164,10 +169,10 @@ def filling(folder: Path) -> Iterator[Path]:
         if fresh and not folder.exists():
             os.replace(draft, folder)
             return
-        ready = sorted(draft.iterdir(), key=lambda f: f.name == CONFIG)
+        ready = sorted(draft.iterdir(), key=lambda f: f.name == config)
         for file in ready:
             os.replace(file, folder / file.name)
-    for name in set(TIMM_FILES) - {f.name for f in ready}:
+    for name in set(maybe) - {f.name for f in ready}:
         (folder / name).unlink(missing_ok=True)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from timm_nrpm.evaluation.history import History
 from timm_nrpm.figures.history import draw_history
 from timm_nrpm.hub.background import Publisher
-from timm_nrpm.models.saving import DRAFT, needs_weights, save_pretrained
+from timm_nrpm.models.saving import DRAFT, needs_weights, save_variant
 from timm_nrpm.tuning.checkpoints import Checkpoint, Checkpoints
 
 
@@ -133,7 +133,7 @@ class RunFolder:
             except ImportError as error:
                 warnings.warn(f"No picture: {error}", stacklevel=6)
             try:
-                save_pretrained(model, self.path / "variant", full=needs_weights(model))
+                save_variant(model, self.path / "variant", full=needs_weights(model))
             except ValueError as error:  # the tuned model stays in memory, and the call succeeds
                 warnings.warn(
                     f"No variant was written, and only the memory and the last checkpoint hold the weights: {error} "
@@ -150,7 +150,7 @@ class RunFolder:
         self.rehearsed = True
         with tempfile.TemporaryDirectory(prefix=DRAFT, dir=self.path) as folder:
             try:
-                save_pretrained(model, Path(folder) / "variant", full=needs_weights(model))
+                save_variant(model, Path(folder) / "variant", full=needs_weights(model))
             except ValueError as error:
                 warnings.warn(f"This run will leave checkpoints, but no variant at its end: {error}", stacklevel=7)
 

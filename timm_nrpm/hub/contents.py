@@ -1,0 +1,200 @@
+"""What a push holds: the files of a variant or of an ensemble, and the card that describes them."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from timm_nrpm.ensembles.folders import ENSEMBLE, FoundEnsemble, find_ensemble, parse_ensemble, save_pretrained
+from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.hub.cards import PICTURE, write_card
+from timm_nrpm.hub.ensemble_cards import write_ensemble_card
+from timm_nrpm.hub.templates import CARD, EVALUATION
+from timm_nrpm.models.creation import TIMM_FILES
+from timm_nrpm.models.format import CONFIG, TENSORS, parse_config
+from timm_nrpm.models.loading import Found, find_variant
+from timm_nrpm.models.saving import filling, needs_weights, save_variant
+from timm_nrpm.nn.ensemble import Ensemble
+from timm_nrpm.nn.wrappers import unwrapped
+
+FILES = (CONFIG, TENSORS, *TIMM_FILES, EVALUATION, PICTURE, CARD)
+"""The files of a repository that belong to a variant; all others stay."""
+
+
+@dataclass(frozen=True)
+class Contents(ABC):
+    """The files of a push, in a folder.
+
+    Attributes:
+        source: A model, or the folder that holds it.
+        folder: Folder to which the files are written.
+    """
+
+    source: nn.Module | Path
+    folder: Path
+
+    @abstractmethod
+    def fill(self, full: bool | None) -> None:
+        """Write the model's own files; `full` is that of :func:`timm_nrpm.push_to_hub`."""
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """Hash of the model, as reports have it."""
+
+    @abstractmethod
+    def write_card(
+        self,
+        name: str,
+        reports: Sequence[RobustnessReport],
+        existing: str | None,
+        license: str | None,
+        datasets: Sequence[str],
+        picture: bytes | None,
+    ) -> None:
+        """Write the card; the arguments are those of :func:`timm_nrpm.hub.cards.write_card`."""
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Names of the model's own files."""
+
+    @abstractmethod
+    def belongs(self, name: str) -> bool:
+        """Whether a file of that name belongs to such a model, and goes if the new one has none."""
+
+    @abstractmethod
+    def read(self, path: Path, where: str) -> Mapping[str, Any]:
+        """Content of the config of an earlier model, see :func:`timm_nrpm.models.format.parse_config`."""
+
+    @property
+    @abstractmethod
+    def config(self) -> str:
+        """Name of the file that holds the config."""
+
+    def is_based_on(self, earlier: Mapping[str, Any]) -> bool:
+        """Whether an earlier model, by its config, holds the weights that this one is based on."""
+        return False
+
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of each file to send: the model's own and its card's, and no others in the folder."""
+        names = (*self.names(), EVALUATION, PICTURE, CARD)
+        return {name: (self.folder / name).stat().st_size for name in names if (self.folder / name).is_file()}
+
+
+class VariantContents(Contents):
+    """The files of a reprogrammed model."""
+
+    config = CONFIG
+
+    def fill(self, full: bool | None) -> None:
+        if isinstance(self.source, nn.Module):
+            save_variant(self.source, self.folder, full=needs_weights(self.source) if full is None else full)
+            return
+        found = find_variant(self.source)
+        if full is not None and full != found.variant.is_full:
+            held = "with its weights" if found.variant.is_full else "without its weights"
+            raise ValueError(
+                f"{self.source} holds a variant {held}: load it and push the model, or leave out full={full}."
+            )
+        if self.folder.resolve() != self.source.resolve():
+            with filling(self.folder) as draft:
+                for name in (CONFIG, *found.variant.files):
+                    shutil.copyfile(found.find(name), draft / name)
+
+    @property
+    def sha256(self) -> str:
+        return self._found().variant.model
+
+    def write_card(
+        self,
+        name: str,
+        reports: Sequence[RobustnessReport],
+        existing: str | None,
+        license: str | None,
+        datasets: Sequence[str],
+        picture: bytes | None,
+    ) -> None:
+        write_card(self.folder, name, reports, existing, license=license, datasets=datasets, picture=picture)
+
+    def names(self) -> tuple[str, ...]:
+        return (CONFIG, *self._found().variant.files)
+
+    def belongs(self, name: str) -> bool:
+        return name in FILES
+
+    def read(self, path: Path, where: str) -> Mapping[str, Any]:
+        return parse_config(path, where)
+
+    def is_based_on(self, earlier: Mapping[str, Any]) -> bool:
+        base = earlier["base"]
+        held = TIMM_FILES[1] in earlier["files"] and isinstance(base, dict)
+        return held and base.get("sha256") == self._found().variant.base.sha256
+
+    def _found(self) -> Found:
+        return find_variant(self.folder, weights=False)
+
+
+class EnsembleContents(Contents):
+    """The files of an ensemble."""
+
+    config = ENSEMBLE
+
+    def fill(self, full: bool | None) -> None:
+        if isinstance(self.source, nn.Module):
+            save_pretrained(self.source, self.folder, full=bool(full))
+            return
+        if full is not None:
+            raise ValueError(f"{self.source} holds an ensemble as it was saved: leave out full={full}.")
+        found = find_ensemble(self.source)
+        assert found is not None
+        if self.folder.resolve() != self.source.resolve():
+            with filling(self.folder, kind="ensemble", config=ENSEMBLE) as draft:
+                for name in (ENSEMBLE, *found.content["files"]):
+                    shutil.copyfile(found.find(name), draft / name)
+
+    @property
+    def sha256(self) -> str:
+        return str(self._found().content["model"])
+
+    def write_card(
+        self,
+        name: str,
+        reports: Sequence[RobustnessReport],
+        existing: str | None,
+        license: str | None,
+        datasets: Sequence[str],
+        picture: bytes | None,
+    ) -> None:
+        write_ensemble_card(self.folder, name, reports, existing, license=license, datasets=datasets)
+
+    def names(self) -> tuple[str, ...]:
+        return (ENSEMBLE, *self._found().content["files"])
+
+    def belongs(self, name: str) -> bool:
+        return name in (*FILES, ENSEMBLE) or name.partition(".")[2] in FILES
+
+    def read(self, path: Path, where: str) -> Mapping[str, Any]:
+        return parse_ensemble(path, where)
+
+    def _found(self) -> FoundEnsemble:
+        found = find_ensemble(self.folder)
+        assert found is not None
+        return found
+
+
+def contents_of(model: nn.Module | str | Path, folder: Path) -> Contents:
+    """What a push of a model, or of a folder that holds one, consists of; it is written to `folder`."""
+    if isinstance(model, nn.Module):
+        return (
+            EnsembleContents(model, folder)
+            if isinstance(unwrapped(model), Ensemble)
+            else VariantContents(model, folder)
+        )
+    is_ensemble = (Path(model) / ENSEMBLE).is_file()
+    return EnsembleContents(Path(model), folder) if is_ensemble else VariantContents(Path(model), folder)

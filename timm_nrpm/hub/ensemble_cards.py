@@ -1,0 +1,129 @@
+"""Cards of ensembles, which say what they are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import validate_repo_id
+
+from timm_nrpm.ensembles.folders import FoundEnsemble, find_ensemble
+from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.hub.cards import TAGS, described, license_of, repository_of
+from timm_nrpm.hub.templates import (
+    CARD,
+    Kept,
+    Metadata,
+    check_reports,
+    kept_of,
+    measured,
+    results_of,
+    write_evaluation,
+    written,
+)
+from timm_nrpm.models.creation import TIMM_FILES
+from timm_nrpm.models.format import Variant
+
+WHAT = {
+    "adaptive-smoothing": "the probabilities of an accurate and of a robust model, mixed "
+    "([Bai et al., arXiv 2301.12554](https://arxiv.org/abs/2301.12554))",
+    "crossmax": "one model at several resolutions and depths, whose predictions are joined robustly "
+    "([Fort and Lakshminarayanan, arXiv 2408.05446](https://arxiv.org/abs/2408.05446))",
+}
+"""What each kind of ensemble is, in Markdown."""
+
+CAVEAT = (
+    "If the interval contains that member's number, joining has not been shown to help; if the interval lies below "
+    "that number,\njoining has been shown to harm."
+)
+
+
+def write_ensemble_card(
+    folder: Path,
+    name: str,
+    reports: Sequence[RobustnessReport] = (),
+    existing: str | None = None,
+    *,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+) -> Path:
+    """Write the card of the ensemble in a folder, and the reports behind it.
+
+    Args:
+        folder: Folder that holds an ensemble.
+        name, reports, existing, license, datasets: The same as in :func:`timm_nrpm.hub.cards.render`.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        ValueError: A report is on another model, no licence is known, or the existing card cannot be read.
+    """
+    validate_repo_id(name)
+    found = find_ensemble(folder)
+    if found is None:
+        raise ValueError(f"{folder} holds no ensemble: give a folder that save_pretrained wrote of one.")
+    check_reports(reports, str(found.content["model"]))
+    write_evaluation(reports, folder)
+    variants = {member: each.variant for member, each in found.members().items()}
+    kept = kept_of(existing, name)
+    data = _metadata(variants, folder, name, reports, kept, license, datasets)
+    beside = "worst case of the member that it is compared with"
+    content = _content(found, variants, name) | measured(reports, beside, CAVEAT)
+    (folder / CARD).write_text(str(written("ensemble.md", data, kept, content)), encoding="utf-8")
+    return folder / CARD
+
+
+def _content(found: FoundEnsemble, variants: dict[str, Variant], name: str) -> Metadata:
+    """The values of the template's variables, but for those on robustness."""
+    kind, described_members = found.content["kind"], found.content["members"]
+    members = []
+    for member, variant in variants.items():
+        plain = described_members[member]["plain"]
+        members.append((member, described(variant), "none" if plain else str(len(variant.lams))))
+    settings = [(key, json.dumps(value)) for key, value in found.content["settings"].items() if value is not None]
+    channels = max(len(each["mean"]) for each in described_members.values())
+    resized = any(each["size"] for each in described_members.values())
+    return {"name": name, "kind": kind, "what": WHAT[kind], "members": members, "settings": settings,
+            "channels": channels, "resized": resized}  # fmt: skip
+
+
+def _metadata(
+    variants: dict[str, Variant],
+    folder: Path,
+    name: str,
+    reports: Sequence[RobustnessReport],
+    kept: Kept,
+    license: str | None,
+    datasets: Sequence[str],
+) -> Metadata:
+    """The metadata of a new card: the earlier card's, except for what follows from the ensemble and its reports."""
+    data: Metadata = {**kept.metadata, "library_name": "timm_nrpm", "pipeline_tag": "image-classification"}
+    bases = [repository for variant in variants.values() if (repository := repository_of(variant))]
+    if bases:
+        data["base_model"] = list(dict.fromkeys(bases))
+    if reports:
+        data["model_name"] = name.rpartition("/")[2]
+        data["eval_results"] = [result for report in reports for result in results_of(report)]
+    if license is not None or "license" not in data:
+        data |= _license(license, variants, folder)
+    data["tags"] = list(dict.fromkeys([*TAGS, "ensemble", *(kept.metadata.get("tags") or [])]))
+    if datasets:
+        data["datasets"] = list(datasets)
+    return data
+
+
+def _license(given: str | None, variants: dict[str, Variant], folder: Path) -> dict[str, Any]:
+    """Metadata of the licence that was given, or else of the one that all members' weights have.
+
+    Raises:
+        ValueError: None was given, and the members' differ or are not known.
+    """
+    found = [license_of(given, variant, folder / f"{member}.{TIMM_FILES[0]}") for member, variant in variants.items()]
+    if any(each != found[0] for each in found):
+        names = ", ".join(f"{each.get('license_name', each['license'])} of {name}"
+                          for name, each in zip(variants, found, strict=True))  # fmt: skip
+        raise ValueError(f"The members' weights have different licences, {names}: give the ensemble's as license=.")
+    return found[0]
