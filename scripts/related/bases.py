@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "reproduce"))
 import adaptation_bases
 from lab import Lab
+from subnetworks import QUICK, networks
 
 from timm_nrpm.data.loaders import digits
 
@@ -31,14 +31,12 @@ class Bases:
 
     def __init__(self, shared: Path, kept: Path) -> None:
         self.shared, self.lab = shared, Lab("quick", shared / "data", shared / "checkpoints", kept / "models")
-        effort = replace(self.lab.efforts["resnet"], samples=25_000, epochs=8)
-        self.lab.efforts = {**self.lab.efforts, "resnet": effort}
 
     def narrow(self, *, robust: bool) -> nn.Module:
-        """The narrow ResNet-18 of CIFAR-10, with the published adversarially trained weights, or naturally trained."""
-        if robust:
-            return self.lab.plain("resnet", "resnet18_cifar_narrow").eval()
-        return self.lab.trained("resnet", "resnet18_cifar_narrow", {"objective": "clean", "eps": 0.0}).eval()
+        """The narrow ResNet-18 of CIFAR-10, with the published adversarially trained weights, or trained on from these
+        on clean images."""
+        natural, star = networks(self.lab, QUICK[0])
+        return (star if robust else natural).eval()
 
     def cifar(self, part: str, count: int) -> Images:
         """Images of CIFAR-10 for training (`"train"`), to choose on (`"selection"`) and to judge on (`"report"`)."""

@@ -79,8 +79,8 @@ class AdaptiveSmoothing(Ensemble):
 
     Example:
         >>> mixture = AdaptiveSmoothing(plain, model, share=0.7)
-        >>> mixture(pixels).exp().sum(1).round().unique()
-        tensor([1.])
+        >>> mixture(pixels).shape
+        torch.Size([32, 10])
     """
 
     kind = "adaptive-smoothing"

@@ -45,7 +45,7 @@ def fit_probes(
 
     Example:
         >>> probes = fit_probes(model, training_loader, ["layer2", "layer3"])
-        >>> CrossMax(model, probes=probes)(pixels).shape
+        >>> timm_nrpm.ensembles.crossmax.CrossMax(model, probes=probes)(pixels).shape
         torch.Size([32, 10])
     """
     check_number("penalty", penalty, least=0)

@@ -1,0 +1,65 @@
+"""Ensembles on the Hub, by the real client, in a process of its own."""
+
+from __future__ import annotations
+
+import hub_worker
+import pytest
+from hub_worker import Failed
+
+hub, repo, worker = (getattr(hub_worker, name) for name in ("hub", "repo", "worker"))
+
+MIXTURE = "nrpm.ensembles.adaptive_smoothing.AdaptiveSmoothing(plain, variant(0.5), share={share})"
+
+
+def pushed(worker, repo, share=0.6, **arguments):
+    return worker.push(repo, MIXTURE.format(share=share), **arguments)
+
+
+def test_what_was_pushed_is_loaded(hub, worker, repo):
+    done = pushed(worker, repo)
+    names = {"nrpm_ensemble.json", "nrpm_ensemble.safetensors", "README.md"}
+    names |= {f"{member}.{file}" for member in ("accurate", "robust")
+              for file in ("nrpm_config.json", "nrpm.safetensors", "config.json")}  # fmt: skip
+    assert set(done["files"]) == names
+    assert worker.load(repo) == worker(f"seen({MIXTURE.format(share=0.6)})")
+    assert pushed(worker, repo)["uploaded"] == []
+    card = hub.repo(repo).files()["README.md"].decode()
+    assert "is an ensemble (adaptive-smoothing)" in card
+    assert "| `robust` | timm_nrpm's `resnet8_digits` |" in card
+    assert "**Not evaluated.**" in card
+
+
+def test_another_share_is_another_model(hub, worker, repo):
+    first = pushed(worker, repo)
+    second = pushed(worker, repo, 0.9)
+    assert set(second["uploaded"]) == {"nrpm_ensemble.json", "README.md"}
+    assert worker.load(repo) == worker(f"seen({MIXTURE.format(share=0.9)})")
+    assert worker.load(repo, revision=first["commit"]) == worker(f"seen({MIXTURE.format(share=0.6)})")
+
+
+def test_an_ensemble_takes_the_place_of_a_variant(hub, worker, repo):
+    worker.push(repo)
+    done = pushed(worker, repo)
+    assert set(done["deleted"]) == {"nrpm_config.json", "nrpm.safetensors", "config.json", "lambdas.png"}
+    assert worker.load(repo) == worker(f"seen({MIXTURE.format(share=0.6)})")
+
+
+def test_reports_of_another_model_are_refused(worker, repo):
+    with pytest.raises(Failed, match="is of another model"):
+        worker(f"push({MIXTURE.format(share=0.6)}, {repo!r}, reports=report(variant(0.5)))")
+
+
+def test_its_report_is_on_the_card_and_stays(hub, worker, repo):
+    mixture = MIXTURE.format(share=0.6)
+    worker(f"push({mixture}, {repo!r}, reports=report({mixture}))")
+    card = hub.repo(repo).files()["README.md"].decode()
+    assert "worst case of the member that it is compared with" in card
+    assert "joining has not been shown to help" in card
+    again = pushed(worker, repo)
+    assert again["uploaded"] == []
+    assert "was kept" in again["notes"][0]
+
+
+def test_a_repository_that_is_not_there(worker, repo):
+    with pytest.raises(Failed, match=f"^NotOnHub: .*{repo}.*There is no folder {repo} either"):
+        worker.load(repo)
