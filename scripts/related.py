@@ -1,8 +1,9 @@
 """Related systems that need no retraining, each beside its control (docs/related.md says what they are).
 
-    python scripts/related.py --shared SHARED --kept FOLDER                     # all parts: hours on two cores
-    python scripts/related.py --shared SHARED --kept FOLDER --parts ensembles   # one part
-    python scripts/related.py --shared SHARED --kept FOLDER --page              # the page from what is kept
+    python scripts/related.py --quick --shared SHARED --kept FOLDER                     # hours on two cores
+    python scripts/related.py --quick --shared SHARED --kept FOLDER --parts ensembles   # one part
+    python scripts/related.py --shared SHARED --kept FOLDER                             # with more images, for a GPU
+    python scripts/related.py --shared SHARED --kept FOLDER --page                      # the page from what is kept
 
 Settings are chosen on other images than those that effects are measured on. A run that was stopped goes on. Writes
 results/related.json and .md.
@@ -17,11 +18,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent / "related"))
 import ensembles
 from bases import Bases
 from row import Row
+
+ROOT = Path(__file__).parents[1]
 
 PARTS: dict[str, tuple[str, Callable[[Bases, Path], list[Row]]]] = {
     "ensembles": ("Models made of models", ensembles.rows),
@@ -51,11 +53,12 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True, help="folder of the datasets and of published weights")
     parser.add_argument("--kept", type=Path, required=True, help="folder of trained networks and of what is measured")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
+    parser.add_argument("--quick", action="store_true", help="some hundred images, for two cores; else five times more")
     parser.add_argument("--page", action="store_true", help="measure nothing, and write the page from what is kept")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the page")
     args = parser.parse_args()
     args.kept.mkdir(parents=True, exist_ok=True)
-    bases = Bases(args.shared, args.kept)
+    bases = Bases(args.shared, args.kept, times=1 if args.quick else 5)
     for name in () if args.page else args.parts:
         rows = PARTS[name][1](bases, args.kept / name)
         (args.kept / f"{name}.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -27,9 +27,11 @@ class Bases:
     Args:
         shared: Folder of the datasets and of the published weights.
         kept: Folder of the networks that are trained here, which takes some minutes once.
+        times: Factor to the numbers of images of CIFAR-10 to choose on and to judge on.
     """
 
-    def __init__(self, shared: Path, kept: Path) -> None:
+    def __init__(self, shared: Path, kept: Path, *, times: int = 1) -> None:
+        self.times = times
         self.shared, self.lab = shared, Lab("quick", shared / "data", shared / "checkpoints", kept / "models")
 
     def narrow(self, *, robust: bool) -> nn.Module:
@@ -42,7 +44,7 @@ class Bases:
         """Images of CIFAR-10 for training (`"train"`), to choose on (`"selection"`) and to judge on (`"report"`)."""
         if part == "train":
             return self.lab.images("cifar10", "train", count)
-        return _every_other(self.lab.images("cifar10", "test", 2 * count), part)
+        return _every_other(self.lab.images("cifar10", "test", 2 * self.times * count), part)
 
     def digits(self) -> nn.Module:
         """The bundled model of handwritten digits."""

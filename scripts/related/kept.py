@@ -22,7 +22,7 @@ def batches(pixels: Tensor, labels: Tensor, size: int = 100) -> Batches:
 def evaluated(
     file: Path, model: nn.Module, images: Batches, threat: Threat, suite: str = "adaptive", effort: str = "fast"
 ) -> RobustnessReport:
-    """The report of an evaluation without a control, from the file if it is there; `effort` is of the adaptive suite."""
+    """The report of an evaluation without a control, from the file if it is there; `effort` is the adaptive suite's."""
     if not file.exists():
         effort = effort if suite == "adaptive" else "default"
         torch.manual_seed(0)
