@@ -15,7 +15,7 @@ from torchvision.utils import save_image
 import timm_nrpm
 from timm_nrpm import Shift, Threat, advise
 from timm_nrpm.advice import inquiry as wing
-from timm_nrpm.advice import lambdas, smoothing
+from timm_nrpm.advice import lambdas, mixing, smoothing, tuning
 from timm_nrpm.advice.strategy import Candidate, Strategy
 from timm_nrpm.advice.study import Part, Study
 from timm_nrpm.advice.tuning import TUNED_ALL
@@ -215,6 +215,25 @@ def test_attacked_like_evaluate_does(fragile, images, tmp_path, monkeypatch):
     assert torch.equal(weights["fc.weight"], better.fc.weight)
     plain = timm_nrpm.evaluate(fragile, report, threat, effort="fast", control=False, **normalisation)
     assert advice.nothing.report.threat == "".join(str(int(each)) for each in plain.survivors)
+
+
+@pytest.mark.slow
+def test_a_mixture_with_the_tuned_model_is_saved_and_evaluates_to_the_same(model, images, monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "EPOCHS", 4)
+    monkeypatch.setattr(mixing, "SHARES", (0.9,))
+    monkeypatch.setattr(wing, "STRATEGIES", (mixing.MIXING,))
+    threat, bounds = Threat("Linf", 0.15), {"clean_loss": 10, "effect": 10, "seconds": 2000}
+    loader = training(1000)
+    (advice,) = advise(model, images[0], threat, selection=images[1], training=loader, folder=tmp_path, **bounds)
+    trial = advice.trials[1]
+    assert trial.setting == "tuned model's share 0.9"
+    assert 1 < trial.slowdown < 10
+    assert advice.helps, str(advice)
+    mixture = timm_nrpm.from_pretrained(tmp_path / "Linf-0.15" / "variant")
+    again = timm_nrpm.evaluate(mixture, images[0], threat, effort="fast", base=model, control=False)
+    assert advice.advised.report.threat == "".join(str(int(each)) for each in again.survivors)
+    tuned = timm_nrpm.from_pretrained(tmp_path / "Linf-0.15" / "all-layers-plain" / "variant")
+    assert torch.equal(mixture.member("robust").net.model.fc.weight, tuned.fc.weight)
 
 
 @pytest.mark.parametrize("slowdown", [10, 1000])

@@ -13,11 +13,13 @@ from torch import nn
 
 from timm_nrpm.advice.adaptation import ADAPTATION
 from timm_nrpm.advice.lambdas import BY_LAYER, ESTIMATE, ONE_LAMBDA, STANDARD_UNITS
+from timm_nrpm.advice.mixing import MIXING
 from timm_nrpm.advice.smoothing import SMOOTHING
 from timm_nrpm.advice.strategy import Candidate, Strategy
 from timm_nrpm.advice.study import Study
 from timm_nrpm.advice.tuning import TUNED_ALL, TUNED_LAMBDA, TUNED_LAYERS
 from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.ensembles.folders import save_pretrained
 from timm_nrpm.evaluation.report import GIVEN, REPROGRAMMED
 from timm_nrpm.evaluation.trials import NOTHING, Advice, Trial
 from timm_nrpm.hub.templates import EVALUATION, evaluation_json
@@ -25,12 +27,14 @@ from timm_nrpm.jobs.journal import Journal, digest_of
 from timm_nrpm.models.reprogramming import identity_of, model_sha256, plain_copy
 from timm_nrpm.models.saving import is_timm, save_loadable
 from timm_nrpm.models.tensors import write_tensors
+from timm_nrpm.nn.ensemble import Ensemble
 from timm_nrpm.version import __version__
 
 STRATEGIES: tuple[Strategy, ...] = (
-    ADAPTATION, TUNED_LAYERS, TUNED_ALL, STANDARD_UNITS, ONE_LAMBDA, ESTIMATE, BY_LAYER, TUNED_LAMBDA, SMOOTHING,
+    ADAPTATION, TUNED_LAYERS, TUNED_ALL, MIXING, STANDARD_UNITS, ONE_LAMBDA, ESTIMATE, BY_LAYER, TUNED_LAMBDA,
+    SMOOTHING,
 )  # fmt: skip
-"""All strategies; first those that leave the model as fast as it is, since they are the quickest to try as well."""
+"""All strategies; first those that leave the model about as fast as it is, since they are the quickest to try."""
 
 MORE_TRIED = 4.0
 """Expected number of passes of attacks on a reprogrammed model, in times those on the plain model."""
@@ -244,7 +248,10 @@ class Inquiry:
         if candidate.is_trained and not is_timm(model):
             write_tensors(plain_copy(model).state_dict(), self.study.folder / "weights.safetensors")
             return
-        save_loadable(model, folder)
+        if isinstance(model, Ensemble):
+            save_pretrained(model, folder)
+        else:
+            save_loadable(model, folder)
         report, control = self.study.report_of(candidate.setting), self.study.report_of(AS_IT_IS.setting)
         if report is not None and control is not None:
             plain = GIVEN if candidate.is_trained else REPROGRAMMED

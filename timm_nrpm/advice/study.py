@@ -26,6 +26,7 @@ from timm_nrpm.evaluation.shifts import Shift
 from timm_nrpm.evaluation.trials import Bounds, Kept, digits_of
 from timm_nrpm.models.calibration import calibrate_
 from timm_nrpm.models.reprogramming import reprogram_, reprogrammed_layers
+from timm_nrpm.nn.ensemble import Ensemble
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.nn.wrappers import copied, subject_of
 
@@ -225,7 +226,8 @@ class Study:
 
     def slowdown(self, model: nn.Module) -> float:
         """Latency of a candidate over that of the model as it is, measured by turns."""
-        if all(layer.is_plain() for layer in reprogrammed_layers(model).values()):
+        same = not isinstance(model, Ensemble)
+        if same and all(layer.is_plain() for layer in reprogrammed_layers(model).values()):
             return 1.0  # the same operations
         batch = self.parts["selection"].pixels[:TIMED]
         nets = [self.on_pixels(each) for each in (self.model, model)]

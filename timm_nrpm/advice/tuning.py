@@ -29,6 +29,8 @@ the size that suits seven, hardly reach the bound."""
 PARTS = (0.75, 0.5, 0.25)
 """Shares of the way from the weights as they are to the tuned ones."""
 
+ALL = "all layers"
+
 LAM = 0.8
 """Lambda that tuning starts from, beside 1."""
 
@@ -45,7 +47,14 @@ def _few(study: Study) -> Candidates:
 
 
 def _all(study: Study) -> Candidates:
-    yield from _pair(study, "all layers", _weights(study))
+    yield from _pair(study, ALL, _weights(study))
+
+
+def tuned_whole(study: Study) -> Candidate:
+    """The plain model with all layers tuned; where that was done already, it takes no time."""
+    candidate = _candidate(study, f"{ALL}, plain", 1.0, TuneConfig(paradigm="all", trainable=_weights(study)))
+    done = (study.folder / file_name(candidate.setting) / "variant").exists()
+    return replace(candidate, seconds=0.0) if done else candidate
 
 
 def _weights(study: Study) -> tuple[str, ...]:
