@@ -1,4 +1,4 @@
-"""Results of randomized smoothing (Cohen et al., arXiv 1902.02918): certified radii and their curve."""
+"""Results of randomized smoothing (Cohen et al., arXiv 1902.02918), whole or in halves: certified radii and their curve."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from timm_nrpm.checks import check_number
+from timm_nrpm.checks import check_choice, check_number
+
+WHOLE, HALVES = "whole", "halves"
+"""Ways of smoothing: noise on all pixels at once, or on each of two halves of the pixels by itself."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Certificate:
         selected, votes: Number of the first n0 samples, and of the n samples after them, that got the candidate class.
         not_a_number: Number of the n0 + n samples whose logits contained NaN. They vote for no class.
         seconds: Time spent on the image, in seconds. Certificates that differ only in this are equal.
+        first_votes: Number of the `votes` that the first half of the pixels gave; None where the pixels were smoothed as
+            a whole.
     """
 
     label: int
@@ -34,6 +39,7 @@ class Certificate:
     votes: int
     not_a_number: int = 0
     seconds: float = field(default=0.0, compare=False)
+    first_votes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class CertificationReport:
         weights: Hash of the model's weights, by :func:`timm_nrpm.models.base.weights_sha256`.
         versions: Versions of the libraries, by name.
         images: Certificates of the images, in the order of the loader.
+        smoothing: `"whole"` for noise on all pixels at once (:func:`timm_nrpm.certify`), or `"halves"` for two halves
+            of the pixels, each with half of the n0 and of the n samples (:func:`timm_nrpm.halves.certify_halves`).
 
     Example:
         >>> report = certify(model, loader, sigma=0.25, n=500)
@@ -66,22 +74,29 @@ class CertificationReport:
     weights: str
     versions: dict[str, str]
     images: tuple[Certificate, ...] = field(repr=False)
+    smoothing: str = WHOLE
 
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
+        check_choice("smoothing", self.smoothing, (WHOLE, HALVES))
 
     def __str__(self) -> str:
         shares = f"certified {100 * self.certified_accuracy(0.0):.1f} %, abstained {100 * self.abstained:.1f} %"
         radius = f"average certified radius {self.average_certified_radius:.3f}"
-        summary = f"{self.name}, {len(self.images)} images, sigma {self.sigma:g}: {shares}, {radius}"
+        summary = f"{self.title}, {len(self.images)} images, sigma {self.sigma:g}: {shares}, {radius}"
         return f"{summary}. {self.why_abstained()}" if self.abstained == 1 else summary
+
+    @property
+    def title(self) -> str:
+        """Name of the model, and how it was smoothed unless that was as a whole."""
+        return self.name if self.smoothing == WHOLE else f"{self.name}, in halves"
 
     def why_abstained(self) -> str:
         """Return why images have no certificate: how many votes one takes, and the most that such an image had."""
         most = max((image.votes for image in self.images if image.predicted is None), default=0)
         reason = (
-            f"At confidence {self.confidence} a certificate takes {self.votes_needed} of {self.n} votes for one class, "
-            f"and no image had more than {most}: give more samples n, less noise sigma, or a model trained under noise."
+            f"At confidence {self.confidence} a certificate takes {self.votes_needed} of {self.n} votes for one class"
+            f"{'' if self.smoothing == WHOLE else ', if both halves give as many'}, and no image had more than {most}: give more samples n, less noise sigma, or a model trained under noise."
         )
         lost, drawn = sum(image.not_a_number for image in self.images), len(self.images) * (self.n0 + self.n)
         return f"{reason} {lost} of {drawn} noisy samples gave logits that are no numbers." if lost else reason
@@ -125,13 +140,22 @@ class CertificationReport:
 
     @property
     def votes_needed(self) -> int:
-        """Smallest number of the n votes that one class needs for a certificate."""
-        return bisect_left(range(self.n + 1), True, key=lambda votes: lower_bound(votes, self.n, self.confidence) > 0.5)
+        """Smallest number of the n votes that one class needs for a certificate; if it is smoothed in halves, the number
+        that it needs where both halves give as many."""
+        if self.smoothing == WHOLE:
+            return bisect_left(range(self.n + 1), True, key=lambda votes: self._radius(votes) > 0)
+        return 2 * bisect_left(range(self.n // 2 + 1), True, key=lambda votes: self._radius(2 * votes) > 0)
 
     @property
     def largest_radius(self) -> float:
         """Radius where all n samples agree. Only more samples or more noise allow a larger one, whatever the model."""
-        return certified_radius(lower_bound(self.n, self.n, self.confidence), self.sigma)
+        return self._radius(self.n)
+
+    def _radius(self, votes: int) -> float:
+        """Radius that `votes` of the n votes certify, as many of them of either half."""
+        if self.smoothing == WHOLE:
+            return certified_radius(lower_bound(votes, self.n, self.confidence), self.sigma)
+        return halves_radius((votes // 2, votes // 2), self.n // 2, self.confidence, self.sigma)
 
     @property
     def seconds(self) -> float:
@@ -183,10 +207,15 @@ def lower_bound(votes: int, n: int, confidence: float) -> float:
         >>> lower_bound(1000, 1000, confidence=0.999)
         0.9931160484209338
     """
+    return _bound(votes, n, alpha_of(confidence))
+
+
+def _bound(votes: int, n: int, alpha: float) -> float:
+    """Return the lower bound that is too high with probability `alpha` at most."""
     from scipy.stats import beta
 
     # The bound stays below 1, which no number of samples can prove, and whose radius is infinite.
-    low = float(beta.ppf(alpha_of(confidence), votes, n - votes + 1)) if votes else 0.0
+    low = float(beta.ppf(alpha, votes, n - votes + 1)) if votes else 0.0
     return min(low, math.nextafter(1.0, 0.0))
 
 
@@ -196,3 +225,38 @@ def certified_radius(probability: float, sigma: float) -> float:
     from scipy.stats import norm
 
     return sigma * float(norm.ppf(probability)) if probability > 0.5 else 0.0
+
+
+def halves_radius(votes: tuple[int, int], n: int, confidence: float, sigma: float) -> float:
+    """Return the L2 radius, in pixel units, that two halves of the pixels certify together (Xia et al., arXiv
+    2404.09586), or 0 if they certify none.
+
+    Let p and q be the probabilities of the class in the two halves, each under noise of its own pixels alone. A change
+    of the image that has length u in the first half and v in the second leaves the class at least
+    `Phi(Phi^-1(p) - u / sigma)` in the first half, and `Phi(Phi^-1(q) - v / sigma)` in the second (Cohen et al.,
+    section 3.1). The class has the largest sum of both probabilities as long as its own sum exceeds 1, since both halves
+    together have 2 to give. Because `Phi(a) + Phi(b) > 1` means `a + b > 0`, that is as long as
+    `u + v < sigma * (Phi^-1(p) + Phi^-1(q))`. A change of length r, whose square is `u^2 + v^2`, has
+    `u + v <= sqrt(2) * r`, so every r below `sigma * (Phi^-1(p) + Phi^-1(q)) / sqrt(2)` is safe. A half in which the
+    class has less than one half of the probability takes away from the other: to count it as 0 would claim too much.
+
+    Both probabilities are bounded from below, each with half of the probability `1 - confidence` of being wrong, so that
+    both bounds hold together with probability `confidence` (the union bound).
+
+    Args:
+        votes: Number of samples of each half that got the class.
+        n: Number of samples of each half.
+        confidence: Probability that the radius is right, from 0.5 to below 1.
+        sigma: Standard deviation of the noise, in pixel units.
+
+    Example:
+        >>> halves_radius((500, 500), 500, confidence=0.999, sigma=0.25)
+        0.766...
+        >>> halves_radius((500, 100), 500, confidence=0.999, sigma=0.25)
+        0.194...
+    """
+    from scipy.stats import norm
+
+    alpha = alpha_of(confidence) / 2
+    together = sum(float(norm.ppf(_bound(each, n, alpha))) for each in votes)
+    return max(0.0, sigma * together / math.sqrt(2))

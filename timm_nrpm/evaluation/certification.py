@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from timm_nrpm.checks import check_integer, check_number
-from timm_nrpm.data.images import check_batch, check_labels, check_pixels, count_of
-from timm_nrpm.data.ordering import seed_of
+from timm_nrpm.checks import check_integer
+from timm_nrpm.data.images import check_pixels
 from timm_nrpm.evaluation.certificates import (
+    WHOLE,
     Certificate,
     CertificationReport,
     alpha_of,
@@ -27,15 +26,54 @@ from timm_nrpm.evaluation.certificates import (
     check_confidence,
     lower_bound,
 )
+from timm_nrpm.evaluation.smoothed import Smoothed
 from timm_nrpm.jobs.journal import Journal, digest_of
 from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.base import weights_sha256
 from timm_nrpm.models.modes import evaluating
 from timm_nrpm.models.reprogramming import identity_of, lambdas
-from timm_nrpm.nn.wrappers import subject_of
 from timm_nrpm.version import __version__
 
 FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How many samples a certificate takes.
+
+    Args:
+        n0, n: Number of samples that choose the class, and number of samples that bound its probability, of all parts
+            of the image together.
+        confidence: Probability that the certificate is right, from 0.5 to below 1.
+        parts: Number of parts of the image that share the samples, and the probability of being wrong, equally.
+
+    Raises:
+        ValueError: A number is outside its range, or `n` is so small that nothing could be certified.
+    """
+
+    n0: int
+    n: int
+    confidence: float
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("n0", self.n0), ("n", self.n)):
+            object.__setattr__(self, name, check_integer(name, value, least=1))
+            if getattr(self, name) % self.parts:
+                raise ValueError(
+                    f"{name}={value} is not allowed: {self.parts} parts of an image share the samples equally, so give "
+                    f"a multiple of {self.parts}."
+                )
+        object.__setattr__(self, "confidence", check_confidence(self.confidence))
+        # If all samples of a part agree, its bound is alpha ** (1 / n), which must exceed one half.
+        least = math.floor(-math.log2(alpha_of(self.confidence) / self.parts)) + 1
+        check_enough(self.n, self.confidence, self.parts * least)
+
+
+Certifier = Callable[[Smoothed, Tensor, int, int, Samples, Callable[[int], None]], Certificate]
+"""Function that certifies an image: from a model under noise, the pixels `[C, H, W]`, the right class, the number of the
+image in the loader, on which the noise depends, the samples, and a function that is called after every batch with its
+number of samples. Its caller takes the time."""
 
 
 def certify(
@@ -87,18 +125,39 @@ def certify(
         >>> print(report)
         resnet8_digits, lambda 0.5, 32 images, sigma 0.25: certified ... %, abstained ... %, average ...
     """
-    smoothed = _Smoothed(model, mean, std, sigma, confidence, seed, batch_size)
+    smoothed, samples = Smoothed(model, mean, std, sigma, seed, batch_size), Samples(n0, n, confidence)
+    return certified(smoothed, loader, samples, WHOLE, _certificate, name, resume, progress)
+
+
+def certified(
+    smoothed: Smoothed,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    samples: Samples,
+    smoothing: str,
+    certifier: Certifier,
+    name: str | None,
+    resume: str | Path | None,
+    progress: bool,
+) -> CertificationReport:
+    """Certify all images of a loader, one by one, and keep them in a journal.
+
+    Args:
+        smoothed: Model under noise.
+        loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`.
+        samples: Number of samples.
+        smoothing: Way of smoothing, as in :class:`CertificationReport`.
+        certifier: Function that certifies an image in this way.
+        name, resume, progress: The same as in :func:`certify`.
+    """
     model = smoothed.net.model
-    n0, n = check_integer("n0", n0, least=1), check_integer("n", n, least=1)
-    # If all n samples agree, the bound is alpha ** (1 / n), which must exceed one half.
-    _check_enough(n, smoothed.confidence, math.floor(-math.log2(alpha_of(smoothed.confidence))) + 1)
     versions = {"timm_nrpm": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
     weights = weights_sha256(model.state_dict())
-    settings = {"sigma": smoothed.sigma, "n0": n0, "n": n, "confidence": smoothed.confidence, "seed": smoothed.seed}
-    identity = {"format": FORMAT, **settings, "versions": versions, "weights": weights}
-    journal = Journal(resume, {**identity, **identity_of(smoothed.net)})
+    # The format alone tells the ways apart, so that journals from before there were two of them are still read.
+    settings = {"format": FORMAT if smoothing == WHOLE else f"{FORMAT}, {smoothing}", "sigma": smoothed.sigma}
+    settings |= {"n0": samples.n0, "n": samples.n, "confidence": samples.confidence, "seed": smoothed.seed}
+    journal = Journal(resume, {**settings, "versions": versions, "weights": weights, **identity_of(smoothed.net)})
     images = _certified(journal)
-    before, seen = len(images), 0
+    before, seen, drawn = len(images), 0, samples.n0 + samples.n
     # A DataLoader draws a seed from the global generator, whose state is restored afterwards.
     with evaluating(model), torch.random.fork_rng(devices=[]), progress_bar(progress, counted=True) as bar:
         task = bar.add_task(f"Certifying, sigma {smoothed.sigma:g}", total=None)
@@ -110,9 +169,9 @@ def certify(
             if number == before:
                 bar.reset(task, completed=number)  # the estimate of the time left ignores skipped images
             bar.update(task, total=total, completed=number)
-            certificate = smoothed.certificate(
-                pixels, label, number, n0, n, lambda done: bar.advance(task, done / (n0 + n))
-            )
+            begin = time.perf_counter()
+            found = certifier(smoothed, pixels, label, number, samples, lambda done: bar.advance(task, done / drawn))
+            certificate = replace(found, seconds=time.perf_counter() - begin)
             journal.add(number, {"images": digest, "certificate": asdict(certificate)})
             images.append(certificate)
             bar.update(task, completed=seen)
@@ -120,13 +179,14 @@ def certify(
     return CertificationReport(
         name=_name(model) if name is None else name,
         sigma=smoothed.sigma,
-        n0=n0,
-        n=n,
-        confidence=smoothed.confidence,
+        n0=samples.n0,
+        n=samples.n,
+        confidence=samples.confidence,
         seed=smoothed.seed,
         weights=weights,
         versions=versions,
         images=tuple(images),
+        smoothing=smoothing,
     )
 
 
@@ -186,10 +246,11 @@ def smoothed_predict(
     """
     from scipy.stats import binomtest
 
-    smoothed = _Smoothed(model, mean, std, sigma, confidence, seed, batch_size)
-    n, alpha = check_integer("n", n, least=1), alpha_of(smoothed.confidence)
+    smoothed = Smoothed(model, mean, std, sigma, seed, batch_size)
+    confidence, n = check_confidence(confidence), check_integer("n", n, least=1)
+    alpha = alpha_of(confidence)
     # If all n samples agree, the test gives p = 2 * 2 ** -n, which must not exceed alpha.
-    _check_enough(n, smoothed.confidence, math.ceil(1 - math.log2(alpha)))
+    check_enough(n, confidence, math.ceil(1 - math.log2(alpha)))
     pixels = check_pixels(pixels)
     predicted: list[int | None] = []
     with evaluating(smoothed.net.model):
@@ -201,98 +262,26 @@ def smoothed_predict(
     return tuple(predicted)
 
 
-class _Smoothed:
-    """A model under noise. Its constructor raises a ValueError for a setting outside its range."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        mean: tuple[float, ...] | None,
-        std: tuple[float, ...] | None,
-        sigma: float,
-        confidence: float,
-        seed: int,
-        batch_size: int,
-    ) -> None:
-        self.sigma = check_number("sigma", sigma, above=0, why=", in pixel units of [0, 1]")
-        self.confidence = check_confidence(confidence)
-        self.seed = check_integer("seed", seed, least=0)
-        self.batch_size = check_integer("batch_size", batch_size, least=1)
-        self.net = subject_of(model, mean, std).on_pixels()
-
-    def place(self, pixels: Tensor) -> Tensor:
-        """Return pixels on the model's device, in float32, the dtype of the noise for a model of any dtype."""
-        return pixels.to(self.net.mean.device).float()
-
-    def images(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, int, int | None]]:
-        """Yield every image `[C, H, W]`, its label, and an estimate of the number of images, None without a length."""
-        batches, before, classes = count_of(loader), 0, 0
-        for i, batch in enumerate(loader):
-            pixels, labels = check_batch(batch)
-            placed = self.place(pixels)
-            classes = classes or self.logits(placed[:1]).shape[1]
-            labels = check_labels(labels, classes, count=len(pixels))
-            total = before + len(pixels) * (batches - i) if batches else None
-            for image, label in zip(placed, labels.tolist(), strict=True):
-                yield image, label, total
-            before += len(pixels)
-
-    def noise(self, image: Tensor, number: int) -> Iterator[Tensor]:
-        """Yield standard normal noise `[C, H, W]` for samples 0, 1, ... of an image with this number."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, number))
-        while True:
-            # One call for each sample, since the values of a larger call depend on its size; on the CPU, so that the
-            # noise is the same for all devices.
-            yield torch.randn(image.shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    def certificate(
-        self, image: Tensor, label: int, number: int, n0: int, n: int, done: Callable[[int], None]
-    ) -> Certificate:
-        """Certify one image (Cohen et al., section 3.2.2, CERTIFY).
-
-        Args:
-            image: Pixels `[C, H, W]`.
-            label: The right class.
-            number: Place of the image in the loader, on which the noise depends.
-            n0, n: Number of samples that choose the class, and number of samples that bound its probability.
-            done: Function that is called after every batch with its number of samples.
-        """
-        begin, noise = time.perf_counter(), self.noise(image, number)
-        selection, votes = (self.votes(image, noise, samples, done) for samples in (n0, n))
-        candidate = int(selection[:-1].argmax())
-        low = lower_bound(int(votes[candidate]), n, self.confidence)
-        return Certificate(
-            label=label,
-            predicted=candidate if low > 0.5 else None,
-            radius=certified_radius(low, self.sigma),
-            candidate=candidate,
-            selected=int(selection[candidate]),
-            votes=int(votes[candidate]),
-            not_a_number=int(selection[-1] + votes[-1]),
-            seconds=time.perf_counter() - begin,
-        )
-
-    @torch.no_grad()
-    def logits(self, pixels: Tensor) -> Tensor:
-        return self.net(pixels)
-
-    def votes(
-        self, image: Tensor, noise: Iterator[Tensor], samples: int, done: Callable[[int], None] | None = None
-    ) -> Tensor:
-        """Count the next samples of each class and, in the last entry, those whose logits contain NaN, `[N + 1]`."""
-        counted = torch.zeros((), dtype=torch.int64)
-        for start in range(0, samples, self.batch_size):
-            drawn = torch.stack(list(islice(noise, min(self.batch_size, samples - start))))
-            logits = self.logits(image + self.sigma * drawn.to(image.device))
-            classes = logits.shape[1]
-            chosen = torch.where(logits.isnan().any(1), classes, logits.argmax(1)).cpu()
-            counted = counted + chosen.bincount(minlength=classes + 1)
-            if done is not None:
-                done(len(drawn))
-        return counted
+def _certificate(
+    smoothed: Smoothed, image: Tensor, label: int, number: int, samples: Samples, done: Callable[[int], None]
+) -> Certificate:
+    """Certify one image (Cohen et al., section 3.2.2, CERTIFY); see :data:`Certifier`."""
+    noise = smoothed.noise(image, number)
+    selection, votes = (smoothed.votes(image, noise, count, done) for count in (samples.n0, samples.n))
+    candidate = int(selection[:-1].argmax())
+    low = lower_bound(int(votes[candidate]), samples.n, samples.confidence)
+    return Certificate(
+        label=label,
+        predicted=candidate if low > 0.5 else None,
+        radius=certified_radius(low, smoothed.sigma),
+        candidate=candidate,
+        selected=int(selection[candidate]),
+        votes=int(votes[candidate]),
+        not_a_number=int(selection[-1] + votes[-1]),
+    )
 
 
-def _check_enough(n: int, confidence: float, least: int) -> None:
+def check_enough(n: int, confidence: float, least: int) -> None:
     """Raise a ValueError if `n` is below `least`, the number of samples that is needed if all of them agree."""
     if n < least:
         raise ValueError(

@@ -35,13 +35,13 @@ def draw_certified(reports: Sequence[CertificationReport], path: str | Path) -> 
         PosixPath('certified.png')
     """
     path, reports = canvas.target(path), list(reports)
-    sigmas, names = sorted({r.sigma for r in reports}), list(dict.fromkeys(r.name for r in reports))
+    sigmas, names = sorted({r.sigma for r in reports}), list(dict.fromkeys(r.title for r in reports))
     if not reports or len(sigmas) > len(COLOURS) or len(names) > len(DASHES):
         raise ValueError(
             f"{len(reports)} reports of {len(sigmas)} sigmas and {len(names)} models cannot be drawn: give at least "
             f"one report, and at most {len(COLOURS)} sigmas and {len(DASHES)} models."
         )
-    if len({(r.sigma, r.name) for r in reports}) < len(reports):
+    if len({(r.sigma, r.title) for r in reports}) < len(reports):
         raise ValueError(
             "Two reports have the same model and sigma, so their curves would look the same: tell them apart by "
             "certify(..., name=...) or dataclasses.replace(report, name=...)."
@@ -51,8 +51,8 @@ def draw_certified(reports: Sequence[CertificationReport], path: str | Path) -> 
     for report in reports:
         radii, accuracies = report.curve()
         corners = [100 * accuracy for accuracy in (*accuracies, 0.0)]
-        look = {"color": COLOURS[sigmas.index(report.sigma)], "linestyle": DASHES[names.index(report.name)]}
-        label = f"{report.name}, sigma {report.sigma:g}"
+        look = {"color": COLOURS[sigmas.index(report.sigma)], "linestyle": DASHES[names.index(report.title)]}
+        label = f"{report.title}, sigma {report.sigma:g}"
         panel.plot((*radii, radii[-1]), corners, drawstyle="steps-pre", linewidth=1.8, label=label, **look)
     panel.set(xlabel="L2 radius, in pixel units of [0, 1]", ylabel="certified accuracy, %", ylim=(0, 101))
     panel.set_xlim(left=0)
