@@ -1,4 +1,4 @@
-"""Results of randomized smoothing (Cohen et al., arXiv 1902.02918), whole or in halves: certified radii and their curve."""
+"""Results of randomized smoothing (Cohen et al., arXiv 1902.02918): certified radii and their curve."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Certificate:
         selected, votes: Number of the first n0 samples, and of the n samples after them, that got the candidate class.
         not_a_number: Number of the n0 + n samples whose logits contained NaN. They vote for no class.
         seconds: Time spent on the image, in seconds. Certificates that differ only in this are equal.
-        first_votes: Number of the `votes` that the first half of the pixels gave; None where the pixels were smoothed as
-            a whole.
+        first_votes: Number of the `votes` that the first half of the pixels gave; None where all pixels had noise at
+            once.
     """
 
     label: int
@@ -94,9 +94,11 @@ class CertificationReport:
     def why_abstained(self) -> str:
         """Return why images have no certificate: how many votes one takes, and the most that such an image had."""
         most = max((image.votes for image in self.images if image.predicted is None), default=0)
+        even = "" if self.smoothing == WHOLE else ", if both halves give as many"
         reason = (
             f"At confidence {self.confidence} a certificate takes {self.votes_needed} of {self.n} votes for one class"
-            f"{'' if self.smoothing == WHOLE else ', if both halves give as many'}, and no image had more than {most}: give more samples n, less noise sigma, or a model trained under noise."
+            f"{even}, and no image had more than {most}: give more samples n, less noise sigma, or a model trained "
+            "under noise."
         )
         lost, drawn = sum(image.not_a_number for image in self.images), len(self.images) * (self.n0 + self.n)
         return f"{reason} {lost} of {drawn} noisy samples gave logits that are no numbers." if lost else reason
@@ -140,8 +142,7 @@ class CertificationReport:
 
     @property
     def votes_needed(self) -> int:
-        """Smallest number of the n votes that one class needs for a certificate; if it is smoothed in halves, the number
-        that it needs where both halves give as many."""
+        """Smallest number of the n votes that one class needs for a certificate; in halves, if both give as many."""
         if self.smoothing == WHOLE:
             return bisect_left(range(self.n + 1), True, key=lambda votes: self._radius(votes) > 0)
         return 2 * bisect_left(range(self.n // 2 + 1), True, key=lambda votes: self._radius(2 * votes) > 0)
@@ -234,14 +235,14 @@ def halves_radius(votes: tuple[int, int], n: int, confidence: float, sigma: floa
     Let p and q be the probabilities of the class in the two halves, each under noise of its own pixels alone. A change
     of the image that has length u in the first half and v in the second leaves the class at least
     `Phi(Phi^-1(p) - u / sigma)` in the first half, and `Phi(Phi^-1(q) - v / sigma)` in the second (Cohen et al.,
-    section 3.1). The class has the largest sum of both probabilities as long as its own sum exceeds 1, since both halves
-    together have 2 to give. Because `Phi(a) + Phi(b) > 1` means `a + b > 0`, that is as long as
+    section 3.1). The class has the largest sum of both probabilities as long as its own exceeds 1, since the sums of all
+    classes add up to 2. Because `Phi(a) + Phi(b) > 1` means `a + b > 0`, that is as long as
     `u + v < sigma * (Phi^-1(p) + Phi^-1(q))`. A change of length r, whose square is `u^2 + v^2`, has
     `u + v <= sqrt(2) * r`, so every r below `sigma * (Phi^-1(p) + Phi^-1(q)) / sqrt(2)` is safe. A half in which the
     class has less than one half of the probability takes away from the other: to count it as 0 would claim too much.
 
-    Both probabilities are bounded from below, each with half of the probability `1 - confidence` of being wrong, so that
-    both bounds hold together with probability `confidence` (the union bound).
+    Both probabilities are bounded from below, each with half of the probability `1 - confidence` of being wrong, so
+    that both bounds hold together with probability `confidence` (the union bound).
 
     Args:
         votes: Number of samples of each half that got the class.

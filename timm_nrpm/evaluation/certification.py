@@ -71,8 +71,8 @@ class Samples:
 
 
 Certifier = Callable[[Smoothed, Tensor, int, int, Samples, Callable[[int], None]], Certificate]
-"""Function that certifies an image: from a model under noise, the pixels `[C, H, W]`, the right class, the number of the
-image in the loader, on which the noise depends, the samples, and a function that is called after every batch with its
+"""Function that certifies an image: from a model under noise, the pixels `[C, H, W]`, the right class, the image's
+number in the loader, on which the noise depends, the samples, and a function that is called after every batch with its
 number of samples. Its caller takes the time."""
 
 

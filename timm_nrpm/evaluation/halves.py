@@ -1,5 +1,6 @@
-"""Certified robustness of two halves of the pixels, each smoothed by itself (dual randomized smoothing, Xia et al., arXiv
-2404.09586).
+"""Certified robustness by two halves of the pixels, each smoothed by itself.
+
+This is dual randomized smoothing (Xia et al., arXiv 2404.09586), without the networks that it trains.
 
 The pixels are split like the squares of a chessboard. Of each half the model sees an image whose holes are the mean of
 their neighbours, which are all of that half. Neighbouring pixels resemble each other, so that either half tells nearly

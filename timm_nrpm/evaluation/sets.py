@@ -71,8 +71,8 @@ class Rule:
             object.__setattr__(self, name, value)
         if self.is_averaged and 2 * self.beta >= self.alpha:
             raise ValueError(
-                f"beta={self.beta} is not allowed: 2 * beta of the alpha of {self.alpha} go to errors of estimation, so "
-                f"give less than {self.alpha / 2:g}, such as {self.alpha / 100:g}."
+                f"beta={self.beta} is not allowed: 2 * beta of the alpha of {self.alpha} go to errors of estimation, "
+                f"so give less than {self.alpha / 2:g}, such as {self.alpha / 100:g}."
             )
 
     @property
@@ -244,8 +244,8 @@ def _transformed(rule: Rule, scores: Tensor, reference: tuple[float, ...]) -> Te
     if rule.method != "rscp+ptt":
         return scores
     ordered = torch.tensor(reference, dtype=scores.dtype)
-    ranks = torch.searchsorted(ordered, scores.contiguous(), right=True) / len(reference)
-    return torch.sigmoid(STEEPNESS * (ranks.to(scores) - (1 - rule.alpha)))
+    ranks = torch.searchsorted(ordered, scores.contiguous(), right=True).to(scores) / len(reference)
+    return torch.sigmoid(STEEPNESS * (ranks - (1 - rule.alpha)))
 
 
 def _moved(mean: float, distance: float) -> float:
