@@ -159,8 +159,8 @@ def test_a_plane_is_certified_up_to_its_distance():
     for i, (rough, fine) in enumerate(zip(few.images, many.images, strict=True)):
         assert rough.radius <= true[i]
         assert fine.radius <= true[i]
+        assert fine.radius > true[i] - 0.08
         if true[i] > 0.1:
-            assert fine.radius > 0.85 * true[i]
             assert fine.predicted == int(together[i] > 0)
         for half, votes in enumerate((fine.first_votes, fine.votes - fine.first_votes)):
             sign = 1 if fine.candidate else -1
@@ -266,11 +266,11 @@ def test_the_noise_of_the_halves_is_independent_and_of_their_own_pixels():
     seen = torch.cat(model.seen[1:])[:4000, 0] - 0.5
     first, second = seen[:2000], seen[2000:]
     for part, (a, b) in ((first, ((0, 0), (1, 1))), (second, ((0, 1), (1, 0)))):
-        own = torch.stack((part[:, *a], part[:, *b])).numpy()
+        own = torch.stack((part[:, a[0], a[1]], part[:, b[0], b[1]])).numpy()
         assert stats.kstest(own.flatten(), "norm", (0, 0.5)).pvalue > 0.001
         assert abs(np.corrcoef(own)[0, 1]) < 0.08
         hole = ({(0, 0), (0, 1), (1, 0), (1, 1)} - {a, b}).pop()
-        np.testing.assert_allclose(part[:, *hole].numpy(), own.mean(0), atol=1e-6)
+        np.testing.assert_allclose(part[:, hole[0], hole[1]].numpy(), own.mean(0), atol=1e-6)
     assert abs(np.corrcoef(first[:, 0, 0], second[:, 0, 1])[0, 1]) < 0.08
 
 

@@ -235,8 +235,8 @@ def halves_radius(votes: tuple[int, int], n: int, confidence: float, sigma: floa
     Let p and q be the probabilities of the class in the two halves, each under noise of its own pixels alone. A change
     of the image that has length u in the first half and v in the second leaves the class at least
     `Phi(Phi^-1(p) - u / sigma)` in the first half, and `Phi(Phi^-1(q) - v / sigma)` in the second (Cohen et al.,
-    section 3.1). The class has the largest sum of both probabilities as long as its own exceeds 1, since the sums of all
-    classes add up to 2. Because `Phi(a) + Phi(b) > 1` means `a + b > 0`, that is as long as
+    section 3.1). The class has the largest sum of both probabilities as long as its own exceeds 1, since the sums of
+    all classes add up to 2. Because `Phi(a) + Phi(b) > 1` means `a + b > 0`, that is as long as
     `u + v < sigma * (Phi^-1(p) + Phi^-1(q))`. A change of length r, whose square is `u^2 + v^2`, has
     `u + v <= sqrt(2) * r`, so every r below `sigma * (Phi^-1(p) + Phi^-1(q)) / sqrt(2)` is safe. A half in which the
     class has less than one half of the probability takes away from the other: to count it as 0 would claim too much.
