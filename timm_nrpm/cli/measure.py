@@ -34,6 +34,8 @@ def add_certify(commands: Any) -> None:
     confidence = "probability that a certificate is right (default: 0.999)"
     noise.add_argument("--confidence", type=options.number, default=0.999, metavar="P", help=confidence)
     noise.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)")
+    halves = "smooth two halves of the pixels, each by itself (dual randomized smoothing), with as many samples"
+    noise.add_argument("--halves", action="store_true", help=halves)
     options.add_output(parser, "folder of the report", "certified")
 
 
@@ -63,10 +65,12 @@ def add_corrupt(commands: Any) -> None:
 def _certify(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.cli import inputs
     from timm_nrpm.evaluation.certification import certify
+    from timm_nrpm.evaluation.halves import certify_halves
 
     inputs.make_folder(args.output)
     model, loader = inputs.measured(args, terminal)
-    report = certify(
+    written = args.output / f"{'halves' if args.halves else 'sigma'}-{args.sigma:g}.json"
+    report = (certify_halves if args.halves else certify)(
         model,
         loader,
         args.sigma,
@@ -76,10 +80,10 @@ def _certify(args: argparse.Namespace, terminal: Terminal) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
         name=inputs.described_model(args, model),
-        resume=args.output / f"sigma-{args.sigma:g}.jsonl",
+        resume=written.with_suffix(".jsonl"),
         progress=terminal.progress,
     )
-    _write(report, args.output / f"sigma-{args.sigma:g}.json", terminal)
+    _write(report, written, terminal)
 
 
 def _corrupt(args: argparse.Namespace, terminal: Terminal) -> None:

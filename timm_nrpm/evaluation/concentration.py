@@ -23,7 +23,7 @@ def deviation(samples: Tensor, beta: float) -> Tensor:
 
     Example:
         >>> deviation(torch.tensor([[0.0, 1.0] * 128, [0.5] * 256]), beta=0.001)
-        tensor([0.1219, 0.0695])
+        tensor([0.1218, 0.0759])
     """
     n, unlikely = samples.shape[-1], math.log(2 / beta)
     hoeffding = math.sqrt(unlikely / (2 * n))

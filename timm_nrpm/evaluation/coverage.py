@@ -159,7 +159,7 @@ def evaluate_sets(
             the loader is empty.
 
     Example:
-        >>> predictor = conformal(model, loader, alpha=0.2, sigma=0.25, radius=0.125)
+        >>> predictor = timm_nrpm.conformal.conformal(model, loader, alpha=0.2, sigma=0.25, radius=0.125)
         >>> print(evaluate_sets(predictor, loader, steps=2, average=2))
         one-sample, 32 images: ... % hold the right class (... to ...), ... of 10 classes in a set (... to ...); ...
     """
