@@ -58,6 +58,8 @@ class CertificationReport:
         images: Certificates of the images, in the order of the loader.
         smoothing: `"whole"` for noise on all pixels at once (:func:`timm_nrpm.certify`), or `"halves"` for two halves
             of the pixels, each with half of the n0 and of the n samples (:func:`timm_nrpm.halves.certify_halves`).
+        least: Probability under noise that a class must keep. It is one half but for mixtures with another model
+            (:func:`timm_nrpm.ensembles.certified.certify_mixture`).
 
     Example:
         >>> report = certify(model, loader, sigma=0.25, n=500)
@@ -75,6 +77,7 @@ class CertificationReport:
     versions: dict[str, str]
     images: tuple[Certificate, ...] = field(repr=False)
     smoothing: str = WHOLE
+    least: float = 0.5
 
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
@@ -155,7 +158,7 @@ class CertificationReport:
     def _radius(self, votes: int) -> float:
         """Radius that `votes` of the n votes certify, as many of them of either half."""
         if self.smoothing == WHOLE:
-            return certified_radius(lower_bound(votes, self.n, self.confidence), self.sigma)
+            return certified_radius(lower_bound(votes, self.n, self.confidence), self.sigma, self.least)
         return halves_radius((votes // 2, votes // 2), self.n // 2, self.confidence, self.sigma)
 
     @property
@@ -220,12 +223,13 @@ def _bound(votes: int, n: int, alpha: float) -> float:
     return min(low, math.nextafter(1.0, 0.0))
 
 
-def certified_radius(probability: float, sigma: float) -> float:
-    """Return the L2 radius `sigma * Phi^-1(probability)` in pixel units, or 0 for a probability of one half or less
-    (Cohen et al., section 3.2.2)."""
+def certified_radius(probability: float, sigma: float, least: float = 0.5) -> float:
+    """Return the L2 radius in pixel units within which a class keeps more than `least` of the probability under noise,
+    `sigma * (Phi^-1(probability) - Phi^-1(least))`, or 0 if it has no more than that (Cohen et al., section 3.2.2, for
+    one half, which is enough to be the most probable class)."""
     from scipy.stats import norm
 
-    return sigma * float(norm.ppf(probability)) if probability > 0.5 else 0.0
+    return sigma * float(norm.ppf(probability) - norm.ppf(least)) if probability > least else 0.0
 
 
 def halves_radius(votes: tuple[int, int], n: int, confidence: float, sigma: float) -> float:

@@ -46,6 +46,7 @@ class Samples:
             of the image together.
         confidence: Probability that the certificate is right, from 0.5 to below 1.
         parts: Number of parts of the image that share the samples, and the probability of being wrong, equally.
+        least: Probability that the class must exceed, below 1.
 
     Raises:
         ValueError: A number is outside its range, or `n` is so small that nothing could be certified.
@@ -55,6 +56,7 @@ class Samples:
     n: int
     confidence: float
     parts: int = 1
+    least: float = 0.5
 
     def __post_init__(self) -> None:
         for name, value in (("n0", self.n0), ("n", self.n)):
@@ -65,9 +67,9 @@ class Samples:
                     f"a multiple of {self.parts}."
                 )
         object.__setattr__(self, "confidence", check_confidence(self.confidence))
-        # If all samples of a part agree, its bound is alpha ** (1 / n), which must exceed one half.
-        least = math.floor(-math.log2(alpha_of(self.confidence) / self.parts)) + 1
-        check_enough(self.n, self.confidence, self.parts * least)
+        # If all samples of a part agree, its bound is alpha ** (1 / n), which must exceed `least`.
+        fewest = math.floor(math.log2(alpha_of(self.confidence) / self.parts) / math.log2(self.least)) + 1
+        check_enough(self.n, self.confidence, self.parts * fewest)
 
 
 Certifier = Callable[[Smoothed, Tensor, int, int, Samples, Callable[[int], None]], Certificate]
@@ -126,7 +128,7 @@ def certify(
         resnet8_digits, lambda 0.5, 32 images, sigma 0.25: certified ... %, abstained ... %, average ...
     """
     smoothed, samples = Smoothed(model, mean, std, sigma, seed, batch_size), Samples(n0, n, confidence)
-    return certified(smoothed, loader, samples, WHOLE, _certificate, name, resume, progress)
+    return certified(smoothed, loader, samples, WHOLE, certificate_of, name, resume, progress)
 
 
 def certified(
@@ -155,6 +157,7 @@ def certified(
     # The format alone tells the ways apart, so that journals from before there were two of them are still read.
     settings = {"format": FORMAT if smoothing == WHOLE else f"{FORMAT}, {smoothing}", "sigma": smoothed.sigma}
     settings |= {"n0": samples.n0, "n": samples.n, "confidence": samples.confidence, "seed": smoothed.seed}
+    settings |= {"least": samples.least} if samples.least != 0.5 else {}
     journal = Journal(resume, {**settings, "versions": versions, "weights": weights, **identity_of(smoothed.net)})
     images = _certified(journal)
     before, seen, drawn = len(images), 0, samples.n0 + samples.n
@@ -187,6 +190,7 @@ def certified(
         versions=versions,
         images=tuple(images),
         smoothing=smoothing,
+        least=samples.least,
     )
 
 
@@ -262,7 +266,7 @@ def smoothed_predict(
     return tuple(predicted)
 
 
-def _certificate(
+def certificate_of(
     smoothed: Smoothed, image: Tensor, label: int, number: int, samples: Samples, done: Callable[[int], None]
 ) -> Certificate:
     """Certify one image (Cohen et al., section 3.2.2, CERTIFY); see :data:`Certifier`."""
@@ -272,8 +276,8 @@ def _certificate(
     low = lower_bound(int(votes[candidate]), samples.n, samples.confidence)
     return Certificate(
         label=label,
-        predicted=candidate if low > 0.5 else None,
-        radius=certified_radius(low, smoothed.sigma),
+        predicted=candidate if low > samples.least else None,
+        radius=certified_radius(low, smoothed.sigma, samples.least),
         candidate=candidate,
         selected=int(selection[candidate]),
         votes=int(votes[candidate]),
