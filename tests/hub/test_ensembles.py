@@ -63,3 +63,11 @@ def test_its_report_is_on_the_card_and_stays(hub, worker, repo):
 def test_a_repository_that_is_not_there(worker, repo):
     with pytest.raises(Failed, match=f"^NotOnHub: .*{repo}.*There is no folder {repo} either"):
         worker.load(repo)
+
+
+def test_it_is_copied_and_not_taken_for_a_variant(worker, repo):
+    pushed(worker, repo)
+    worker(f"nrpm.pull({repo!r}, {repo!r} + '-copy')")
+    assert worker(f"seen(nrpm.from_pretrained({repo!r} + '-copy'))") == worker(f"seen({MIXTURE.format(share=0.6)})")
+    with pytest.raises(Failed, match=r"is an ensemble \(adaptive-smoothing\) of accurate, robust"):
+        worker(f"nrpm.inspect({repo!r})")

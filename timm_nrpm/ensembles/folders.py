@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,8 +71,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, full: bool = False)
     if not isinstance(model, Ensemble):
         return save_variant(model, folder, full=full)
     folder = Path(folder)
-    earlier = _names_in(folder)
-    with filling(folder, kind="ensemble", config=ENSEMBLE, maybe=earlier) as draft:
+    with filling(folder, kind="ensemble", config=ENSEMBLE, maybe=_names_in(folder)) as draft:
         members = {name: _save_member(model.member(name), name, draft, full) for name in model.members}
         write_tensors({name: tensor.detach().cpu() for name, tensor in model.tensors().items()}, draft / JOINTS)
         content: dict[str, Any] = {"format": FORMAT, "kind": model.kind, "settings": model.settings()}
@@ -121,9 +120,10 @@ def from_pretrained(
         >>> model = from_pretrained(save_pretrained(model, "my-variant"))
         >>> model = from_pretrained("me/resnet18-nrpm", revision="main")
     """
-    where = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     try:
-        return load_variant(source, base=base, **where)  # type: ignore[arg-type]
+        return load_variant(
+            source, base=base, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        )
     except (MissingFile, NotOnHub):
         found = find_ensemble(source, revision, cache_dir, token, local_files_only)
         if found is None:
@@ -141,11 +141,17 @@ class FoundEnsemble:
         content: Content of its config.
         find: Function from the name of a file to its path.
         where: Folder or repository as error messages name it.
+        repository: Repository on the Hub at the commit that was read; None for a folder.
     """
 
     content: Mapping[str, Any]
     find: Callable[[str], Path]
     where: str
+    repository: Repository | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the ensemble's files."""
+        return (ENSEMBLE, *self.content["files"])
 
     def members(self) -> dict[str, Found]:
         """The members' variants by name, of which every file is checked."""
@@ -202,7 +208,19 @@ def find_ensemble(
     def find(file: str) -> Path:
         return repository.fetch(file, LARGEST.get(file.partition(".")[2], LARGEST_JOINTS if file == JOINTS else None))
 
-    return FoundEnsemble(parse_ensemble(path, name), find, name)
+    return FoundEnsemble(parse_ensemble(path, name), find, name, repository)
+
+
+@contextmanager
+def filling_as(found: Found | FoundEnsemble, folder: Path) -> Iterator[Path]:
+    """Yield an empty draft folder for the files of a variant or an ensemble, see
+    :func:`timm_nrpm.models.saving.filling`."""
+    if isinstance(found, FoundEnsemble):
+        with filling(folder, kind="ensemble", config=ENSEMBLE, maybe=_names_in(folder)) as draft:
+            yield draft
+    else:
+        with filling(folder) as draft:
+            yield draft
 
 
 def _save_member(member: Member, name: str, draft: Path, full: bool) -> dict[str, Any]:

@@ -13,17 +13,16 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from timm_nrpm.config import Estimator
-from timm_nrpm.errors import NotOnHub, Unreachable
+from timm_nrpm.ensembles.folders import FoundEnsemble, filling_as, find_ensemble
+from timm_nrpm.errors import MissingFile, NotOnHub, Unreachable
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.hub.cards import PICTURE, TAGS
 from timm_nrpm.hub.publishing import check_repo_id
 from timm_nrpm.hub.templates import CARD, EVALUATION, parse_evaluation
 from timm_nrpm.models.base import Base
 from timm_nrpm.models.downloads import insist
-from timm_nrpm.models.format import CONFIG
-from timm_nrpm.models.loading import PREFIX, find_variant
+from timm_nrpm.models.loading import PREFIX, Found, find_variant
 from timm_nrpm.models.provenance import Step
-from timm_nrpm.models.saving import filling
 
 EXTRAS = (CARD, EVALUATION, PICTURE)
 LARGEST_EXTRA = 64 << 20
@@ -98,7 +97,17 @@ def inspect(
         >>> about.base.name, about.lams["fc"], about.flags
         ('resnet8_digits', 0.8, ())
     """
-    found = find_variant(source, revision=revision, token=token, local_files_only=local_files_only, weights=False)
+    try:
+        found = find_variant(source, revision=revision, token=token, local_files_only=local_files_only, weights=False)
+    except (MissingFile, NotOnHub):
+        ensemble = find_ensemble(source, revision, None, token, local_files_only)
+        if ensemble is None:
+            raise
+        kind, members = ensemble.content["kind"], ", ".join(ensemble.content["members"])
+        raise ValueError(
+            f"{source} is an ensemble ({kind}) of {members}, and this shows one variant: its card says what it is made "
+            "of, and from_pretrained loads it."
+        ) from None
     variant = found.variant
     reports: list[RobustnessReport] = []
     try:
@@ -166,7 +175,7 @@ def pull(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Copy a variant from the Hub into a folder, with its card: all files of one commit, or nothing.
+    """Copy a variant or an ensemble from the Hub into a folder, with its card: all files of one commit, or nothing.
 
     Args:
         repo_id: The repository, `owner/name`.
@@ -186,12 +195,10 @@ def pull(
         PosixPath('resnet18-nrpm')
     """
     folder, source = Path(folder), f"{PREFIX}{check_repo_id(repo_id)}"  # the prefix rules out a folder of that name
-    with filling(folder) as draft:
-        found = find_variant(
-            source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
-        )
+    found = _found(source, revision, cache_dir, token, local_files_only)
+    with filling_as(found, folder) as draft:
         assert found.repository is not None
-        for name in (CONFIG, *found.variant.files):
+        for name in found.names():
             shutil.copyfile(found.find(name), draft / name)
         for name in EXTRAS:
             try:
@@ -205,6 +212,21 @@ def pull(
     for name in set(EXTRAS) - copied:
         (folder / name).unlink(missing_ok=True)  # left by the variant that was there before
     return folder
+
+
+def _found(
+    source: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None, local_files_only: bool
+) -> Found | FoundEnsemble:
+    """The variant or the ensemble of a repository."""
+    try:
+        return find_variant(
+            source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        )
+    except NotOnHub:
+        ensemble = find_ensemble(source, revision, cache_dir, token, local_files_only)
+        if ensemble is None:
+            raise
+        return ensemble
 
 
 def _base_of(model: Any) -> str | None:

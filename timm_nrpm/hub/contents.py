@@ -11,7 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from timm_nrpm.ensembles.folders import ENSEMBLE, FoundEnsemble, find_ensemble, parse_ensemble, save_pretrained
+from timm_nrpm.ensembles.folders import (
+    ENSEMBLE,
+    FoundEnsemble,
+    filling_as,
+    find_ensemble,
+    parse_ensemble,
+    save_pretrained,
+)
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.hub.cards import PICTURE, write_card
 from timm_nrpm.hub.ensemble_cards import write_ensemble_card
@@ -104,7 +111,7 @@ class VariantContents(Contents):
             )
         if self.folder.resolve() != self.source.resolve():
             with filling(self.folder) as draft:
-                for name in (CONFIG, *found.variant.files):
+                for name in found.names():
                     shutil.copyfile(found.find(name), draft / name)
 
     @property
@@ -123,7 +130,7 @@ class VariantContents(Contents):
         write_card(self.folder, name, reports, existing, license=license, datasets=datasets, picture=picture)
 
     def names(self) -> tuple[str, ...]:
-        return (CONFIG, *self._found().variant.files)
+        return self._found().names()
 
     def belongs(self, name: str) -> bool:
         return name in FILES
@@ -154,8 +161,8 @@ class EnsembleContents(Contents):
         found = find_ensemble(self.source)
         assert found is not None
         if self.folder.resolve() != self.source.resolve():
-            with filling(self.folder, kind="ensemble", config=ENSEMBLE) as draft:
-                for name in (ENSEMBLE, *found.content["files"]):
+            with filling_as(found, self.folder) as draft:
+                for name in found.names():
                     shutil.copyfile(found.find(name), draft / name)
 
     @property
@@ -174,7 +181,7 @@ class EnsembleContents(Contents):
         write_ensemble_card(self.folder, name, reports, existing, license=license, datasets=datasets)
 
     def names(self) -> tuple[str, ...]:
-        return (ENSEMBLE, *self._found().content["files"])
+        return self._found().names()
 
     def belongs(self, name: str) -> bool:
         return name in (*FILES, ENSEMBLE) or name.partition(".")[2] in FILES

@@ -38,6 +38,10 @@ class Found:
     where: str
     repository: Repository | None = None
 
+    def names(self) -> tuple[str, ...]:
+        """Names of the variant's files."""
+        return (CONFIG, *self.variant.files)
+
     def build(self, cache_dir: str | Path | None, token: str | bool | None, local_files_only: bool) -> nn.Module:
         """The model of the variant; the arguments are those of :func:`load_variant`."""
         make_base = partial(self.variant.base.build, cache_dir, token, local_files_only)
