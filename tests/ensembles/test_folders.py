@@ -1,8 +1,11 @@
 """Ensembles on disk: saved, loaded, damaged, replaced."""
 
+import hashlib
 import json
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import timm
 import torch
 
@@ -89,6 +92,48 @@ def test_a_variant_and_an_ensemble_do_not_replace_each_other(tmp_path):
         save_pretrained(timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.5), ensemble)
     assert from_pretrained(variant) is not None
     assert from_pretrained(ensemble) is not None
+
+
+def hash_of_object(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def hash_of_state(state):
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        values = state[name]
+        digest.update(json.dumps([name, f"torch.{values.dtype}", list(values.shape)]).encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("gate", [None, Gate(0.1, 0.8, 1.0, -2.0, 0.5, 0.1)])
+def test_the_hash_is_that_of_the_documented_state(tmp_path, gate):
+    """By a second implementation of docs/format.md, from the files and timm's plain model alone."""
+    folder = save_pretrained(mixture(share=0.65, robust_scale=2.5, gate=gate), tmp_path / "it")
+    content = json.loads((folder / ENSEMBLE).read_text())
+    plain = {k: v.numpy() for k, v in timm.create_model(DIGITS, pretrained=True).state_dict().items()}
+    state, estimates = {}, {}
+    for name, member in content["members"].items():
+        config = json.loads((folder / f"{name}.nrpm_config.json").read_text())
+        place = f"members.{name}.net.model."
+        state |= {f"{place}{key}": values for key, values in plain.items()}
+        state |= {f"members.{name}.net.{key}": np.float32(member[key]).reshape(-1, 1, 1) for key in ("mean", "std")}
+        if member["plain"]:
+            continue
+        kept = safetensors.numpy.load_file(folder / f"{name}.nrpm.safetensors")
+        state |= {f"{place}{key}": values for key, values in kept.items()}
+        keys = ("iterations", "eps", "penalty", "delta", "gamma")
+        estimates |= {f"{place}{layer}": {key: config["settings"][key] for key in keys} for layer in config["layers"]}
+    settings = content["settings"]
+    numbers = [settings[key] for key in ("share", "accurate_scale", "robust_scale")]
+    numbers += [] if settings["gate"] is None else list(settings["gate"].values())
+    state |= {"member_sizes": np.zeros((2, 2), np.int64), "numbers": np.array(numbers, np.float64)}
+    assert hash_of_object({"estimates": estimates, "state": hash_of_state(state)}) == content["model"]
+    checksum = content.pop("sha256")
+    assert hash_of_object(content) == checksum
+    for name, expected in content["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected
+    assert set(content["files"]) | {ENSEMBLE} == {path.name for path in folder.iterdir()}
 
 
 def changed(folder, change):
