@@ -255,6 +255,10 @@ def test_a_guarantee_by_smoothing_is_that_of_certify(fragile, images, monkeypatc
     assert trial.slowdown == 50
     assert trial.selection.clean == "".join(str(int(each)) for each in right)
     assert trial.selection.threat == "".join(str(int(each)) for each in kept)
+    halves = next(each for each in advice.trials if each.setting == "noise 0.4, 50 votes, in halves")
+    certified = timm_nrpm.halves.certify_halves(fragile, selection, 0.4, n=50, **normalisation)
+    right = [image.predicted == image.label for image in certified.images]
+    assert halves.selection.clean == "".join(str(int(each)) for each in right)
 
 
 @pytest.mark.parametrize(

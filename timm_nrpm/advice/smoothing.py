@@ -1,8 +1,11 @@
-"""Strategy: a vote of the model under noise, whose guarantee no attack can break."""
+"""Strategy: a vote of the model under noise, of the whole image or of two halves of its pixels, whose guarantee no
+attack can break."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,9 @@ from timm_nrpm.advice.adaptation import adapted
 from timm_nrpm.advice.strategy import Candidate, Candidates, Strategy
 from timm_nrpm.advice.study import Study, file_name
 from timm_nrpm.attacks.threats import Threat
+from timm_nrpm.evaluation.certificates import CertificationReport
 from timm_nrpm.evaluation.certification import certify
+from timm_nrpm.evaluation.halves import certify_halves
 from timm_nrpm.evaluation.trials import Kept, digits_of
 from timm_nrpm.models.plain_statistics import norms_of
 
@@ -25,13 +30,17 @@ SIGMAS = (0.5, 1.0)
 """Standard deviations of the noise that are tried, in units of the attack's bound."""
 
 
+WAYS: dict[str, Callable[..., CertificationReport]] = {"": certify, ", in halves": certify_halves}
+"""Ways of smoothing, by what a setting says of them."""
+
+
 def _candidates(study: Study) -> Candidates:
     assert isinstance(study.danger, Threat)
     seconds = study.forward_seconds(study.model) * (CHOOSING + VOTES) * len(study.parts["selection"].labels)
-    for share in SIGMAS:
+    for share, (words, certified) in product(SIGMAS, WAYS.items()):
         sigma = share * study.danger.eps
-        setting = f"noise {sigma:.3g}, {VOTES} votes"
-        judged = partial(_guaranteed, study, sigma, setting)
+        setting = f"noise {sigma:.3g}, {VOTES} votes{words}"
+        judged = partial(_guaranteed, study, certified, sigma, setting)
         yield Candidate(setting, partial(_quieted, study, sigma), judged=judged, forwards=VOTES, seconds=seconds)
 
 
@@ -49,9 +58,11 @@ def _noisy(study: Study, sigma: float) -> Tensor:
     return (pixels + sigma * noise.to(pixels)).clamp(0, 1)
 
 
-def _guaranteed(study: Study, sigma: float, setting: str, model: nn.Module, part: str) -> Kept:
+def _guaranteed(
+    study: Study, certified: Callable[..., CertificationReport], sigma: float, setting: str, model: nn.Module, part: str
+) -> Kept:
     """The images that the vote is right on, and those on which no change within the bound changes it."""
-    report = certify(
+    report = certified(
         model,
         study.parts[part].batches(),
         sigma,
