@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from timm_nrpm import NRPMConfig, calibrate_, lambdas, plain_copy, reprogram_, restore_, save_pretrained
 from timm_nrpm.errors import ReprogrammingWarning
@@ -90,11 +91,21 @@ def test_uncalled_layers_are_reported(net, images):
         reprogram_(net, NRPMConfig(lam=0.5, layers="unused"), example=images)
 
 
+class ReadsPast(nn.Module):
+    """A model that computes with the weight of a layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.linear(self.called(x), self.read.weight)
+
+
 def test_weights_read_past_the_module_are_reported():
-    with pytest.warns(ReprogrammingWarning, match=r"blocks\.0\.attn\.qkv"):
-        model = reprogram_(timm.create_model("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=2))
-    assert "blocks.0.attn.proj" in lambdas(model)
-    assert "blocks.0.attn.qkv" not in lambdas(model)
+    with pytest.warns(ReprogrammingWarning, match="read: the model never calls it"):
+        model = reprogram_(ReadsPast(), example=torch.randn(2, 4))
+    assert list(lambdas(model)) == ["called"]
 
 
 def test_unknown_subclasses_are_reported_and_left_alone():
@@ -102,7 +113,7 @@ def test_unknown_subclasses_are_reported_and_left_alone():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4), nn.Conv1d(4, 4, 1))
+    model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4), nn.LSTM(4, 4))
     model[0] = nn.utils.parametrizations.weight_norm(model[0])
     model.append(nn.Linear(4, 4))
     with pytest.warns(ReprogrammingWarning, match="Doubled is not one whose arithmetic is known"):
@@ -312,13 +323,9 @@ def test_trained_weights_and_statistics_of_other_weights_are_told(net, images):
     assert torch.equal(net.norm.running_mean, mean)
 
 
-def test_an_image_size_of_its_own_is_seen():
-    """qkv is read past the module at whatever size the model was made for."""
-    with pytest.warns(ReprogrammingWarning, match="never calls it"):
-        model = reprogram_(timm.create_model("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=2, img_size=64))
-    assert "blocks.0.attn.qkv" in model.nrpm.skipped
-    with pytest.warns(ReprogrammingWarning, match="CondConv2d is not one whose arithmetic is known"):
-        reprogram_(timm.create_model("efficientnet_cc_b0_4e"))
+def test_what_no_switch_covers_is_named():
+    with pytest.warns(ReprogrammingWarning, match="LSTM is not one whose arithmetic is known: its gates are sums"):
+        reprogram_(timm.create_model("sequencer2d_s", layers=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48)))
 
 
 def test_deepcopy_is_independent(net, images):

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_nrpm.config import NRPMConfig
 from timm_nrpm.errors import ReprogrammingWarning
 from timm_nrpm.models.base import Base, checksum_of, weights_sha256
+from timm_nrpm.models.bypasses import follow_, opened, unfollow_
 from timm_nrpm.models.plain_statistics import (
     KEPT,
     Fingerprint,
@@ -33,6 +34,12 @@ from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.nn.wrappers import copied, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
+
+ADVICE = {
+    nn.LSTM: ": its gates are sums inside a recurrence; other layers of the model can be reprogrammed",
+    nn.MultiheadAttention: ": it reads its weights itself; a timm attention with qkv and proj can be reprogrammed",
+}
+"""What a message adds on layers of some types that stay plain."""
 
 FUSIONS = ("fuse", "reparameterize", "switch_to_deploy")
 """Names of the methods by which timm merges layers into new plain ones."""
@@ -106,11 +113,15 @@ def _reprogram_(model: nn.Module, config: NRPMConfig, example: Tensor | None) ->
     plain = plain_copy(model) if reprogrammed_layers(model) else model  # the model to inspect while anything may fail
     supported = {name: m for name, m in plain.named_modules() if type(m) in REPROGRAMMED}
     skipped = {
-        name: f"its type {type(m).__qualname__} is not one whose arithmetic is known"
+        name: f"its type {type(m).__qualname__} is not one whose arithmetic is known{ADVICE.get(type(m), '')}"
         for name, m in plain.named_modules()
         if isinstance(m, LINEAR_MAPS) and name not in supported
     }
-    called = call_order(plain, supported, example)
+    obstacles = {name: REPROGRAMMED[type(m)].obstacle(m, config) for name, m in supported.items()}
+    skipped |= {name: why for name, why in obstacles.items() if why}
+    supported = {name: m for name, m in supported.items() if name not in skipped}
+    with opened(plain):
+        called = call_order(plain, supported, example)
     if called is not None:
         reason = "the model never calls it in a forward pass (it may read the weight directly)"
         skipped |= {name: reason for name in supported if name not in called}
@@ -126,6 +137,7 @@ def _reprogram_(model: nn.Module, config: NRPMConfig, example: Tensor | None) ->
     for name in chosen:
         reprogram_layer_(model.get_submodule(name), config, values[name])
     _refuse_fusion(model)
+    follow_(model)
     remember_(model)
     model.register_load_state_dict_post_hook(_settled_by_loading)
     weights = Fingerprint.of(model)
@@ -174,6 +186,7 @@ def _restore_(model: Model, kept: bool = False) -> Model:
         for module in list(root.modules()):
             if isinstance(module, Reprogrammed):
                 restore_layer_(module)
+            unfollow_(module)
             for method in FUSIONS:
                 if module.__dict__.get(method) is _refused:
                     delattr(module, method)
