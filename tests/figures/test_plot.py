@@ -11,6 +11,7 @@ from timm_nrpm.evaluation.diagnostics import embedding_differences
 from timm_nrpm.evaluation.history import History
 from timm_nrpm.evaluation.landscape import loss_landscape
 from timm_nrpm.evaluation.pareto import Candidate, ParetoFront
+from timm_nrpm.evaluation.resolutions import ResolutionReport
 from timm_nrpm.evaluation.trials import Advice, Bounds, Kept, Trial
 from timm_nrpm.figures.advised import draw_advice
 from timm_nrpm.figures.certified import draw_certified
@@ -19,6 +20,7 @@ from timm_nrpm.figures.diagnostics import draw_differences, draw_landscape
 from timm_nrpm.figures.history import draw_history
 from timm_nrpm.figures.lambdas import draw_lambdas
 from timm_nrpm.figures.pareto import draw_front
+from timm_nrpm.figures.resolutions import draw_resolutions
 from timm_nrpm.figures.robustness import draw_attacks, draw_curves
 
 
@@ -31,6 +33,7 @@ def results():
     reports = [timm_nrpm.evaluate(model, data, Threat("Linf", eps), "quick", steps=2) for eps in (0.05, 0.1)]
     certified = CertificationReport("a", 0.5, 9, 90, 0.999, 0, "", {}, (Certificate(0, 0, 0.1, 0, 9, 90),))
     corrupted = CorruptionReport(Answers((True, False), {"fog": {1: (True, False)}}), None, 0, {})
+    sizes = ResolutionReport("1110", {32: "1100", 16: "1000"}, 10)
     front = ParetoFront(Threat(), 1, 0, 5, 0.1, (Candidate("plain", {"fc": 1.0}, 0.9, 0.4),))
     seen = (Kept("1111", "1000"), Kept("1111", "0110"))
     tried = Trial("nothing", "as it is", 1.0, 1.0, selection=seen[0], report=seen[1])
@@ -46,6 +49,7 @@ def results():
         "a certificate": (certified, draw_certified, [certified]),
         "certificates": ([certified], draw_certified, [certified]),
         "corruptions": (corrupted, draw_corruptions, corrupted),
+        "sizes": (sizes, draw_resolutions, sizes),
         "a run": (history, draw_history, history),
         "a front": (front, draw_front, front),
         "an advice": (advice, draw_advice, advice),

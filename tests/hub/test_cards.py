@@ -81,8 +81,8 @@ def known_numbers(folder):
         found |= {percent(share) for share in recomputed(told).values() if share is not None}
         effort = ("steps", "queries", "rounds", "evolutions", "seed")
         found |= {f"{told['threat']['eps']:.4g}", *(str(told[key]) for key in effort)}
-        verdict = RobustnessReport.from_dict(told).verdict  # whose numbers tests/test_report.py has
-        found |= set(re.findall(r"(?<![\w.])\d[\w.+]*(?<!\.)", verdict))
+        made = RobustnessReport.from_dict(told)  # whose numbers test_report.py and test_disparity.py have
+        found |= set(re.findall(r"(?<![\w.])\d[\w.+]*(?<!\.)", f"{made.verdict} {made.class_verdict}"))
         found |= {str(len(told["correct"])), *told["versions"].values()}
         for attack in told["attacks"]:
             survived = attack["survived"]
@@ -151,6 +151,19 @@ def test_every_number_is_one_of_the_reports(tmp_path, more):
         assert f"**Flag `{flag}`** (Linf 0.15, Linf 0.3): " in text
     assert ("not run" in text) == ("names" in more or "control" in more)
     assert "Not evaluated" not in text
+
+
+def test_the_classes_are_told_after_the_verdict_of_their_report(tmp_path):
+    model, folder = variant(tmp_path)
+    labels, right = (0,) * 20 + (1,) * 20, (True,) * 25 + (False,) * 15
+    attack = AttackResult("pgd", "own", tuple(each or None for each in right), 1, 1, 1.5)
+    labelled = replace(report(model, control=False), correct=right, attacks=(attack,), labels=labels)
+    unlabelled = report(model, eps=0.3)
+    text = card(folder, [labelled, unlabelled])
+    check_numbers(folder)
+    assert "class 1 has the lowest accuracy: 25.0 % (" in labelled.class_verdict
+    assert f"**{labelled.verdict}** {labelled.class_verdict}\n" in text
+    assert f"**{unlabelled.verdict}**\n" in text
 
 
 def test_a_number_that_is_not_the_reports_would_be_found(tmp_path):

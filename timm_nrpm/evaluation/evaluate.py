@@ -146,11 +146,12 @@ def evaluate(
             judges = _judges(loader, net, base, plain, protocol, None if controls is None else Path(controls))
             return judge_all(judges, loader, journal, bar, rank, processes)
 
-        rows = in_order(together(accelerator, work))
+        shares = together(accelerator, work)
+        rows = in_order(shares)
     joined = [join(outcomes) for outcomes in zip(*(row.outcomes for row in rows), strict=True)]
     if plain and plain != MEMBER:
         joined[0].evidence[PLAIN_CHANGED] = float(plain == TRAINED)
-    report, *others = [_report(results, protocol) for results in joined]
+    report, *others = [_report(results, protocol, tuple(shares[0].labels)) for results in joined]
     texts = dict.fromkeys([*warning_texts, *(text for row in rows for text in row.warnings)])
     return replace(
         report,
@@ -163,7 +164,7 @@ def evaluate(
     )
 
 
-def _report(joined: Joined, protocol: Protocol) -> RobustnessReport:
+def _report(joined: Joined, protocol: Protocol, labels: tuple[int, ...]) -> RobustnessReport:
     """Return the report of one model, without its control."""
     effort = protocol.effort
     return RobustnessReport(
@@ -179,6 +180,7 @@ def _report(joined: Joined, protocol: Protocol) -> RobustnessReport:
         rounds=effort.rounds,
         evolutions=effort.evolutions,
         versions=_versions(),
+        labels=labels,
     )
 
 

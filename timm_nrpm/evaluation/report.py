@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from timm_nrpm.attacks.threats import Threat
-
-CONFIDENCE = 0.95
-"""Confidence of the intervals of accuracies."""
+from timm_nrpm.evaluation.disparity import Disparity, by_class
+from timm_nrpm.evaluation.intervals import exact
 
 SIGNIFICANT = 0.05
 """Largest p-value of McNemar's test at which a difference from the plain model counts as significant."""
@@ -92,6 +91,7 @@ class RobustnessReport:
         data: Description of the images, such as `"cifar10, test"`.
         warnings: Texts of the warnings raised during the evaluation.
         seconds: Time of the whole evaluation, in seconds.
+        labels: Class of each image; empty in a report of an earlier version, which has no classes to compare.
 
     Example:
         >>> report = evaluate(model, loader, Threat("Linf", 0.12), effort="fast")
@@ -121,6 +121,7 @@ class RobustnessReport:
     data: str = ""
     warnings: tuple[str, ...] = field(default=(), repr=False)
     seconds: float = field(default=0.0, repr=False, compare=False)
+    labels: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def samples(self) -> int:
@@ -158,11 +159,7 @@ class RobustnessReport:
     def interval(self, share: float | None = None) -> tuple[float, float]:
         """Return the 95 % confidence interval of the worst case, or of another share of the images (the exact interval
         of Clopper and Pearson)."""
-        from scipy.stats import binomtest
-
-        right = round((self.worst_case if share is None else share) * self.samples)
-        low, high = binomtest(right, self.samples).proportion_ci(CONFIDENCE, method="exact")
-        return float(low), float(high)
+        return exact(round((self.worst_case if share is None else share) * self.samples), self.samples)
 
     @property
     def name(self) -> str:
@@ -203,11 +200,23 @@ class RobustnessReport:
             return f"{beside}: it is {word}, by {more} images against {fewer} ({test})."
         return f"{beside}: no difference can be told, {ours} images against {theirs} ({test})."
 
+    @property
+    def by_class(self) -> Disparity | None:
+        """Comparison of the classes, see :func:`timm_nrpm.disparity.by_class`; None if their images are too few."""
+        return by_class(self)
+
+    @property
+    def class_verdict(self) -> str:
+        """The worst class and the gap between classes, in a sentence or two; empty if :attr:`by_class` is None."""
+        where = "in the worst case" if self.suite == "adaptive" else f"under {self.name}"
+        return "" if (found := self.by_class) is None else found.sentences(where, NAMES[self.plain])
+
     def __str__(self) -> str:
         lines = [f"FLAGS: {', '.join(self.flags)}. See docs/flags.md."] if self.flags else []
         plain = "" if self.control is None else f"; {NAMES[self.plain]} {100 * self.control.clean:.1f} %"
         lines += [
             self.verdict,
+            *filter(None, [self.class_verdict]),
             f"{self.samples} images, {self.threat}, {self.suite}: clean {100 * self.clean:.1f} %{plain}",
         ]
         width = max((len(a.name) for a in self.attacks), default=0)
@@ -224,6 +233,7 @@ class RobustnessReport:
         shares = {name: self.accuracy(name) for name in ("clean", *(a.name for a in self.attacks))}
         summary = {
             "verdict": self.verdict,
+            "class_verdict": self.class_verdict,
             "flags": self.flags,
             "worst_case": self.worst_case,
             "interval": self.interval(),
@@ -242,6 +252,7 @@ class RobustnessReport:
         attacks = (AttackResult(**{**a, "survived": tuple(a["survived"])}) for a in data["attacks"])
         fields |= {"threat": Threat(**data["threat"]), "attacks": tuple(attacks), "correct": tuple(data["correct"])}
         fields |= {"flags": tuple(data["flags"]), "warnings": tuple(data["warnings"])}
+        fields["labels"] = tuple(data.get("labels", ()))
         if data["control"] is not None:
             fields["control"] = cls.from_dict(data["control"])
         texts = (*fields["flags"], *fields["warnings"], fields.get("data", ""), fields["suite"])
@@ -252,6 +263,8 @@ class RobustnessReport:
             raise ValueError("This is no report: it has no images, or its flags, warnings or names are not text.")
         if any(len(row) != len(fields["correct"]) or set(map(type, row)) - {bool, type(None)} for row in outcomes):
             raise ValueError("This is no report: it does not say of each image whether it was right under each attack.")
+        if len(fields["labels"]) not in (0, len(fields["correct"])) or set(map(type, fields["labels"])) - {int}:
+            raise ValueError("This is no report: its labels are not one integer for each image.")
         return cls(**fields)
 
     @classmethod

@@ -69,10 +69,12 @@ class Share:
     Attributes:
         digests: Hashes of all batches in their order, including those of other processes.
         rows: Outcomes of the batches of this process, by the number of the batch.
+        labels: Class of each image of all batches.
     """
 
     digests: list[str]
     rows: dict[int, Row]
+    labels: list[int]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def judge_all(
     """
     task = bar.add_task("Evaluating", total=count_of(loader))
     digests: list[str] = []
+    labels: list[int] = []
     group: list[Batch] = []
 
     def judge_group() -> None:
@@ -154,6 +157,7 @@ def judge_all(
                 judge_group()
             group.append(batch)
         digests.append(batch.digest)
+        labels += batch.labels.tolist()
         bar.update(task, completed=len(digests) - len(group))
     judge_group()
     if not digests:
@@ -168,7 +172,7 @@ def judge_all(
         number: Row(tuple(map(Outcome.from_dict, row["judged"])), tuple(row["warnings"]))
         for number, row in journal.rows.items()
     }
-    return Share(digests, rows)
+    return Share(digests, rows, labels)
 
 
 def _judge_group(

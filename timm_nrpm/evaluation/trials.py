@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from timm_nrpm.evaluation.intervals import paired
 from timm_nrpm.evaluation.report import SIGNIFICANT, mcnemar
 
 NOTHING = "nothing"
@@ -51,8 +52,7 @@ class Effect:
 
     Attributes:
         points: Difference of their accuracies, in points.
-        low, high: The 95 % interval, by Wald's method with half an image added to both kinds of images that only one
-            model is right on (Agresti and Min, Statistics in Medicine 24, 2005).
+        low, high: The 95 % interval, see :func:`timm_nrpm.intervals.paired`.
         p_value: That of McNemar's exact test.
     """
 
@@ -66,10 +66,8 @@ class Effect:
         """The effect of a model over another, from the images that each is right on, as in :class:`Kept`."""
         pairs = list(zip(ours, theirs, strict=True))
         more, fewer = (sum(pair == each for pair in pairs) for each in (("1", "0"), ("0", "1")))
-        n, apart = len(pairs) + 2, more + fewer + 1
-        middle = 100 * (more - fewer) / n
-        half = 196 * math.sqrt(max(apart - (more - fewer) ** 2 / n, 0)) / n
-        return cls(100 * (more - fewer) / len(pairs), middle - half, middle + half, mcnemar(more, fewer))
+        low, high = (100 * end for end in paired(more, fewer, len(pairs)))
+        return cls(100 * (more - fewer) / len(pairs), low, high, mcnemar(more, fewer))
 
     @property
     def is_gain(self) -> bool:

@@ -14,6 +14,7 @@ from timm_nrpm.evaluation.landscape import LossLandscape
 from timm_nrpm.evaluation.layer_worth import LayerRecommendation
 from timm_nrpm.evaluation.pareto import ParetoFront
 from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.evaluation.resolutions import ResolutionReport
 from timm_nrpm.evaluation.subnetwork_report import SubnetworkReport
 from timm_nrpm.evaluation.trials import Advice
 from timm_nrpm.figures.advised import draw_advice
@@ -24,6 +25,7 @@ from timm_nrpm.figures.history import draw_history
 from timm_nrpm.figures.lambdas import draw_lambdas
 from timm_nrpm.figures.layers import draw_layers
 from timm_nrpm.figures.pareto import draw_front
+from timm_nrpm.figures.resolutions import draw_resolutions
 from timm_nrpm.figures.robustness import draw_attacks, draw_curves
 from timm_nrpm.figures.subnetworks import draw_subnetworks
 
@@ -31,6 +33,7 @@ Result: TypeAlias = (
     RobustnessReport
     | CertificationReport
     | CorruptionReport
+    | ResolutionReport
     | History
     | ParetoFront
     | Advice
@@ -45,6 +48,7 @@ DRAWERS: Mapping[type, Callable[[Any, str | Path], Path]] = {
     RobustnessReport: draw_attacks,
     CertificationReport: lambda report, path: draw_certified([report], path),
     CorruptionReport: draw_corruptions,
+    ResolutionReport: draw_resolutions,
     History: draw_history,
     ParetoFront: draw_front,
     Advice: draw_advice,
@@ -85,10 +89,11 @@ def plot(
         result: The result of a function of this package. A report of :func:`timm_nrpm.evaluate` is drawn as the
             accuracy that each attack leaves, and a list of them as accuracy over eps; one report of
             :func:`timm_nrpm.certify`, or a list of them, as certified accuracy over radius; a report of
-            :func:`timm_nrpm.evaluate_corruptions` as heat maps; the result of :func:`timm_nrpm.search_lambda` as its
-            Pareto front; an advice of :func:`timm_nrpm.advise` as the effect of each strategy; a report of
-            :func:`timm_nrpm.semirobust.semirobust`, or a list of them, as the dependence between layers; what
-            :func:`timm_nrpm.recommend.recommend_layers` found as bars and a front; the history of
+            :func:`timm_nrpm.evaluate_corruptions` as heat maps, and one of
+            :func:`timm_nrpm.resolutions.evaluate_resolutions` as accuracy over size; the result of
+            :func:`timm_nrpm.search_lambda` as its Pareto front; an advice of :func:`timm_nrpm.advise` as the effect of
+            each strategy; a report of :func:`timm_nrpm.semirobust.semirobust`, or a list of them, as the dependence
+            between layers; what :func:`timm_nrpm.recommend.recommend_layers` found as bars and a front; the history of
             :func:`timm_nrpm.tune` as curves over the steps; and the dict of :func:`timm_nrpm.lambdas` as a bar for each
             layer. Embedding differences, or loss landscapes, of several models are given as a dict by the name of the
             model.
