@@ -19,7 +19,7 @@ from timm_nrpm.evaluation.trials import Effect
 
 THREAT = Threat("Linf", 8 / 255)
 CHOSEN_ON, JUDGED_ON, TRAINING = 200, 300, 2000
-LOSSES = (4.0, 8.0, 12.0, 16.0)
+LOSSES = (5.0, 10.0, 15.0)
 """Losses of clean accuracy, in points of the accurate model's, within which mixtures are searched."""
 BASE = "narrow ResNet-18, naturally and adversarially trained, CIFAR-10"
 
@@ -63,7 +63,7 @@ def front(bases: Bases, kept: Path) -> list[Point]:
     for loss in LOSSES:
         file = kept / f"search-{loss:g}.json"
         if not file.exists():
-            found = search_mixture(accurate, robust, selection, THREAT, bound=loss, attacked=4, progress=True)
+            found = search_mixture(accurate, robust, selection, THREAT, bound=loss, attacked=3, progress=True)
             file.write_text(found.to_json())
         best = MixtureSearch.from_json(file.read_text()).best
         if best is not None:
