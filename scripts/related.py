@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "related"))
 import ensembles
+import guarantees
 import reports
 from bases import Bases
 from row import Row
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 
 PARTS: dict[str, tuple[str, Callable[[Bases, Path], list[Row]]]] = {
     "ensembles": ("Models made of models", ensembles.rows),
+    "guarantees": ("Guarantees", guarantees.rows),
     "reports": ("What else a report says", reports.rows),
 }
 """Title and function of each part, by its name."""

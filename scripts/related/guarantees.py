@@ -18,7 +18,7 @@ from timm_nrpm.evaluation.certificates import Certificate, CertificationReport
 from timm_nrpm.evaluation.certification import certify
 from timm_nrpm.evaluation.coverage import CHOICE, attacked
 from timm_nrpm.evaluation.halves import certify_halves
-from timm_nrpm.evaluation.sets import METHODS, Calibrated, Rule, calibrated
+from timm_nrpm.evaluation.sets import METHODS, Calibrated, Rule, calibrated, own_scores
 from timm_nrpm.evaluation.smoothed import Smoothed
 from timm_nrpm.evaluation.trials import Effect, digits_of
 from timm_nrpm.models.modes import evaluating
@@ -38,16 +38,19 @@ def rows(bases: Bases, kept: Path) -> list[Row]:
     digits, narrow = bases.digits(), bases.narrow(robust=True)
     few, many = bases.digit_images("selection", 60), bases.digit_images("report", 180)
     smoothing = [
-        Smoothing("digits", digits, few, many, (0.12, 0.25, 0.5)),
-        Smoothing("narrow", narrow, bases.cifar("selection", 20), bases.cifar("report", 100), (0.12, 0.25)),
+        Smoothing("digits", digits, few, many, (0.12, 0.25, 0.5), 180),
+        Smoothing("narrow", narrow, bases.cifar("selection", 20), bases.cifar("report", 100), (0.12, 0.25), 50),
     ]
     once: Splits = [(range(200), range(200, 300))]
     conformal = [
         Conformal("digits", digits, _joined(bases.digit_images, 180, 180), _random_splits(360), 0.25, 0.25, 20, 16),
         Conformal("narrow", narrow, _joined(bases.cifar, 200, 100), once, 0.25, 0.125, 10, 4),
     ]
-    found = [row for part in smoothing for row in part.rows(kept)]
-    return [*found, *(row for part in conformal for row in part.rows(kept))]
+    found = [row for part in conformal for row in part.rows(kept)]
+    return [*(row for part in smoothing for row in part.rows(kept)), *found]
+
+
+Worth = Callable[[CertificationReport], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ class Smoothing:
         name: Name of the base, a key of `NAMES`.
         model: The model.
         selection, report: Images to choose sigma on, and to judge on.
-        sigmas: Standard deviations of the noise, of which each way of smoothing takes its own best.
+        sigmas: Standard deviations of the noise, of which each way of smoothing takes its own best for each measure: at
+            one sigma, halves would gain in mean radius what a larger sigma brings the whole.
+        few: Number of the report images that mean radii are measured on.
     """
 
     name: str
@@ -66,33 +71,55 @@ class Smoothing:
     selection: Images
     report: Images
     sigmas: tuple[float, ...]
+    few: int
 
     def rows(self, kept: Path) -> list[Row]:
         """The rows of halves against the whole."""
-        whole, halves = self.best("whole", certify, kept), self.best("halves", certify_halves, kept)
-        method, base = "dual randomized smoothing", NAMES[self.name]
-        control = f"smoothing of the whole, {whole.n0 + whole.n} forwards each"
-        note = f"Sigma {halves.sigma:g} against {whole.sigma:g}, each the best of {len(self.sigmas)} on other images."
-        before, after = (100 * report.certified_accuracy(RADIUS) for report in (whole, halves))
+        halves, whole = (self.best(way, "share", _share, self.report, kept) for way in ("halves", "whole"))
         effect = str(Effect.of(*(digits_of(_certified(report)) for report in (halves, whole))))
-        measure = f"images certified right at L2 {RADIUS:g}, %"
-        shares = Row(method, base, measure, control, before, after, effect, note)
-        before, after = (1000 * report.average_certified_radius for report in (whole, halves))
+        shares = [100 * report.certified_accuracy(RADIUS) for report in (whole, halves)]
+        share = self.row(f"images certified right at L2 {RADIUS:g}, %", halves, whole, shares, effect)
+        few = self.report[0][: self.few], self.report[1][: self.few]
+        halves, whole = (self.best(way, "mean", _mean_radius, few, kept) for way in ("halves", "whole"))
         pairs = zip(halves.images, whole.images, strict=True)
         effect = interval([1000 * (_radius_of(ours) - _radius_of(theirs)) for ours, theirs in pairs])
-        measure = "mean certified radius, thousandths of the pixels' range"
-        return [shares, Row(method, base, measure, control, before, after, effect, note)]
+        means = [1000 * report.average_certified_radius for report in (whole, halves)]
+        return [
+            share,
+            self.row("mean certified radius, thousandths of the pixels' range", halves, whole, means, effect),
+        ]
 
-    def best(self, name: str, measure: Callable[..., CertificationReport], kept: Path) -> CertificationReport:
-        """The report at the sigma that certifies the most selection images at `RADIUS`, of equal ones the largest mean
-        radius."""
+    def row(
+        self, measure: str, halves: CertificationReport, whole: CertificationReport, values: list[float], effect: str
+    ) -> Row:
+        """A row of a measure, whose values are that of the whole and that of the halves."""
+        control = f"smoothing of the whole, {whole.n0 + whole.n} forwards each"
+        sigmas = f"Sigma {halves.sigma:g} against {whole.sigma:g}, each the best of {len(self.sigmas)} on other images"
+        note = f"{sigmas}; {len(halves.images)} images."
+        return Row("dual randomized smoothing", NAMES[self.name], measure, control, values[0], values[1], effect, note)
+
+    def best(self, way: str, kind: str, worth: Worth, images: Images, kept: Path) -> CertificationReport:
+        """The report on `images` at the sigma that is worth the most on the selection images."""
+        start = kept / f"{self.name}-{way}"
         tried = [
-            measure(self.model, [self.selection], sigma, resume=kept / f"{self.name}-{name}-selection-{sigma:g}.jsonl")
+            WAYS[way](self.model, [self.selection], sigma, resume=f"{start}-selection-{sigma:g}.jsonl")
             for sigma in self.sigmas
         ]
-        chosen = max(tried, key=lambda each: (each.certified_accuracy(RADIUS), each.average_certified_radius))
-        path = kept / f"{self.name}-{name}-{chosen.sigma:g}.jsonl"
-        return measure(self.model, [self.report], chosen.sigma, resume=path)
+        sigma = max(tried, key=worth).sigma
+        return WAYS[way](self.model, [images], sigma, resume=f"{start}-{kind}-{sigma:g}.jsonl")
+
+
+WAYS: dict[str, Callable[..., CertificationReport]] = {"whole": certify, "halves": certify_halves}
+
+
+def _share(report: CertificationReport) -> tuple[float, float]:
+    """Share of the images that are certified at `RADIUS`, and the mean radius, which decides between equal ones."""
+    return report.certified_accuracy(RADIUS), report.average_certified_radius
+
+
+def _mean_radius(report: CertificationReport) -> tuple[float, float]:
+    """Mean radius."""
+    return report.average_certified_radius, 0.0
 
 
 def _certified(report: CertificationReport) -> list[bool]:
@@ -155,11 +182,13 @@ class Conformal:
 
     def rows(self, kept: Path) -> list[Row]:
         """The rows of each method against vanilla sets."""
-        path = kept / f"{self.name}-sets.json"
-        if not path.exists():
-            measured = self.measure()
-            path.write_text(json.dumps({name: [asdict(each) for each in part] for name, part in measured.items()}))
-        counted = {name: [Tally(**each) for each in part] for name, part in json.loads(path.read_text()).items()}
+        counted: Tallies = {}
+        for noisy in (False, True):
+            path = kept / f"{self.name}-sets-{'noisy' if noisy else 'plain'}.json"
+            if not path.exists():
+                measured = self.measure(noisy)
+                path.write_text(json.dumps({name: [asdict(each) for each in part] for name, part in measured.items()}))
+            counted |= {name: [Tally(**each) for each in part] for name, part in json.loads(path.read_text()).items()}
         return [row for method in METHODS[1:] for row in self._compared(method, counted)]
 
     def _compared(self, method: str, counted: Tallies) -> list[Row]:
@@ -176,55 +205,58 @@ class Conformal:
             ("size", "classes in a set of a clean image", 1),
         ):
             changes = [times * (a.share(name) - b.share(name)) for a, b in zip(ours, theirs, strict=True)]
-            before = times * _mean(theirs, name)
-            found.append(Row(*common, measure, "vanilla", before, times * mean[name], interval(changes), note))
-        return found
-
-    def measure(self) -> Tallies:
-        """Ask the model once for all that the splits need, since neither noise nor attack depends on the split."""
-        smoothed = Smoothed(self.model, None, None, self.sigma, 0, 1000)
-        pixels, labels = smoothed.place(self.images[0]), self.images[1]
-        tested = torch.tensor(sorted({i for _, test in self.splits for i in test}))
-        found: Tallies = {method: [Tally() for _ in labels] for method in METHODS}
-        for copies in (0, 1, COPIES):
-            rules = [Rule(method, ALPHA, self.sigma, self.radius, n=COPIES) for method in METHODS]
-            seen = self._seen(smoothed, pixels, labels, tested, copies)
-            for rule in (each for each in rules if each.copies == copies):
-                for number, (known, test) in enumerate(self.splits):
-                    places, own = torch.tensor(list(known)), torch.tensor(list(test))
-                    predictor = calibrated(rule, seen.clean[places], labels[places], seed=number)
-                    seen.count(predictor, labels, own, found[rule.method])
-        return found
-
-    def _seen(self, smoothed: Smoothed, pixels: Tensor, labels: Tensor, tested: Tensor, copies: int) -> Seen:
-        """What a method with so many noisy copies sees of the images, and of the attacked ones."""
-        noisy = self.average if copies else 0
-        seeds = [[seed_of(0, part, int(i)) for i in range(len(pixels))] for part in (0, 1, CHOICE)]
-        moved = attacked(smoothed, pixels[tested], labels[tested], self.radius, self.steps, noisy, seed=0)
-        with evaluating(smoothed.net.model):
-            clean = smoothed.probabilities(pixels, copies, seeds[0])
-            predicted, chosen = (
-                [smoothed.probabilities(x, number, [seeds[part][int(i)] for i in tested]) for x in moved]
-                for part, number in ((1, copies), (2, noisy))
+            effect = interval(changes)
+            if len(self.splits) == 1 and name == "attacked":  # each image is covered or not
+                effect = str(Effect.of(*(digits_of(each.attacked > 0 for each in part) for part in (ours, theirs))))
+            found.append(
+                Row(*common, measure, "vanilla", times * _mean(theirs, name), times * mean[name], effect, note)
             )
+        return found
+
+    def measure(self, noisy: bool) -> Tallies:
+        """Count the sets of the methods with or without noise. The model is asked once for all that the splits need,
+        since neither noise nor attack depends on the split."""
+        smoothed, labels = Smoothed(self.model, None, None, self.sigma, 0, 1000), self.images[1]
+        pixels = smoothed.place(self.images[0])
+        tested = torch.tensor(sorted({i for _, test in self.splits for i in test}))
+        average = self.average if noisy else 0
+        moved = attacked(smoothed, pixels[tested], labels[tested], self.radius, self.steps, average, seed=0)
+        chosen = torch.stack([_probabilities(smoothed, images, average, tested, CHOICE) for images in moved])
         rows = torch.full((len(pixels),), -1)
         rows[tested] = torch.arange(len(tested))
-        return Seen(clean, torch.stack(predicted), torch.stack(chosen), rows)
+        rules = [Rule(method, ALPHA, self.sigma, self.radius, n=COPIES) for method in METHODS]
+        found: Tallies = {}
+        for copies in sorted({rule.copies for rule in rules if bool(rule.copies) == noisy}):
+            own = own_scores("hps", _probabilities(smoothed, pixels, copies, torch.arange(len(pixels)), 0), labels)
+            predicted = torch.stack([_probabilities(smoothed, images, copies, tested, 1) for images in moved])
+            seen = Seen(own, predicted, chosen, rows)
+            for rule in (each for each in rules if each.copies == copies):
+                found[rule.method] = [Tally() for _ in labels]
+                for number, (known, test) in enumerate(self.splits):
+                    predictor = calibrated(rule, own[torch.tensor(list(known))], seed=number)
+                    seen.count(predictor, labels, torch.tensor(list(test)), found[rule.method])
+        return found
+
+
+def _probabilities(smoothed: Smoothed, images: Tensor, copies: int, numbers: Tensor, part: int) -> Tensor:
+    """Probabilities of the classes under the noise of images with these numbers, `[B, S, N]`."""
+    with evaluating(smoothed.net.model):
+        return smoothed.probabilities(images, copies, [seed_of(0, part, int(number)) for number in numbers])
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Probabilities of classes under noise.
+    """What a model says of images under noise.
 
     Attributes:
-        clean: Those of the clean images that limits are found on, `[M, S, N]`.
-        predicted: Those of the tested images under other noise, by result of the attack, `[R, T, S, N]`; the first
-            result is the clean image.
+        own: Scores of the right classes of the clean images, that limits are found on, `[M, S]`.
+        predicted: Probabilities of the tested images under other noise, by result of the attack, `[R, T, S, N]`; the
+            first result is the clean image.
         chosen: The same under the noise by which the attack chooses between its results, `[R, T, A, N]`.
         rows: Place of each image among the tested ones, `[M]`; -1 for one that is not tested.
     """
 
-    clean: Tensor
+    own: Tensor
     predicted: Tensor
     chosen: Tensor
     rows: Tensor

@@ -255,6 +255,17 @@ def test_json_and_quiet_leave_stderr_to_errors(tmp_path, monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
+def test_halves_have_files_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    call = ["certify", "--model", "resnet8_digits", "--lam", "none", "--samples", "2", "--n0", "10", "--n", "40"]
+    said = [shown(capsys, *call, *flags) for flags in ((), ("--halves",))]
+    names = [f"sigma-0.25.{end}" for end in ("json", "jsonl", "png")]
+    assert sorted(os.listdir("certified")) == sorted([*names, *(name.replace("sigma", "halves") for name in names)])
+    assert [each["report"]["smoothing"] for each in said] == ["whole", "halves"]
+    assert main(["plot", "certified/sigma-0.25.json", "certified/halves-0.25.json", "--output", "both.svg"]) == 0
+    assert "in halves" in (tmp_path / "both.svg").read_text()
+
+
 def test_the_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"timm-nrpm {timm_nrpm.__version__}\n"
@@ -293,6 +304,7 @@ CASES = [  # the call, the exit status, and some of what is said
     ("search --budget 1 --samples 5 --calibrate 5", 2, "--budget 1 is not allowed"),
     ("certify --confidence 0.001 --samples 2 --calibrate 5", 2, "--confidence 0.001"),
     ("certify --n 5 --samples 2 --calibrate 5", 2, "n"),
+    ("certify --halves --n 101 --samples 2 --calibrate 5", 2, "--n 101 is not allowed: 2 parts of an image share"),
     ("corrupt --kinds fogg --samples 2 --calibrate 5", 2, "fog"),
     ("corrupt --kinds white_noise --severities 6 --samples 2 --calibrate 5", 2, "6"),
     ("plot", 2, "there is nothing to draw"),

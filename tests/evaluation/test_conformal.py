@@ -129,7 +129,7 @@ def test_model_and_generators_are_left_as_they_were(images):
 # --- coverage ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["vanilla", "one-sample", "rscp+ptt"])
+@pytest.mark.parametrize("method", ["vanilla", "one-sample", pytest.param("rscp+ptt", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("score", ["hps", "aps"])
 def test_clean_sets_cover_over_20_splits(model, images, method, score):
     """The mean over splits is at least 1 - alpha, but for what so few images leave to chance."""
@@ -184,7 +184,9 @@ def test_too_few_images_are_refused_before_any_noise():
     refused = r"^40 calibration images are too few: alpha=0.1 with one-sample at radius 0.25 .* takes 88 or more"
     with pytest.raises(ValueError, match=refused):
         conformal(model, [shown_images(40)], 0.1, 0.25, 0.25)
-    assert sum(map(len, model.seen)) == 1  # which tells the number of classes
+    with pytest.raises(ValueError, match=r"^8 calibration images beside the share of 0.2 .* takes 10 or more"):
+        conformal(model, [shown_images(10)], 0.1, 0.25, 0.25, "rscp+ptt")
+    assert sum(map(len, model.seen)) == 2  # which tell the number of classes
 
 
 @pytest.mark.parametrize(

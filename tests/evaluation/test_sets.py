@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from timm_nrpm.evaluation.sets import METHODS, SCORES, Calibrated, Rule, calibrated, members, plain_scores
+from timm_nrpm.evaluation.sets import METHODS, SCORES, Calibrated, Rule, calibrated, members, own_scores, plain_scores
 
 NORMAL = NormalDist()
 
@@ -132,7 +132,7 @@ def test_limits_and_sets(method, score, radius):
     rule = Rule(method, 0.2, 0.25, radius, score, n=64)
     copies = max(rule.copies, 1)
     probabilities, labels = drawn(60, copies)
-    found = calibrated(rule, probabilities, labels)
+    found = calibrated(rule, own_scores(rule.score, probabilities, labels))
     scores = np.array([[scores_by_hand(score, row) for row in image] for image in probabilities.tolist()])
     limit = limit_by_hand(rule, scores[np.arange(60), :, labels])
     assert found.limit == pytest.approx(limit, rel=1e-9)
@@ -152,7 +152,7 @@ def test_the_transformation_by_hand():
     """The ranks among the scores held out, a steep sigmoid around 1 - alpha, and then RSCP+ on the other images."""
     rule = Rule("rscp+ptt", 0.2, 0.25, 0.1, n=64, holdout=0.25)
     probabilities, labels = drawn(80, 64)
-    found = calibrated(rule, probabilities, labels, seed=3)
+    found = calibrated(rule, own_scores("hps", probabilities, labels), seed=3)
     order = torch.randperm(80, generator=torch.Generator().manual_seed(3)).numpy()
     own = 1 - probabilities.numpy()[np.arange(80), :, labels]
     reference = sorted(own[order[:20], 0])
@@ -168,14 +168,14 @@ def test_the_transformation_by_hand():
     others, _ = drawn(10, 64, seed=1)
     want = [[[transformed(1 - p) for p in copy] for copy in image] for image in others.tolist()]
     np.testing.assert_allclose(found.scores(others), want, atol=1e-12)
-    other = calibrated(rule, probabilities, labels, seed=4)
+    other = calibrated(rule, own_scores("hps", probabilities, labels), seed=4)
     assert other.reference != found.reference
 
 
 def test_a_threshold_of_1_gives_all_classes():
     rule = Rule("rscp+", 0.1, 0.25, 0.25, n=4)
     probabilities, labels = drawn(30, 4)
-    found = calibrated(rule, probabilities, labels)
+    found = calibrated(rule, own_scores(rule.score, probabilities, labels))
     assert found.limit == 1.0
     assert found.is_trivial
     assert found.inside(drawn(7, 4, seed=1)[0]).all()
@@ -187,9 +187,9 @@ def test_too_few_images_say_how_many_it_takes():
     probabilities, labels = drawn(40)
     rule = Rule("one-sample", 0.1, 0.25, 0.25)
     with pytest.raises(ValueError, match=r"40 calibration images are too few: alpha=0.1 .* takes 88 or more"):
-        calibrated(rule, probabilities, labels)
+        calibrated(rule, own_scores("hps", probabilities, labels))
     with pytest.raises(ValueError, match=r"8 calibration images beside the share of 0.2 .* takes 10 or more"):
-        calibrated(Rule("rscp+ptt", 0.1, 0.25, 0.25, n=4), *drawn(10, 4))
+        calibrated(Rule("rscp+ptt", 0.1, 0.25, 0.25, n=4), own_scores("hps", *drawn(10, 4)))
 
 
 # --- the guarantees, where the worst attack is known ---------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_the_worst_attack_on_a_line(method, ratio):
         x = torch.zeros(120) if method == "one-sample" else 0.5 * torch.randn(120, generator=generator)
         x = x.double()
         noise = sigma * torch.randn(120, copies, generator=generator).double()
-        found = calibrated(rule, line_scores(x[:60], noise[:60]), labels)
+        found = calibrated(rule, own_scores("hps", line_scores(x[:60], noise[:60]), labels))
         covered.append(found.inside(line_scores(x[60:] - ratio * sigma, noise[60:]))[:, 1].double().mean())
     mean, error = float(np.mean(covered)), float(np.std(covered) / math.sqrt(len(covered)))
     assert mean >= 1 - alpha - 3 * error
@@ -230,7 +230,8 @@ def test_without_the_guarantee_the_line_is_missed():
     generator = torch.Generator().manual_seed(0)
     labels = torch.ones(500, dtype=torch.long)
     noise = torch.randn(1000, 1, generator=generator).double()
-    found = calibrated(Rule("vanilla", 0.2, 1.0, 1.0), line_scores(torch.zeros(500).double(), noise[:500]), labels)
+    own = own_scores("hps", line_scores(torch.zeros(500).double(), noise[:500]), labels)
+    found = calibrated(Rule("vanilla", 0.2, 1.0, 1.0), own)
     shifted = found.inside(line_scores(torch.full((500,), -1.0).double(), noise[500:]))[:, 1].double().mean()
     assert float(shifted) == pytest.approx(NORMAL.cdf(NORMAL.inv_cdf(0.8) - 1), abs=0.08)
 

@@ -256,9 +256,9 @@ def halves_radius(votes: tuple[int, int], n: int, confidence: float, sigma: floa
 
     Example:
         >>> halves_radius((500, 500), 500, confidence=0.999, sigma=0.25)
-        0.7666
+        0.7664
         >>> halves_radius((500, 100), 500, confidence=0.999, sigma=0.25)
-        0.196
+        0.1962
     """
     from scipy.stats import norm
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from timm_nrpm.checks import check_integer
 from timm_nrpm.data.images import check_images
 from timm_nrpm.data.ordering import seed_of
-from timm_nrpm.evaluation.sets import Calibrated, Rule, calibrated, members
+from timm_nrpm.evaluation.sets import Calibrated, Rule, calibrated, members, own_scores
 from timm_nrpm.evaluation.smoothed import Smoothed
 from timm_nrpm.models.base import weights_sha256
 from timm_nrpm.models.modes import evaluating
@@ -136,7 +136,8 @@ def conformal(
 
     Args:
         model: Classifier of normalised images, or a wrapper of one. It is left unchanged.
-        calibration: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, of images like those to come.
+        calibration: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, of images like those to come. All
+            images are held in memory at once.
         alpha: Share of the sets that may miss the right class, above 0 and below 1.
         sigma: Standard deviation of the noise, in pixel units of [0, 1], above 0; `"vanilla"` adds none.
         radius: Largest L2 norm of a change of the image, in pixel units, >= 0.
@@ -170,7 +171,11 @@ def conformal(
             labels.append(label)
         if not images:
             raise ValueError("The loader gave no images: there is nothing to calibrate on.")
-        rule.rank(len(images))  # too few images are refused before any forward under noise
-        seeds = [seed_of(smoothed.seed, CALIBRATION, number) for number in range(len(images))]
-        probabilities = smoothed.probabilities(torch.stack(images), rule.copies, seeds)
-    return SetPredictor(calibrated(rule, probabilities, torch.tensor(labels), smoothed.seed), smoothed)
+        rule.rank(len(images) - rule.held(len(images)))  # too few images are refused before any forward under noise
+        own = []  # all probabilities of all copies would take much memory
+        for start in range(0, len(images), smoothed.batch_size):
+            chunk = torch.stack(images[start : start + smoothed.batch_size])
+            seeds = [seed_of(smoothed.seed, CALIBRATION, start + i) for i in range(len(chunk))]
+            right = torch.tensor(labels[start : start + len(chunk)])
+            own.append(own_scores(rule.score, smoothed.probabilities(chunk, rule.copies, seeds), right))
+    return SetPredictor(calibrated(rule, torch.cat(own), smoothed.seed), smoothed)

@@ -19,10 +19,11 @@ from timm_nrpm.checks import check_choice, check_integer
 from timm_nrpm.data.images import check_batch, check_labels, count_of
 from timm_nrpm.data.ordering import seed_of
 from timm_nrpm.evaluation.conformal import SetPredictor, prediction_seeds
+from timm_nrpm.evaluation.intervals import exact
 from timm_nrpm.evaluation.sets import members
 from timm_nrpm.evaluation.smoothed import Smoothed, noise_of
 from timm_nrpm.jobs.progress import progress_bar
-from timm_nrpm.models.modes import attackable
+from timm_nrpm.models.modes import attackable, evaluating
 
 START, ATTACK, CHOICE = 2, 3, 4
 """Parts of the seeds of an attack's start, of its noise, and of the noise that chooses between its results; those of
@@ -85,10 +86,7 @@ class SetReport:
 
     def coverage_interval(self, part: str = "clean") -> tuple[float, float]:
         """Return the 95 % confidence interval of the coverage (the exact interval of Clopper and Pearson, 1934)."""
-        from scipy.stats import binomtest
-
-        low, high = binomtest(sum(self.covered(part)), len(self.images)).proportion_ci(0.95, method="exact")
-        return float(low), float(high)
+        return exact(sum(self.covered(part)), len(self.images))
 
     def sizes(self, part: str = "clean") -> tuple[int, ...]:
         """Return the number of classes in each set."""
@@ -242,7 +240,7 @@ def most_harmful(
     """
     seeds = [seed_of(seed, CHOICE, number) for number in range(start, start + len(labels))]
     copies, harm = _copies(predictor, average), []
-    with attackable(predictor.smoothed.net.model):
+    with evaluating(predictor.smoothed.net.model):
         for images in results:
             probabilities = predictor.smoothed.probabilities(images, copies, seeds)
             harm.append(predictor.calibration.harm(probabilities, labels))

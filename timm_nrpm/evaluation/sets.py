@@ -106,6 +106,10 @@ class Rule:
         """Smallest number of calibration images, beside those for the ranks, that a threshold takes."""
         return math.ceil((1 - ROUNDING) / self._missed) - 1 if self._missed else math.inf
 
+    def held(self, count: int) -> int:
+        """Number of `count` calibration images that PTT takes for its ranks; 0 for the other methods."""
+        return math.ceil(self.holdout * count) if self.method == "rscp+ptt" else 0
+
     def rank(self, count: int) -> int:
         """Place of the threshold among `count` scores in ascending order, from 1 (Vovk et al., 2005).
 
@@ -171,47 +175,48 @@ class Calibrated:
     def harm(self, probabilities: Tensor, labels: Tensor) -> Tensor:
         """Return what an attacker raises so that the sets miss the labels `[B]`, `[B]`: the mean score of the label,
         and above all the share of copies that are beyond the limit, if one of them decides."""
-        own = self.scores(probabilities).gather(2, labels.view(-1, 1, 1).expand(-1, probabilities.shape[1], 1))
-        beyond = (own > self.limit).double().mean((1, 2))
-        return own.mean((1, 2)) * (1 if self.rule.is_averaged else 0.001) + beyond * (not self.rule.is_averaged)
+        own = _own(self.scores(probabilities), labels)
+        beyond = (own > self.limit).double().mean(1)
+        return own.mean(1) * (1 if self.rule.is_averaged else 0.001) + beyond * (not self.rule.is_averaged)
 
     def scores(self, probabilities: Tensor) -> Tensor:
         """Return the score of each class in each copy, in [0, 1], of the shape of `probabilities` `[..., N]`."""
         return _transformed(self.rule, plain_scores(self.rule.score, probabilities), self.reference)
 
 
-def calibrated(rule: Rule, probabilities: Tensor, labels: Tensor, seed: int = 0) -> Calibrated:
+def calibrated(rule: Rule, own: Tensor, seed: int = 0) -> Calibrated:
     """Find the limit of a rule on calibration images.
 
-    Write S(x) for the score of the right class of an image x, under noise. With one copy, the threshold t is a quantile
-    of the scores at the level L = `rule.level`, and P(S(x) <= t) >= L for a clean image, by exchangeability (Vovk et
-    al., 2005). For a changed image x', t, and so P(S(x') <= t) >= c(P(S(x) <= t)) with c(p) = Phi(Phi^-1(p) - radius /
-    sigma) over the noise alone (Cohen et al., arXiv 1902.02918). As c is convex, the mean over images and thresholds is
-    at least c(L) by Jensen's inequality, which L = Phi(Phi^-1(1 - alpha) + radius / sigma) makes 1 - alpha (arXiv
-    2506.16553).
+    Write S(x) for the score of the right class of an image x under noise, and t for the threshold. x' is the changed
+    image, which may depend on x, its class, t and the model, but not on the noise of its own forwards.
 
-    With several copies, let U be an upper bound on the mean E S(x), from its copies, which is wrong with probability
-    beta at most. The threshold is the quantile of U at the level 1 - alpha + 2 * beta, so that E S(x) <= U <= t but for
-    alpha - beta. A change of the image moves Phi^-1(E S) by radius / sigma at most (Gendler et al., ICLR 2022), so that
-    E S(x') <= Phi(Phi^-1(t) + radius / sigma), the limit. The set compares it with a lower bound of E S(x'), which is
-    wrong with probability beta at most. This is RSCP+ (Yan et al., arXiv 2404.19651), but for the bounds: there
-    Hoeffding's is added to the threshold, here each calibration image has its own.
+    With one copy, t is a quantile of the scores at the level L = `rule.level`, so that P(S(x) <= t) >= L for a clean
+    image, by exchangeability (Vovk et al., 2005). For each image and each t, if p is the probability over the noise
+    that S(x) <= t, then S(x') <= t has the probability c(p) = Phi(Phi^-1(p) - radius / sigma) at least (Cohen et al.,
+    arXiv 1902.02918, section 3.1). The function c is convex and rises, so that the mean of c(p) over images and
+    thresholds is at least c(L) by Jensen's inequality. That is 1 - alpha, for L = Phi(Phi^-1(1 - alpha) + radius /
+    sigma) (arXiv 2506.16553).
+
+    With several copies, let U(x) be an upper bound on the mean of S(x) over the noise, from the copies of x, which is
+    wrong with probability beta at most. t is a quantile of U at the level L = 1 - alpha + 2 * beta, so that the mean of
+    S(x) is not above t, but with probability alpha - beta: U(x) is above t, or wrong. A change of the image moves
+    Phi^-1 of the mean by radius / sigma at most (Gendler et al., ICLR 2022), so that the mean of S(x') is not above
+    Phi(Phi^-1(t) + radius / sigma), the limit. The set compares the limit with a lower bound on the mean of S(x'),
+    which is wrong with probability beta at most. This is RSCP+ (Yan et al., arXiv 2404.19651), but for one bound: there
+    Hoeffding's is added to a quantile of the means, and here each calibration image has its own, the smaller of two.
 
     Args:
         rule: The rule.
-        probabilities: Probabilities `[M, S, N]` in float64 of the copies of the calibration images.
-        labels: Right classes `[M]`.
+        own: Scores of the right class in the copies of each calibration image, `[M, S]`, by :func:`own_scores`.
         seed: Seed that chooses the images that are held out for PTT's ranks.
 
     Raises:
         ValueError: There are too few images; the message says how many it takes.
     """
-    own = plain_scores(rule.score, probabilities).gather(2, labels.view(-1, 1, 1).expand(-1, probabilities.shape[1], 1))
-    own = own.squeeze(2)  # [M, S]
     reference: tuple[float, ...] = ()
     if rule.method == "rscp+ptt":
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))
-        held = math.ceil(rule.holdout * len(own))
+        held = rule.held(len(own))
         reference = tuple(own[order[:held], 0].sort().values.tolist())
         own = own[order[held:]]
     own = _transformed(rule, own, reference)
@@ -227,6 +232,11 @@ def members(inside: Tensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row.nonzero().flatten().tolist()) for row in inside)
 
 
+def own_scores(score: str, probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the score of the right class `[B]` in each copy, `[B, S]`, from the probabilities `[B, S, N]`."""
+    return _own(plain_scores(score, probabilities), labels)
+
+
 def plain_scores(score: str, probabilities: Tensor) -> Tensor:
     """Return the score of each class in [0, 1], of the shape of `probabilities` `[..., N]`; 1 where that is NaN."""
     if score == "hps":
@@ -236,6 +246,11 @@ def plain_scores(score: str, probabilities: Tensor) -> Tensor:
         scores = torch.zeros_like(probabilities)
         scores.scatter_(-1, ordered.indices, ordered.values.cumsum(-1) - ordered.values)
     return scores.nan_to_num(1.0).clamp(0, 1)
+
+
+def _own(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return what belongs to the labels `[B]`, `[B, S]`, of `[B, S, N]`."""
+    return scores.gather(2, labels.view(-1, 1, 1).expand(-1, scores.shape[1], 1)).squeeze(2)
 
 
 def _transformed(rule: Rule, scores: Tensor, reference: tuple[float, ...]) -> Tensor:

@@ -273,6 +273,11 @@ def record_of(model: nn.Module) -> Record:
         ValueError: The model is not reprogrammed, or parts of it were reprogrammed on their own.
     """
     model = unwrapped(model)
+    if isinstance(model, Ensemble):
+        raise ValueError(
+            f"This {type(model).__name__} is an ensemble, which has no lambdas of its own: do this to its members, and "
+            "join them afterwards."
+        )
     record, *parts = [m.__dict__.get("nrpm") for m in model.modules() if m is model or "nrpm" in m.__dict__]
     if any(isinstance(part, Record) for part in parts):
         raise ValueError(
