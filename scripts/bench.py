@@ -36,6 +36,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import timm_nrpm
+from timm_nrpm.evaluation.stopwatch import peak_bytes, resident
 from timm_nrpm.nn.estimator import Penalty, robust_sum
 from timm_nrpm.nn.functional import nrpm_conv2d, nrpm_linear
 from timm_nrpm.nn.kernels import compiling, native
@@ -87,35 +88,6 @@ def seconds(work: Callable[[], Any], device: str, at_least: float = 1.0) -> floa
         if min(times) > 5 and len(times) == 2:
             return statistics.median(times)
     return statistics.median(times[1:])
-
-
-def resident(field: str) -> int:
-    """Return a field of /proc/self/status in bytes: VmRSS is the resident memory, VmHWM its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def reset_peak() -> None:
-    """Give freed memory back to the system, and let the peak of the resident memory start from what is left."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(work: Callable[[], Any], device: str) -> int:
-    """Return the bytes that a call takes on top of those held before it.
-
-    On the CPU, memory that malloc kept from earlier calls is not counted unless `forget_free_memory` is called first.
-    """
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    reset_peak()
-    before = resident("VmRSS")
-    work()
-    return max(0, resident("VmHWM") - before)
 
 
 def forget_free_memory() -> None:

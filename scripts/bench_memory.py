@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench import ROOT, machine, reset_peak, resident
+from bench import ROOT, machine
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import timm_nrpm
+from timm_nrpm.evaluation.stopwatch import reset_peak, resident
 
 # By name: stages whose blocks are computed again.
 KINDS: dict[str, tuple[str, ...]] = {

@@ -30,10 +30,10 @@ from timm_nrpm import NRPMConfig, Threat, TuneConfig, calibrate_, evaluate, repr
 from timm_nrpm.evaluation.trials import Effect, digits_of
 from timm_nrpm.figures import canvas
 from timm_nrpm.jobs.progress import progress_bar
+from timm_nrpm.models.work import products
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.nn.wrappers import copied
 from timm_nrpm.subnetworks.criticality import criticality
-from timm_nrpm.subnetworks.recording import products
 from timm_nrpm.subnetworks.splitting import layer_parameters
 
 sys.path.insert(0, str(Path(__file__).parent / "reproduce"))

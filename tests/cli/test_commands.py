@@ -17,8 +17,8 @@ from timm_nrpm.cli.options import Command
 from timm_nrpm.cli.plot import result_in
 from timm_nrpm.cli.program import main
 
-ORDER = ["advise", "models", "create", "calibrate", "adapt", "search", "tune", "subnetwork", "evaluate", "certify"]
-ORDER += ["corrupt", "plot", "push", "pull", "inspect", "list", "demo"]
+ORDER = ["advise", "models", "cost", "create", "calibrate", "adapt", "search", "tune", "subnetwork", "evaluate"]
+ORDER += ["certify", "corrupt", "plot", "push", "pull", "inspect", "list", "demo"]
 
 
 def shown(capsys, *arguments):

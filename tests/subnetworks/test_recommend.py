@@ -13,9 +13,9 @@ from timm_nrpm import NRPMConfig, Threat
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.evaluation.layer_worth import Choice, LayerRecommendation
 from timm_nrpm.evaluation.trials import Kept
+from timm_nrpm.models.work import products
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.subnetworks.recommend import recommend_layers
-from timm_nrpm.subnetworks.recording import products
 
 THREAT = Threat("Linf", 0.05)
 CONFIG = NRPMConfig(0.5, layers=("conv1", "layer1.*"))

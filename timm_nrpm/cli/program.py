@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO
 
 import shtab
 
-from timm_nrpm.cli import advise, create, evaluate, hub, measure, options, plot, search, subnetwork, tune
+from timm_nrpm.cli import advise, cost, create, evaluate, hub, measure, options, plot, search, subnetwork, tune
 from timm_nrpm.cli.given import WrongCall, completed, keep_defaults_apart
 from timm_nrpm.cli.options import Command
 from timm_nrpm.cli.terminal import Terminal
@@ -91,6 +91,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     commands: Any = parser.add_subparsers(dest="command_name", metavar="COMMAND", parser_class=_Parser)
     advise.add_advise(commands)
     create.add_models(commands)
+    cost.add_cost(commands)
     create.add_create(commands)
     create.add_calibrate(commands)
     create.add_adapt(commands)

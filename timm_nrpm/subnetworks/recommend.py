@@ -22,12 +22,12 @@ from timm_nrpm.jobs.journal import Journal, digest_of
 from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.calibration import calibrate_
 from timm_nrpm.models.reprogramming import reprogram_, reprogrammed_layers
+from timm_nrpm.models.work import products
 from timm_nrpm.nn.wrappers import copied
 from timm_nrpm.subnetworks.connectivity import connectivity
 from timm_nrpm.subnetworks.criticality import criticality
 from timm_nrpm.subnetworks.mutual_information import LEAST
 from timm_nrpm.subnetworks.networks import Batches, Networks
-from timm_nrpm.subnetworks.recording import products
 from timm_nrpm.subnetworks.splitting import split
 from timm_nrpm.version import __version__
 

@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from timm_nrpm.models.modes import evaluating
-from timm_nrpm.subnetworks.splitting import COUNTED
+from timm_nrpm.models.work import first_input
 
 
 @contextmanager
@@ -34,11 +32,11 @@ def received(model: nn.Module, names: Iterable[str], *, pooled: bool) -> Iterato
     batch = [0]
 
     def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batch[0] = len(_first(args, kwargs))
+        batch[0] = len(first_input(args, kwargs))
 
     def hook(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = _first(args, kwargs).detach().float()
+            x = first_input(args, kwargs).detach().float()
             if len(x) % batch[0]:
                 raise ValueError(
                     f"{name} receives {list(x.shape)} for {batch[0]} images: its first dimension is not that of "
@@ -58,45 +56,3 @@ def received(model: nn.Module, names: Iterable[str], *, pooled: bool) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The first argument of a call."""
-    first: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return first
-
-
-def products(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """Number of products of a weight and an input that each convolutional or linear layer adds up for one image.
-
-    Args:
-        model: The network, which runs once.
-        example: An input of the network `[1, ...]`.
-
-    Example:
-        >>> products(plain, torch.zeros(1, 1, 8, 8))["fc"]
-        320
-    """
-    found: dict[str, int] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            # A transposed convolution adds each input to many outputs.
-            ends = _first(args, kwargs) if isinstance(module, nn.modules.conv._ConvTransposeNd) else output
-            found[name] = found.get(name, 0) + ends.numel() * weight[0].numel()
-
-        return note
-
-    handles = [
-        module.register_forward_hook(hook(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, COUNTED)
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

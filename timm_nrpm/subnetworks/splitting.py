@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from timm_nrpm.checks import check_integer
 from timm_nrpm.models.modes import evaluating
 from timm_nrpm.models.selection import example_of
-
-COUNTED = (nn.Linear, nn.modules.conv._ConvNd)
-"""The layers that are counted."""
+from timm_nrpm.models.work import COUNTED
 
 SHORTCUTS = ("downsample", "shortcut")
 """Names of the modules that bring a residual block's input past its layers. In the paper's count a ResNet-18 has 18
