@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "related"))
 import ensembles
 import guarantees
 import reports
+import tuning
 from bases import Bases
 from row import Row
 
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 PARTS: dict[str, tuple[str, Callable[[Bases, Path], list[Row]]]] = {
     "ensembles": ("Models made of models", ensembles.rows),
     "guarantees": ("Guarantees", guarantees.rows),
+    "tuning": ("Other ways to tune", tuning.rows),
     "reports": ("What else a report says", reports.rows),
 }
 """Title and function of each part, by its name."""

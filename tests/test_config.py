@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_nrpm import NRPMConfig, TuneConfig
-from timm_nrpm.config import GRADIENTS, OBJECTIVES, PARADIGMS, PENALTIES
+from timm_nrpm.choices import GRADIENTS, OBJECTIVES, PARADIGMS, PENALTIES
 
 positive = st.floats(1e-9, 1e3)
 lam = st.floats(0, 1)
@@ -63,6 +63,19 @@ def test_numbers_of_other_libraries():
 def test_a_function_has_no_json():
     with pytest.raises(ValueError, match="give the names it selects"):
         NRPMConfig(layers=lambda name, module: True).to_json()
+
+
+@pytest.mark.parametrize(
+    ("objective", "beta", "temperature"),
+    [("trades", 6.0, 1.0), ("srat", 1.0, 0.1), ("comp-sum", 0.3, 1.0), ("kl-dro", 6.0, 1.0)],
+)
+def test_defaults_of_an_objective_are_its_own(objective, beta, temperature):
+    config = TuneConfig(objective=objective)
+    assert (config.beta, config.temperature) == (beta, temperature)
+    given = TuneConfig(objective=objective, beta=2, temperature=0.5)
+    assert (given.beta, given.temperature) == (2.0, 0.5)
+    with pytest.raises(ValueError, match=r"temperature=0 is not allowed: .* since logits and losses are divided by it"):
+        TuneConfig(objective=objective, temperature=0)
 
 
 @given(

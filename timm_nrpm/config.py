@@ -9,43 +9,31 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from timm_nrpm.checks import check_choice, check_integer, check_number, shown
+from timm_nrpm.choices import (
+    BOUNDS,
+    GRADIENTS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    PARADIGMS,
+    PENALTIES,
+    PRECISIONS,
+    SCHEDULES,
+    TUNED_NORMS,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
 SMALLEST_EPS = 1e-15
-PENALTIES = ("l1", "huber", "mcp", "huber-mcp", "l2")
+
+OWN_DEFAULTS = {("srat", "beta"): 1.0, ("comp-sum", "beta"): 0.3, ("srat", "temperature"): 0.1}
+"""Defaults of settings that differ from those of other objectives, by objective and setting."""
 
 Lambdas: TypeAlias = float | Sequence[float] | Mapping[str, float]
 """One number for all layers, a sequence with one number per layer in forward order, or ``{glob: number}``."""
 
 LayerSelection: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bool] | None"
 """``None`` (every supported layer), a glob, several globs, ``"first:N"``, or ``f(name, module) -> bool``."""
-
-NORMS = ("Linf", "L2", "L1", "L0", "patch")
-TUNED_NORMS = NORMS[:3]
-"""Norms of the attacks that models are tuned under."""
-
-BOUNDS = {
-    "Linf": "the largest change of a pixel in [0, 1], like 8 / 255",
-    "L2": "the length of the change in pixel units, like 0.5",
-    "L1": "the sum of the changes in pixel units, like 12",
-    "L0": "a whole number of pixels, like 10",
-    "patch": "the side of a square, a whole number of pixels, like 5",
-}
-"""Meaning of the bound under each norm, for error messages."""
-
-SUITES = ("quick", "paper", "standard", "autoattack", "adaptive")
-EFFORTS = ("fast", "default", "exhaustive")
-OBJECTIVES = ("clean", "fgsm", "clean+fgsm", "pgd", "trades", "mart", "sat", "awp")
-GRADIENTS = ("own", "bpda", "plain", "mixture")
-PARADIGMS = ("lambda", "all")
-PRECISIONS = ("no", "bf16")
-SCHEDULES = ("cosine", "tanh", "poly", "constant")
-OPTIMIZERS = (
-    *("sgd", "momentum", "adam", "adamw", "nadamw", "adafactor", "adopt"),
-    *("lamb", "lars", "lion", "laprop", "mars", "muon"),
-)
 
 
 def check_lam(value: Any, where: str = "lam") -> float:
@@ -201,8 +189,10 @@ class TuneConfig:
             parameters train even if they were frozen. With or without it, frozen parts stay as they are: a BatchNorm
             whose weight and bias are frozen keeps its statistics, and a frozen block has no dropout.
         still: Globs of modules that stay in evaluation mode, such as `"*.bn*"`, though their weights may train.
-        objective: Training loss, see :mod:`timm_nrpm.tuning.objectives`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the
-            sum of the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"` or `"awp"`.
+        objective: Training loss, see :mod:`timm_nrpm.tuning.losses`: `"clean"`, `"fgsm"`, `"clean+fgsm"` (the sum of
+            the two), `"pgd"`, `"trades"`, `"mart"`, `"sat"`, `"awp"`; `"weat"` (images weighted by energy), `"kl-dro"`
+            (the worst images weighted most), `"srat"` (classes of unequal size reweighted and separated), `"comp-sum"`
+            (smooth in the margins); or `"teacher"`, see :func:`timm_nrpm.teacher.tune_by_teacher`.
         norm: Norm of the inner attack: `"Linf"`, `"L2"` or `"L1"`, see :class:`timm_nrpm.Threat`. A change of n pixels
             (L0) lies within an L1 bound of n times the channels.
         eps: Bound of that norm, in pixel units of [0, 1]: under Linf the largest change of a pixel, by default 8/255;
@@ -212,7 +202,10 @@ class TuneConfig:
         gradient: Gradient that the inner attack follows: `"own"`, the model's own, as in the paper; `"bpda"`, with
             the estimate forward and the linear map backward; `"plain"`, that of the model at lambda = 1; or
             `"mixture"`, each of the three for every third image, without which a model may learn to mislead the attack.
-        beta: Weight of the second term of TRADES, MART and SAT; their authors' default is 6.
+        beta: Weight of the second term of TRADES, MART, SAT, WEAT, SRAT and comp-sum; by default 6, which is that of
+            the authors of the first three; 1 for SRAT; and 0.3 for comp-sum, whose term grows with the logits.
+        temperature: Temperature of KL-DRO's weights, of SRAT's similarities or of what the teacher says; by default 1,
+            and 0.1 for SRAT.
         weight_perturbation: Size of AWP's adversarial step in a weight, relative to the weight's norm.
         target_momentum: Share of the previous target that SAT keeps when it mixes in the model's prediction.
         target_start: First epoch, counted from 0, in which SAT updates its targets.
@@ -261,7 +254,8 @@ class TuneConfig:
     steps: int = 7
     step_size: float | None = None
     gradient: str = "own"
-    beta: float = 6.0
+    beta: float = None  # type: ignore[assignment]  # as for eps
+    temperature: float = None  # type: ignore[assignment]  # as for eps
     weight_perturbation: float = 0.01
     target_momentum: float = 0.9
     target_start: int = 1
@@ -301,6 +295,9 @@ class TuneConfig:
         if self.output is not None:
             object.__setattr__(self, "output", str(self.output))
         object.__setattr__(self, "eps", bound_of(self.norm, self.eps))
+        for name, value in (("beta", 6.0), ("temperature", 1.0)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, OWN_DEFAULTS.get((self.objective, name), value))
         self._check_numbers()
         if self.push_to is not None and self.output is None:
             raise ValueError(f"push_to={self.push_to!r} needs output=, the folder in which variants wait to be sent.")
@@ -321,6 +318,8 @@ class TuneConfig:
             value = getattr(self, name)
             if value is not None or name not in ("step_size", "evaluate_eps"):
                 object.__setattr__(self, name, check_number(name, value, least=0, most=high))
+        why = ", since logits and losses are divided by it"
+        object.__setattr__(self, "temperature", check_number("temperature", self.temperature, above=0, why=why))
         if self.clip is not None:
             why = ", or None to let any gradient pass"
             object.__setattr__(self, "clip", check_number("clip", self.clip, above=0, why=why))

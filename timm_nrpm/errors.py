@@ -37,12 +37,20 @@ class WrongBase(ValueError):
     """The model is not the one that the variant was made for."""
 
 
-class BrokenVariant(ValueError):
-    """The content of a variant is damaged, or is not what `save_pretrained` writes."""
+class BrokenFolder(ValueError):
+    """The content of a folder is damaged, or is not what this package writes."""
 
     def __init__(self, text: str) -> None:
         text = printable(text)  # it may quote a stranger's file at any length
         super().__init__(text if len(text) <= 1000 else f"{text[:700]} ... {text[-200:]}")
+
+
+class BrokenVariant(BrokenFolder):
+    """The content of a variant is damaged, or is not what `save_pretrained` writes."""
+
+
+class BrokenSignature(BrokenFolder):
+    """The content of a signature is damaged, or is not what `Signature.save` writes."""
 
 
 class MissingFile(BrokenVariant, FileNotFoundError):

@@ -33,7 +33,6 @@ NAMES = {"digits": "resnet8_digits, digits", "narrow": "narrow ResNet-18, advers
 
 def rows(bases: Bases, kept: Path) -> list[Row]:
     """Measure all of it, or read from `kept` what was measured before: about ten minutes on one core."""
-    kept = kept / "guarantees"
     kept.mkdir(parents=True, exist_ok=True)
     digits, narrow = bases.digits(), bases.narrow(robust=True)
     few, many = bases.digit_images("selection", 60), bases.digit_images("report", 180)

@@ -7,6 +7,7 @@ from timm_nrpm import NRPMConfig, Threat, plain_copy, reprogram_
 from timm_nrpm.attacks.library import fgsm, gradient_source, perturb, pgd
 from timm_nrpm.models.reprogramming import reprogrammed_layers
 from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.tuning.losses import divergence, margin_change
 
 EPS = 0.1
 LINF = Threat("Linf", EPS)
@@ -26,29 +27,43 @@ def batch():
     return torch.rand(6, 3, 5, 5), torch.tensor([0, 1, 2, 3, 0, 1])
 
 
-def ascend(net, pixels, labels, start, steps, step_size, clean=None):
+def loss_of(z, clean, labels):
+    return -F.log_softmax(z, 1)[torch.arange(len(z)), labels]
+
+
+def kl_of(z, clean, labels):
+    p, q = F.log_softmax(clean, 1), F.log_softmax(z, 1)
+    return (p.exp() * (p - q)).sum(1)
+
+
+def margins_of(z, clean, labels):
+    """The length of the change of the label's logit less each other one."""
+    rows = torch.arange(len(z))
+    change = (z[rows, labels].unsqueeze(1) - z) - (clean[rows, labels].unsqueeze(1) - clean)
+    return change.square().sum(1).sqrt()
+
+
+def ascend(net, pixels, labels, start, steps, step_size, climbed=loss_of):
     """An independent projected gradient ascent."""
-    x = (pixels + start).clamp(0, 1)
+    x, clean = (pixels + start).clamp(0, 1), net(pixels).detach()
     for _ in range(steps):
         x = x.detach().requires_grad_()
-        z = net(x)
-        if clean is None:
-            loss = -F.log_softmax(z, 1)[torch.arange(len(x)), labels].sum()
-        else:
-            loss = (clean.exp() * (clean - F.log_softmax(z, 1))).sum()
-        loss.backward()
+        climbed(net(x), clean, labels).sum().backward()
         change = (x.detach() + step_size * x.grad.sign() - pixels).clamp(-EPS, EPS)
         x = (pixels + change).clamp(0, 1)
     return x.detach()
 
 
-@pytest.mark.parametrize("divergence", [False, True])
+@pytest.mark.parametrize(
+    ("distance", "climbed"),
+    [(None, loss_of), (lambda clean, moved, _: divergence(clean, moved), kl_of), (margin_change, margins_of)],
+    ids=["loss", "KL", "margins"],
+)
 @pytest.mark.parametrize(("steps", "step_size"), [(1, EPS), (4, EPS / 3)])
-def test_perturb_is_projected_gradient_ascent(model, batch, steps, step_size, divergence):
+def test_perturb_is_projected_gradient_ascent(model, batch, steps, step_size, distance, climbed):
     start = 0.03 * torch.randn_like(batch[0])
-    got = perturb(model, *batch, start, LINF, steps=steps, step_size=step_size, divergence=divergence)
-    clean = F.log_softmax(model.eval()(batch[0]), 1).detach() if divergence else None  # it saw evaluation mode too
-    want = ascend(model.eval(), *batch, start, steps, step_size, clean)
+    got = perturb(model, *batch, start, LINF, steps=steps, step_size=step_size, distance=distance)
+    want = ascend(model.eval(), *batch, start, steps, step_size, climbed)  # it saw evaluation mode too
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ["evaluate", "--samples", "5", "--first", "5"],
         ["tune", "--validation-samples", "5", "--validation-first", "5"],
         ["tune", "--lam", "none"],
+        ["tune", "--objective", "teacher"],  # a teacher is a model, which no option gives
     ],
 )
 def test_options_that_exclude_each_other_are_a_wrong_call(arguments):
@@ -51,7 +52,8 @@ USELESS = [  # the call, the flags that the message names, and some of the reaso
     ("tune --eps 0 --steps 3 --gradient bpda", "--steps has no effect", "nor does --eps 0"),
     ("tune --objective clean --step-size 0.1 --gradient plain", "--step-size and --gradient have no effect", ""),
     ("tune --objective clean --eps 0.1 --evaluate-eps 0.2", "--eps has no effect", "--evaluate-eps"),
-    ("tune --beta 2", "--beta has no effect: the objective pgd has no second term", "trades, mart and sat"),
+    ("tune --beta 2", "--beta has no effect: the objective pgd has no second term", "srat and comp-sum"),
+    ("tune --objective weat --temperature 2", "--temperature has no effect: the objective weat", "kl-dro and srat"),
     ("tune --objective trades --weight-perturbation 0.1", "--weight-perturbation has no effect", "--objective awp"),
     ("tune --target-momentum 0.5 --target-start 2", "--target-momentum and --target-start have no effect", "sat"),
     ("tune --schedule constant --warmup-epochs 1", "--warmup-epochs has no effect", "the schedule is constant"),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from timm_nrpm.config import PENALTIES
+from timm_nrpm.choices import PENALTIES
 from timm_nrpm.nn.estimator import Penalty, robust_mean, robust_sum
 
 DELTA, GAMMA = 0.5, 1.5

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_nrpm.config import PENALTIES
+from timm_nrpm.choices import PENALTIES
 from timm_nrpm.nn.estimator import Penalty, robust_sum
 from timm_nrpm.nn.functional import nrpm_conv2d, nrpm_linear
 from timm_nrpm.nn.kernels import tiled

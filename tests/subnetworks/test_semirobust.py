@@ -317,6 +317,7 @@ def test_processes_without_a_folder_are_refused(model):
         ({"config": replace(CONFIG, norm="L1", eps=1.0), "suites": ("standard",)}, "has no attacks under L1"),
         ({"config": replace(CONFIG, trainable="fc.*")}, "trainable=.*has no place here"),
         ({"config": replace(CONFIG, objective="sat")}, "objective='sat' keeps targets"),
+        ({"config": replace(CONFIG, objective="teacher")}, "objective='teacher' has no teacher here"),
         ({"config": replace(CONFIG, output="x", push_to="me/run")}, "push_to='me/run' has no place here"),
         ({"robust": timm.create_model("mlp1_mnist")}, "two of one architecture"),
     ],

@@ -1,140 +1,38 @@
-"""Every loss against NumPy in float64, on the logits of a fixed model and batch."""
-
-import math
+"""The module that attacks and returns the loss of each objective, against the losses in NumPy."""
 
 import numpy as np
 import pytest
 import torch
+from loss_oracles import (
+    comp_sum_of,
+    cross_entropy,
+    divergence,
+    kl_dro_of,
+    mart_of,
+    separation_of,
+    softmax,
+    taught_of,
+    weat_of,
+)
 from torch import nn
 
 from timm_nrpm import NRPMConfig, Threat, TuneConfig, reprogram_
+from timm_nrpm.choices import OBJECTIVES
 from timm_nrpm.nn.pixel_model import PixelModel
-from timm_nrpm.tuning.objectives import KINDS, Objective, adversarial, both, clean, mart, sat, trades
+from timm_nrpm.tuning.losses import adversarial, margin_change
+from timm_nrpm.tuning.objectives import KINDS, Objective, classifier_of
 
 CLASSES = 4
+LOOK_AT_CLEAN = ("clean", "clean+fgsm", "trades", "mart", "sat", "weat", "comp-sum", "teacher")
+"""Objectives that need the logits of the clean images."""
 
 
-def softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
-
-
-def cross_entropy(z: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return -np.log(softmax(z)[np.arange(len(y)), y])
-
-
-def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    return (p * (np.log(p) - np.log(q))).sum(1)
-
-
-def mart_of(z: np.ndarray, moved: np.ndarray, y: np.ndarray, beta: float) -> float:
-    """Image by image, as equation 11 reads."""
-    total = 0.0
-    for row, other, label in zip(softmax(z), softmax(moved), y, strict=True):
-        boosted = -math.log(other[label]) - math.log(1 - max(np.delete(other, label)))
-        total += boosted + beta * sum(row * np.log(row / other)) * (1 - row[label])
-    return total / len(y)
-
-
-@pytest.fixture
-def batch():
-    """A model whose logits are linear in the pixels, images, the same moved a little, and labels."""
-    net = nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)).double()
-    pixels = torch.rand(6, 3, 2, 2, dtype=torch.float64)
-    attacked = (pixels + 0.3 * torch.randn_like(pixels)).clamp(0, 1)
-    return net, pixels, attacked, torch.tensor([0, 1, 2, 3, 0, 1])
+def test_every_word_is_an_objective():
+    assert set(KINDS) == set(OBJECTIVES)
 
 
 def value(loss) -> float:
     return float(loss.value.detach())
-
-
-def logits_of(net, *images):
-    return [net(x).detach().numpy() for x in images]
-
-
-def test_every_objective_has_its_test():
-    assert set(KINDS) == {"clean", "fgsm", "clean+fgsm", "pgd", "trades", "mart", "sat", "awp"}
-
-
-def test_clean_and_adversarial(batch):
-    net, pixels, attacked, labels = batch
-    z, moved = logits_of(net, pixels, attacked)
-    assert value(clean(net, *batch[1:])) == pytest.approx(cross_entropy(z, labels.numpy()).mean(), rel=1e-12)
-    want = cross_entropy(moved, labels.numpy()).mean()
-    assert value(adversarial(net, *batch[1:])) == pytest.approx(want, rel=1e-12)
-    want += cross_entropy(z, labels.numpy()).mean()
-    assert value(both(net, *batch[1:])) == pytest.approx(want, rel=1e-12)
-
-
-def test_the_sum_attacks_once_and_looks_at_both():
-    module, other, (pixels, labels, rows) = objective("clean+fgsm"), objective("fgsm"), images()
-    attacked = module.attack(pixels, labels, rows)
-    assert torch.equal(attacked, other.attack(pixels, labels, rows))
-    assert (attacked - pixels).abs().max() <= 0.1 + 1e-6
-    _, clean_right, attacked_right = module(pixels, labels, rows).tolist()
-    assert min(clean_right, attacked_right) >= 0
-
-
-@pytest.mark.parametrize("beta", [0.2, 2.0, 6.0])
-def test_trades(batch, beta):
-    net, pixels, attacked, labels = batch
-    z, moved = logits_of(net, pixels, attacked)
-    want = (cross_entropy(z, labels.numpy()) + beta * divergence(softmax(z), softmax(moved))).mean()
-    assert value(trades(net, *batch[1:], beta)) == pytest.approx(want, rel=1e-12)
-
-
-@pytest.mark.parametrize("beta", [0.5, 6.0])
-def test_mart(batch, beta):
-    net, pixels, attacked, labels = batch
-    want = mart_of(*logits_of(net, pixels, attacked), labels.numpy(), beta)
-    assert value(mart(net, *batch[1:], beta)) == pytest.approx(want, rel=1e-12)
-
-
-def test_mart_of_a_certain_mistake_is_finite():
-    """The boost is -log(1 - p), and in float32 p of another class can be 1."""
-    net = nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES))
-    with torch.no_grad():
-        net[1].weight.zero_()
-        net[1].bias.copy_(torch.tensor([100.0, 0, 0, 0]))
-    x = torch.rand(2, 3, 2, 2)
-    loss = mart(net, x, x, torch.tensor([1, 2]), 6.0).value
-    loss.backward()
-    assert loss.isfinite()
-    assert all(p.grad.isfinite().all() for p in net.parameters())
-
-
-def test_gradients_reach_what_the_papers_differentiate(batch):
-    """TRADES and MART differentiate the clean prediction too; SAT's targets take no gradient."""
-    net, pixels, attacked, labels = batch
-
-    def slope(loss):
-        return torch.autograd.grad(loss.value, net[1].weight)[0].numpy()
-
-    def numeric(f):
-        weight, h = net[1].weight.detach(), 1e-6
-        result = np.zeros(weight.shape)
-        for i in np.ndindex(*weight.shape):
-            values = []
-            for sign in (1, -1):
-                weight[i] += sign * h
-                values.append(f(*logits_of(net, pixels, attacked)))
-                weight[i] -= sign * h
-            result[i] = (values[0] - values[1]) / (2 * h)
-        return result
-
-    y = labels.numpy()
-    want = numeric(lambda z, m: (cross_entropy(z, y) + 2 * divergence(softmax(z), softmax(m))).mean())
-    np.testing.assert_allclose(slope(trades(net, *batch[1:], 2.0)), want, atol=1e-8)
-    want = numeric(lambda z, m: mart_of(z, m, y, 3.0))
-    np.testing.assert_allclose(slope(mart(net, *batch[1:], 3.0)), want, atol=1e-8)
-    fixed = softmax(logits_of(net, pixels)[0])
-    want = numeric(lambda z, m: (-(fixed * np.log(softmax(z))).sum(1) + 2 * divergence(softmax(z), softmax(m))).mean())
-    got = sat(net, pixels, attacked, lambda z: z.softmax(1), 2.0)
-    np.testing.assert_allclose(slope(got), want, atol=1e-8)
-
-
-# --- the module --------------------------------------------------------------------------------------------------
 
 
 def objective(name: str, **settings) -> Objective:
@@ -149,13 +47,23 @@ def objective(name: str, **settings) -> Objective:
     )
     reprogram_(net, NRPMConfig(lam=0.5, eps=0.05, iterations=2, learnable=True))
     config = TuneConfig(**{"paradigm": "all", "objective": name, "eps": 0.1, "steps": 2, **settings})
-    return Objective(PixelModel(net), config, samples=32, classes=CLASSES).train()
+    teacher = PixelModel(nn.Sequential(nn.Flatten(), nn.Linear(108, CLASSES))) if name == "teacher" else None
+    return Objective(PixelModel(net), config, samples=32, classes=CLASSES, teacher=teacher).train()
 
 
 def images(count: int = 8):
     generator = torch.Generator().manual_seed(2)
     pixels = torch.rand(count, 3, 6, 6, generator=generator)
     return pixels, torch.arange(count) % CLASSES, torch.arange(count) + 3
+
+
+def test_the_sum_attacks_once_and_looks_at_both():
+    module, other, (pixels, labels, rows) = objective("clean+fgsm"), objective("fgsm"), images()
+    attacked = module.attack(pixels, labels, rows)
+    assert torch.equal(attacked, other.attack(pixels, labels, rows))
+    assert (attacked - pixels).abs().max() <= 0.1 + 1e-6
+    _, clean_right, attacked_right = module(pixels, labels, rows).tolist()
+    assert min(clean_right, attacked_right) >= 0
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -174,16 +82,23 @@ def test_forward_gives_the_loss_of_its_own_attack_and_counts_what_was_right(name
     y = labels.numpy()
     soft = -np.log(softmax(z)[np.arange(len(y)), y])  # of SAT, before its targets move
     apart = divergence(softmax(z), softmax(moved))
+    features = module.net.model[:5](attacked).detach().double().numpy()
+    theirs = [module.teacher(x).detach().double().numpy() for x in (pixels, attacked)] if name == "teacher" else []
     want = {
         "clean": cross_entropy(z, y).mean(),
         "clean+fgsm": cross_entropy(z, y).mean() + cross_entropy(moved, y).mean(),
         "trades": (soft + 6 * apart).mean(),
         "sat": (soft + 6 * apart).mean(),
         "mart": mart_of(z, moved, y, 6.0),
+        "weat": weat_of(z, moved, y, 6.0),
+        "kl-dro": kl_dro_of(moved, y, 1.0),
+        "srat": cross_entropy(moved, y).mean() + separation_of(features, y, 0.1),  # classes are of one size
+        "comp-sum": comp_sum_of(z, moved, y, 0.3),
+        "teacher": taught_of(theirs, [z, moved], y, 1.0) if theirs else None,
     }.get(name, cross_entropy(moved, y).mean())
     assert float(result[0].detach()) == pytest.approx(want, rel=1e-5)
     hits = [int((logits.argmax(1) == y).sum()) for logits in (z, moved)]
-    clean_hits = hits[0] if name in ("clean", "clean+fgsm", "trades", "mart", "sat") else -1
+    clean_hits = hits[0] if name in LOOK_AT_CLEAN else -1
     attacked_hits = -1 if name == "clean" else hits[1]
     assert result[1:].tolist() == [clean_hits, attacked_hits]
     assert all(p.grad is not None for p in module.parameters())
@@ -286,3 +201,51 @@ def test_awp_without_weights_says_so():
         parameter.requires_grad_(name.endswith("lam"))
     with pytest.raises(ValueError, match="perturbs the weights that train, and none does"):
         Objective(PixelModel(net), TuneConfig(objective="awp"))
+
+
+def test_srat_weighs_classes_by_what_it_has_seen_of_them():
+    """The inverse of their shares, with a mean weight of 1 over the images, and none for a class that never came."""
+    module = objective("srat")
+    weights = module.class_weights(torch.tensor([0, 0, 0, 1]))
+    torch.testing.assert_close(weights, torch.tensor([4 / 6, 2.0, 0.0, 0.0]))
+    labels = torch.tensor([0, 0, 0, 1, 2, 0])
+    weights = module.class_weights(torch.tensor([2, 0]))
+    torch.testing.assert_close(weights, torch.tensor([6 / 12, 2.0, 2.0, 0.0]))
+    assert float(weights[labels].mean()) == pytest.approx(1.0)
+    assert "counts" in module.state_dict()  # so that a run that resumes goes on counting
+
+
+def test_the_attack_of_comp_sum_climbs_the_change_of_margins():
+    module, (pixels, labels, rows) = objective("comp-sum", steps=5), images()
+    module.eval()
+
+    def length(attacked):
+        z, moved = (module.net(x).detach().double().numpy() for x in (pixels, attacked))
+        return comp_sum_of(z, moved, labels.numpy(), 1.0) - cross_entropy(z, labels.numpy()).mean()
+
+    start = (pixels + module._start(pixels, rows)).clamp(0, 1)
+    assert length(module.attack(pixels, labels, rows)) > 5 * length(start) > 0
+    assert KINDS["comp-sum"].distance is margin_change  # whose ascent the tests of `perturb` follow step by step
+
+
+def test_the_teacher_is_no_part_of_the_module():
+    module = objective("teacher")
+    assert not [name for name in module.state_dict() if "teacher" in name]
+    assert not module._teachers[0].training
+
+
+@pytest.mark.parametrize(("name", "teacher"), [("teacher", None), ("pgd", nn.Flatten())])
+def test_a_teacher_that_is_missing_or_has_no_place_is_refused(name, teacher):
+    with pytest.raises(ValueError, match=r"give both objective=\"teacher\" and teacher="):
+        Objective(PixelModel(nn.Linear(2, 2)), TuneConfig(objective=name), teacher=teacher)
+
+
+def test_the_classifier_is_timms_or_the_last_linear_layer():
+    import timm
+
+    model = timm.create_model("resnet8_digits")
+    assert classifier_of(model) is model.fc
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    assert classifier_of(net) is net[2]
+    with pytest.raises(ValueError, match="has no linear layer"):
+        classifier_of(nn.Flatten())

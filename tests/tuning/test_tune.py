@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import timm_nrpm
 from timm_nrpm import NRPMConfig, TuneConfig, tune
-from timm_nrpm.config import OPTIMIZERS
+from timm_nrpm.choices import OPTIMIZERS
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.errors import CheckpointWarning
 from timm_nrpm.evaluation.history import History
@@ -24,7 +24,7 @@ from timm_nrpm.evaluation.history import History
 PROGRAM = Path(__file__).parents[1] / "tune_digits.py"
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": str(PROGRAM.parents[2]),
+    "PYTHONPATH": str(PROGRAM.parents[1]),
     "ACCELERATE_USE_CPU": "true",
     "OMP_NUM_THREADS": "1",
 }
@@ -157,6 +157,10 @@ SHARED = {
     "paradigm 2, an MLP": ("mlp", 20, {"objective": "pgd", "gradient": "mixture"}),
     "paradigm 3, an MLP, AWP": ("mlp", 20, {"objective": "awp", "paradigm": "all"}),
     "paradigm 3, an MLP, SAT": ("mlp", 20, {"objective": "sat", "paradigm": "all", "target_start": 0}),
+    "paradigm 3, an MLP, KL-DRO": ("mlp", 20, {"objective": "kl-dro", "paradigm": "all", "temperature": 0.5}),
+    "paradigm 3, an MLP, SRAT": ("mlp", 20, {"objective": "srat", "paradigm": "all"}),
+    "paradigm 3, an MLP, WEAT": ("mlp", 20, {"objective": "weat", "paradigm": "all"}),
+    "paradigm 3, an MLP, comp-sum": ("mlp", 20, {"objective": "comp-sum", "paradigm": "all"}),
     "paradigm 2, the bundled ResNet": ("resnet", 4, {"objective": "trades", "calibrate": 64}),
 }
 
@@ -346,9 +350,19 @@ def test_a_signal_that_was_ignored_stays_so():
     assert history.steps[-1].step == 4
 
 
+def test_srat_is_taken_up_with_what_it_has_counted(tmp_path):
+    taken_up_as_it_was(
+        tmp_path, TuneConfig(**{**FAST, "epochs": 2}, paradigm="all", objective="srat", checkpoint_every=2)
+    )
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_is_taken_up_as_it_was(tmp_path, optimizer):
     config = TuneConfig(**{**FAST, "epochs": 2}, paradigm="all", optimizer=optimizer, checkpoint_every=2, lr=1e-3)
+    taken_up_as_it_was(tmp_path, config)
+
+
+def taken_up_as_it_was(tmp_path, config: TuneConfig) -> None:
     whole, resumed = small(), small()
     tune(whole, DataLoader(Faulty(), batch_size=16), config)
     config = replace(config, output=str(tmp_path))

@@ -2,7 +2,7 @@
 
 Against an attacker it is adversarial training; against a shift, training on every image as it is and shifted alike. A
 model part of the way from the old weights to the tuned ones costs nothing more to make, loses less clean accuracy, and
-may keep most of the gain (Wortsman et al., arXiv 2109.01903).
+may keep most of the gain.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from timm_nrpm.advice.study import Study, file_name
 from timm_nrpm.attacks.threats import COUNTED, Threat
 from timm_nrpm.config import NRPMConfig, TuneConfig
 from timm_nrpm.evaluation.shifts import Shift
+from timm_nrpm.models.interpolation import between
 from timm_nrpm.models.reprogramming import reprogrammed_layers
 from timm_nrpm.tuning.tune import tune
 
@@ -143,12 +144,8 @@ def _part_of_the_way(study: Study, tuned: Candidate, share: float) -> Candidate:
     """A model whose weights and statistics lie between those as they are and those of a tuned candidate."""
 
     def make() -> nn.Module:
-        model, theirs = study.fresh(), tuned.make().state_dict()
-        ours = model.state_dict()
-        mixed = {
-            name: value.lerp(theirs[name].to(value), share) for name, value in ours.items() if value.is_floating_point()
-        }
-        model.load_state_dict({**ours, **mixed})
+        model = study.fresh()
+        model.load_state_dict(between(model.state_dict(), tuned.make().state_dict(), share))
         return model
 
     return Candidate(f"{tuned.setting}, {100 * share:g} % of the way", make, is_trained=True)

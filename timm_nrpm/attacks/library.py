@@ -22,6 +22,10 @@ from timm_nrpm.models.modes import attackable
 from timm_nrpm.models.reprogramming import plain_copy, reprogrammed_layers
 from timm_nrpm.nn.pixel_model import PixelModel, alike
 
+Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Function from the logits `[B, N]` of the clean images, those of the changed ones and labels `[B]` to `[B]` distances
+between the two."""
+
 Run = Callable[[PixelModel, Tensor, Tensor, list[int]], Tensor]
 """Function from the model to follow, pixels `[B, C, H, W]`, labels `[B]` and one seed for each image to attacked
 pixels."""
@@ -214,7 +218,7 @@ def perturb(
     steps: int,
     step_size: float,
     gradient: str = "own",
-    divergence: bool = False,
+    distance: Distance | None = None,
     turns: Tensor | None = None,
 ) -> Tensor:
     """Return examples to train on, by projected gradient ascent within a threat (Madry et al., arXiv 1706.06083).
@@ -231,8 +235,8 @@ def perturb(
         step_size: Length of a step in this norm, in pixel units of [0, 1].
         gradient: Gradient to follow: `"own"`, `"bpda"` or `"plain"`, see :func:`gradient_source`; or `"mixture"`, in
             which each image follows one of these three.
-        divergence: Whether to climb the Kullback-Leibler divergence from the clean prediction, as TRADES does, rather
-            than the cross-entropy of the labels.
+        distance: Distance from the clean logits to climb, such as the Kullback-Leibler divergence of TRADES; None
+            climbs the cross-entropy of the labels.
         turns: Integers `[B]` for a mixture: an image with integer t follows gradient number t mod 3 of the above; by
             default t is the place of the image in the batch.
 
@@ -255,21 +259,21 @@ def perturb(
                     steps=steps,
                     step_size=step_size,
                     gradient=kind,
-                    divergence=divergence,
+                    distance=distance,
                 )
         return attacked
     with attackable(net), gradient_source(net, gradient) as source:
         with torch.no_grad():
-            clean = F.log_softmax(source(pixels), 1) if divergence else None
+            clean = source(pixels) if distance else None
         attacked = threat.project(pixels, pixels + start)
         share = pixels.new_full((len(pixels),), DENSE)
         for _ in range(steps):
             attacked = attacked.detach().requires_grad_()
             logits = source(attacked)
-            if clean is None:
+            if distance is None or clean is None:
                 loss = F.cross_entropy(logits, labels, reduction="sum")
             else:
-                loss = F.kl_div(F.log_softmax(logits, 1), clean, reduction="sum", log_target=True)
+                loss = distance(clean, logits, labels).sum()
             (slope,) = torch.autograd.grad(loss, attacked)
             with torch.no_grad():
                 step = direction(slope.nan_to_num(0.0), threat, attacked, share)

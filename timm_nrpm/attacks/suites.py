@@ -20,7 +20,7 @@ from timm_nrpm.attacks.sources import MEMBER
 from timm_nrpm.attacks.sparse import PROPOSED, SPARSE, Sparse
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.checks import check_choice
-from timm_nrpm.config import SUITES
+from timm_nrpm.choices import SUITES
 from timm_nrpm.nn.pixel_model import PixelModel
 
 EXPECTATION = 8
@@ -107,7 +107,7 @@ def attacks_of(
       Later stages attack the images that are nearest to breaking.
 
     Args:
-        suite: Name of the suite, one of `timm_nrpm.config.SUITES`.
+        suite: Name of the suite, one of `timm_nrpm.choices.SUITES`.
         threat: What an attacker may change.
         effort: Numbers of steps, queries and stages.
         sources: Names of the sources whose gradients can be followed.

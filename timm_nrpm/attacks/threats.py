@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_nrpm.checks import check_choice, check_integer, check_number
-from timm_nrpm.config import BOUNDS, NORMS, bound_of
+from timm_nrpm.choices import BOUNDS, NORMS
+from timm_nrpm.config import bound_of
 
 COUNTED = ("L0", "patch")
 """Norms whose bound is a number of pixels; the pixels that change may take any value."""

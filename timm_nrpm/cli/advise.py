@@ -6,10 +6,10 @@ import argparse
 import json
 from typing import Any
 
+from timm_nrpm.choices import EFFORTS, NORMS
 from timm_nrpm.cli import options
 from timm_nrpm.cli.given import Useless
 from timm_nrpm.cli.terminal import Terminal
-from timm_nrpm.config import EFFORTS, NORMS
 
 NAMES = {
     **options.NAMES,

@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from timm_nrpm.choices import EFFORTS, SUITES
 from timm_nrpm.cli import options
 from timm_nrpm.cli.given import Useless
 from timm_nrpm.cli.terminal import Terminal
-from timm_nrpm.config import EFFORTS, SUITES
 
 if TYPE_CHECKING:
     from torch import nn

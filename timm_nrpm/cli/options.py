@@ -10,10 +10,10 @@ from typing import Any
 
 import shtab
 
+from timm_nrpm.choices import NORMS, PENALTIES
 from timm_nrpm.cli.given import Useless
 from timm_nrpm.cli.terminal import Terminal
 from timm_nrpm.cli.values import number, number_or_none
-from timm_nrpm.config import NORMS, PENALTIES
 
 STOPPED = "Start the same command again."
 

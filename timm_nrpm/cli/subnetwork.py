@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import shtab
 
 from timm_nrpm.checks import check_number
+from timm_nrpm.choices import OPTIMIZERS, TUNED_NORMS
 from timm_nrpm.cli import options
 from timm_nrpm.cli.given import Useless
 from timm_nrpm.cli.terminal import Terminal
 from timm_nrpm.cli.wording import called
-from timm_nrpm.config import OPTIMIZERS, TUNED_NORMS, TuneConfig
+from timm_nrpm.config import TuneConfig
 
 if TYPE_CHECKING:
     from timm_nrpm.evaluation.subnetwork_report import SubnetworkReport

@@ -8,26 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from timm_nrpm.cli import options
-from timm_nrpm.cli.given import Useless
-from timm_nrpm.cli.terminal import Terminal
-from timm_nrpm.cli.values import number, number_or_none
-from timm_nrpm.cli.wording import called
-from timm_nrpm.config import (
+from timm_nrpm.choices import (
     GRADIENTS,
     OBJECTIVES,
     OPTIMIZERS,
     PARADIGMS,
     PRECISIONS,
     SCHEDULES,
+    TEMPERED,
     TUNED_NORMS,
-    TuneConfig,
 )
+from timm_nrpm.cli import options
+from timm_nrpm.cli.given import Useless
+from timm_nrpm.cli.terminal import Terminal
+from timm_nrpm.cli.values import number, number_or_none
+from timm_nrpm.cli.wording import called
+from timm_nrpm.config import TuneConfig
 
 if TYPE_CHECKING:
     from timm_nrpm.evaluation.history import History
 
 ONE_STEP = ("clean", "fgsm", "clean+fgsm")
+TWO_TERMS = ("trades", "mart", "sat", "weat", "srat", "comp-sum")
+UNTAUGHT = tuple(name for name in OBJECTIVES if name != "teacher")
+"""Objectives without a teacher, which is a model and so has no place on a command line."""
 
 USELESS = (
     *options.USELESS_FOR_MODELS,
@@ -56,8 +60,13 @@ USELESS = (
     ),
     Useless(
         ("beta",),
-        lambda args: args.objective not in ("trades", "mart", "sat"),
-        "the objective {objective} has no second term. Those of trades, mart and sat have.",
+        lambda args: args.objective not in TWO_TERMS,
+        "the objective {objective} has no second term. Those of trades, mart, sat, weat, srat and comp-sum have.",
+    ),
+    Useless(
+        ("temperature",),
+        lambda args: args.objective not in TEMPERED,
+        "the objective {objective} has no temperature. Those of kl-dro and srat have.",
     ),
     Useless(
         ("weight_perturbation",),
@@ -129,8 +138,11 @@ def _add_objective(group: Any) -> None:
     )
     still = "modules that stay in evaluation mode, as '*.bn*' for statistics that do not move"
     group.add_argument("--still", nargs="+", default=(), metavar="GLOB", help=still)
-    loss = "loss; clean+fgsm is the sum of the two (default: pgd)"
-    group.add_argument("--objective", default="pgd", choices=OBJECTIVES, help=loss)
+    loss = (
+        "loss; clean+fgsm is the sum of the two, weat weights images by energy, kl-dro the worst most, srat reweights "
+    )
+    loss += "classes of unequal size and separates them, comp-sum is smooth in the margins (default: pgd)"
+    group.add_argument("--objective", default="pgd", choices=UNTAUGHT, help=loss)
     norm = "norm of the change in the inner attack (default: Linf)"
     group.add_argument("--norm", default="Linf", choices=TUNED_NORMS, help=norm)
     eps = "bound of the change, under Linf of a pixel of [0, 1]; 0 attacks nothing (default under Linf: 8/255)"
@@ -145,8 +157,12 @@ def _add_objective(group: Any) -> None:
         help="gradient that the inner attack follows: the model's own; bpda, of the linear maps behind the estimates; "
         "plain, of the model at lambda 1; or a mixture of the three (default: own)",
     )
-    beta = "weight of the second term of trades, mart and sat (default: 6)"
-    group.add_argument("--beta", type=number, default=6.0, metavar="X", help=beta)
+    beta = (
+        "weight of the second term of trades, mart, sat, weat, srat and comp-sum (default: 6; srat: 1; comp-sum: 0.3)"
+    )
+    group.add_argument("--beta", type=number, metavar="X", help=beta)
+    temperature = "temperature of kl-dro's weights or of srat's similarities (default: 1; srat: 0.1)"
+    group.add_argument("--temperature", type=number, metavar="X", help=temperature)
     awp = "size of awp's step in a weight, relative to its norm (default: 0.01)"
     group.add_argument("--weight-perturbation", type=number, default=0.01, metavar="X", help=awp)
     momentum = "share of a soft target of sat that stays at each update (default: 0.9)"

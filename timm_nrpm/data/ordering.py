@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 
+from timm_nrpm.data.images import check_batch
+
 
 def seed_of(*numbers: int) -> int:
     """A 32-bit seed from several numbers; neighbouring numbers give unrelated seeds."""
@@ -139,3 +141,22 @@ def ordered(loader: DataLoader[Any], seed: int) -> tuple[DataLoader[Any], Order,
         persistent_workers=loader.persistent_workers,
     )
     return resumable, order, dataset
+
+
+def first_images(loader: DataLoader[Any], count: int, size: int) -> Iterator[Tensor]:
+    """The pixels `[B, C, H, W]` of the first images of epoch 0, for which every process takes the same.
+
+    Args:
+        loader: The loader that :func:`ordered` returned, whose epoch becomes 0.
+        count: Number of images.
+        size: Number of images in a batch: that of all processes together, since BatchNorm normalises by the batch while
+            statistics are taken, and smaller batches would give others than one process does.
+    """
+    order: Any = loader.sampler
+    numbered: Any = loader.dataset
+    order.epoch = order.skip = 0
+    numbered.epoch.zero_()
+    rows = list(islice(order, min(count, len(order.sampler))))
+    for start in range(0, len(rows), size):
+        batch, _ = loader.collate_fn([numbered[i] for i in rows[start : start + size]])
+        yield check_batch(batch)[0]

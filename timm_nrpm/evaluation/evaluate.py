@@ -19,7 +19,7 @@ from timm_nrpm.attacks.sources import Source, sources_of
 from timm_nrpm.attacks.suites import attacks_of
 from timm_nrpm.attacks.threats import Threat, check_threat
 from timm_nrpm.checks import check_choice
-from timm_nrpm.config import SUITES
+from timm_nrpm.choices import SUITES
 from timm_nrpm.data.images import pixels_of
 from timm_nrpm.evaluation.controls import KeptJudge
 from timm_nrpm.evaluation.judge import Judge, Protocol
@@ -89,7 +89,7 @@ def evaluate(
         loader: Batches of pixels `[B, C, H, W]` in [0, 1] and labels `[B]`, in the same order in every pass. It need
             not have a length.
         threat: What an attacker may change; the default is Linf with eps 8/255.
-        suite: Name of the suite of attacks, one of `timm_nrpm.config.SUITES`.
+        suite: Name of the suite of attacks, one of `timm_nrpm.choices.SUITES`.
         effort: Effort of the adaptive suite, one of `timm_nrpm.efforts.LEVELS`: `"fast"` has the first 12 of the
             default's 24 rounds and no evolution, `"exhaustive"` 240 rounds and 20 evolutions on all unbroken images.
         steps, queries: Number of gradients of each ascent and number of forwards of each random search; by default

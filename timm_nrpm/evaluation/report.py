@@ -72,7 +72,7 @@ class RobustnessReport:
 
     Attributes:
         threat: What an attacker may change.
-        suite: Name of the suite of attacks, one of `timm_nrpm.config.SUITES`.
+        suite: Name of the suite of attacks, one of `timm_nrpm.choices.SUITES`.
         steps, queries: Number of gradients of an ascent, and number of forwards of a random search; see
             :class:`timm_nrpm.attacks.efforts.Effort`.
         rounds, evolutions: Numbers of rounds and of evolutions in the adaptive suite; 0 in other suites.

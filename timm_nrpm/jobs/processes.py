@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
 REPLICATED = {
     getattr(DistributedType, name)
@@ -50,3 +51,23 @@ def average_statistics_(accelerator: Accelerator, model: nn.Module) -> None:
         means = accelerator.reduce(torch.cat(moving), "mean").split([len(buffer) for buffer in moving])
         for buffer, mean in zip(moving, means, strict=True):
             buffer.copy_(mean)
+
+
+def with_others(own: Tensor) -> Tensor:
+    """The rows of all processes, `[P * B, ...]`, for a loss that is no mean over images.
+
+    A loss of all rows has the same value in every process. Only the rows of this process carry a gradient, and P times
+    theirs, so that the gradients, which DistributedDataParallel averages over the P processes, are those that one
+    process would have with all images.
+
+    Args:
+        own: Rows of this process, `[B, ...]`, as many as every other process has.
+    """
+    if not dist.is_initialized():
+        return own
+    count = dist.get_world_size()
+    sent = own.detach().contiguous()
+    rows = [torch.empty_like(sent) for _ in range(count)]
+    dist.all_gather(rows, sent)
+    rows[dist.get_rank()] = count * own - (count - 1) * sent
+    return torch.cat(rows)

@@ -152,7 +152,7 @@ def filling(
         ValueError: `folder` is a file, or exists and holds something else than a variant.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, and a variant is a folder: choose another name.")
+        raise ValueError(f"{folder} is a file, and a {kind} is a folder: choose another name.")
     fresh = not folder.exists()
     others = [] if fresh else [f.name for f in folder.iterdir() if not f.name.startswith(DRAFT)]
     if others and config not in others:

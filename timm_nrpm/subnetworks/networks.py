@@ -49,6 +49,19 @@ UNSAVED = "This run will leave checkpoints, but no variant|No variant was writte
 NO_IMAGES = "The loader gave no images: give some to choose on, and others to judge on."
 
 
+def some_of(training: DataLoader[Any], count: int) -> DataLoader[Any]:
+    """At most `count` training images, drawn at random, the same ones each time.
+
+    Raises:
+        ValueError: `training` is no DataLoader.
+    """
+    if not isinstance(training, DataLoader):
+        raise ValueError(f"training is a {type(training).__name__}: give a torch DataLoader, on which tune can train.")
+    images = training.dataset
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    return DataLoader(Subset(images, order[:count].tolist()), training.batch_size or 1, collate_fn=training.collate_fn)
+
+
 class Networks:
     """A model, and the networks with other weights that are made from it.
 
@@ -174,14 +187,7 @@ class Networks:
 
     def some_training(self, training: DataLoader[Any]) -> DataLoader[Any]:
         """Training images in an order of their own, at most `MEASURED` for each class on average."""
-        if not isinstance(training, DataLoader):
-            raise ValueError(
-                f"training is a {type(training).__name__}: give a torch DataLoader, on which tune can train."
-            )
-        images = training.dataset
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-        rows = order[: MEASURED * self.classes].tolist()
-        return DataLoader(Subset(images, rows), training.batch_size or 1, collate_fn=training.collate_fn)
+        return some_of(training, MEASURED * self.classes)
 
     def measured(
         self, state: State, batches: Batches, suite: str, name: str | None, steps: int | None = None

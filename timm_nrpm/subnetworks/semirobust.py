@@ -155,6 +155,8 @@ def _check(config: TuneConfig, suites: tuple[str, ...], threat: Threat) -> None:
     for name in ("trainable", "still", "push_to"):
         if getattr(config, name):
             raise ValueError(f"{name}={getattr(config, name)!r} has no place here: Algorithm 1 says what trains.")
+    if config.objective == "teacher":
+        raise ValueError("objective='teacher' has no teacher here: give another objective.")
     if config.objective == "sat":
         raise ValueError(
             "objective='sat' keeps targets over epochs, and late parts are tuned one by one: give another."

@@ -1,7 +1,6 @@
-"""What tuning minimises: adversarial training losses, as compared in the paper (arXiv 2410.04577, Table 5).
+"""How a model is tuned: each objective attacks the images in its way and minimises one of the losses.
 
-A loss takes `f`, which maps pixels `[B, C, H, W]` to logits `[B, N]`, the images, the same images attacked, and labels
-`[B]`. It returns the value to minimise, and the logits of the clean and of the attacked images where it needs them.
+An objective is a row of :data:`KINDS`; its loss is a function in :mod:`timm_nrpm.tuning.losses`.
 """
 
 from __future__ import annotations
@@ -17,103 +16,31 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 
 from timm_nrpm.attacks.gradients import generators
-from timm_nrpm.attacks.library import perturb
+from timm_nrpm.attacks.library import Distance, perturb
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.config import TuneConfig
 from timm_nrpm.data.ordering import seed_of
+from timm_nrpm.jobs.processes import with_others
 from timm_nrpm.nn.pixel_model import PixelModel
-
-Forward = Callable[[Tensor], Tensor]
-
-
-class Loss(NamedTuple):
-    """A loss to minimise, and the logits `[B, N]` of the clean and of the attacked images; None where it needs none."""
-
-    value: Tensor
-    clean: Tensor | None
-    attacked: Tensor | None
+from timm_nrpm.nn.wrappers import copied
+from timm_nrpm.tuning import losses
+from timm_nrpm.tuning.losses import Loss
 
 
-def clean(f: Forward, pixels: Tensor, attacked: Tensor, labels: Tensor) -> Loss:
-    """Cross-entropy of the clean images."""
-    logits = f(pixels)
-    return Loss(F.cross_entropy(logits, labels), logits, None)
-
-
-def adversarial(f: Forward, pixels: Tensor, attacked: Tensor, labels: Tensor) -> Loss:
-    """Cross-entropy of the attacked images: FGSM (arXiv 1412.6572) and PGD-AT (Madry et al., arXiv 1706.06083)."""
-    logits = f(attacked)
-    return Loss(F.cross_entropy(logits, labels), None, logits)
-
-
-def both(f: Forward, pixels: Tensor, attacked: Tensor, labels: Tensor) -> Loss:
-    """Sum of the cross-entropies of the clean and of the attacked images: adversarial training as it was first proposed
-    (Goodfellow et al., arXiv 1412.6572, section 6, times 2), and as in the NRPM authors' code for MNIST."""
-    logits, moved = f(pixels), f(attacked)
-    return Loss(F.cross_entropy(logits, labels) + F.cross_entropy(moved, labels), logits, moved)
-
-
-def trades(f: Forward, pixels: Tensor, attacked: Tensor, labels: Tensor, beta: float) -> Loss:
-    """`CE(f(x), y) + beta * KL(f(x) || f(x'))` (Zhang et al., arXiv 1901.08573, eq. 5, beta = 1 / lambda)."""
-    logits, moved = f(pixels), f(attacked)
-    apart = _divergence(logits, moved).mean()
-    return Loss(F.cross_entropy(logits, labels) + beta * apart, logits, moved)
-
-
-def mart(f: Forward, pixels: Tensor, attacked: Tensor, labels: Tensor, beta: float) -> Loss:
-    """`BCE(f(x'), y) + beta * KL(f(x) || f(x')) * (1 - p_y(x))` (Wang et al., ICLR 2020, eq. 11).
-
-    The boosted cross-entropy is `-log p_y(x') - log(1 - max of the other p_k(x'))`.
-    """
-    logits, moved = f(pixels), f(attacked)
-    label = labels.unsqueeze(1)
-    others = F.softmax(moved, 1).scatter(1, label, 0.0).amax(1)
-    boosted = F.cross_entropy(moved, labels, reduction="none") - torch.log1p(-others.clamp(max=1 - 1e-6))
-    uncertain = 1 - F.softmax(logits, 1).gather(1, label).squeeze(1)
-    return Loss((boosted + beta * _divergence(logits, moved) * uncertain).mean(), logits, moved)
-
-
-def sat(f: Forward, pixels: Tensor, attacked: Tensor, soften: Forward, beta: float) -> Loss:
-    """Self-adaptive training under attack: TRADES with soft labels (Huang et al., arXiv 2002.10319, section 4).
-
-    `soften` maps the clean logits to soft labels `[B, N]`, see :class:`Objective`. The NRPM paper does not say which
-    "SAT" it compares with.
-    """
-    logits, moved = f(pixels), f(attacked)
-    targets = soften(logits.detach())
-    return Loss(F.cross_entropy(logits, targets) + beta * _divergence(logits, moved).mean(), logits, moved)
-
-
-def _divergence(logits: Tensor, moved: Tensor) -> Tensor:
-    """KL(clean || attacked) of every image, `[B]`."""
-    return F.kl_div(F.log_softmax(moved, 1), F.log_softmax(logits, 1), reduction="none", log_target=True).sum(1)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How an objective attacks.
+class Images(NamedTuple):
+    """A batch of training images.
 
     Attributes:
-        start: Where the attack starts: `"none"` at the image; `"ball"` at random within the threat, as
-            :meth:`timm_nrpm.Threat.around` draws it, under L2 and L1 at its edge; `"near"` at a normal step of standard
-            deviation 0.001 from the image, in pixel units of [0, 1].
-        divergence: Whether the attack maximises the KL divergence from the clean logits, not the cross-entropy.
+        pixels: The images, `[B, C, H, W]` in [0, 1].
+        attacked: The same images attacked.
+        labels: Their classes, `[B]`.
+        rows: Their indices in the training data, `[B]`.
     """
 
-    start: str = "none"
-    divergence: bool = False
-
-
-KINDS = {
-    "clean": _Kind(),
-    "fgsm": _Kind(),
-    "clean+fgsm": _Kind(),
-    "pgd": _Kind("ball"),
-    "trades": _Kind("near", divergence=True),
-    "mart": _Kind("near"),
-    "sat": _Kind("near", divergence=True),
-    "awp": _Kind("ball"),
-}
+    pixels: Tensor
+    attacked: Tensor
+    labels: Tensor
+    rows: Tensor
 
 
 class Objective(nn.Module):
@@ -124,25 +51,42 @@ class Objective(nn.Module):
     Args:
         net: The model, which takes pixels in [0, 1].
         config: Settings of the run, which name the objective.
-        samples, classes: Numbers of training images and of classes, which SAT needs for its targets.
+        samples, classes: Numbers of training images and of classes, of which SAT keeps targets, and SRAT counts.
+        teacher: The teacher of the objective `"teacher"`, of which a copy is taken; None for any other objective.
 
     Raises:
-        ValueError: The objective is AWP, and no weight trains.
+        ValueError: The objective is AWP, and no weight trains; or SRAT, and the model has no linear classifier; or the
+            teacher is missing, or has no place.
 
     Attributes:
         epoch: Number of the current epoch, from 0; the training loop sets it.
         targets: Soft labels of SAT, `[samples, classes]`; the row of an image is zero until the image was seen.
+        counts: Number of images of each class that SRAT has seen, `[classes]`.
     """
 
     targets: Tensor
+    counts: Tensor
 
-    def __init__(self, net: PixelModel, config: TuneConfig, samples: int = 0, classes: int = 0) -> None:
+    def __init__(
+        self,
+        net: PixelModel,
+        config: TuneConfig,
+        samples: int = 0,
+        classes: int = 0,
+        teacher: PixelModel | None = None,
+    ) -> None:
         super().__init__()
         self.net, self.config, self.kind = net, config, KINDS[config.objective]
         self.epoch = 0
         self._weights: dict[nn.Parameter, Tensor] = {}  # their values before AWP moved them
+        check_teacher(config, teacher)
+        self._teachers = [] if teacher is None else [copied(teacher).eval()]  # a list, so that it is no part of this
+        device = net.mean.device
         if config.objective == "sat":
-            self.register_buffer("targets", torch.zeros(samples, classes, device=net.mean.device, dtype=torch.float32))
+            self.register_buffer("targets", torch.zeros(samples, classes, device=device, dtype=torch.float32))
+        if config.objective == "srat":
+            classifier_of(net.model)
+            self.register_buffer("counts", torch.zeros(classes, device=device, dtype=torch.int64))
         if config.objective == "awp" and not self._perturbed():
             raise ValueError(
                 'objective="awp" perturbs the weights that train, and none does: choose another objective for lambda '
@@ -161,7 +105,7 @@ class Objective(nn.Module):
         attacked = self.attack(pixels, labels, rows)
         if self.config.objective == "awp":
             self._shift_weights(attacked, labels)
-        loss = self._loss(pixels, attacked, labels, rows)
+        loss = self.kind.loss(self, Images(pixels, attacked, labels, rows))
         right = [
             torch.full_like(loss.value, -1.0) if logits is None else (logits.argmax(1) == labels).sum().to(loss.value)
             for logits in (loss.clean, loss.attacked)
@@ -182,7 +126,7 @@ class Objective(nn.Module):
             steps=c.attack_steps,
             step_size=c.attack_step_size,
             gradient=c.gradient,
-            divergence=self.kind.divergence,
+            distance=self.kind.distance,
             turns=rows + self.epoch,
         )
 
@@ -195,21 +139,6 @@ class Objective(nn.Module):
         if self.kind.start == "ball":
             return Threat(self.config.norm, self.config.eps).around(pixels, draws) - pixels
         return 0.001 * torch.stack([torch.randn(pixels.shape[1:], generator=g) for g in draws]).to(pixels)
-
-    def _loss(self, pixels: Tensor, attacked: Tensor, labels: Tensor, rows: Tensor) -> Loss:
-        """The loss of the objective."""
-        c, images = self.config, (pixels, attacked)
-        if c.objective == "clean":
-            return clean(self.net, *images, labels)
-        if c.objective == "clean+fgsm":
-            return both(self.net, *images, labels)
-        if c.objective == "trades":
-            return trades(self.net, *images, labels, c.beta)
-        if c.objective == "mart":
-            return mart(self.net, *images, labels, c.beta)
-        if c.objective == "sat":
-            return sat(self.net, *images, lambda logits: self.soften(logits, labels, rows), c.beta)
-        return adversarial(self.net, *images, labels)
 
     @torch.no_grad()
     def soften(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
@@ -226,6 +155,19 @@ class Objective(nn.Module):
         self.targets[rows_of_all] = targets_of_all
         return targets
 
+    @torch.no_grad()
+    def class_weights(self, labels: Tensor) -> Tensor:
+        """SRAT's weight of each class, `[N]`, after counting in a batch: the inverse of its share of the images seen so
+        far, by all processes, such that the mean weight of these images is 1. A class that was not seen has 0."""
+        self.counts += torch.bincount(with_others(labels), minlength=len(self.counts))
+        seen = self.counts > 0
+        return (self.counts.sum() / (seen.sum() * self.counts.clamp(min=1))).where(seen, 0.0).float()
+
+    def teacher(self, pixels: Tensor) -> Tensor:
+        """The logits `[B, N]` of the teacher."""
+        logits: Tensor = self._teachers[0].to(pixels.device)(pixels)
+        return logits
+
     def _perturbed(self) -> list[nn.Parameter]:
         """The weights that AWP perturbs: those that train and have several dimensions."""
         return [p for p in self.net.parameters() if p.requires_grad and p.ndim > 1]
@@ -235,7 +177,7 @@ class Objective(nn.Module):
         (Wu et al., arXiv 2004.05884, eq. 7-8)."""
         weights = self._perturbed()
         before = [b.clone() for b in self.net.buffers()]  # this pass must not change the statistics of BatchNorm
-        loss = adversarial(self.net, attacked, attacked, labels).value
+        loss = losses.adversarial(self.net, attacked, attacked, labels).value
         slopes = torch.autograd.grad(loss, weights, allow_unused=True)
         with torch.no_grad():
             for buffer, kept in zip(self.net.buffers(), before, strict=True):
@@ -256,3 +198,91 @@ class Objective(nn.Module):
         for weight, kept in self._weights.items():
             weight.copy_(kept)
         self._weights.clear()
+
+
+def check_teacher(config: TuneConfig, teacher: nn.Module | None) -> None:
+    """Raise a ValueError unless there is a teacher exactly if the objective needs one."""
+    if (teacher is None) == (config.objective == "teacher"):
+        raise ValueError(
+            f"objective={config.objective!r} with {'no teacher' if teacher is None else 'a teacher'}: give both "
+            'objective="teacher" and teacher=, as timm_nrpm.teacher.tune_by_teacher does, or neither.'
+        )
+
+
+def classifier_of(model: nn.Module) -> nn.Module:
+    """The layer that computes the logits from the features: timm's classifier, or the last linear layer of another
+    model.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    layers = [found] if isinstance(found, (nn.Linear, nn.Conv2d)) else []
+    layers = layers or [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ValueError(
+            f'objective="srat" separates the inputs of the classifier, and this {type(model).__name__} has no linear '
+            "layer: choose another objective."
+        )
+    return layers[-1]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an objective minimises, and how it attacks.
+
+    Attributes:
+        loss: Function from the objective and a batch to its loss.
+        start: Where the attack starts: `"none"` at the image; `"ball"` at random within the threat, as
+            :meth:`timm_nrpm.Threat.around` draws it, under L2 and L1 at its edge; `"near"` at a normal step of standard
+            deviation 0.001 from the image, in pixel units of [0, 1].
+        distance: Distance from the clean logits that the attack maximises; None for the cross-entropy of the labels.
+    """
+
+    loss: Callable[[Objective, Images], Loss]
+    start: str = "none"
+    distance: Distance | None = None
+
+
+def _simple(loss: Callable[..., Loss]) -> Callable[[Objective, Images], Loss]:
+    """A loss of the images and the labels alone."""
+    return lambda o, images: loss(o.net, *images[:3])
+
+
+def _weighted(loss: Callable[..., Loss]) -> Callable[[Objective, Images], Loss]:
+    """A loss that also takes the weight of its second term."""
+    return lambda o, images: loss(o.net, *images[:3], o.config.beta)
+
+
+def _sat(o: Objective, images: Images) -> Loss:
+    soften = lambda logits: o.soften(logits, images.labels, images.rows)  # noqa: E731
+    return losses.sat(o.net, images.pixels, images.attacked, soften, o.config.beta)
+
+
+def _srat(o: Objective, images: Images) -> Loss:
+    classifier = classifier_of(o.net.model)
+    weights = o.class_weights(images.labels)
+    f = lambda pixels: losses.with_features(o.net, classifier, pixels)  # noqa: E731
+    return losses.srat(f, *images[:3], weights, o.config.beta, o.config.temperature)
+
+
+def _kl(clean: Tensor, moved: Tensor, labels: Tensor) -> Tensor:
+    return losses.divergence(clean, moved)
+
+
+KINDS = {
+    "clean": Kind(_simple(losses.clean)),
+    "fgsm": Kind(_simple(losses.adversarial)),
+    "clean+fgsm": Kind(_simple(losses.both)),
+    "pgd": Kind(_simple(losses.adversarial), "ball"),
+    "trades": Kind(_weighted(losses.trades), "near", _kl),
+    "mart": Kind(_weighted(losses.mart), "near"),
+    "sat": Kind(_sat, "near", _kl),
+    "awp": Kind(_simple(losses.adversarial), "ball"),
+    "weat": Kind(_weighted(losses.weat), "near", _kl),
+    "kl-dro": Kind(lambda o, images: losses.kl_dro(o.net, *images[:3], o.config.temperature), "ball"),
+    "srat": Kind(_srat, "ball"),
+    "comp-sum": Kind(_weighted(losses.comp_sum), "ball", losses.margin_change),
+    "teacher": Kind(lambda o, images: losses.taught(o.net, o.teacher, *images[:3], o.config.temperature), "ball"),
+}
+"""The objectives by name."""

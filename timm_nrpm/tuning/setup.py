@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from timm_nrpm.choices import TEMPERED
 from timm_nrpm.config import TuneConfig
 from timm_nrpm.data.images import check_batch, check_labels
 from timm_nrpm.jobs.processes import check_processes
 from timm_nrpm.models.modes import evaluating
+from timm_nrpm.models.reprogramming import model_sha256, record_of
 from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.nn.wrappers import subject_of
 
 MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience", "push_to", "license")
 """Settings that may change when a run resumes, since they do not change what it computes."""
@@ -29,8 +33,28 @@ MAY_DIFFER = ("output", "checkpoint_every", "keep", "trackers", "patience", "pus
 
 def settings_of(config: TuneConfig) -> dict[str, Any]:
     """What decides the results of a run, by name; a newer setting, which earlier runs lack, only if it is set."""
-    newer = () if config.still else ("still",)
-    return {name: value for name, value in asdict(config).items() if name not in (*MAY_DIFFER, *newer)}
+    newer = {"still": bool(config.still), "temperature": config.objective in TEMPERED}
+    left_out = (*MAY_DIFFER, *(name for name, is_set in newer.items() if not is_set))
+    return {name: value for name, value in asdict(config).items() if name not in left_out}
+
+
+def identity_of_run(
+    config: TuneConfig, net: PixelModel, teacher: PixelModel | None, same: Mapping[str, object]
+) -> Mapping[str, object]:
+    """Settings and hashes that must be the same for a run to resume, as JSON values by name.
+
+    Args:
+        config: Settings of the run.
+        net: The model on pixels, whose normalisation and estimate decide the result as well.
+        teacher: The teacher, if there is one.
+        same: Further values that must be the same.
+    """
+    values = {**settings_of(config), **same}
+    values |= {name: value.flatten().tolist() for name, value in net.named_buffers(recurse=False)}
+    values |= {f"estimate's {name}": value for name, value in record_of(net.model).config.settings.items()}
+    if teacher is not None:
+        values |= {"the teacher": [model_sha256(teacher.model), teacher.normalisation()]}
+    return json.loads(json.dumps(values))
 
 
 def accelerator_of(config: TuneConfig) -> Accelerator:
@@ -123,3 +147,27 @@ def classes_of(net: PixelModel, images: DataLoader[Any]) -> int:
         classes = net(pixels[:1].to(net.mean.device)).shape[1]
     check_labels(labels, classes)
     return int(classes)
+
+
+def teacher_of(teacher: nn.Module, images: DataLoader[Any], classes: int) -> PixelModel:
+    """The teacher on pixels, with its own normalisation.
+
+    Args:
+        teacher: A classifier, or a wrapper of one that knows its normalisation.
+        images: The loader of the images that it will see, of which the first batch is looked at.
+        classes: Number of classes of the model that it teaches.
+
+    Raises:
+        ValueError: Its logits are of another number of classes, or its normalisation is unknown.
+    """
+    net = subject_of(teacher).on_pixels()
+    batch, _ = next(iter(images))
+    pixels = check_batch(batch)[0][:1].to(net.mean.device)
+    with evaluating(net), torch.no_grad():
+        theirs = net(pixels).shape[1]
+    if theirs != classes:
+        raise ValueError(
+            f"The teacher has {theirs} classes, and the model {classes}: give a teacher of the same classes, in the "
+            "same order."
+        )
+    return net

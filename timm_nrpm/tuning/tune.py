@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch.utils.data import DataLoader
 from timm_nrpm.attacks.threats import Threat
 from timm_nrpm.config import TuneConfig
 from timm_nrpm.data.images import check_batch
-from timm_nrpm.data.ordering import ordered, seed_of
+from timm_nrpm.data.ordering import first_images, ordered, seed_of
 from timm_nrpm.errors import Diverged
 from timm_nrpm.evaluation.evaluate import evaluate
 from timm_nrpm.evaluation.history import Evaluation, History, Step, finite
@@ -29,13 +27,21 @@ from timm_nrpm.jobs.signals import SIGNALS, Interruption
 from timm_nrpm.models.base import weights_sha256
 from timm_nrpm.models.calibration import calibrate_, plain_of
 from timm_nrpm.models.plain_statistics import norms_of
-from timm_nrpm.models.reprogramming import lambdas, plain_copy, record_of, reprogrammed_layers, settle_
+from timm_nrpm.models.reprogramming import lambdas, plain_copy, reprogrammed_layers, settle_
 from timm_nrpm.nn.wrappers import Subject, subject_of
 from timm_nrpm.tuning.checkpoints import collect, install_
-from timm_nrpm.tuning.objectives import Objective
+from timm_nrpm.tuning.objectives import Objective, check_teacher
 from timm_nrpm.tuning.progress import Bar, tracked
 from timm_nrpm.tuning.run_folder import RunFolder
-from timm_nrpm.tuning.setup import accelerator_of, check_batches, classes_of, optimizer_of, scheduler_of, settings_of
+from timm_nrpm.tuning.setup import (
+    accelerator_of,
+    check_batches,
+    classes_of,
+    identity_of_run,
+    optimizer_of,
+    scheduler_of,
+    teacher_of,
+)
 from timm_nrpm.tuning.trainable import given_back, select_, set_modes_
 
 PLAIN = 1000
@@ -48,6 +54,7 @@ def tune(
     config: TuneConfig | None = None,
     *,
     validation: DataLoader[Any] | None = None,
+    teacher: nn.Module | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     resume: bool = False,
@@ -70,6 +77,7 @@ def tune(
         config: Settings; the default is `TuneConfig()`.
         validation: A loader of the same kind, on which the accuracy, clean and under quick attacks, is measured before
             the first epoch and after every epoch.
+        teacher: The teacher of the objective `"teacher"`, see :func:`timm_nrpm.teacher.tune_by_teacher`.
         mean, std: Normalisation of the model, as in :func:`timm_nrpm.evaluate`.
         resume: Whether to go on from the last intact checkpoint in `config.output`, or from the start if there is none.
         progress: Whether to show a progress bar, with the loss, accuracies and lambdas.
@@ -98,7 +106,7 @@ def tune(
     subject = subject_of(model, mean, std)
     with torch.inference_mode(False), given_back(subject.model):
         try:
-            return _Run(subject, loader, config, validation, resume, progress).all()
+            return _Run(subject, loader, config, validation, teacher, resume, progress).all()
         finally:
             if is_first:  # the next call may ask for another precision
                 AcceleratorState._reset_state()
@@ -115,10 +123,12 @@ class _Run:
         loader: DataLoader[Any],
         config: TuneConfig,
         validation: DataLoader[Any] | None,
+        teacher: nn.Module | None,
         resume: bool,
         progress: bool,
     ) -> None:
         model, net = subject.model, subject.on_pixels()
+        check_teacher(config, teacher)
         self.model, self.config = model, config
         self.lams, self.weights = select_(model, config)
         self.source, self.order, self.numbered = ordered(loader, config.seed)
@@ -132,9 +142,10 @@ class _Run:
             if config.push_to is not None:
                 self.folder.publish(model, config.push_to, config.license)
         self.classes = classes_of(net, self.source)
-        self.objective = Objective(net, config, len(self.numbered), self.classes)
+        taught_by = None if teacher is None else teacher_of(teacher, self.source, self.classes)
+        self.objective = Objective(net, config, len(self.numbered), self.classes, taught_by)
         optimizer = optimizer_of(config, self.lams, self.weights)
-        self.frozen = weights_sha256({n: p for n, p in model.named_parameters() if not p.requires_grad})
+        frozen = weights_sha256({n: p for n, p in model.named_parameters() if not p.requires_grad})
         with warnings.catch_warnings():
             # Recent versions of torch renamed this option, and accelerate cannot pass on the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -146,6 +157,9 @@ class _Run:
         check_batches(model, self.source, len(self.order), self.batches, self.accelerator.num_processes)
         self.steps = -(-self.batches // config.accumulate)  # per epoch
         self.scheduler = scheduler_of(config, optimizer, self.steps)
+        same = {"batch of all processes": self.loader.total_batch_size, "images": len(self.numbered)}
+        same |= {"layers": self.history.layers, "sha256 of what is frozen": frozen}
+        self.identity = identity_of_run(config, net, taught_by, same)
         self.seen = torch.zeros(4 + len(SIGNALS), device=self.accelerator.device)
         if resume:
             self._resume()
@@ -270,32 +284,18 @@ class _Run:
         if not self.config.calibrate:
             return
         self.bar.doing("Calibrating")
-        self.order.epoch = self.order.skip = 0
-        self.numbered.epoch.zero_()
-        net = self.objective.net
-        calibrate_(self.model, self._first_images(self.config.calibrate), **net.normalisation())
+        images = first_images(self.source, self.config.calibrate, self.loader.total_batch_size)
+        calibrate_(self.model, images, **self.objective.net.normalisation())
 
     def settle(self) -> None:
         """Adapt the plain model's statistics to the weights; training adapted only those the model computes with."""
         trained = [name for name, norm in norms_of(self.model).items() if norm.training]
         if trained:
             self.bar.doing("Taking the plain model's statistics")
-            self.order.epoch = self.order.skip = 0
-            self.numbered.epoch.zero_()
-            settle_(self.model, plain_of(self.objective.net, self._first_images(PLAIN), trained).model)
+            images = first_images(self.source, PLAIN, self.loader.total_batch_size)
+            settle_(self.model, plain_of(self.objective.net, images, trained).model)
         else:
             settle_(self.model, plain_copy(self.model, kept=True))
-
-    def _first_images(self, count: int) -> Iterator[Tensor]:
-        """The first `count` images of an epoch, in batches of all processes together.
-
-        BatchNorm normalises by the batch meanwhile, so smaller batches would give other statistics than one process.
-        """
-        size = self.loader.total_batch_size
-        rows = list(islice(self.order, min(count, len(self.order.sampler))))  # type: ignore[arg-type]
-        for start in range(0, len(rows), size):
-            batch, _ = self.source.collate_fn([self.numbered[i] for i in rows[start : start + size]])
-            yield check_batch(batch, self.classes)[0]
 
     def evaluate(self) -> None:
         """Measure the accuracy on the validation images, which the processes share."""
@@ -326,21 +326,12 @@ class _Run:
         if self.folder is None:
             return
         state = collect(self.model, self.wrapped, self.optimizer.optimizer)
-        content = {"position": [self.step, self.epoch, self.batch, self.failed], "run": self._identity()}
+        content = {"position": [self.step, self.epoch, self.batch, self.failed], "run": self.identity}
         self.folder.save(self.step, state, content, self.history, self.model)
-
-    def _identity(self) -> Mapping[str, object]:
-        """Settings and hashes that must be the same for a run to resume, as JSON values by name."""
-        settings = settings_of(self.config)
-        same = {"batch of all processes": self.loader.total_batch_size, "images": len(self.numbered)}
-        same |= {"layers": self.history.layers, "sha256 of what is frozen": self.frozen}
-        same |= {name: value.flatten().tolist() for name, value in self.objective.net.named_buffers(recurse=False)}
-        estimate = record_of(self.model).config.settings
-        return json.loads(json.dumps({**settings, **same, **{f"estimate's {k}": v for k, v in estimate.items()}}))
 
     def _resume(self) -> None:
         """Go back to the last intact checkpoint, if there is one."""
-        if not (saved := self.folder and self.folder.last(self._identity())):
+        if not (saved := self.folder and self.folder.last(self.identity)):
             return
         install_(self.model, self.wrapped, self.optimizer.optimizer, {**saved.tensors, **saved.content["values"]})
         self.step, self.epoch, self.batch, self.failed = saved.content["position"]
