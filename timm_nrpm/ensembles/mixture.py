@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from timm_nrpm.attacks.threats import Threat, check_threat
 from timm_nrpm.checks import check_integer, check_number
 from timm_nrpm.data.images import check_batch, check_labels
 from timm_nrpm.data.ordering import seed_of
-from timm_nrpm.ensembles.adaptive_smoothing import AdaptiveSmoothing, Gate, features
+from timm_nrpm.ensembles.adaptive_smoothing import ACCURATE, ROBUST, AdaptiveSmoothing, Gate, features
 from timm_nrpm.ensembles.probes import fitted
 from timm_nrpm.evaluation.evaluate import evaluate
 from timm_nrpm.jobs.progress import progress_bar
@@ -27,6 +26,9 @@ SHARES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 SCALES = (0.5, 1.0, 2.0, 4.0)
 """Shares of the robust model, and scales of either model's logits, that are compared."""
 
+PROBED = 0.75
+"""The robust model's share in the mixture that PGD attacks for all of them."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -35,8 +37,8 @@ class Candidate:
     Attributes:
         share, accurate_scale, robust_scale: Its settings.
         clean: Share of the images that are right without an attack, from 0 to 1.
-        transferred: Share that is right on images that PGD made for the robust model, which attacks on the mixture
-            itself mostly lower.
+        transferred: Share that is right on all that PGD made for either model and for one mixture, which attacks on the
+            mixture itself mostly lower.
         quick: Share that is right under the quick suite; None if it was not attacked.
     """
 
@@ -117,9 +119,9 @@ def search_mixture(
 ) -> MixtureSearch:
     """Search the share and the scales that leave most images right under quick attacks, with a bounded clean loss.
 
-    All combinations are compared on clean images and on those that PGD made for the robust model, which costs two
-    forwards an image. Those within the bound that are right on most of the latter are attacked themselves. To measure
-    what the best is worth, `evaluate` it on other images.
+    All combinations are compared on clean images and on what PGD made of them for either model and for one mixture,
+    which costs a few forwards an image. Those within the bound that are right on most of the latter are attacked
+    themselves. To measure what the best is worth, `evaluate` it on other images.
 
     Args:
         accurate, robust: The two models, as for :class:`timm_nrpm.ensembles.adaptive_smoothing.AdaptiveSmoothing`.
@@ -146,17 +148,16 @@ def search_mixture(
     images = [check_batch(batch) for batch in loader]
     if not images:
         raise ValueError("The loader is empty: give images to search on.")
-    probe = AdaptiveSmoothing(accurate, robust)
-    clean, moved, labels = _logits(probe, images, threat, steps, seed)
-    alone, other = (float((logits.argmax(1) == labels).float().mean()) for logits in clean)
+    probe = AdaptiveSmoothing(accurate, robust, share=PROBED)
+    seen = _seen(probe, images, threat, steps, seed)
+    alone, other = (float((logits.argmax(1) == seen.labels).float().mean()) for logits in seen.clean)
     candidates = []
     for share, first, second in product(SHARES, SCALES, SCALES):
         mixture = AdaptiveSmoothing(
             probe.member("accurate").net, probe.member("robust").net, share=share, accurate_scale=first,
             robust_scale=second,
         )  # fmt: skip
-        shares = [_right(mixture, logits, labels) for logits in (clean, moved)]
-        candidates.append(Candidate(share, first, second, *shares))
+        candidates.append(Candidate(share, first, second, *seen.shares(mixture)))
     allowed = [each for each in candidates if each.clean >= alone - bound / 100 - 1e-9]
     allowed.sort(key=lambda each: (-each.transferred, -each.clean))
     tried = []
@@ -167,7 +168,7 @@ def search_mixture(
             tried.append(Candidate(**{**asdict(each), "quick": report.worst_case}))
     tried.sort(key=lambda each: (-(each.quick or 0), -each.clean))
     rest = [each for each in candidates if each not in allowed[:attacked]]
-    return MixtureSearch(threat, len(labels), bound, alone, other, (*tried, *rest))
+    return MixtureSearch(threat, len(seen.labels), bound, alone, other, (*tried, *rest))
 
 
 def fit_gate(
@@ -220,28 +221,47 @@ def fit_gate(
     return Gate(low, high, accurate, robust, agreement, float(probe.bias[1] - probe.bias[0]))
 
 
-def _logits(
-    mixture: AdaptiveSmoothing, images: Sequence[tuple[Tensor, Tensor]], threat: Threat, steps: int, seed: int
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Logits `[N, classes]` of both models on clean images, and on those that PGD made for the robust one; labels."""
-    rows: list[list[Tensor]] = []
-    names = list(mixture.members)
-    nets = [PixelModel(mixture.member(name)).eval() for name in names]
-    device = nets[0].mean.device
-    with attackable(mixture):
+@dataclass(frozen=True)
+class _Seen:
+    """Logits `[N, classes]` of the accurate and of the robust model, on the same images in several versions.
+
+    Attributes:
+        clean: On the images as they are.
+        moved: On what PGD made of them, for each model that it followed.
+        labels: Classes `[N]`.
+    """
+
+    clean: tuple[Tensor, Tensor]
+    moved: tuple[tuple[Tensor, Tensor], ...]
+    labels: Tensor
+
+    def right(self, mixture: AdaptiveSmoothing, logits: tuple[Tensor, Tensor]) -> Tensor:
+        """Whether a mixture is right on each image, `[N]`."""
+        scales = (mixture.accurate_scale, mixture.robust_scale)
+        parts = [torch.log_softmax(scale * each, 1) for scale, each in zip(scales, logits, strict=True)]
+        return mixture.mixed(parts[0], parts[1]).argmax(1) == self.labels
+
+    def shares(self, mixture: AdaptiveSmoothing) -> tuple[float, float]:
+        """Shares of the images that a mixture is right on, clean and in every version that PGD made."""
+        moved = torch.stack([self.right(mixture, logits) for logits in self.moved]).all(0)
+        return float(self.right(mixture, self.clean).float().mean()), float(moved.float().mean())
+
+
+def _seen(
+    probe: AdaptiveSmoothing, images: Sequence[tuple[Tensor, Tensor]], threat: Threat, steps: int, seed: int
+) -> _Seen:
+    """What both models see of the images, and of what PGD makes of them along each model and along a mixture."""
+    nets = [PixelModel(probe.member(name)).eval() for name in (ACCURATE, ROBUST)]
+    device, rows = nets[0].mean.device, []
+    with attackable(probe):
         for number, (pixels, labels) in enumerate(images):
             pixels, labels = pixels.to(device), labels.to(device)
             seeds = [seed_of(seed, number, place) for place in range(len(labels))]
-            moved = pgd(threat, steps)(nets[names.index(mixture.reference)], pixels, labels, seeds)
+            followed = (*nets, PixelModel(probe).eval())
+            versions = [pixels, *(pgd(threat, steps)(net, pixels, labels, seeds) for net in followed)]
             with torch.no_grad():
-                found = [net(each) for each in (pixels, moved) for net in nets]
+                found = [net(version) for version in versions for net in nets]
             rows.append([*found, check_labels(labels, found[0].shape[1], count=len(pixels))])
-    columns: list[Any] = [torch.cat(column) for column in zip(*rows, strict=True)]
-    return columns[:2], columns[2:4], columns[4]
-
-
-def _right(mixture: AdaptiveSmoothing, logits: Sequence[Tensor], labels: Tensor) -> float:
-    """Share of the images that a mixture is right on, from the logits of its models."""
-    scales = (mixture.accurate_scale, mixture.robust_scale)
-    parts = [torch.log_softmax(scale * each, 1) for scale, each in zip(scales, logits, strict=True)]
-    return float((mixture.mixed(parts[0], parts[1]).argmax(1) == labels).float().mean())
+    *logits, labels = [torch.cat(column) for column in zip(*rows, strict=True)]
+    pairs = list(zip(logits[::2], logits[1::2], strict=True))
+    return _Seen(pairs[0], tuple(pairs[1:]), labels)
