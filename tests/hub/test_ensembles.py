@@ -1,4 +1,4 @@
-"""Ensembles on the Hub, by the real client, in a process of its own."""
+"""Ensembles and weight signatures on the Hub, by the real client, in a process of its own."""
 
 from __future__ import annotations
 
@@ -71,3 +71,22 @@ def test_it_is_copied_and_not_taken_for_a_variant(worker, repo):
     assert worker(f"seen(nrpm.from_pretrained({repo!r} + '-copy'))") == worker(f"seen({MIXTURE.format(share=0.6)})")
     with pytest.raises(Failed, match=r"is an ensemble \(adaptive-smoothing\) of accurate, robust"):
         worker(f"nrpm.inspect({repo!r})")
+
+
+SIGNATURE = "nrpm.signatures.signature(plain, variant(0.5), layers='first:2')"
+
+
+def test_a_signature_is_pushed_loaded_and_sent_once(hub, worker, repo):
+    with pytest.raises(Failed, match="no licence of it is known: give one as license="):
+        worker.push(repo, SIGNATURE, dry_run=True)
+    with pytest.raises(Failed, match="A signature is no model, and has no report"):
+        worker(f"push({SIGNATURE}, {repo!r}, license='mit', reports=report(variant(0.5)))")
+    done = worker.push(repo, SIGNATURE, license="mit")
+    assert set(done["files"]) == {"signature.json", "signature.safetensors", "README.md"}
+    assert worker(f"nrpm.signatures.Signature.load({repo!r}).layers") == ["conv1", "layer1.0.conv1"]
+    card = hub.repo(repo).files()["README.md"].decode()
+    assert "| `layer1.0.conv1` |" in card
+    assert "claims\nnothing about it" in card
+    assert worker.push(repo, SIGNATURE, license="mit")["uploaded"] == []
+    with pytest.raises(Failed, match="NotOnHub"):
+        worker(f"nrpm.signatures.Signature.load({repo!r} + '-missing')")

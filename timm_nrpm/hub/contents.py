@@ -22,11 +22,14 @@ from timm_nrpm.ensembles.folders import (
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.hub.cards import PICTURE, write_card
 from timm_nrpm.hub.ensemble_cards import write_ensemble_card
+from timm_nrpm.hub.signature_cards import write_signature_card
 from timm_nrpm.hub.templates import CARD, EVALUATION
+from timm_nrpm.models import signatures
 from timm_nrpm.models.creation import TIMM_FILES
 from timm_nrpm.models.format import CONFIG, TENSORS, parse_config
 from timm_nrpm.models.loading import Found, find_variant
 from timm_nrpm.models.saving import filling, needs_weights, save_variant
+from timm_nrpm.models.signatures import Signature
 from timm_nrpm.nn.ensemble import Ensemble
 from timm_nrpm.nn.wrappers import unwrapped
 
@@ -39,11 +42,11 @@ class Contents(ABC):
     """The files of a push, in a folder.
 
     Attributes:
-        source: A model, or the folder that holds it.
+        source: A model or a signature, or the folder that holds it.
         folder: Folder to which the files are written.
     """
 
-    source: nn.Module | Path
+    source: nn.Module | Signature | Path
     folder: Path
 
     @abstractmethod
@@ -103,6 +106,7 @@ class VariantContents(Contents):
         if isinstance(self.source, nn.Module):
             save_variant(self.source, self.folder, full=needs_weights(self.source) if full is None else full)
             return
+        assert isinstance(self.source, Path)
         found = find_variant(self.source)
         if full is not None and full != found.variant.is_full:
             held = "with its weights" if found.variant.is_full else "without its weights"
@@ -158,6 +162,7 @@ class EnsembleContents(Contents):
             return
         if full is not None:
             raise ValueError(f"{self.source} holds an ensemble as it was saved: leave out full={full}.")
+        assert isinstance(self.source, Path)
         found = find_ensemble(self.source)
         assert found is not None
         if self.folder.resolve() != self.source.resolve():
@@ -195,13 +200,57 @@ class EnsembleContents(Contents):
         return found
 
 
-def contents_of(model: nn.Module | str | Path, folder: Path) -> Contents:
-    """What a push of a model, or of a folder that holds one, consists of; it is written to `folder`."""
+class SignatureContents(Contents):
+    """The files of a weight signature."""
+
+    config = signatures.CONFIG
+
+    def fill(self, full: bool | None) -> None:
+        if full is not None:
+            raise ValueError(f"A signature holds no weights of a model: leave out full={full}.")
+        assert isinstance(self.source, (Signature, Path))
+        if isinstance(self.source, Signature):
+            self.source.save(self.folder)
+        elif self.folder.resolve() != self.source.resolve():
+            Signature.load(self.source).save(self.folder)
+
+    @property
+    def sha256(self) -> str:
+        return str(signatures.parse_signature(self.folder / self.config, str(self.folder))["file"])
+
+    def write_card(
+        self,
+        name: str,
+        reports: Sequence[RobustnessReport],
+        existing: str | None,
+        license: str | None,
+        datasets: Sequence[str],
+        picture: bytes | None,
+    ) -> None:
+        if reports:
+            raise ValueError("A signature is no model, and has no report of its own: leave out reports=.")
+        write_signature_card(self.folder, name, existing, license=license, datasets=datasets)
+
+    def names(self) -> tuple[str, ...]:
+        return (signatures.CONFIG, signatures.TENSORS)
+
+    def belongs(self, name: str) -> bool:
+        return name in (*self.names(), CARD)
+
+    def read(self, path: Path, where: str) -> Mapping[str, Any]:
+        content = signatures.parse_signature(path, where)
+        return {**content, "model": content["file"]}
+
+
+def contents_of(model: nn.Module | Signature | str | Path, folder: Path) -> Contents:
+    """What a push of a model or a signature, or of a folder that holds one, consists of; it is written to `folder`."""
     if isinstance(model, nn.Module):
         return (
             EnsembleContents(model, folder)
             if isinstance(unwrapped(model), Ensemble)
             else VariantContents(model, folder)
         )
+    if isinstance(model, Signature) or (Path(model) / signatures.CONFIG).is_file():
+        return SignatureContents(model if isinstance(model, Signature) else Path(model), folder)
     is_ensemble = (Path(model) / ENSEMBLE).is_file()
     return EnsembleContents(Path(model), folder) if is_ensemble else VariantContents(Path(model), folder)

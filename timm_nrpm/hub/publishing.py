@@ -25,10 +25,11 @@ from timm_nrpm.models.downloads import (
     REPO_ID,
     Repository,
 )
+from timm_nrpm.models.signatures import Signature
 
 
 def push_to_hub(
-    model: nn.Module | str | Path,
+    model: nn.Module | Signature | str | Path,
     repo_id: str,
     *,
     reports: Sequence[RobustnessReport] | RobustnessReport | None = None,
@@ -50,7 +51,7 @@ def push_to_hub(
     if nothing changed. Large files show a progress bar.
 
     Args:
-        model: A reprogrammed model, an ensemble, or a folder that holds one.
+        model: A reprogrammed model, an ensemble or a weight signature, or a folder that holds one.
         repo_id: The repository, `owner/name`, created if it does not exist. Other files in it stay, and so do the
             handwritten parts of its card.
         reports: Reports of :func:`timm_nrpm.evaluate` on this very model, one for each threat. The default is those in
@@ -82,7 +83,7 @@ def push_to_hub(
           ...
     """
     repo_id = check_repo_id(repo_id)
-    if reports is None and not isinstance(model, nn.Module):
+    if reports is None and not isinstance(model, (nn.Module, Signature)):
         reports = read_reports(Path(model)) or None
     if isinstance(reports, RobustnessReport):
         reports = (reports,)

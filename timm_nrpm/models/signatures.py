@@ -20,7 +20,7 @@ from timm_nrpm.config import LayerSelection, NRPMConfig
 from timm_nrpm.errors import BrokenSignature
 from timm_nrpm.models.base import checksum_of, weights_sha256
 from timm_nrpm.models.creation import LARGEST_CONFIG
-from timm_nrpm.models.downloads import sha256_of
+from timm_nrpm.models.downloads import REPO_ID, Repository, sha256_of
 from timm_nrpm.models.format import HASH
 from timm_nrpm.models.reprogramming import plain_copy
 from timm_nrpm.models.saving import filling
@@ -117,20 +117,39 @@ class Signature:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path) -> Signature:
-        """Read a signature that :meth:`save` wrote.
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Signature:
+        """Read a signature that :meth:`save` wrote or `push_to_hub` published.
+
+        Args:
+            folder: Path of a folder, or a repository on the Hub, `owner/name`. A folder of that name takes precedence.
+            revision, cache_dir, token, local_files_only: The same as in :func:`timm_nrpm.from_pretrained`.
 
         Raises:
             BrokenSignature: A file is missing, damaged, of a later format, or not what `save` writes.
+            timm_nrpm.errors.HubError: The repository cannot be read; the message says why.
         """
-        folder = Path(folder)
-        content = _checked_content(folder)
+        is_repository = isinstance(folder, str) and not Path(folder).is_dir() and REPO_ID.fullmatch(folder)
+        if is_repository:
+            repository = Repository(str(folder), revision, cache_dir, token, local_files_only)
+            config = repository.fetch(CONFIG, LARGEST_CONFIG)
+            file = repository.at(config, CONFIG).fetch(TENSORS)
+        else:
+            config, file = Path(folder) / CONFIG, Path(folder) / TENSORS
+        content = parse_signature(config, str(folder))
         try:
-            if sha256_of(folder / TENSORS) != content["file"]:
+            if sha256_of(file) != content["file"]:
                 raise BrokenSignature(
                     f"{TENSORS} of {folder} is cut short or was changed after it was saved: get it again."
                 )
-            tensors = parse_tensors((folder / TENSORS).read_bytes())
+            tensors = parse_tensors(file.read_bytes())
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, BrokenSignature):
                 raise
@@ -260,14 +279,17 @@ def _check_fit(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], what:
             raise ValueError(f"{name} is {list(tensor.shape)} in {what} and {there}: give models of one architecture.")
 
 
-def _checked_content(folder: Path) -> dict[str, Any]:
+def parse_signature(file: Path, folder: str) -> dict[str, Any]:
     """The content of the JSON file, checked, since a stranger may have written it.
+
+    Args:
+        file: Path of the file.
+        folder: Folder or repository as error messages name it.
 
     Raises:
         BrokenSignature: It is missing, damaged, of a later format, or holds something else.
     """
     try:
-        file = folder / CONFIG
         if file.stat().st_size > LARGEST_CONFIG:
             raise ValueError(f"it has {file.stat().st_size} bytes")
         content = json.loads(file.read_text(encoding="utf-8"))
