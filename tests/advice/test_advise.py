@@ -232,6 +232,9 @@ def test_a_mixture_with_the_tuned_model_is_saved_and_evaluates_to_the_same(model
     mixture = timm_nrpm.from_pretrained(tmp_path / "Linf-0.15" / "variant")
     again = timm_nrpm.evaluate(mixture, images[0], threat, effort="fast", base=model, control=False)
     assert advice.advised.report.threat == "".join(str(int(each)) for each in again.survivors)
+    wrapped = PixelModel(model)  # the same model, which brings its normalisation
+    other = advise(wrapped, images[0], threat, selection=images[1], training=loader, folder=tmp_path / "b", **bounds)
+    assert other[0].trials[1].selection == trial.selection
     tuned = timm_nrpm.from_pretrained(tmp_path / "Linf-0.15" / "all-layers-plain" / "variant")
     assert torch.equal(mixture.member("robust").net.model.fc.weight, tuned.fc.weight)
 

@@ -17,9 +17,12 @@ from timm_nrpm.attacks.sources import sources_of
 from timm_nrpm.attacks.suites import attacks_of
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.ensembles.adaptive_smoothing import AdaptiveSmoothing, Gate, features
+from timm_nrpm.models.base import weights_sha256
 from timm_nrpm.models.registry import DIGITS
 from timm_nrpm.models.reprogramming import model_sha256
+from timm_nrpm.nn.ensemble import Member
 from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.nn.wrappers import subject_of
 
 
 def linear(seed, classes=3, channels=1, side=4):
@@ -171,3 +174,42 @@ def test_members_that_do_not_fit():
         AdaptiveSmoothing(ten, AdaptiveSmoothing(ten, ten))
     with pytest.raises(ValueError, match="reprogram its members"):
         reprogram_(AdaptiveSmoothing(ten, ten), NRPMConfig(lam=0.5))
+
+
+def test_models_that_do_not_say_how_many_classes_they_have():
+    mixture = AdaptiveSmoothing(linear(0), linear(1), share=0.6)
+    pixels = torch.rand(6, 1, 4, 4)
+    report = evaluate(mixture, [(pixels, linear(1)(pixels).argmax(1))], Threat("Linf", 0.01), "quick", steps=1)
+    assert report.clean > 0.5
+    assert not hasattr(mixture, "num_classes")
+
+
+def test_a_normalisation_is_not_for_an_ensemble():
+    mixture, pixels = AdaptiveSmoothing(linear(0), linear(1)), torch.rand(6, 1, 4, 4)
+    with pytest.raises(ValueError, match="whose members normalise inside: leave them out"):
+        evaluate(mixture, [(pixels, torch.zeros(6, dtype=torch.long))], mean=(0.5,), std=(0.5,))
+    assert subject_of(PixelModel(mixture)).on_pixels()(pixels).equal(mixture(pixels))
+
+
+def test_a_base_keeps_its_own_normalisation():
+    plain = timm.create_model(DIGITS, pretrained=True).eval()
+    pixels, labels = (part[:100] for part in digits("test"))
+    base = sources_of(AdaptiveSmoothing(plain, plain), base=plain)["base"].net
+    with torch.no_grad():
+        assert base(pixels).argmax(1).eq(labels).float().mean() > 0.9
+
+
+def test_a_state_of_other_settings_is_refused_and_a_size_is_hashed():
+    first, second = (AdaptiveSmoothing(linear(0), linear(1), share=share) for share in (0.5, 0.7))
+    with pytest.raises(RuntimeError, match="those of an ensemble with other settings"):
+        first.load_state_dict(second.state_dict())
+    first.load_state_dict(AdaptiveSmoothing(linear(2), linear(3), share=0.5).state_dict())
+    net = PixelModel(linear(0))
+    assert len({weights_sha256(Member(net, size).state_dict()) for size in (None, (4, 4), (8, 8))}) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_it_is_cast(dtype):
+    mixture, pixels = AdaptiveSmoothing(linear(0), linear(1)), torch.rand(6, 1, 4, 4)
+    before = mixture(pixels)
+    assert torch.allclose(mixture.to(dtype)(pixels), before, atol=0.1)

@@ -1,5 +1,7 @@
 """CrossMax against NumPy, its predictors, and the probes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import timm
@@ -111,3 +113,26 @@ def test_probes_refused(model):
         fit_probes(model, [], ["layer1"])
     with pytest.raises(AttributeError, match="layer9"):
         fit_probes(model, images, ["layer9"])
+
+
+def test_threads_do_not_see_each_others_features(model):
+    """Hooks of a model are the same in all threads, and in the replicas of DataParallel."""
+    images = [tuple(part[:200] for part in digits("train"))]
+    ensemble = CrossMax(model, sizes=(8, 5), probes=fit_probes(model, images, ["layer1"])).eval()
+    shown = digits("test")[0][:160].split(10)
+    with torch.no_grad():
+        expected = [ensemble(each) for each in shown]
+
+    def in_a_thread(each):
+        with torch.no_grad():
+            return ensemble(each)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert all(map(torch.equal, pool.map(in_a_thread, shown), expected))
+
+
+def test_features_of_a_model_whose_channels_come_last():
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=24, depths=(1, 1, 1, 1)).eval()
+    images = [(torch.rand(4, 3, 56, 56), torch.arange(4))]
+    assert fit_probes(model, images, ["layers.1"])["layers.1"].in_features == 48

@@ -91,3 +91,21 @@ def test_no_images(models):
         search_mixture(*models, [], EIGHTH)
     with pytest.raises(ValueError, match="loader is empty"):
         fit_gate(AdaptiveSmoothing(*models), [], EIGHTH)
+
+
+def test_a_gate_refuses_before_any_attack(models, images):
+    mixture = AdaptiveSmoothing(*models)
+    mixture.train()
+    with pytest.raises(ValueError, match="no steps under L0"):
+        fit_gate(mixture, images, Threat("L0", 2))
+    with pytest.raises(ValueError, match=r"gate.low=3 is not allowed"):
+        fit_gate(mixture, images, EIGHTH, low=3)
+    wrong = [(images[0][0], torch.full_like(images[0][1], 10))]
+    for call in (lambda: fit_gate(mixture, wrong, EIGHTH), lambda: search_mixture(*models, wrong, EIGHTH)):
+        with pytest.raises(ValueError, match="the model has 10 classes"):
+            call()
+    with pytest.raises(ValueError, match="this is a _SmallResNet"):
+        fit_gate(models[0], images, EIGHTH)
+    fit_gate(mixture, images[:1], EIGHTH, steps=1)
+    assert mixture.training
+    mixture.eval()

@@ -82,7 +82,7 @@ def test_a_signature_is_pushed_loaded_and_sent_once(hub, worker, repo):
     with pytest.raises(Failed, match="A signature is no model, and has no report"):
         worker(f"push({SIGNATURE}, {repo!r}, license='mit', reports=report(variant(0.5)))")
     done = worker.push(repo, SIGNATURE, license="mit")
-    assert set(done["files"]) == {"signature.json", "signature.safetensors", "README.md"}
+    assert set(done["files"]) == {"nrpm_signature.json", "nrpm_signature.safetensors", "README.md"}
     assert worker(f"nrpm.signatures.Signature.load({repo!r}).layers") == ["conv1", "layer1.0.conv1"]
     card = hub.repo(repo).files()["README.md"].decode()
     assert "| `layer1.0.conv1` |" in card
@@ -90,3 +90,25 @@ def test_a_signature_is_pushed_loaded_and_sent_once(hub, worker, repo):
     assert worker.push(repo, SIGNATURE, license="mit")["uploaded"] == []
     with pytest.raises(Failed, match="NotOnHub"):
         worker(f"nrpm.signatures.Signature.load({repo!r} + '-missing')")
+
+
+def test_files_of_others_stay_and_a_licence_of_another_base_goes(hub, worker, repo):
+    pushed(worker, repo)
+    card = "---\\nlicense: other\\nlicense_name: strict\\nbase_model: someone/else\\n---\\nmine\\n"
+    files = {"onnx.config.json": "{}", "docs.README.md": "mine", "README.md": card}
+    for name, text in files.items():
+        given = f"path_or_fileobj='{text}'.encode(), path_in_repo={name!r}, repo_id={repo!r}"
+        worker(f"publishing.HfApi().upload_file({given})")
+    done = pushed(worker, repo, 0.8)
+    assert done["deleted"] == []
+    there = hub.repo(repo).files()
+    assert {"onnx.config.json", "docs.README.md"} <= set(there)
+    assert "strict" not in there["README.md"].decode()
+    assert "license: apache-2.0" in there["README.md"].decode()
+
+
+def test_a_damaged_folder_is_not_sent(worker, repo):
+    worker(f"nrpm.save_pretrained({MIXTURE.format(share=0.6)}, {repo!r} + '-folder')")
+    worker(f"open({repo!r} + '-folder/nrpm_ensemble.safetensors', 'ab').write(b' ')")
+    with pytest.raises(Failed, match=r"BrokenVariant: nrpm_ensemble\.safetensors of .* is cut short or was changed"):
+        worker(f"push({repo!r} + '-folder', {repo!r}, dry_run=True)")

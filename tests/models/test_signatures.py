@@ -12,7 +12,7 @@ from torch import nn
 import timm_nrpm
 from timm_nrpm import NRPMConfig
 from timm_nrpm.errors import BrokenFolder, BrokenSignature
-from timm_nrpm.models.signatures import Signature, signature
+from timm_nrpm.models.signatures import CONFIG, TENSORS, Signature, signature
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,12 @@ def test_saved_and_loaded_it_is_the_same(natural, robust, tmp_path):
         made.layers, made.natural, made.robust, made.start
     )  # fmt: skip
     assert all(torch.equal(loaded.tensors[name], value) for name, value in made.tensors.items())
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "signature.json", "signature.safetensors"]
-    size = sum(file.stat().st_size for file in folder.glob("signature.*"))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        CONFIG,
+        TENSORS,
+    ]
+    size = sum(file.stat().st_size for file in folder.glob("nrpm_signature.*"))
     assert size < sum(value.numel() * 4 for value in natural.state_dict().values()) / 2
 
 
@@ -141,13 +145,19 @@ def changed(file, change):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "signature.json").unlink(), "is missing, cut short or no signature's"),
-        (lambda f: (f / "signature.json").write_text("{"), "is missing, cut short"),
-        (lambda f: (f / "signature.json").write_text("[]"), "no signature's"),
-        (lambda f: changed(f / "signature.json", lambda c: c.update(format=2)), "has format 2, and this version reads"),
-        (lambda f: changed(f / "signature.json", lambda c: c.update(layers=["fc"])), "was changed after it was saved"),
-        (lambda f: (f / "signature.safetensors").write_bytes(b"cut"), "is cut short or was changed"),
-        (lambda f: (f / "signature.safetensors").unlink(), "cannot be read"),
+        (lambda f: (f / CONFIG).unlink(), "is missing, cut short or no signature's"),
+        (lambda f: (f / CONFIG).write_text("{"), "is missing, cut short"),
+        (lambda f: (f / CONFIG).write_text("[]"), "no signature's"),
+        (
+            lambda f: changed(f / CONFIG, lambda c: c.update(format=2)),
+            "has format 2, and this version reads",
+        ),
+        (
+            lambda f: changed(f / CONFIG, lambda c: c.update(layers=["fc"])),
+            "was changed after it was saved",
+        ),
+        (lambda f: (f / TENSORS).write_bytes(b"cut"), "is cut short or was changed"),
+        (lambda f: (f / TENSORS).unlink(), "cannot be read"),
     ],
 )
 def test_damage_is_named(natural, robust, tmp_path, damage, message):
@@ -174,10 +184,10 @@ def test_what_no_signature_holds_is_refused(natural, robust, tmp_path, name, val
         Signature.load(folder)
 
 
-def test_another_architecture_is_refused_by_its_first_tensor(natural, robust):
+def test_another_architecture_is_refused(natural, robust):
     made = signature(natural, robust, "first:1")
     other = timm.create_model("mlp1_mnist")
-    with pytest.raises(ValueError, match=r"conv1.weight is \[8, 1, 3, 3\] in the signature and missing there"):
+    with pytest.raises(ValueError, match="The signature is of a resnet8_digits, and this is a mlp1_mnist"):
         made.add_(other)
     with pytest.raises(ValueError, match="give models of one architecture"):
         signature(natural, other)
@@ -185,6 +195,15 @@ def test_another_architecture_is_refused_by_its_first_tensor(natural, robust):
     wider.conv1.weight = nn.Parameter(torch.zeros(9, 1, 3, 3))
     with pytest.raises(ValueError, match=r"conv1.weight is \[.*\] in the signature and \[9, 1, 3, 3\] there"):
         made.add_(wider)
+
+
+def test_it_is_taken_off_a_model_that_was_cast(natural, robust):
+    """Casting a module puts other buffers in the place of its own."""
+    model = copy.deepcopy(natural)
+    patch = signature(natural, robust, "first:1").add_(model)
+    model.double().float()
+    patch.take_off_()
+    assert all(torch.equal(value, natural.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_a_negative_variance_is_refused_and_nothing_changed(natural):

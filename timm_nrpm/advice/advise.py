@@ -48,12 +48,12 @@ def advise(
     """Find what to do with a model against threats: try every strategy, choose on some images, and judge on others.
 
     Strategies are tried until the time is over: adaptation, tuning of a few layers and of all, also part of the way
-    from the old weights to the tuned ones, the estimate in standard units, one lambda, other eps, K and penalties, a
-    lambda for each layer, and tuning of lambda. A reprogrammed model that is tuned stands beside the plain one that was
-    tuned alike. Candidates that are too slow, that lose too much clean accuracy, or that quick attacks leave no better
-    than the best so far, are given up at once. The best on the selection images, or one with nine tenths of its gain
-    that loses less clean accuracy, and the best of each other strategy that gains there, are then measured on the
-    report images; the former is advised if its gain there can be told from chance.
+    from the old weights to the tuned ones, mixing with a tuned model, the estimate in standard units, one lambda, other
+    eps, K and penalties, a lambda for each layer, tuning of lambda, and smoothing. A reprogrammed model that is tuned
+    stands beside the plain one that was tuned alike. Candidates that are too slow, that lose too much clean accuracy,
+    or that quick attacks leave no better than the best so far, are given up at once. The best on the selection images,
+    or one with nine tenths of its gain that loses less clean accuracy, and the best of each other strategy that gains
+    there, are then measured on the report images; the former is advised if its gain there can be told from chance.
     "Leave it as it is" is an answer as well.
 
     Args:

@@ -248,6 +248,7 @@ class Inquiry:
         if candidate.is_trained and not is_timm(model):
             write_tensors(plain_copy(model).state_dict(), self.study.folder / "weights.safetensors")
             return
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier run may have advised another kind
         if isinstance(model, Ensemble):
             save_pretrained(model, folder)
         else:

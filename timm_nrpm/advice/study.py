@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,14 @@ from timm_nrpm.nn.wrappers import copied, subject_of
 
 Danger: TypeAlias = Threat | Shift
 """What a model is to withstand: an attacker, or a shift of its images."""
+
+
+class Given(TypedDict):
+    """A normalisation as arguments; None for that in timm's config of the model."""
+
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
 
 TIMED = 32
 """Largest number of images in a batch whose latency is measured."""
@@ -195,10 +203,9 @@ class Study:
             self.danger,
             effort=self.effort,
             seed=self.seed + (part == "selection"),
-            base=plain,
+            base=self.on_pixels(plain) if plain is not None and isinstance(model, Ensemble) else plain,
             control=False,
-            mean=self.mean,
-            std=self.std,
+            **self.normalisation(model),
             resume=self.folder / f"{file_name(name)}-{part}.jsonl",
         )
         if part == "report":
@@ -212,7 +219,7 @@ class Study:
             return None
         images, start = self.parts["selection"].batches(), time.perf_counter()
         report = evaluate(
-            model, images, self.danger, "quick", seed=self.seed + 1, control=False, mean=self.mean, std=self.std
+            model, images, self.danger, "quick", seed=self.seed + 1, control=False, **self.normalisation(model)
         )
         self.quick_seconds = time.perf_counter() - start
         return report.worst_case
@@ -255,4 +262,9 @@ class Study:
 
     def on_pixels(self, model: nn.Module) -> PixelModel:
         """A model as one on pixels in [0, 1], in evaluation mode."""
-        return subject_of(model, self.mean, self.std).on_pixels().eval()
+        return subject_of(model, **self.normalisation(model)).on_pixels().eval()
+
+    def normalisation(self, model: nn.Module) -> Given:
+        """The normalisation of a candidate: the study's, or that of its members, which an ensemble has inside."""
+        inside = isinstance(model, Ensemble)
+        return {"mean": None if inside else self.mean, "std": None if inside else self.std}

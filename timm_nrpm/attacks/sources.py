@@ -87,13 +87,15 @@ def sources_of(
         model: The attacked model, or a wrapper of it.
         calibration: Batches of pixels `[B, C, H, W]` in [0, 1] to calibrate surrogates with; without them there are no
             surrogates.
-        base: Another model that takes the same normalised images, in any mode.
+        base: Another model that takes the same normalised images, in any mode; beside an ensemble, one with its own
+            normalisation.
         mean, std: The model's normalisation, as for :func:`timm_nrpm.evaluate`.
     """
     own = subject_of(model, mean, std).on_pixels().eval()
     sources = {"own": Source(own, predicts=True)}
     if base is not None:
-        sources["base"] = Source(alike(unwrapped(base), own))
+        other = subject_of(base).on_pixels() if isinstance(own.model, Ensemble) else alike(unwrapped(base), own)
+        sources["base"] = Source(other.eval())
     if isinstance(own.model, Ensemble):
         followed = own.model.followed().items()
         sources |= {f"{MEMBER}{name}": Source(alike(part, own)) for name, part in followed}

@@ -85,7 +85,6 @@ class AdaptiveSmoothing(Ensemble):
 
     kind = "adaptive-smoothing"
     reference = ROBUST
-    numbers: Tensor
 
     def __init__(
         self,
@@ -106,7 +105,7 @@ class AdaptiveSmoothing(Ensemble):
         self.robust_scale = check_number("robust_scale", robust_scale, above=0, most=LARGEST_SCALE)
         self.gate = gate
         numbers = [self.share, self.accurate_scale, self.robust_scale, *(asdict(gate).values() if gate else ())]
-        self.register_buffer("numbers", torch.tensor(numbers, dtype=torch.float64))
+        self.register_buffer("numbers", torch.tensor(numbers, dtype=torch.float32))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logarithms of the mixed probabilities `[B, N]` of pixels `[B, C, H, W]` in [0, 1]."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from timm_nrpm.ensembles.members import members_of
 from timm_nrpm.nn.ensemble import Ensemble, Member, resized
 
 MODEL, MEAN = "model", "mean"
+
+_RECORDING = threading.RLock()
 
 
 def crossmax(logits: Tensor, rank: int | None = None) -> Tensor:
@@ -65,7 +68,6 @@ class CrossMax(Ensemble):
 
     kind = "crossmax"
     reference = MODEL
-    numbers: Tensor
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class CrossMax(Ensemble):
                 f"sizes={self.sizes} without probes is one predictor: give two sizes at least, such as (32, 24, 16)."
             )
         self.rank = None if rank is None else check_integer("rank", rank, least=1, most=predictors)
-        self.register_buffer("numbers", torch.tensor([*self.sizes, -1, self.rank or 0], dtype=torch.float64))
+        self.register_buffer("numbers", torch.tensor([*self.sizes, -1, self.rank or 0], dtype=torch.float32))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits `[B, N]` of pixels `[B, C, H, W]` in [0, 1]."""
@@ -105,7 +107,7 @@ class CrossMax(Ensemble):
             view = pixels if size >= min(shape) else resized(resized(pixels, (size, size)), shape)
             with recorded(self.member(MODEL).net.model, self.layers) as outputs:
                 logits = self.member(MODEL)(view)
-            pooled = (pool(outputs[layer]) for layer in self.layers)
+            pooled = (pool(outputs[layer], self.member(MODEL).net.model) for layer in self.layers)
             found += [*(head(each).to(logits.dtype) for head, each in zip(self.heads, pooled, strict=True)), logits]
         return torch.stack(found, 1)
 
@@ -150,17 +152,30 @@ class _Mean(nn.Module):
         return F.log_softmax(self.ensemble.predictors(pixels), 2).mean(1)
 
 
-def pool(output: Tensor) -> Tensor:
-    """Features `[B, D]` of a layer's output: the mean over places of `[B, D, H, W]`, or over tokens of `[B, T, D]`."""
+def pool(output: Tensor, model: nn.Module) -> Tensor:
+    """Features `[B, D]` of a layer's output: the mean over places of `[B, D, H, W]`, or of `[B, H, W, D]` in a model
+    that says so, or over tokens of `[B, T, D]`.
+
+    Raises:
+        ValueError: The output is no tensor.
+    """
+    if not isinstance(output, Tensor):
+        raise ValueError(f"The layer gives a {type(output).__name__}, and a probe sees a tensor: choose another layer.")
     if output.ndim == 4:
-        return output.mean((2, 3))
+        return output.mean((1, 2) if getattr(model, "output_fmt", "") == "NHWC" else (2, 3))
     return output.mean(1) if output.ndim == 3 else output.flatten(1)
 
 
 @contextmanager
 def recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Record the outputs of some layers of a model, by name, in the forward passes of this context."""
+    """Record the outputs of some layers of a model, by name, in the forward passes of this context.
+
+    One context at a time: the hooks of a model are the same in all threads, and in the replicas of DataParallel.
+    """
     outputs: dict[str, Tensor] = {}
+    if not layers:
+        yield outputs
+        return
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -168,9 +183,10 @@ def recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tens
 
         return hook
 
-    handles = [model.get_submodule(layer).register_forward_hook(keep(layer)) for layer in layers]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _RECORDING:
+        handles = [model.get_submodule(layer).register_forward_hook(keep(layer)) for layer in layers]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()

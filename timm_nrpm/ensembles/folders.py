@@ -153,6 +153,12 @@ class FoundEnsemble:
         """Names of the ensemble's files."""
         return (ENSEMBLE, *self.content["files"])
 
+    def check(self) -> None:
+        """Raise a BrokenVariant if a file is not the one that was saved."""
+        for name, expected in self.content["files"].items():
+            if sha256_of(self.find(name)) != expected:
+                raise BrokenVariant(f"{name} of {self.where} is cut short or was changed: get it again.")
+
     def members(self) -> dict[str, Found]:
         """The members' variants by name, of which every file is checked."""
         found = {}
@@ -164,9 +170,7 @@ class FoundEnsemble:
 
     def build(self, cache_dir: str | Path | None, token: str | bool | None, local_files_only: bool) -> Ensemble:
         """The ensemble; the arguments are those of :func:`from_pretrained`."""
-        for name, expected in self.content["files"].items():
-            if sha256_of(self.find(name)) != expected:
-                raise BrokenVariant(f"{name} of {self.where} is cut short or was changed: get it again.")
+        self.check()
         models = {name: found.build(cache_dir, token, local_files_only) for name, found in self.members().items()}
         try:
             members = {name: _member(model, self.content["members"][name]) for name, model in models.items()}
@@ -282,7 +286,8 @@ def parse_ensemble(path: Path, where: str) -> Mapping[str, Any]:
         for name, each in members.items()
     )
     listed = isinstance(files, dict) and all(Path(name).name == name for name in files)
-    if set(content) != KEYS or content["kind"] not in KINDS or not described or not listed:
+    is_known = set(content) == KEYS and isinstance(content["kind"], str) and content["kind"] in KINDS
+    if not is_known or not described or not listed:
         raise BrokenVariant(f"{where} holds no ensemble that this version can read; it knows {', '.join(KINDS)}.")
     if any(f"{name}.{CONFIG}" not in files for name in members) or JOINTS not in files:
         raise BrokenVariant(f"{ENSEMBLE} of {where} does not list all files of its members: get it again.")

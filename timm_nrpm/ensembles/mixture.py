@@ -21,6 +21,7 @@ from timm_nrpm.evaluation.evaluate import evaluate
 from timm_nrpm.jobs.progress import progress_bar
 from timm_nrpm.models.modes import attackable
 from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.nn.wrappers import unwrapped
 
 SHARES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 SCALES = (0.5, 1.0, 2.0, 4.0)
@@ -140,9 +141,7 @@ def search_mixture(
         >>> found = search_mixture(plain, model, loader, Threat("Linf", 0.1), bound=5, attacked=1)
         >>> mixture = found.best.model(plain, model)
     """
-    threat = check_threat(threat)
-    if threat.norm not in ("Linf", "L2"):
-        raise ValueError(f"A mixture is searched by PGD, which has no steps under {threat.norm}: use Linf or L2.")
+    threat = _by_pgd(threat)
     bound = check_number("bound", bound, least=0, most=100, why=" of points")
     attacked, steps = check_integer("attacked", attacked, least=1), check_integer("steps", steps, least=1)
     images = [check_batch(batch) for batch in loader]
@@ -195,20 +194,24 @@ def fit_gate(
         seed: Seed of PGD's random start.
 
     Raises:
-        ValueError: A setting is outside its range, or the loader is empty.
+        ValueError: A setting is outside its range, labels are not classes of the models, or the loader is empty.
 
     Example:
         >>> gate = fit_gate(AdaptiveSmoothing(plain, model), loader, Threat("Linf", 0.1))
         >>> mixture = AdaptiveSmoothing(plain, model, gate=gate)
     """
-    threat = check_threat(threat)
-    seen: list[Tensor] = []
-    kinds: list[Tensor] = []
-    net = PixelModel(mixture).eval()
+    threat, steps = _by_pgd(threat), check_integer("steps", steps, least=1)
+    Gate(low, high, 0.0, 0.0, 0.0, 0.0)  # raises an error before anything is attacked
+    inner = unwrapped(mixture)
+    if not isinstance(inner, AdaptiveSmoothing):
+        raise ValueError(f"A gate is for an adaptive smoothing, and this is a {type(inner).__name__}.")
+    mixture, seen, kinds = inner, list[Tensor](), list[Tensor]()
+    net = PixelModel(mixture)
     with attackable(net):
         for number, batch in enumerate(loader):
             pixels, labels = check_batch(batch)
-            pixels, labels = pixels.to(net.mean.device), labels.to(net.mean.device)
+            pixels = pixels.to(net.mean.device)
+            labels = _checked(net, pixels, labels)
             moved = pgd(threat, steps)(net, pixels, labels, [seed_of(seed, number, i) for i in range(len(labels))])
             for kind, images in enumerate((pixels, moved)):
                 with torch.no_grad():
@@ -219,6 +222,20 @@ def fit_gate(
     probe = fitted(torch.cat(seen), torch.cat(kinds), 2, 1e-3)
     accurate, robust, agreement = (probe.weight[1] - probe.weight[0]).tolist()
     return Gate(low, high, accurate, robust, agreement, float(probe.bias[1] - probe.bias[0]))
+
+
+def _by_pgd(threat: Threat | None) -> Threat:
+    """The threat, or a ValueError where PGD has no steps under its norm."""
+    threat = check_threat(threat)
+    if threat.norm not in ("Linf", "L2"):
+        raise ValueError(f"Images are attacked by PGD here, which has no steps under {threat.norm}: use Linf or L2.")
+    return threat
+
+
+@torch.no_grad()
+def _checked(net: PixelModel, pixels: Tensor, labels: Tensor) -> Tensor:
+    """The labels `[B]` on the model's device, which are its classes."""
+    return check_labels(labels.to(pixels.device), net(pixels[:1]).shape[1], count=len(pixels))
 
 
 @dataclass(frozen=True)
@@ -251,17 +268,18 @@ def _seen(
     probe: AdaptiveSmoothing, images: Sequence[tuple[Tensor, Tensor]], threat: Threat, steps: int, seed: int
 ) -> _Seen:
     """What both models see of the images, and of what PGD makes of them along each model and along a mixture."""
-    nets = [PixelModel(probe.member(name)).eval() for name in (ACCURATE, ROBUST)]
+    nets = [PixelModel(probe.member(name)) for name in (ACCURATE, ROBUST)]
     device, rows = nets[0].mean.device, []
     with attackable(probe):
         for number, (pixels, labels) in enumerate(images):
-            pixels, labels = pixels.to(device), labels.to(device)
+            pixels = pixels.to(device)
+            labels = _checked(nets[0], pixels, labels)
             seeds = [seed_of(seed, number, place) for place in range(len(labels))]
-            followed = (*nets, PixelModel(probe).eval())
+            followed = (*nets, PixelModel(probe))
             versions = [pixels, *(pgd(threat, steps)(net, pixels, labels, seeds) for net in followed)]
             with torch.no_grad():
                 found = [net(version) for version in versions for net in nets]
-            rows.append([*found, check_labels(labels, found[0].shape[1], count=len(pixels))])
+            rows.append([*found, labels])
     *logits, labels = [torch.cat(column) for column in zip(*rows, strict=True)]
     pairs = list(zip(logits[::2], logits[1::2], strict=True))
     return _Seen(pairs[0], tuple(pairs[1:]), labels)

@@ -62,7 +62,7 @@ def fit_probes(
             classes = net(pixels.to(net.mean.device)).shape[1]
             targets.append(check_labels(labels, classes, count=len(pixels)).cpu())
             for layer in layers:
-                features[layer].append(pool(outputs[layer]).float().cpu())
+                features[layer].append(pool(outputs[layer], subject.model).float().cpu())
     if not targets:
         raise ValueError("The loader is empty: give images to fit the probes on.")
     right = torch.cat(targets)

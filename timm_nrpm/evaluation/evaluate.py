@@ -127,7 +127,7 @@ def evaluate(
     attacks_of(suite, protocol.threat, protocol.effort, ("own",), 2)  # raises an error before anything is computed
     subject = subject_of(model, mean, std)
     model, net = subject.model, subject.on_pixels()
-    base = None if base is None else unwrapped(base)
+    base = base if base is None or isinstance(model, Ensemble) else unwrapped(base)
     start = time.perf_counter()
     plain = _plain_kind(model, base) if control else ""
     sha256 = model_sha256(model)

@@ -226,6 +226,7 @@ def _found(
         ensemble = find_ensemble(source, revision, cache_dir, token, local_files_only)
         if ensemble is None:
             raise
+        ensemble.check()
         return ensemble
 
 

@@ -198,17 +198,28 @@ def _metadata(
     if reports:
         data["model_name"] = name.rpartition("/")[2]
         data["eval_results"] = [result for report in reports for result in results_of(report)]
-    of_same_base = kept.existed and kept.base in (None, data.get("base_model"))
-    for key in () if of_same_base and license is None and kept.metadata.get("license") else LICENSE:
-        data.pop(key, None)
-    if not of_same_base:
-        data.pop("datasets", None)  # another base was trained on them
+    forget_what_is_of_another_base(data, kept, license)
     if "license" not in data:
         data |= license_of(license, variant, folder / TIMM_FILES[0])
     data["tags"] = list(dict.fromkeys([*TAGS, *(kept.metadata.get("tags") or [])]))
     if datasets:
         data["datasets"] = list(datasets)
     return data
+
+
+def forget_what_is_of_another_base(data: Metadata, kept: Kept, license: str | None) -> None:
+    """Remove the licence of an earlier card where another is given or the base is another, and then its datasets too.
+
+    Args:
+        data: Metadata of the new card, which names its base.
+        kept: The earlier card.
+        license: The licence that is given, if any.
+    """
+    of_same_base = kept.existed and kept.base in (None, data.get("base_model"))
+    for key in () if of_same_base and license is None and kept.metadata.get("license") else LICENSE:
+        data.pop(key, None)
+    if not of_same_base:
+        data.pop("datasets", None)  # another base was trained on them
 
 
 def license_of(given: str | None, variant: Variant, config: Path) -> Metadata:

@@ -75,8 +75,12 @@ class Contents(ABC):
         """Names of the model's own files."""
 
     @abstractmethod
-    def belongs(self, name: str) -> bool:
-        """Whether a file of that name belongs to such a model, and goes if the new one has none."""
+    def known(self, earlier: Mapping[str, Any] | None) -> tuple[str, ...]:
+        """Names of the files in a repository that go if the new model has none of that name.
+
+        Args:
+            earlier: Content of the config of the model of this kind in the repository; None without one.
+        """
 
     @abstractmethod
     def read(self, path: Path, where: str) -> Mapping[str, Any]:
@@ -136,8 +140,8 @@ class VariantContents(Contents):
     def names(self) -> tuple[str, ...]:
         return self._found().names()
 
-    def belongs(self, name: str) -> bool:
-        return name in FILES
+    def known(self, earlier: Mapping[str, Any] | None) -> tuple[str, ...]:
+        return FILES
 
     def read(self, path: Path, where: str) -> Mapping[str, Any]:
         return parse_config(path, where)
@@ -165,6 +169,7 @@ class EnsembleContents(Contents):
         assert isinstance(self.source, Path)
         found = find_ensemble(self.source)
         assert found is not None
+        found.check()
         if self.folder.resolve() != self.source.resolve():
             with filling_as(found, self.folder) as draft:
                 for name in found.names():
@@ -188,8 +193,8 @@ class EnsembleContents(Contents):
     def names(self) -> tuple[str, ...]:
         return self._found().names()
 
-    def belongs(self, name: str) -> bool:
-        return name in (*FILES, ENSEMBLE) or name.partition(".")[2] in FILES
+    def known(self, earlier: Mapping[str, Any] | None) -> tuple[str, ...]:
+        return (*FILES, ENSEMBLE, *(() if earlier is None else earlier["files"]))
 
     def read(self, path: Path, where: str) -> Mapping[str, Any]:
         return parse_ensemble(path, where)
@@ -234,8 +239,8 @@ class SignatureContents(Contents):
     def names(self) -> tuple[str, ...]:
         return (signatures.CONFIG, signatures.TENSORS)
 
-    def belongs(self, name: str) -> bool:
-        return name in (*self.names(), CARD)
+    def known(self, earlier: Mapping[str, Any] | None) -> tuple[str, ...]:
+        return (*self.names(), EVALUATION, PICTURE, CARD)
 
     def read(self, path: Path, where: str) -> Mapping[str, Any]:
         content = signatures.parse_signature(path, where)
@@ -250,7 +255,8 @@ def contents_of(model: nn.Module | Signature | str | Path, folder: Path) -> Cont
             if isinstance(unwrapped(model), Ensemble)
             else VariantContents(model, folder)
         )
-    if isinstance(model, Signature) or (Path(model) / signatures.CONFIG).is_file():
+    has = [name for name in (CONFIG, ENSEMBLE, signatures.CONFIG) if not isinstance(model, Signature)]
+    has = [name for name in has if (Path(model) / name).is_file()]  # type: ignore[arg-type]
+    if isinstance(model, Signature) or has[:1] == [signatures.CONFIG]:
         return SignatureContents(model if isinstance(model, Signature) else Path(model), folder)
-    is_ensemble = (Path(model) / ENSEMBLE).is_file()
-    return EnsembleContents(Path(model), folder) if is_ensemble else VariantContents(Path(model), folder)
+    return (EnsembleContents if has[:1] == [ENSEMBLE] else VariantContents)(Path(model), folder)

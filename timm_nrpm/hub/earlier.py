@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_nrpm.errors import BrokenVariant, NotOnHub
+from timm_nrpm.errors import BrokenFolder, NotOnHub
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.hub.cards import PICTURE
 from timm_nrpm.hub.templates import CARD, EVALUATION, parse_evaluation
@@ -54,7 +54,7 @@ class Earlier:
         path = _fetch(repository, config_name, LARGEST_CONFIG)
         try:
             config = None if path is None else parse(path, str(repository))
-        except BrokenVariant:
+        except BrokenFolder:
             config = None  # whatever it holds, it is not the model that is pushed
         files = (_fetch(repository, name, LARGEST.get(name, LARGEST_CARD)) for name in (CARD, EVALUATION))
         card, evaluation = (None if file is None else file.read_text(encoding="utf-8") for file in files)

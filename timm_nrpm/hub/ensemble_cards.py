@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from timm_nrpm.ensembles.folders import FoundEnsemble, find_ensemble
 from timm_nrpm.evaluation.report import RobustnessReport
-from timm_nrpm.hub.cards import TAGS, described, license_of, repository_of
+from timm_nrpm.hub.cards import TAGS, described, forget_what_is_of_another_base, license_of, repository_of
 from timm_nrpm.hub.templates import (
     CARD,
     Kept,
@@ -107,7 +107,8 @@ def _metadata(
     if reports:
         data["model_name"] = name.rpartition("/")[2]
         data["eval_results"] = [result for report in reports for result in results_of(report)]
-    if license is not None or "license" not in data:
+    forget_what_is_of_another_base(data, kept, license)
+    if "license" not in data:
         data |= _license(license, variants, folder)
     data["tags"] = list(dict.fromkeys([*TAGS, "ensemble", *(kept.metadata.get("tags") or [])]))
     if datasets:

@@ -103,10 +103,11 @@ def push_to_hub(
         prepare(reports or (), existing=None, picture=None)
         if dry_run:
             return Published(repo_id, None, None, contents.sizes(), notes=() if reports else (UNASKED,))
-        push = Push(HfApi(token=token), repo_id, revision, folder, contents.sizes(), contents.belongs, token)
+        push = Push(HfApi(token=token), repo_id, revision, folder, contents.sizes(), (), token)
         push.make_repository(private)
         parent = push.head()
         earlier = Earlier.read(Repository(repo_id, parent, token=token), contents.config, contents.read)
+        push.known = contents.known(earlier.config)
         if full is None and isinstance(model, nn.Module) and earlier.config and contents.is_based_on(earlier.config):
             contents.fill(True)
         shown, notes = earlier.reports(contents.sha256, reports)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ class Push:
         revision: The branch; None for `main`.
         folder: Folder that holds the files.
         sizes: Size in bytes of each file to send, by name.
-        stale: Function that says of a name whether such a file, if it is not sent, belongs to an earlier variant.
+        known: Names of files that belong to an earlier model, and go if none of that name is sent.
         token: An access token, or whether to use the one that is logged in.
     """
 
@@ -44,7 +43,7 @@ class Push:
     revision: str | None
     folder: Path
     sizes: dict[str, int]
-    stale: Callable[[str], bool]
+    known: tuple[str, ...]
     token: str | bool | None = field(repr=False)
 
     def make_repository(self, private: bool | None) -> None:
@@ -148,7 +147,7 @@ class Push:
         if TENSORS in same and PICTURE in tree:
             same.add(PICTURE)  # another version of Matplotlib draws the same lambdas with other bytes
         changed = tuple(name for name in self.sizes if name not in same)
-        return changed, tuple(name for name in tree if self.stale(name) and name not in self.sizes)
+        return changed, tuple(name for name in tree if name in self.known and name not in self.sizes)
 
     def _landed(self, parent: str, before: set[str], pull_request: bool) -> tuple[str, str | None] | None:
         """The commit and the address of the pull request, if they arrived although no reply said so; else None."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import validate_repo_id
 
-from timm_nrpm.hub.cards import TAGS
+from timm_nrpm.hub.cards import TAGS, forget_what_is_of_another_base
 from timm_nrpm.hub.templates import CARD, Metadata, kept_of, written
 from timm_nrpm.models.signatures import TENSORS, Signature
 
@@ -38,6 +38,7 @@ def write_signature_card(
             "A signature is made of the weights of two models, and no licence of it is known: give one as license=, an "
             "identifier that the Hub knows, such as 'mit'."
         )
+    forget_what_is_of_another_base(data, kept, license)
     data["license"] = license
     data["tags"] = list(dict.fromkeys([*TAGS, "weight-signature", *(kept.metadata.get("tags") or [])]))
     data |= {"datasets": list(datasets)} if datasets else {}

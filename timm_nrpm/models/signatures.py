@@ -30,7 +30,7 @@ from timm_nrpm.nn.layers import REPROGRAMMED
 from timm_nrpm.nn.wrappers import unwrapped
 
 FORMAT = 1
-CONFIG, TENSORS = "signature.json", "signature.safetensors"
+CONFIG, TENSORS = "nrpm_signature.json", "nrpm_signature.safetensors"
 KEYS = ("format", "architecture", "layers", "natural", "robust", "start", "file")
 
 
@@ -74,7 +74,13 @@ class Signature:
             >>> patch.take_off_()
         """
         strength = check_number("strength", strength, above=0)
-        state = unwrapped(model).state_dict(keep_vars=True)
+        model = unwrapped(model)
+        if _architecture_of(model) != self.architecture:
+            raise ValueError(
+                f"The signature is of a {self.architecture}, and this is a {_architecture_of(model)}: give a model of "
+                "the same architecture."
+            )
+        state = model.state_dict(keep_vars=True)
         _check_fit(self.tensors, state, "the signature")
         targets = {name: state[name] for name in self.tensors}
         after = {name: (target + strength * self.tensors[name].to(target)).detach() for name, target in targets.items()}
@@ -87,7 +93,7 @@ class Signature:
         before = {name: target.detach().clone() for name, target in targets.items()}
         for name, target in targets.items():
             target.copy_(after[name])
-        return Patch(targets, before, after)
+        return Patch(model, before, after)
 
     def save(self, folder: str | Path) -> Path:
         """Write the signature to a folder, as safetensors and JSON, either as a whole or not at all.
@@ -168,12 +174,12 @@ class Patch:
     """A signature that was added to a model.
 
     Attributes:
-        targets: The model's own tensors that it changed, by name.
-        before: Their values before it was added.
+        model: The model.
+        before: Values of the tensors that it changed, before it was added, by name.
         after: Their values since.
     """
 
-    targets: Mapping[str, Tensor]
+    model: nn.Module
     before: Mapping[str, Tensor]
     after: Mapping[str, Tensor]
 
@@ -184,13 +190,15 @@ class Patch:
         Raises:
             ValueError: The model changed since, for example by another signature. It is untouched.
         """
-        changed = [name for name, target in self.targets.items() if not torch.equal(target, self.after[name])]
+        state = self.model.state_dict(keep_vars=True)
+        targets = {name: state[name] for name in self.before}
+        changed = [name for name, target in targets.items() if not torch.equal(target, self.after[name].to(target))]
         if changed:
             raise ValueError(
                 f"{changed[0]} has changed since this signature was added, so taking it off would lose that change: "
                 "take off what was added later first."
             )
-        for name, target in self.targets.items():
+        for name, target in targets.items():
             target.copy_(self.before[name])
 
 
@@ -239,8 +247,12 @@ def signature(
     named = [name for name in states["natural"] if name.rpartition(".")[0] in found[1]]
     tensors = {name: _difference(name, states) for name in named if states["natural"][name].is_floating_point()}
     hashes = {name: weights_sha256(state) for name, state in states.items()}
-    architecture = (getattr(ours, "pretrained_cfg", None) or {}).get("architecture") or type(ours).__name__
-    return Signature(str(architecture), found[0], tensors, **hashes)
+    return Signature(_architecture_of(ours), found[0], tensors, **hashes)
+
+
+def _architecture_of(model: nn.Module) -> str:
+    """timm's name of the architecture, or the name of the model's class."""
+    return str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__)
 
 
 def _layers(model: nn.Module, layers: LayerSelection, example: Tensor | None) -> tuple[tuple[str, ...], set[str]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_nrpm.config import Estimator, NRPMConfig
 from timm_nrpm.nn.fitted import StandardUnits
-from timm_nrpm.nn.functional import Convolution, mixed_conv2d, padded
+from timm_nrpm.nn.functional import Convolution, mixed_conv2d, padded, precision_of
 from timm_nrpm.nn.reprogrammed import Reprogrammed
 
 
@@ -137,7 +137,7 @@ class NRPMConvTranspose2d(Reprogrammed, nn.ConvTranspose2d):
         """The mixed sums, each phase of the stride by itself."""
         rows = self.rows()
         sizes = [(n - 1) * s + k for n, s, k in zip(x.shape[2:], self.stride, self.kernel_size, strict=True)]
-        whole = x.new_zeros(len(x), self.out_channels, *sizes)
+        whole = x.new_zeros(len(x), self.out_channels, *sizes, dtype=precision_of(x)[1])
         for i in range(min(self.stride[0], self.kernel_size[0])):
             for j in range(min(self.stride[1], self.kernel_size[1])):
                 kernel = rows[..., i :: self.stride[0], j :: self.stride[1]].flip(-1, -2)

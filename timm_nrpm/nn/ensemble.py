@@ -31,6 +31,7 @@ class Member(nn.Module):
         if size is not None and min(size) < 1:
             raise ValueError(f"size={size} is not allowed: give a height and a width of at least 1.")
         self.net, self.size = net, size
+        self.register_buffer("resized_to", torch.tensor(size or (0, 0), dtype=torch.int64))  # a hash has to see it
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits `[B, N]` of pixels `[B, C, H, W]` in [0, 1]."""
@@ -48,7 +49,8 @@ class Ensemble(nn.Module):
     """A classifier of pixels `[B, C, H, W]` in [0, 1] that is made of members.
 
     A subclass computes logits from those of its members. Each member keeps its own normalisation and image size. Its
-    settings are buffers, so that a hash of its state tells two ensembles apart.
+    settings are a buffer, `numbers`, so that a hash of its state tells two ensembles apart, and a state is loaded only
+    into an ensemble of the same settings.
 
     Args:
         members: The models on pixels, by name.
@@ -56,7 +58,7 @@ class Ensemble(nn.Module):
     Attributes:
         kind: Name of the subclass in a saved folder.
         reference: Name of the member that an evaluation compares the ensemble with.
-        num_classes: Number of classes.
+        num_classes: Number of classes, if a member says how many it has.
         pretrained_cfg: Description of the images it takes, as a timm model has it: those of its largest member, not
             normalised. Without a timm model among its members there is none.
 
@@ -67,6 +69,7 @@ class Ensemble(nn.Module):
     kind: ClassVar[str]
     reference: str
     num_classes: int
+    numbers: Tensor
 
     def __init__(self, members: Mapping[str, Member]) -> None:
         super().__init__()
@@ -79,9 +82,9 @@ class Ensemble(nn.Module):
         if len({count for count in channels.values() if count > 1}) > 1:
             raise ValueError(f"The members take images of different channels, {_listed(channels)}.")
         self.members = nn.ModuleDict(members)
-        sizes = [member.size or (0, 0) for member in members.values()]
-        self.register_buffer("member_sizes", torch.tensor(sizes, dtype=torch.int64))
-        self.num_classes = next((count for count in counts.values() if count is not None), 0)
+        known = [count for count in counts.values() if count is not None]
+        if known:
+            self.num_classes = known[0]
         described = [member.net.model for member in members.values() if hasattr(member.net.model, "pretrained_cfg")]
         if described:
             largest = max(described, key=lambda model: get_model_input_config(model)["input_size"][1])
@@ -100,6 +103,13 @@ class Ensemble(nn.Module):
     def followed(self) -> dict[str, nn.Module]:
         """Models on pixels whose gradient an attack may follow in place of the ensemble's, by name: its members."""
         return {name: self.member(name) for name in self.members}
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        given = state.get(f"{prefix}numbers")
+        if given is not None and given.tolist() != self.numbers.tolist():
+            rest[-1].append(f"{prefix}numbers are those of an ensemble with other settings: build one with the same.")
+            return
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def settings(self) -> dict[str, Any]:
         """Settings from which, with the members, :meth:`build` makes the ensemble again; JSON can hold them."""

@@ -54,7 +54,7 @@ class PixelModel(nn.Module):
         data = resolve_model_data_config(model) if hasattr(model, "pretrained_cfg") else {"mean": (0.0,), "std": (1.0,)}
         floating = (t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
         like = next(chain(floating, [torch.zeros((), dtype=torch.float32)]))
-        self.model, self.dtype = model, like.dtype
+        self.model = model
         self.non_finite = False
         self.forwards = self.backwards = 0
         for name, argument in (("mean", mean), ("std", std)):
@@ -70,8 +70,9 @@ class PixelModel(nn.Module):
             self.register_buffer(name, buffer.view(-1, 1, 1))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """The pixels normalised, in the dtype of the model."""
-        return ((pixels - self.mean) / self.std).to(self.dtype)
+        """The pixels normalised, in the dtype that the model has now."""
+        floating = (t for t in chain(self.model.parameters(), self.model.buffers()) if t.is_floating_point())
+        return ((pixels - self.mean) / self.std).to(next(floating, pixels).dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
         if len(self.mean) not in (1, pixels.shape[1]):

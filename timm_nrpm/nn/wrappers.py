@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
+from timm_nrpm.nn.ensemble import Ensemble
 from timm_nrpm.nn.pixel_model import PixelModel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -81,9 +82,10 @@ def subject_of(model: Any, mean: tuple[float, ...] | None = None, std: tuple[flo
         mean, std: Normalisation from the caller, which takes precedence over that of a wrapper.
 
     Raises:
-        ValueError: `model` is no module, or holds a timm model beside other modules, so that it is unknown what pixels
-            it takes.
+        ValueError: `model` is no module; it holds a timm model beside other modules, so that it is unknown what pixels
+            it takes; or it is an ensemble, whose members normalise inside, and a normalisation is given.
     """
+    given = mean, std
     inner: nn.Module | None = model
     while inner is not None:
         model = inner
@@ -92,6 +94,13 @@ def subject_of(model: Any, mean: tuple[float, ...] | None = None, std: tuple[flo
             mean, std = mean or normalisation[0], std or normalisation[1]
         inner = _inside(model)
     model = unwrapped(model)
+    if isinstance(model, Ensemble) and any(
+        set(each) - {same} for each, same in zip(given, (0, 1), strict=True) if each
+    ):
+        raise ValueError(
+            f"mean={given[0]} and std={given[1]} are given for an ensemble, whose members normalise inside: leave them "
+            "out."
+        )
     _refuse_other_modules(model, is_known=mean is not None and std is not None)
     return Subject(model, mean, std)
 

@@ -20,6 +20,7 @@ from timm_nrpm.data.images import check_batch
 from timm_nrpm.evaluation.evaluate import evaluate
 from timm_nrpm.evaluation.trials import Effect, Kept, digits_of
 from timm_nrpm.models.interpolation import between
+from timm_nrpm.models.modes import evaluating
 from timm_nrpm.models.reprogramming import is_reprogrammed, plain_copy, settle_
 from timm_nrpm.nn.wrappers import Subject, subject_of
 from timm_nrpm.subnetworks.criticality import criticality
@@ -188,6 +189,10 @@ def _checked(config: TuneConfig | None) -> TuneConfig:
             f"config has objective={config.objective!r}, trainable={config.trainable!r} and push_to={config.push_to!r}:"
             ' one layer is tuned on clean images here, so give objective="clean" and neither of the others.'
         )
+    if config.calibrate:
+        raise ValueError(
+            f"config has calibrate={config.calibrate}, which would move the statistics of the other layers: leave it 0."
+        )
     return config
 
 
@@ -201,13 +206,15 @@ def _layer(
     attack_steps: int,
 ) -> tuple[Mapping[str, tuple[str, ...]], dict[str, float]]:
     """The parameters that go with each layer, and the criticality of the layers, which is empty where one was given."""
-    net = subject.on_pixels().eval()
-    example = net.normalise(selection[0][0][:1].float().to(net.mean.device))
-    names = layer_parameters(subject.model, example=example)
-    if layer is not None:
-        check_choice("layer", layer, names)
-        return names, {}
-    return names, criticality(net, some_of(training, measured), names, threat, attack_steps=attack_steps)
+    net = subject.on_pixels()
+    with evaluating(subject.model):
+        example = net.normalise(selection[0][0][:1].float().to(net.mean.device))
+        names = layer_parameters(subject.model, example=example)
+        if layer is not None:
+            check_choice("layer", layer, names)
+            return names, {}
+        net.eval()
+        return names, criticality(net, some_of(training, measured), names, threat, attack_steps=attack_steps)
 
 
 @contextmanager
