@@ -37,7 +37,7 @@ PARTS: dict[str, tuple[str, Callable[[Bases, Path], list[Row]]]] = {
 """Title and function of each part, by its name."""
 
 HEAD = (
-    "| method | base | measured | control | control | method | difference, 95 % | |\n|---|---|---|---|---|---|---|---|"
+    "| method | base | measured | control | its value | the method's | difference, 95 % | |\n|---|---|---|---|---|---|---|---|"
 )
 
 

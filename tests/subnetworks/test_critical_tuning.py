@@ -131,6 +131,7 @@ def test_a_failure_leaves_the_model_as_it_was(model):
         ({"layer": "nope"}, "layer='nope' is not known: choose one of conv1"),
         ({"config": TuneConfig(objective="pgd")}, "objective='pgd'.*one layer is tuned on clean images"),
         ({"config": TuneConfig(objective="clean", trainable="fc.*")}, "trainable=.*neither of the others"),
+        ({"config": TuneConfig(objective="clean", calibrate=64)}, "calibrate=64, which would move the statistics"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(model, settings, message):
