@@ -84,7 +84,7 @@ def load_variant(
         timm_nrpm.errors.HubError: The repository cannot be read; the message says why.
 
     Example:
-        >>> model = load_variant(save_variant(model, "my-variant"))
+        >>> model = load_variant(save_pretrained(model, "my-variant"))
         >>> model = load_variant("me/resnet18-nrpm", revision="main")
     """
     located = find_variant(
