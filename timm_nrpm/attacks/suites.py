@@ -194,8 +194,9 @@ def members_of(sources: Collection[str]) -> tuple[str, ...]:
 
 def _followed(sources: Collection[str]) -> list[str]:
     """Return the names of the sources that the rounds follow in turn."""
+    members = members_of(sources)
     found = [name for name in CYCLE if name in sources] if "plain" in sources else ["own"]
-    return [*found, *members_of(sources)]
+    return [*(["own"] if members and "own" not in found else []), *found, *members]
 
 
 def _ascent(
