@@ -36,9 +36,8 @@ PARTS: dict[str, tuple[str, Callable[[Bases, Path], list[Row]]]] = {
 }
 """Title and function of each part, by its name."""
 
-HEAD = (
-    "| method | base | measured | control | its value | the method's | difference, 95 % | |\n|---|---|---|---|---|---|---|---|"
-)
+COLUMNS = ("method", "base", "measured", "control", "its value", "the method's", "difference, 95 %", "")
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def page(found: dict[str, list[Row]]) -> str:

@@ -38,6 +38,27 @@ FILES = (CONFIG, TENSORS, *TIMM_FILES, EVALUATION, PICTURE, CARD)
 
 
 @dataclass(frozen=True)
+class About:
+    """What a card says beyond what is in the folder; see :func:`timm_nrpm.hub.cards.render`.
+
+    Attributes:
+        name: Name of the repository, `owner/name`.
+        license: Identifier of a licence that is given.
+        datasets: Names on the Hub of the datasets of the training.
+        reports: Reports on this very model.
+        existing: Text of the earlier card.
+        picture: An earlier picture of these lambdas, which is used if none can be drawn.
+    """
+
+    name: str
+    license: str | None
+    datasets: Sequence[str]
+    reports: Sequence[RobustnessReport] = ()
+    existing: str | None = None
+    picture: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Contents(ABC):
     """The files of a push, in a folder.
 
@@ -59,16 +80,8 @@ class Contents(ABC):
         """Hash of the model, as reports have it."""
 
     @abstractmethod
-    def write_card(
-        self,
-        name: str,
-        reports: Sequence[RobustnessReport],
-        existing: str | None,
-        license: str | None,
-        datasets: Sequence[str],
-        picture: bytes | None,
-    ) -> None:
-        """Write the card; the arguments are those of :func:`timm_nrpm.hub.cards.write_card`."""
+    def write_card(self, about: About) -> None:
+        """Write the card, with these facts on it."""
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
@@ -126,16 +139,11 @@ class VariantContents(Contents):
     def sha256(self) -> str:
         return self._found().variant.model
 
-    def write_card(
-        self,
-        name: str,
-        reports: Sequence[RobustnessReport],
-        existing: str | None,
-        license: str | None,
-        datasets: Sequence[str],
-        picture: bytes | None,
-    ) -> None:
-        write_card(self.folder, name, reports, existing, license=license, datasets=datasets, picture=picture)
+    def write_card(self, about: About) -> None:
+        write_card(
+            self.folder, about.name, about.reports, about.existing, license=about.license, datasets=about.datasets,
+            picture=about.picture,
+        )  # fmt: skip
 
     def names(self) -> tuple[str, ...]:
         return self._found().names()
@@ -179,16 +187,10 @@ class EnsembleContents(Contents):
     def sha256(self) -> str:
         return str(self._found().content["model"])
 
-    def write_card(
-        self,
-        name: str,
-        reports: Sequence[RobustnessReport],
-        existing: str | None,
-        license: str | None,
-        datasets: Sequence[str],
-        picture: bytes | None,
-    ) -> None:
-        write_ensemble_card(self.folder, name, reports, existing, license=license, datasets=datasets)
+    def write_card(self, about: About) -> None:
+        write_ensemble_card(
+            self.folder, about.name, about.reports, about.existing, license=about.license, datasets=about.datasets
+        )
 
     def names(self) -> tuple[str, ...]:
         return self._found().names()
@@ -223,18 +225,10 @@ class SignatureContents(Contents):
     def sha256(self) -> str:
         return str(signatures.parse_signature(self.folder / self.config, str(self.folder))["file"])
 
-    def write_card(
-        self,
-        name: str,
-        reports: Sequence[RobustnessReport],
-        existing: str | None,
-        license: str | None,
-        datasets: Sequence[str],
-        picture: bytes | None,
-    ) -> None:
-        if reports:
+    def write_card(self, about: About) -> None:
+        if about.reports:
             raise ValueError("A signature is no model, and has no report of its own: leave out reports=.")
-        write_signature_card(self.folder, name, existing, license=license, datasets=datasets)
+        write_signature_card(self.folder, about.name, about.existing, license=about.license, datasets=about.datasets)
 
     def names(self) -> tuple[str, ...]:
         return (signatures.CONFIG, signatures.TENSORS)

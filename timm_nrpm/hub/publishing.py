@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -16,7 +15,7 @@ from torch import nn
 
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.hub.cards import PICTURE
-from timm_nrpm.hub.contents import contents_of
+from timm_nrpm.hub.contents import About, contents_of
 from timm_nrpm.hub.earlier import UNASKED, Earlier
 from timm_nrpm.hub.published import Published
 from timm_nrpm.hub.pushing import Push
@@ -96,11 +95,11 @@ def push_to_hub(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "variant"
         folder = Path(folder)
         contents = contents_of(model, folder)
-        prepare = partial(contents.write_card, repo_id, license=license, datasets=datasets)
+        about = About(repo_id, license, datasets)
         contents.fill(full)
         if reports is None:
             reports = [report for report in read_reports(folder) if report.sha256 == contents.sha256] or None
-        prepare(reports or (), existing=None, picture=None)
+        contents.write_card(replace(about, reports=reports or ()))
         if dry_run:
             return Published(repo_id, None, None, contents.sizes(), notes=() if reports else (UNASKED,))
         push = Push(HfApi(token=token), repo_id, revision, folder, contents.sizes(), (), token)
@@ -112,7 +111,7 @@ def push_to_hub(
             contents.fill(True)
         shown, notes = earlier.reports(contents.sha256, reports)
         picture = None if (folder / PICTURE).exists() else earlier.picture(contents.sha256)
-        prepare(shown, existing=earlier.card, picture=picture)
+        contents.write_card(replace(about, reports=shown, existing=earlier.card, picture=picture))
         push.sizes = contents.sizes()
         return replace(push.commit(parent, commit_message.strip(), pull_request), notes=notes)
 

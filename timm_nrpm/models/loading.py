@@ -58,34 +58,11 @@ def load_variant(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> nn.Module:
-    """Load a variant that `save_pretrained` wrote or `push_to_hub` published.
-
-    The model has the same layers, lambdas and statistics on the same weights. Every hash is checked, that of the
-    finished model included, and nothing in the variant is executed.
-
-    Args:
-        source: Path of a folder, or a repository on the Hub, `owner/name`. A folder of that name takes precedence.
-        base: The plain model, for a lambda-only variant of weights that no name leads to. It is reprogrammed in place,
-            after its weights have been verified.
-        revision: Branch, tag, commit or `refs/pr/1` of the repository; the default is `main`. All files are read at one
-            commit.
-        cache_dir: Folder for downloads, weights of the base included; the default is the Hub's own cache.
-        token: Token that can read the repository if it is private; the default is the one that is logged in.
-        local_files_only: Whether to read only from the cache, without any request.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        ValueError: `base` is reprogrammed already.
-        BrokenVariant: A file is missing, cut short, changed, of a later format, or was made up.
-        timm_nrpm.errors.WrongBase: The base has other weights, or no name leads to them and `base` is None.
-        timm_nrpm.errors.WeightsUnavailable: The base can be neither downloaded nor found in the cache.
-        timm_nrpm.errors.HubError: The repository cannot be read; the message says why.
+    """Load a variant as a model; every argument, and what is raised, is as in :func:`timm_nrpm.from_pretrained`, which
+    loads ensembles too.
 
     Example:
         >>> model = load_variant(save_pretrained(model, "my-variant"))
-        >>> model = load_variant("me/resnet18-nrpm", revision="main")
     """
     located = find_variant(
         source, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only

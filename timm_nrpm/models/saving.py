@@ -45,19 +45,7 @@ def is_timm(model: nn.Module) -> bool:
 
 
 def save_variant(model: nn.Module, folder: str | Path, *, full: bool = False) -> Path:
-    """Write a reprogrammed model to a folder.
-
-    Args:
-        model: A reprogrammed timm model, with or without a wrapper such as DataParallel.
-        folder: Path of the folder. It is created, or the variant in it is replaced; its other files stay.
-        full: Whether to write the weights too. Without them, the base is needed to load the variant.
-
-    Returns:
-        Path of the folder, which changes only once everything is written.
-
-    Raises:
-        ValueError: The model is not reprogrammed; its weights changed since they were loaded, so that lambdas alone
-            would lose them; timm would build another model from a full folder; or `folder` holds something else.
+    """Write a reprogrammed model to a folder, as :func:`timm_nrpm.save_pretrained` does, which writes ensembles too.
 
     Example:
         >>> save_variant(model, "my-variant")
