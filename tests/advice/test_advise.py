@@ -209,7 +209,7 @@ def test_attacked_like_evaluate_does(fragile, images, tmp_path, monkeypatch):
     assert advice.advised.setting == "once"
     second = advice.trials[2]
     assert second.rejected.startswith("at most ")  # no better than the best so far, by quick attacks alone
-    ours = timm_nrpm.evaluate(better, report, threat, effort="fast", base=fragile, control=False, **normalisation)
+    ours = timm_nrpm.evaluate(better, report, threat, effort="fast", control=False, **normalisation)
     assert advice.advised.report.threat == "".join(str(int(each)) for each in ours.survivors)
     weights = load_file(tmp_path / "Linf-0.1" / "weights.safetensors")  # timm cannot build this model
     assert torch.equal(weights["fc.weight"], better.fc.weight)
@@ -230,7 +230,7 @@ def test_a_mixture_with_the_tuned_model_is_saved_and_evaluates_to_the_same(model
     assert 1 < trial.slowdown < 10
     assert advice.helps, str(advice)
     mixture = timm_nrpm.from_pretrained(tmp_path / "Linf-0.15" / "variant")
-    again = timm_nrpm.evaluate(mixture, images[0], threat, effort="fast", base=model, control=False)
+    again = timm_nrpm.evaluate(mixture, images[0], threat, effort="fast", control=False)
     assert advice.advised.report.threat == "".join(str(int(each)) for each in again.survivors)
     wrapped = PixelModel(model)  # the same model, which brings its normalisation
     other = advise(wrapped, images[0], threat, selection=images[1], training=loader, folder=tmp_path / "b", **bounds)

@@ -101,6 +101,12 @@ class Part:
         return [hashlib.sha256(pixels.numpy().tobytes()).digest() for pixels in self.pixels.contiguous()]
 
 
+def _has_estimate(model: nn.Module) -> bool:
+    """Whether a model, and not one among others, has a layer that is not plain."""
+    layers = reprogrammed_layers(model).values()
+    return not isinstance(model, Ensemble) and not all(layer.is_plain() for layer in layers)
+
+
 class Study:
     """A model, a danger and images, for which candidates are made and measured.
 
@@ -193,7 +199,8 @@ class Study:
             clean: What it is right on without the danger, from :meth:`right`.
             part: `"selection"` or `"report"`.
             name: Name of the candidate, under which its attacks are found again.
-            plain: The model it was made from, if its weights were trained, which an attacker has as well.
+            plain: The model it was made from, if its weights were trained. Where the candidate has an estimate, whose
+                own gradient misleads, attacks follow it too; anything else is attacked as by anyone who evaluates it.
         """
         if isinstance(self.danger, Shift):
             return Kept(clean, self.right(model, self.shifted(part), part))
@@ -203,7 +210,7 @@ class Study:
             self.danger,
             effort=self.effort,
             seed=self.seed + (part == "selection"),
-            base=self.on_pixels(plain) if plain is not None and isinstance(model, Ensemble) else plain,
+            base=plain if _has_estimate(model) else None,
             control=False,
             **self.normalisation(model),
             resume=self.folder / f"{file_name(name)}-{part}.jsonl",
