@@ -95,12 +95,13 @@ FLOATS = {
     NRPMConfig: ("lam", "eps", "delta", "gamma"),
     TuneConfig: (
         *("eps", "step_size", "beta", "weight_perturbation", "target_momentum", "lr", "lam_lr", "weight_decay", "clip"),
-        "evaluate_eps",
+        *("evaluate_eps", "temperature"),
     ),
     Threat: ("eps",),
 }
 # Those that may be None, which stands for a default or for no bound.
-OR_NONE = {(TuneConfig, name) for name in ("eps", "clip", "step_size", "evaluate_eps")} | {(Threat, "eps")}
+OR_NONE = {(TuneConfig, n) for n in ("eps", "clip", "step_size", "evaluate_eps", "beta", "temperature")}
+OR_NONE |= {(Threat, "eps")}
 COUNTS = {
     NRPMConfig: ("iterations",),
     TuneConfig: (

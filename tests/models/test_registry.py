@@ -113,7 +113,8 @@ def test_list_models():
     names = timm_nrpm.list_models()
     assert len(names) > 1200
     assert {"resnet18", "mixer_s32_224", "tf_efficientnet_b0", DIGITS} <= set(names)
-    assert not {"beit_base_patch16_224", "coat_tiny"} & set(names)  # layers stay plain there
+    assert {"beit_base_patch16_224", "coat_tiny", "tf_efficientnet_cc_b0_4e", "lowformer_b0"} <= set(names)
+    assert "sequencer2d_s" not in names  # whose LSTMs stay plain
     assert timm_nrpm.list_models("resnet1?") == fnmatch.filter(timm_nrpm.list_models(), "resnet1?")
     assert not fnmatch.filter(names, "nrpm_*")
     assert f"{DIGITS}" in timm_nrpm.list_models(f"{DIGITS}*", pretrained=True)
