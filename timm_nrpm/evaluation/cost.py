@@ -45,8 +45,8 @@ def cost(
     a small model of the machine (:class:`timm_nrpm.machine.Machine`): the first call in a process measures, in about a
     second, how many products a second layers of every kind compute, plain and with the estimate of this K. So the
     reprogrammed model itself does not run, unless `measured`. Times are those of a machine that has nothing else to do.
-    On twelve models they were between 0.6 and 1.4 times what was measured, and more often too short than too long
-    (`results/cost.md`): where it matters, measure.
+    On twelve models they were between 0.7 and 1.6 times what one thread took (`results/cost.md`): where it matters,
+    measure.
 
     Args:
         model: A model, reprogrammed or plain, on the device and in the type in which it is to run. It is not changed.
