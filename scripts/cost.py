@@ -1,6 +1,6 @@
 """Compare the estimated cost of twelve models with the measured one: `results/cost.md` and `.json`.
 
-Other jobs share the machine, and the time that passes says more about them than about a model. So what is measured is
+Other jobs may share the machine, and the time that passes says more about them than about a model. So what is measured is
 the time for which cores are at work, divided by the number of threads: with one thread that is what a free core takes,
 and with two it is the least that two free cores can take, for work that divides evenly. Each is the fastest forward of
 a round, and the median of the rounds. About four minutes on two cores that are not free.
@@ -100,11 +100,11 @@ def markdown(result: Row) -> str:
     lines = [
         "# Estimated and measured cost",
         "",
-        f"`python scripts/cost.py` on {result['machine']['cpu']}, {result['cores']} cores, beside other jobs: on "
-        f"average {load:.1f} threads wanted to run. Random weights, one image of 224 x 224, lambda 0.8, in "
+        f"`python scripts/cost.py` on {result['machine']['cpu']}, {result['cores']} cores, on "
+        f"which {load:.1f} threads wanted to run on average. Random weights, one image of 224 x 224, lambda 0.8, in "
         "milliseconds. Measured is the time for which cores are at work, divided by the number of threads: with one "
         "thread what a free core takes, with two the least that two free cores can take, as if calls were divided. The "
-        "time that passed with two threads is longer as other jobs take the cores, which no estimate can know.",
+        "time that passed with two threads is longer, by what threads wait for each other and by other jobs, which no estimate can know.",
         "",
         f"Estimates of reprogrammed models within {GOAL:.0%} of what is measured, with one thread and with two:",
         "",

@@ -37,10 +37,9 @@ def test_the_aggregation(seed, predictors, data):
 
 def test_one_predictor_among_three_cannot_move_a_class_at_will():
     logits = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
-    before = crossmax(logits).argmax(1)
     logits[0, 2] += torch.tensor([1e6, 0.0, 0.0, 0.0])  # one that shouts
-    others = crossmax(logits)
-    assert others.abs().max() < 1e4 or others.argmax(1) == before
+    assert crossmax(logits).abs().max() < 10
+    assert crossmax(logits, rank=3).abs().max() > 1e5
 
 
 def test_the_predictors_are_the_model_at_each_size(model):

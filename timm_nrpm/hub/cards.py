@@ -20,9 +20,9 @@ from timm_nrpm.hub.templates import (
     Kept,
     Metadata,
     check_reports,
+    evaluated,
     kept_of,
     measured,
-    results_of,
     write_evaluation,
     written,
 )
@@ -195,9 +195,7 @@ def _metadata(
     data = {**kept.metadata, "library_name": "timm_nrpm", "pipeline_tag": "image-classification"}
     if repository := repository_of(variant):
         data |= {"base_model": repository, "base_model_relation": "finetune" if variant.base.tuned else "adapter"}
-    if reports:
-        data["model_name"] = name.rpartition("/")[2]
-        data["eval_results"] = [result for report in reports for result in results_of(report)]
+    data |= evaluated(name, reports)
     forget_what_is_of_another_base(data, kept, license)
     if "license" not in data:
         data |= license_of(license, variant, folder / TIMM_FILES[0])

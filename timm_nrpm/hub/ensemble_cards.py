@@ -17,9 +17,9 @@ from timm_nrpm.hub.templates import (
     Kept,
     Metadata,
     check_reports,
+    evaluated,
     kept_of,
     measured,
-    results_of,
     write_evaluation,
     written,
 )
@@ -104,9 +104,7 @@ def _metadata(
     bases = [repository for variant in variants.values() if (repository := repository_of(variant))]
     if bases:
         data["base_model"] = list(dict.fromkeys(bases))
-    if reports:
-        data["model_name"] = name.rpartition("/")[2]
-        data["eval_results"] = [result for report in reports for result in results_of(report)]
+    data |= evaluated(name, reports)
     forget_what_is_of_another_base(data, kept, license)
     if "license" not in data:
         data |= _license(license, variants, folder)

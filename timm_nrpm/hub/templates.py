@@ -68,7 +68,15 @@ def measured(reports: Sequence[RobustnessReport], beside: str, caveat: str) -> M
     }
 
 
-def results_of(report: RobustnessReport) -> list[EvalResult]:
+def evaluated(name: str, reports: Sequence[RobustnessReport]) -> Metadata:
+    """Metadata of what was measured of the model in a repository `owner/name`; empty without reports."""
+    if not reports:
+        return {}
+    results = [result for report in reports for result in _results_of(report)]
+    return {"model_name": name.rpartition("/")[2], "eval_results": results}
+
+
+def _results_of(report: RobustnessReport) -> list[EvalResult]:
     """Accuracy when clean, under the paper's protocol and in the worst case, for the Hub's model-index."""
     data = report.data or "unnamed images"
     kind = re.sub(r"[^\w.-]+", "-", data.partition(",")[0].strip()).lower()
