@@ -1,9 +1,9 @@
 """Compare the estimated cost of twelve models with the measured one: `results/cost.md` and `.json`.
 
-Other jobs may share the machine, and the time that passes says more about them than about a model. So what is measured is
-the time for which cores are at work, divided by the number of threads: with one thread that is what a free core takes,
-and with two it is the least that two free cores can take, for work that divides evenly. Each is the fastest forward of
-a round, and the median of the rounds. About four minutes on two cores that are not free.
+Other jobs may share the machine, and the time that passes says more about them than about a model. So what is measured
+is the time for which cores are at work, divided by the number of threads: with one thread that is what a free core
+takes, and with two it is the least that two free cores can take, for work that divides evenly. Each is the fastest
+forward of a round, and the median of the rounds. About four minutes on two cores that are not free.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def markdown(result: Row) -> str:
         f"which {load:.1f} threads wanted to run on average. Random weights, one image of 224 x 224, lambda 0.8, in "
         "milliseconds. Measured is the time for which cores are at work, divided by the number of threads: with one "
         "thread what a free core takes, with two the least that two free cores can take, as if calls were divided. The "
-        "time that passed with two threads is longer, by what threads wait for each other and by other jobs, which no estimate can know.",
+        "time that passed with two threads is longer, by what threads wait for each other and by other jobs, which no "
+        "estimate can know.",
         "",
         f"Estimates of reprogrammed models within {GOAL:.0%} of what is measured, with one thread and with two:",
         "",
