@@ -181,13 +181,13 @@ def natural(lab: Lab) -> Base:
     lab.efforts = {**lab.efforts, "resnet": replace(lab.efforts["resnet"], samples=25_000, epochs=8)}
     model = lab.trained("resnet", "resnet18_cifar_narrow", {"objective": "clean", "eps": 0.0})
     return _cifar(lab, "narrow ResNet-18, naturally trained, CIFAR-10", model,
-                  _threats(1 / 255, 0.1, 1.0, 1, 3), 300)  # fmt: skip
+                  _threats(1 / 255, 0.1, 1.0, 1, 3), 500)  # fmt: skip
 
 
 def mixer(lab: Lab) -> Base:
     """A Mixer of two blocks, naturally trained by us."""
     return _cifar(lab, "Mixer-2, CIFAR-10", lab.plain("mixer", "mixer2_cifar"),
-                  _threats(1 / 255, 0.15, 2.0, 1, 3), 300)  # fmt: skip
+                  _threats(1 / 255, 0.15, 2.0, 1, 3), 500)  # fmt: skip
 
 
 def photographs(lab: Lab) -> Base:

@@ -55,7 +55,7 @@ def test_parts(module, part, tables, scripts, tmp_path, monkeypatch):
     assert json.loads(of_part.file.read_text())["tables"].keys() == tables
     assert all("GPU" in line for line in of_part.left_out), of_part.left_out
     if part == "checks":
-        assert all(row["within 1e-5"] for row in of_part.tables["errors"])
+        assert all(row["no more than twice that"] for row in of_part.tables["errors"])
     if part == "instructions":  # five are needed, and Triton's division issues eight more than the unit's reciprocal
         divide, approximate = (row["instructions a step"] for row in of_part.tables["instructions"])
         assert 5 < approximate < divide - 6 < 40

@@ -60,17 +60,23 @@ def checks(session: Session) -> None:
 
 def _operator_errors(session: Session, layer: Layer) -> None:
     """The public functions, with gradients, beside float64 on the CPU."""
-    wide = [t.detach().requires_grad_() for t in layer.tensors("cpu", torch.float64)]
-    x, weight = (t.detach().to(session.device, torch.float32).requires_grad_() for t in wide)
-    results = []
-    for tensors in (wide, [x, weight]):
-        out = layer.forwards(*tensors)["ours"]()
-        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
-    errors = [off(value, want) for want, value in zip(*results, strict=True)]
+    wide = layer.tensors("cpu", torch.float64)
+    want, of_cpu, of_device = (
+        _with_gradients(layer, [t.detach().to(device, dtype).requires_grad_() for t in wide])
+        for device, dtype in (("cpu", torch.float64), ("cpu", torch.float32), (session.device, torch.float32))
+    )
+    errors = [list(map(off, values, want)) for values in (of_device, of_cpu)]
     session.add("errors", **{
-        "layer": str(layer), "forward": errors[0], "gradient of the input": errors[1],
-        "gradient of the weight": errors[2], "within 1e-5": max(errors) < 1e-5,
+        "layer": str(layer), "forward": errors[0][0], "gradient of the input": errors[0][1],
+        "gradient of the weight": errors[0][2], "largest of float32 on the CPU": max(errors[1]),
+        "no more than twice that": max(errors[0]) <= 2 * max(errors[1]),
     })  # fmt: skip
+
+
+def _with_gradients(layer: Layer, tensors: list[Tensor]) -> list[Tensor]:
+    """The output of a layer, and its gradients with respect to the input and the weight."""
+    out = layer.forwards(*tensors)["ours"]()
+    return [out, *torch.autograd.grad(out.square().sum(), tensors)]
 
 
 def _kernel_errors(session: Session, layer: Layer) -> None:
