@@ -101,7 +101,7 @@ _HOMES = {
 """The module that defines each public name; it is imported when the name is first used."""
 
 _SUBPACKAGES = (
-    *("nn", "data", "models", "attacks", "evaluation", "tuning", "subnetworks", "advice", "ensembles"),
+    *("nn", "data", "models", "attacks", "evaluation", "tuning", "subnetworks", "advice", "ensembles", "deployment"),
     *("figures", "hub", "jobs", "cli"),
 )
 """The subpackages, in the order in which a name without its subpackage, such as `timm_nrpm.flags`, is looked up."""

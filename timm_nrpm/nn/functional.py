@@ -23,7 +23,7 @@ from torch import Tensor
 
 from timm_nrpm.config import Estimator, check_estimator, check_lam
 from timm_nrpm.nn.estimator import Penalty
-from timm_nrpm.nn.kernels import mixed_sum
+from timm_nrpm.nn.kernels import mixed_sum, standard
 from timm_nrpm.nn.kernels.convolution import Convolution, Pair
 
 FEW = 16  # fewer rows of a linear map do not fill one vector of the kernels
@@ -88,6 +88,8 @@ def _mix(
     if not iterations:  # lambda is learned, and gets its gradient of 0
         plain = conv.plain(x, weight)
         return torch.lerp(plain, plain, lam)
+    if standard.is_wanted():
+        return standard.mixed_sum(x, weight, lam, conv, iterations, Penalty.named(penalty, eps, delta, gamma))
     grad = torch.is_grad_enabled()
     learned = lam.requires_grad and grad
     keep = grad and (x.requires_grad or weight.requires_grad or learned)
@@ -147,7 +149,8 @@ def mixed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lam: float | Te
     matrix = weight.to(compute_dtype)
     # The kernels run along the positions of a 1x1 convolution. These are the rows or, if rows are few, the outputs; in
     # a graph, which must serve any number of rows, they are always the rows.
-    if swap := not torch.compiler.is_compiling() and rows.shape[0] < FEW <= matrix.shape[0]:
+    graph = torch.compiler.is_compiling() or standard.is_wanted()
+    if swap := not graph and rows.shape[0] < FEW <= matrix.shape[0]:
         rows, matrix = matrix, rows
     columns, kernel = rows.t()[None, :, None], matrix[..., None, None]  # [1, D, 1, N], [O, D, 1, 1]
     out = _mix(columns, kernel, Convolution(), lam, estimator, channels_last=not swap)  # [1, O, 1, N]

@@ -53,12 +53,15 @@ class Convolution:
 
     def columns(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x` `[B, C, H, W]` unfolded to `[G, D, B * L]`, for L output positions and D = C / G * kH * kW."""
+        return self.columns_of_images(x, weight).permute(1, 2, 0, 3).flatten(2)
+
+    def columns_of_images(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x` `[B, C, H, W]` unfolded to `[B, G, D, L]`."""
         if self.is_pointwise(weight):
             columns = x.flatten(2)  # [B, C, L]
         else:
             columns = F.unfold(x, _pair(weight.shape[2:]), self.dilation, self.padding, self.stride)
-        columns = columns.unflatten(1, (self.groups, -1))  # [B, G, D, L]
-        return columns.permute(1, 2, 0, 3).flatten(2)  # [G, D, B * L]
+        return columns.unflatten(1, (self.groups, -1))
 
     def sum_columns(self, columns: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The adjoint of `columns`, which adds up to the shape of `x`."""
