@@ -6,6 +6,7 @@ The model is the bundled one, calibrated, and the images are a few of the digits
 import argparse
 import copy
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,8 @@ def _given_to_examples(request, tmp_path, monkeypatch):
     """The names, copied where an example may change them."""
     if not isinstance(request.node, DoctestItem):
         return
+    if "from peft import" in request.node.dtest.docstring and not find_spec("peft"):
+        pytest.skip("PEFT is not installed: pip install 'timm_nrpm[lora]'")
     monkeypatch.chdir(tmp_path)
     names = dict(request.getfixturevalue("names"))
     request.node.dtest.globs.update({**names, "model": copy.deepcopy(names["model"]), **request.node.dtest.globs})

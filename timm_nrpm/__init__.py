@@ -3,7 +3,8 @@
 >>> import timm_nrpm
 >>> model = timm_nrpm.create_model("resnet18", pretrained=True, lam=0.8)
 
-The import adds the `nrpm_*` models and this package's own backbones to timm's registry, and changes no other state.
+The import adds the `nrpm_*` models and this package's own backbones to timm's registry, and has timm trace a
+reprogrammed layer as one operation. It changes no other state.
 """
 
 from importlib import import_module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -76,6 +77,7 @@ def create_plain(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
     Raises:
         ValueError: timm does not know the name; the message suggests similar ones.
+        ValueError: The file at `checkpoint_path` holds a reprogrammed model.
         FileNotFoundError: There is no file at `checkpoint_path`.
         WeightsUnavailable: The weights can be neither downloaded nor found on this machine.
     """
@@ -87,6 +89,12 @@ def create_plain(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         with patience() if pretrained or ":" in name else nullcontext():
             return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
+        if checkpoint and isinstance(error, RuntimeError) and re.search(r"Unexpected key.*\.lam\"", str(error)):
+            raise ValueError(
+                f"{checkpoint} holds a reprogrammed model with its lambdas: load it by "
+                f"timm.create_model({f'nrpm_{name}'!r}, checkpoint_path={str(checkpoint)!r}), with the settings "
+                "that it was trained with, such as iterations and learnable."
+            ) from None
         unreachable = (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, HubError, URLError)
         if isinstance(error, WeightsUnavailable) or not (isinstance(error, unreachable) or is_lost_connection(error)):
             raise

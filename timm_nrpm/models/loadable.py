@@ -113,6 +113,8 @@ def _advice(plain: nn.Module) -> str:
         return "Call timm.layers.unfreeze_batch_norm_2d(model), then save."
     if any(".parametrizations." in f".{name}" for name in plain.state_dict()):
         return "Call torch.nn.utils.parametrize.remove_parametrizations on these layers, then save."
+    if any(".base_layer." in f".{name}" for name in plain.state_dict()):
+        return "Call merge_and_unload() on PEFT's model, and save what it gives."
     if any(name.endswith(("_orig", "_mask")) for name in plain.state_dict()):
         return "Call torch.nn.utils.prune.remove on these layers, then save."
     return (

@@ -29,6 +29,11 @@ def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
     return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
 
+def has_statistics(model: nn.Module) -> bool:
+    """Whether a model has running statistics, in a BatchNorm or in what took its place, such as timm's frozen one."""
+    return any(name.rpartition(".")[2] == KEPT[0] for name, _ in model.named_buffers())
+
+
 @torch.inference_mode(False)
 def remember_(model: nn.Module) -> None:
     """Store the current statistics of a model as those of the plain model."""

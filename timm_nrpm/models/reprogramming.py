@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -21,12 +22,13 @@ from timm_nrpm.models.plain_statistics import (
     bring_back_,
     complete,
     forget_,
-    norms_of,
+    has_statistics,
     own_state,
     remember_,
     take_,
 )
 from timm_nrpm.models.provenance import Step
+from timm_nrpm.models.replacements import unwatch_, watch_
 from timm_nrpm.models.selection import assign, call_order, select
 from timm_nrpm.nn.ensemble import Ensemble
 from timm_nrpm.nn.layers import LINEAR_MAPS, REPROGRAMMED, Reprogrammed, reprogram_layer_, restore_layer_
@@ -40,9 +42,6 @@ ADVICE = {
     nn.MultiheadAttention: ": it reads its weights itself; a timm attention with qkv and proj can be reprogrammed",
 }
 """What a message adds on layers of some types that stay plain."""
-
-FUSIONS = ("fuse", "reparameterize", "switch_to_deploy")
-"""Names of the methods by which timm merges layers into new plain ones."""
 
 
 @dataclass
@@ -136,7 +135,7 @@ def _reprogram_(model: nn.Module, config: NRPMConfig, example: Tensor | None) ->
     _restore_(model)
     for name in chosen:
         reprogram_layer_(model.get_submodule(name), config, values[name])
-    _refuse_fusion(model)
+    watch_(model, _as_settled)
     follow_(model)
     remember_(model)
     model.register_load_state_dict_post_hook(_settled_by_loading)
@@ -155,20 +154,22 @@ def restore_(model: Model) -> Model:
     """Undo :func:`reprogram_` and any calibration, in place, which gives the original model bit for bit.
 
     BatchNorm statistics become those from when the model was reprogrammed, or from the end of `tune`, which takes them
-    anew. Weights keep their current values. If anything but `tune` has trained them since, the statistics stay those of
-    the reprogrammed model, and a :class:`ReprogrammingWarning` says so. A model that is not reprogrammed is returned
+    anew. Weights keep their current values. If anything but `tune` has trained them since, or the BatchNorms were
+    replaced, as `timm.utils.freeze` does, the statistics stay those of the reprogrammed model, and a
+    :class:`ReprogrammingWarning` says so. A model that is not reprogrammed is returned
     unchanged.
 
     Raises:
         ValueError: `model` is a part of a larger model that was reprogrammed as a whole.
     """
     inner = unwrapped(model)
-    stale = is_reprogrammed(inner) and not is_settled(inner) and bool(norms_of(inner))
+    stale = is_reprogrammed(inner) and not is_settled(inner) and has_statistics(inner)
     _restore_(inner)
     if stale:
         warnings.warn(
-            "The weights changed since the plain model's BatchNorm statistics were taken, so these stay those of the "
-            "reprogrammed model: re-estimate them, for example by torch.optim.swa_utils.update_bn.",
+            "The weights changed since the plain model's BatchNorm statistics were taken, or its BatchNorms were "
+            "replaced, so these stay those of the reprogrammed model: re-estimate them, for example by "
+            "torch.optim.swa_utils.update_bn.",
             ReprogrammingWarning,
             stacklevel=2,
         )
@@ -187,9 +188,7 @@ def _restore_(model: Model, kept: bool = False) -> Model:
             if isinstance(module, Reprogrammed):
                 restore_layer_(module)
             unfollow_(module)
-            for method in FUSIONS:
-                if module.__dict__.get(method) is _refused:
-                    delattr(module, method)
+            unwatch_(module)
         del vars(root)["nrpm"]
     if reprogrammed_layers(model):
         raise ValueError("This is a part of a reprogrammed model: call reprogram_ and restore_ on the whole model.")
@@ -239,6 +238,15 @@ def _settled_by_loading(model: nn.Module, keys: Any) -> None:
     if not keys.missing_keys and is_reprogrammed(model):
         record_of(model).settled = Fingerprint.of(model)
         record_of(model).statistics = ()  # a state dict does not tell how its own came about
+
+
+@contextmanager
+def _as_settled(model: nn.Module) -> Iterator[None]:
+    """Have the plain model's statistics stay settled while timm replaces layers, which moves no statistics."""
+    settled = is_reprogrammed(model) and is_settled(model)
+    yield
+    if settled:
+        record_of(model).settled = Fingerprint.of(model)
 
 
 def is_as_reprogrammed(model: nn.Module) -> bool:
@@ -321,19 +329,3 @@ def lambdas(model: nn.Module) -> dict[str, float]:
 def decimal_of(lam: Tensor) -> float:
     """The shortest decimal that gives this float32, so that 0.8 reads 0.8 and not 0.800000011920929."""
     return min(max(float(str(lam.detach().float().cpu().numpy())), 0.0), 1.0)
-
-
-def _refused(*_: Any, **__: Any) -> Any:
-    """Raise the error that takes the place of timm's fusion."""
-    raise RuntimeError(
-        "Fusing would silently drop reprogrammed layers and their lambdas. "
-        "Call timm_nrpm.restore_(model) first, fuse, then reprogram_ the fused model."
-    )
-
-
-def _refuse_fusion(model: nn.Module) -> None:
-    """Replace the fusion methods of all modules that hold reprogrammed layers by an error."""
-    for module in model.modules():
-        for method in FUSIONS:
-            if callable(getattr(module, method, None)) and reprogrammed_layers(module):
-                setattr(module, method, _refused)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_nrpm.config import Estimator, NRPMConfig
@@ -21,8 +22,11 @@ PARTS: dict[str, type[Fitted]] = {"correction": Correction, "units": StandardUni
 """The parts of a reprogrammed layer that calibration fits, by the names of their attributes."""
 
 
+@register_notrace_module
 class Reprogrammed(nn.Module):
     """What a reprogrammed layer adds to its original class: lambda, the settings, and what calibration fits.
+
+    To timm's symbolic traces a layer is one operation, since it chooses by the value of lambda what it computes.
 
     Attributes:
         lam: Lambda, a Parameter with no dimensions. The layer uses its value clamped to [0, 1], which is also the one
@@ -43,6 +47,15 @@ class Reprogrammed(nn.Module):
     units: StandardUnits | None
     linear_backward: bool = False
     channel: int
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new layer of the original class, since only `reprogram_` knows a lambda.
+
+        Code that makes another layer like a given one, such as PEFT's adapter of a convolution, calls the type of that.
+        """
+        if not args and not kwargs:  # as copying and unpickling do
+            return super().__new__(cls)
+        return next(original for original in cls.__mro__ if not issubclass(original, Reprogrammed))(*args, **kwargs)
 
     def is_plain(self) -> bool:
         """Whether the original operation gives the result bit for bit: K = 0, l2, or lam = 1 and not learned."""

@@ -26,8 +26,16 @@ INSIDE: tuple[tuple[type[nn.Module], str], ...] = (
 )
 """Wrappers that compute what the module inside computes, and the attribute that holds it."""
 
-BY_NAME = {"OptimizedModule": "_orig_mod", "ModelEmaV2": "module", "ModelEmaV3": "module"}
-"""The same by class name, for `torch.compile` and timm's averages of weights, which take a second to import."""
+BY_NAME = {
+    "OptimizedModule": "_orig_mod",
+    "ModelEmaV2": "module",
+    "ModelEmaV3": "module",
+    "TimmWrapperForImageClassification": "timm_model",
+    "PeftModel": "base_model",
+    "LoraModel": "model",
+}
+"""The same by class name, for `torch.compile`, timm's averages of weights, transformers and PEFT, which take long to
+import, or may be missing."""
 
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 """Packages that define torch's quantised layers."""
@@ -52,7 +60,8 @@ class Subject:
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The model without DataParallel, DDP, `torch.compile`, an average of weights, PixelModel or Sequential around it.
+    """The model without what is around it: DataParallel, DDP, `torch.compile`, an average of weights, PixelModel or
+    Sequential, transformers' wrapper of timm models, or PEFT's of a model with adapters inside.
 
     Raises:
         ValueError: `model` is no module, or is quantised.

@@ -122,7 +122,7 @@ def _scripted(a: Tensor, m: Tensor, b: Tensor, iterations: int, numbers: list[fl
 
 
 def _estimate(a: Tensor, m: Tensor, b: Tensor, iterations: int, numbers: list[float]) -> Tensor:
-    """Robust means of a tile, `[..., L]`: :func:`timm_nrpm.nn.estimator.robust_mean`, written so that it is scripted."""
+    """Robust means of a tile, `[..., L]`: :func:`timm_nrpm.nn.estimator.robust_mean` in a form that can be scripted."""
     eps, scale, shift, low, high = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     products = a * b  # [..., D, L]
     for _ in range(iterations):
