@@ -142,15 +142,14 @@ def _format_of(path: Path, format: str | None) -> str:
 
 def _network(model: nn.Module, pixels: bool) -> tuple[nn.Module, bool]:
     """A copy of the model on the CPU that is to be exported, and whether it takes pixels."""
-    for name, module in model.named_modules():
-        if module.training:
-            raise ValueError(f"{name or 'The model'} is in training mode: call model.eval() before the export.")
+    if model.training:
+        raise ValueError("The model is in training mode: call model.eval() before the export.")
     types = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if types:
         raise ValueError(f"The model has parameters of type {', '.join(map(str, types))}: call model.float() first.")
     subject = subject_of(model)
     pixels = pixels or isinstance(model, (Ensemble, PixelModel))
-    net = copied(subject.on_pixels() if pixels else subject.model).cpu().requires_grad_(False)
+    net = copied(subject.on_pixels() if pixels else subject.model).cpu().requires_grad_(False).eval()
     for layer in reprogrammed_layers(net).values():
         if layer.is_plain():
             restore_layer_(layer)
