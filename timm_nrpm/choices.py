@@ -26,6 +26,9 @@ OBJECTIVES = (
 TEMPERED = ("kl-dro", "srat", "teacher")
 """Objectives that have a temperature."""
 
+FORMATS = ("onnx", "pt2", "torchscript", "openvino")
+"""Formats of exported models."""
+
 GRADIENTS = ("own", "bpda", "plain", "mixture")
 PARADIGMS = ("lambda", "all")
 PRECISIONS = ("no", "bf16")

@@ -180,6 +180,14 @@ def test_the_facts(model, tmp_path):
     assert KEY == "timm_nrpm"
 
 
+def test_reports_are_on_this_model(model, tmp_path):
+    plain = timm.create_model("resnet8_digits", pretrained=True).eval()
+    report = timm_nrpm.evaluate(plain, [_first(20)], Threat("Linf", 0.1), "quick")
+    with pytest.raises(ValueError, match="another model"):
+        export(model, tmp_path / "m.pt2", reports=[report])
+    assert not list(tmp_path.iterdir())
+
+
 def _first(count):
     images, labels = digits("test")
     return images[:count], labels[:count]

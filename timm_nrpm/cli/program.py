@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO
 
 import shtab
 
-from timm_nrpm.cli import advise, cost, create, evaluate, hub, measure, options, plot, search, subnetwork, tune
+from timm_nrpm.cli import advise, cost, create, evaluate, export, hub, measure, options, plot, search, subnetwork, tune
 from timm_nrpm.cli.given import WrongCall, completed, keep_defaults_apart
 from timm_nrpm.cli.options import Command
 from timm_nrpm.cli.terminal import Terminal
@@ -92,6 +92,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     advise.add_advise(commands)
     create.add_models(commands)
     cost.add_cost(commands)
+    export.add_export(commands)
     create.add_create(commands)
     create.add_calibrate(commands)
     create.add_adapt(commands)

@@ -14,6 +14,7 @@ from timm_nrpm.checks import check_choice, shown
 from timm_nrpm.deployment.facts import Facts
 from timm_nrpm.deployment.formats import FORMATS, Format, Given
 from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.hub.templates import check_reports
 from timm_nrpm.models.reprogramming import reprogrammed_layers
 from timm_nrpm.models.selection import example_of
 from timm_nrpm.nn.ensemble import Ensemble
@@ -111,6 +112,7 @@ def export(
     facts = Facts.of(
         subject.model, tuple(images.shape[1:]), tuple(logits.shape[1:]), pixels, **normalisation, reports=reports
     )
+    check_reports(reports, facts.sha256)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
         draft = Path(folder) / path.name

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_nrpm import choices
 from timm_nrpm.deployment.facts import KEY
 
 OPSET = 18
@@ -133,12 +134,14 @@ def _read_openvino(path: Path) -> Runner:
     return lambda images: torch.from_numpy(next(iter(compiled(images.numpy()).values())))
 
 
-FORMATS = {
-    "onnx": Format(".onnx", _write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime"), "onnxruntime"),
-    "pt2": Format(".pt2", _write_pt2, _read_pt2, (), "PyTorch"),
-    "torchscript": Format(".ts", _write_torchscript, _read_torchscript, (), "PyTorch, or LibTorch from C++"),
-    "openvino": Format(
+_FORMATS = (
+    Format(".onnx", _write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime"), "onnxruntime"),
+    Format(".pt2", _write_pt2, _read_pt2, (), "PyTorch"),
+    Format(".ts", _write_torchscript, _read_torchscript, (), "PyTorch, or LibTorch from C++"),
+    Format(
         ".xml", _write_openvino, _read_openvino, ("onnx", "onnxscript", "openvino"), "OpenVINO; weights are in a .bin"
     ),
-}
+)
+
+FORMATS = dict(zip(choices.FORMATS, _FORMATS, strict=True))
 """All formats by name."""

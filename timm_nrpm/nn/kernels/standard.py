@@ -101,14 +101,13 @@ def _loop(a: Tensor, m: Tensor, b: Tensor, iterations: int, numbers: list[float]
         return scripted
     from torch._higher_order_ops.scan import scan_op
 
-    shared = len(b) == 1
+    def body(carried: Tensor, a: Tensor, m: Tensor, *own: Tensor) -> tuple[Tensor, Tensor]:
+        return carried.clone(), _estimate(a, m, own[0] if own else carried, iterations, numbers)
 
-    def body(carried: Tensor, a: Tensor, m: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return carried.clone(), _estimate(a, m, b, iterations, numbers)  # a loop carries something
-
-    nothing = a.new_zeros(1)
-    # The function around this operator compiles the body, which takes seconds for each layer.
-    _, means = scan_op(body, [nothing], [a, m] if shared else [a, m, b], (b[0],) if shared else ())
+    # The function around this operator compiles the body, which takes seconds for each layer. OpenVINO knows no input
+    # of a loop besides what it carries and what it goes over, so columns of all tiles are carried.
+    carried, own = (b[0], []) if len(b) == 1 else (a.new_zeros(1), [b])
+    _, means = scan_op(body, [carried], [a, m, *own], ())
     tensor: Tensor = means
     return tensor
 
@@ -125,6 +124,7 @@ def _estimate(a: Tensor, m: Tensor, b: Tensor, iterations: int, numbers: list[fl
     """Robust means of a tile, `[..., L]`: :func:`timm_nrpm.nn.estimator.robust_mean` in a form that can be scripted."""
     eps, scale, shift, low, high = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     products = a * b  # [..., D, L]
+    ones = torch.ones_like(a).transpose(-2, -1)  # [..., 1, D]: runtimes are slow at sums along D, and not at products
     for _ in range(iterations):
         t = products - m
         w = (t.abs() + eps).reciprocal()
@@ -134,5 +134,5 @@ def _estimate(a: Tensor, m: Tensor, b: Tensor, iterations: int, numbers: list[fl
             w = w - shift
         if low > 0.0 or high < float("inf"):
             w = w.clamp(low, high)
-        m = m + (t * w).sum(-2, keepdim=True) / w.sum(-2, keepdim=True)
+        m = m + ones @ (t * w) / (ones @ w)
     return m.squeeze(-2)
