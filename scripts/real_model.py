@@ -59,9 +59,9 @@ def markdown(found: dict[str, Any]) -> str:
     plain, rows = found["plain"], found["rows"]
     lines = [
         "# A real model: `tf_efficientnet_lite0` on photos", "",
-        f"ImageNet weights, {len(plain)} labelled photos of 136 classes, estimates of K = 3 with eps 1e-3 in all layers; "
-        f"the plain model is right on {share(plain):.1f} %. Accuracy in %, by lambda and number of unlabelled photos that "
-        "calibrated the model, with the difference from plain and its paired 95 % interval in points:", "",
+        f"ImageNet weights, {len(plain)} labelled photos of 136 classes, estimates of K = 3 with eps 1e-3 in all "
+        f"layers; the plain model is right on {share(plain):.1f} %. Accuracy in %, by lambda and number of unlabelled "
+        "photos that calibrated the model, with the difference from plain and its paired 95 % interval in points:", "",
         "| lambda | " + " | ".join(f"{count} photos" if count else "not calibrated" for count in COUNTS) + " |",
         "|---" * (1 + len(COUNTS)) + "|",
     ]  # fmt: skip
@@ -69,7 +69,7 @@ def markdown(found: dict[str, Any]) -> str:
         cells = []
         for count in COUNTS:
             digits = rows.get(f"{lam} {count}")
-            cells.append("" if digits is None else f"{share(digits):.1f} ({Effect.of(plain, digits)})")
+            cells.append("" if digits is None else f"{share(digits):.1f} ({Effect.of(digits, plain)})")
         lines.append(f"| {lam:g} | {' | '.join(cells)} |")
     if "cost" in found:
         lines += ["", f"At lambda 0.8: {found['cost']}", "", f"Exported: {found['export']}"]
