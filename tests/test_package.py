@@ -161,8 +161,8 @@ PICTURES = """
     settings = {**matplotlib.rcParams}
     from pathlib import Path
     import timm_nrpm
-    from timm_nrpm import CertificationReport, Threat, TuneConfig
-    from timm_nrpm.evaluation.certificates import Certificate
+    from timm_nrpm import Threat, TuneConfig
+    from timm_nrpm.evaluation.certificates import Certificate, CertificationReport
     from timm_nrpm.evaluation.history import Evaluation, History, Step
     from timm_nrpm.evaluation.pareto import Candidate, ParetoFront
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from timm_nrpm.attacks.threats import Threat
     from timm_nrpm.config import NRPMConfig, TuneConfig
     from timm_nrpm.ensembles.folders import from_pretrained, save_pretrained
-    from timm_nrpm.evaluation.certificates import CertificationReport
     from timm_nrpm.evaluation.certification import certify, smoothed_predict
     from timm_nrpm.evaluation.corruptions import corrupt, evaluate_corruptions
     from timm_nrpm.evaluation.evaluate import evaluate
@@ -31,12 +30,11 @@ if TYPE_CHECKING:
     from timm_nrpm.hub.publishing import push_to_hub
     from timm_nrpm.models.adaptation import adapt_
     from timm_nrpm.models.calibration import calibrate_
-    from timm_nrpm.models.registry import create_model, list_models
+    from timm_nrpm.models.registry import create_model, is_supported, list_models
     from timm_nrpm.models.reprogramming import lambdas, plain_copy, reprogram_, restore_
     from timm_nrpm.tuning.tune import tune
 
 __all__ = [
-    "CertificationReport",
     "NRPMConfig",
     "RobustnessReport",
     "Shift",
@@ -53,6 +51,7 @@ __all__ = [
     "evaluate_corruptions",
     "from_pretrained",
     "inspect",
+    "is_supported",
     "lambdas",
     "list_models",
     "list_variants",
@@ -69,7 +68,6 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CertificationReport": "evaluation.certificates",
     "NRPMConfig": "config",
     "RobustnessReport": "evaluation.report",
     "Shift": "evaluation.shifts",
@@ -85,6 +83,7 @@ _HOMES = {
     "evaluate_corruptions": "evaluation.corruptions",
     "from_pretrained": "ensembles.folders",
     "inspect": "hub.browsing",
+    "is_supported": "models.registry",
     "lambdas": "models.reprogramming",
     "list_models": "models.registry",
     "list_variants": "hub.browsing",

@@ -13,7 +13,8 @@ from experiment import Claim, Experiment, Measured, Row, main
 from lab import Lab
 from table4 import NAME, TUNE_3, paradigm_3
 
-from timm_nrpm import CertificationReport, certify
+from timm_nrpm import certify
+from timm_nrpm.evaluation.certificates import CertificationReport
 from timm_nrpm.figures.certified import draw_certified
 
 SIGMAS, RADII = (0.06, 0.12, 0.25), (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)

@@ -3,9 +3,9 @@
 import pytest
 
 import timm_nrpm
-from timm_nrpm import CertificationReport, RobustnessReport, Threat, TuneConfig
+from timm_nrpm import RobustnessReport, Threat, TuneConfig
 from timm_nrpm.data import digits
-from timm_nrpm.evaluation.certificates import Certificate
+from timm_nrpm.evaluation.certificates import Certificate, CertificationReport
 from timm_nrpm.evaluation.corruption_report import Answers, CorruptionReport
 from timm_nrpm.evaluation.diagnostics import embedding_differences
 from timm_nrpm.evaluation.history import History

@@ -1,13 +1,16 @@
-"""Attentions that read the weight of their layer past it: timm's own switch covers them, plain at lambda 1."""
+"""Attentions that read the weight of their layer past it: timm's own switch covers them, plain at lambda 1.
+And what finds all that is read past a layer, against closed forms."""
 
 import copy
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from timm_nrpm import NRPMConfig, from_pretrained, plain_copy, reprogram_, restore_, save_pretrained
-from timm_nrpm.models.bypasses import SWITCH
+from timm_nrpm.models.bypasses import SWITCH, Reading, read_past
 from timm_nrpm.nn.reprogrammed import Reprogrammed
 
 MADE = {
@@ -68,3 +71,65 @@ def test_it_is_saved_and_loaded(plain, tmp_path):
     model, images = reprogram_(copy.deepcopy(plain), NRPMConfig(lam=0.5)).eval(), pixels_of(plain)
     again = from_pretrained(save_pretrained(model, tmp_path / "v"), base=copy.deepcopy(plain))
     assert torch.equal(again(images), model(images))
+
+
+class Past(nn.Module):
+    """Weights that are read outside of a layer, in several ways, and some that only seem so."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.weight, self.kernel = nn.Linear(6, 6), nn.Parameter(torch.randn(4, 6)), nn.Conv2d(1, 2, 3)
+        self.table, self.query = nn.Parameter(torch.randn(9, 4)), nn.Parameter(torch.randn(1, 4))
+        self.register_buffer("filter", torch.ones(1, 1, 2, 2))
+
+    def forward(self, x):
+        x = F.linear(self.layer(x), self.weight * 2)  # [B, N, 4], by a computed weight
+        rows = self.table[torch.arange(5)]  # chosen by a constant
+        x = x @ rows.t() @ rows  # read twice
+        query = self.query @ torch.eye(4)  # a product of constants is no weight
+        x = x + (query @ x.transpose(1, 2)).softmax(-1).sum()
+        x = x @ x.transpose(1, 2)  # a product of two inputs
+        x = F.conv2d(x.unsqueeze(1), self.kernel.weight[:1], padding=1)  # a part of a layer's weight
+        return F.conv2d(x, self.filter)
+
+
+def test_what_is_read_past_the_layers_has_its_closed_form():
+    batch, tokens = 3, 7
+    model = Past().train()
+    for device in ("cpu", "meta"):
+        read = read_past(model.to(device), torch.zeros(batch, tokens, 6, device=device))
+        assert read == {
+            "weight": Reading(1, batch * tokens * 6 * 4),
+            "table": Reading(2, 2 * batch * tokens * 4 * 5),
+            "kernel.weight": Reading(1, batch * tokens * tokens * 9),
+            "filter": Reading(1, batch * (tokens - 1) ** 2 * 4),
+        }
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_sparse_tensors_are_left_out():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+            self.register_buffer("chosen", torch.eye(4).to_sparse())
+
+        def forward(self, x):
+            return torch.sparse.mm(self.chosen, x) @ self.weight
+
+    assert read_past(Sparse(), torch.randn(4, 4)) == {"weight": Reading(1, 64)}
+
+
+def test_a_weight_that_is_written_over_by_the_input_is_an_input():
+    class Overwritten(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            made = self.weight * 1
+            made.copy_(x)
+            return x @ made
+
+    assert read_past(Overwritten(), torch.randn(4, 4)) == {}

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import CondConv2d
 from torch import nn
 
 from timm_nrpm.models.work import LAYER_KINDS, LayerWork, products, work_of
@@ -35,6 +36,23 @@ def test_products_of_a_layer_have_their_closed_form(name):
     work = work_of(nn.Sequential(layer), torch.zeros(shape))
     assert [(each.name, each.products, each.weights) for each in work.layers] == [("0", expected, layer.weight.numel())]
     assert (work.calls, work.products) == (0, 0)
+
+
+class Routed(nn.Module):
+    """A convolution whose weight is a mix of three experts, another one for each image."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixed = CondConv2d(4, 16, 3, padding=1, groups=2, num_experts=3)
+
+    def forward(self, x):
+        return self.mixed(x, x.new_ones(len(x), 3))
+
+
+def test_products_of_a_conditional_convolution_are_those_of_one_kernel():
+    (work,) = work_of(Routed(), torch.zeros(2, 4, SIZE, SIZE)).layers
+    assert (work.name, work.kind, work.products) == ("mixed", "grouped", 2 * 16 * SIZE * SIZE * 2 * 9)
+    assert work.weights == 3 * 16 * 2 * 9
 
 
 class Attention(nn.Module):

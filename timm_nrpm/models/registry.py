@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -22,13 +20,14 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 from timm_nrpm.config import Lambdas, LayerSelection, NRPMConfig
+from timm_nrpm.models.architectures import Support, census, measured
 from timm_nrpm.models.backbones import CifarResNet
 from timm_nrpm.models.base import Base
-from timm_nrpm.models.creation import brings_weights, create_plain
+from timm_nrpm.models.creation import brings_weights, check_name, create_plain
 from timm_nrpm.models.loading import from_timm, is_variant
 from timm_nrpm.models.reprogramming import record_of, reprogram_, reprogrammed_layers
 
-__all__ = ["create_model", "list_models"]  # timm adds the entrypoints it registers
+__all__ = ["create_model", "is_supported", "list_models"]  # timm adds the entrypoints it registers
 
 DIGITS = "resnet8_digits"
 """Name of the bundled model of 85 kB, trained by `scripts/train_digits.py` on scikit-learn's 8x8 handwritten digits."""
@@ -125,8 +124,8 @@ def create_model(
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
     """Names of the architectures in which every linear map can be reprogrammed.
 
-    The list was measured by `scripts/survey.py`, which builds and runs every architecture of timm. Other architectures
-    can be created as well, but some of their layers stay plain, as a warning says.
+    The list was measured by `scripts/census.py`, which builds and runs every architecture of timm. Other architectures
+    can be created as well, but some of their layers stay plain, as a warning says; :func:`is_supported` says which.
 
     Args:
         filter: Wildcard as in `timm.list_models`, such as `"resnet*"`.
@@ -136,14 +135,42 @@ def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
         >>> list_models("resnet1*")
         ['resnet10_cifar', 'resnet10_cifar_narrow', 'resnet10t', 'resnet14t', 'resnet18', ...]
     """
-    known = _surveyed()
+    known = {name for name, why in census().items() if not why}
     return [n for n in timm.list_models(filter, pretrained=pretrained) if get_arch_name(n) in known]
 
 
-@cache
-def _surveyed() -> frozenset[str]:
-    """Names of the architectures of which the survey could reprogram every linear map."""
-    return frozenset(json.loads((ASSETS / "architectures.json").read_text())["complete"])
+def is_supported(name: str) -> Support:
+    """Whether every convolution and linear map of an architecture can be reprogrammed, and if not, why.
+
+    The answer is that of `scripts/census.py`, from which :func:`list_models` lists names. An architecture that was not
+    there, such as one of your own that is registered with timm, is built and run by the same rules, which takes about
+    a second.
+
+    Args:
+        name: Name of an architecture, such as `"resnet18"`, with or without a tag or the prefix `nrpm_`.
+
+    Returns:
+        An object that is true if the architecture is covered whole, and otherwise says in `why` what stays plain.
+
+    Raises:
+        ValueError: timm does not know the name (the message suggests similar ones), it names a repository or a folder,
+            or the architecture cannot be built and run.
+
+    Example:
+        >>> bool(is_supported("resnet18"))
+        True
+        >>> is_supported("sequencer2d_s").why
+        'LSTM stages.0.blocks.0.rnn_tokens.rnn_v and 35 more (weights read 2744 times): its type LSTM is not one...'
+    """
+    if ":" in name or "/" in name:
+        raise ValueError(
+            f"name={name!r} names a repository or a folder: give the architecture in its config.json, such as resnet18."
+        )
+    name = name.removeprefix("nrpm_")
+    check_name(name)
+    architecture = get_arch_name(name)
+    why = census()[architecture] if architecture in census() else measured(architecture).why
+    return Support(architecture, not why, why)
 
 
 def _register(architecture: str, tags: list[str]) -> None:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_nrpm.config import NRPMConfig
 from timm_nrpm.errors import ReprogrammingWarning
 from timm_nrpm.models.base import Base, checksum_of, weights_sha256
-from timm_nrpm.models.bypasses import follow_, opened, unfollow_
+from timm_nrpm.models.bypasses import follow_, unfollow_
 from timm_nrpm.models.plain_statistics import (
     KEPT,
     Fingerprint,
@@ -29,19 +29,14 @@ from timm_nrpm.models.plain_statistics import (
 )
 from timm_nrpm.models.provenance import Step
 from timm_nrpm.models.replacements import unwatch_, watch_
-from timm_nrpm.models.selection import assign, call_order, select
+from timm_nrpm.models.selection import assign, select
+from timm_nrpm.models.support import layers_of
 from timm_nrpm.nn.ensemble import Ensemble
-from timm_nrpm.nn.layers import LINEAR_MAPS, REPROGRAMMED, Reprogrammed, reprogram_layer_, restore_layer_
+from timm_nrpm.nn.layers import Reprogrammed, reprogram_layer_, restore_layer_
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.nn.wrappers import copied, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
-
-ADVICE = {
-    nn.LSTM: ": its gates are sums inside a recurrence; other layers of the model can be reprogrammed",
-    nn.MultiheadAttention: ": it reads its weights itself; a timm attention with qkv and proj can be reprogrammed",
-}
-"""What a message adds on layers of some types that stay plain."""
 
 
 @dataclass
@@ -110,21 +105,7 @@ def reprogram_(model: Model, config: NRPMConfig | None = None, *, example: Tenso
 def _reprogram_(model: nn.Module, config: NRPMConfig, example: Tensor | None) -> None:
     """Do what :func:`reprogram_` does, on a model without wrappers."""
     plain = plain_copy(model) if reprogrammed_layers(model) else model  # the model to inspect while anything may fail
-    supported = {name: m for name, m in plain.named_modules() if type(m) in REPROGRAMMED}
-    skipped = {
-        name: f"its type {type(m).__qualname__} is not one whose arithmetic is known{ADVICE.get(type(m), '')}"
-        for name, m in plain.named_modules()
-        if isinstance(m, LINEAR_MAPS) and name not in supported
-    }
-    obstacles = {name: REPROGRAMMED[type(m)].obstacle(m, config) for name, m in supported.items()}
-    skipped |= {name: why for name, why in obstacles.items() if why}
-    supported = {name: m for name, m in supported.items() if name not in skipped}
-    with opened(plain):
-        called = call_order(plain, supported, example)
-    if called is not None:
-        reason = "the model never calls it in a forward pass (it may read the weight directly)"
-        skipped |= {name: reason for name in supported if name not in called}
-        supported = {name: supported[name] for name in called}
+    supported, skipped = layers_of(plain, config, example)
     chosen = select(supported, config, skipped)
     values = assign(chosen, config)
     # Everything has been checked: nothing fails from here on.

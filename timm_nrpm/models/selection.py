@@ -63,7 +63,7 @@ def call_order(model: nn.Module, layers: Mapping[str, nn.Module], example: Tenso
             f"The model does not run on an image of zeros, {list(example.shape)} ({error}): layers that it never calls "
             "cannot be detected. Give an input that it takes as example=.",
             ReprogrammingWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
         return None
     finally:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from timm.layers import CondConv2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from timm_nrpm.models.modes import evaluating
 from timm_nrpm.nn.functional import FEW
 
-COUNTED = (nn.Linear, nn.modules.conv._ConvNd)
+COUNTED = (nn.Linear, nn.modules.conv._ConvNd, CondConv2d)
 """The layers that are counted."""
 
 DEPTHWISE = ("depthwise", "narrow depthwise", "channels-last depthwise")
@@ -131,14 +132,21 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return first
 
 
+def kernel_of(module: nn.Module) -> torch.Size:
+    """The shape of the weights of one output of a counted layer, channels first."""
+    if isinstance(module, CondConv2d):  # its `weight` holds the weights of all experts, flat
+        return torch.Size(module.weight_shape[1:])
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.shape[1:]
+
+
 def _kind(module: nn.Module, x: Tensor, out: Tensor) -> str:
     """One of LAYER_KINDS, for a layer that takes `x` and gives `out`."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    convolves = isinstance(module, nn.modules.conv._ConvNd)
+    convolves = isinstance(module, (nn.modules.conv._ConvNd, CondConv2d))
     channels = out.shape[1] if convolves else out.shape[-1]
     if out.numel() < FEW * channels:
         return "few positions"
-    if not isinstance(module, nn.modules.conv._ConvNd):
+    if not isinstance(module, (nn.modules.conv._ConvNd, CondConv2d)):
         return "linear"
     if channels < FEW_OUTPUTS * module.groups:
         width = out.shape[-1]
@@ -147,7 +155,7 @@ def _kind(module: nn.Module, x: Tensor, out: Tensor) -> str:
         return "narrow depthwise" if 2 * -(-width // VECTOR) * VECTOR > 3 * width else "depthwise"
     if module.groups > 1:
         return "grouped"
-    return "pointwise" if weight[0, 0].numel() == 1 else "convolution"
+    return "pointwise" if kernel_of(module)[1:].numel() == 1 else "convolution"
 
 
 @dataclass
@@ -174,7 +182,7 @@ class _Recorder(TorchDispatchMode):
             # A transposed convolution adds each input to many outputs.
             ends = x if isinstance(module, nn.modules.conv._ConvTransposeNd) else out
             before = self.layers.get(name, LayerWork(name, _kind(module, x, out), 0, 0, weight.numel()))
-            products = before.products + ends.numel() * weight[0].numel()
+            products = before.products + ends.numel() * kernel_of(module).numel()
             self.layers[name] = replace(before, products=products, outputs=before.outputs + out.numel())
 
         return leave
@@ -203,7 +211,7 @@ class _Recorder(TorchDispatchMode):
             self.hold(tensor)
         if not self.depth and given and out and not _is_view(func, given, out):
             name = func.overloadpacket.__name__.strip("_")
-            products = _products_of(name, given, out[0])
+            products = products_of(name, given, out[0])
             self.work.calls += 1
             self.work.products += products
             self.work.curved += out[0].numel() * (name in CURVED)
@@ -218,15 +226,26 @@ def _is_view(func: Any, given: Iterable[Tensor], out: Iterable[Tensor]) -> bool:
     return not func._schema.is_mutable and all(tensor.untyped_storage().data_ptr() in pointers for tensor in out)
 
 
-def _products_of(name: str, given: list[Tensor], out: Tensor) -> int:
-    """Number of products that an operation outside of the counted layers adds up; 0 for one that is no such sum."""
-    if name in ("mm", "bmm"):
-        return out.numel() * given[0].shape[-1]
-    if name in ("addmm", "baddbmm"):
-        return out.numel() * given[1].shape[-1]
-    if name == "convolution":
-        return out.numel() * given[1][0].numel()
+def factors_of(name: str, given: list[Tensor]) -> list[Tensor]:
+    """The tensors of whose numbers an operation adds up products; none for an operation that does not.
+
+    Args:
+        name: Name of the operation, without underscores at its ends.
+        given: Tensors that it takes.
+    """
+    if name in ("mm", "bmm", "mv", "dot", "convolution"):
+        return given[:2]
+    if name in ("addmm", "baddbmm", "addmv"):
+        return given[1:3]
+    return given[:3] if "scaled_dot_product" in name else []
+
+
+def products_of(name: str, given: list[Tensor], out: Tensor) -> int:
+    """Number of products that an operation adds up for its result `out`; see :func:`factors_of`."""
+    factors = factors_of(name, given)
+    if not factors:
+        return 0
     if "scaled_dot_product" in name:
-        query, key, value = given[:3]
+        query, key, value = factors
         return query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-    return 0
+    return out.numel() * (factors[1][0].numel() if name == "convolution" else factors[0].shape[-1])
