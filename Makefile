@@ -1,10 +1,11 @@
 # make demo    sets up everything in .venv and runs the demo
 # make test    sets up everything in .venv and passes the tests, but for the slow ones
 # make slow    passes those that take longer than some seconds each
+# make docs    builds the pages of docs/ into build/site, and fails on a link that leads nowhere
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test slow check clean
+.PHONY: demo test slow docs check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/timm-nrpm demo
@@ -14,6 +15,10 @@ test: $(VENV)/ready
 
 slow: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m 'slow and not gpu'
+
+docs: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 check: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet -e '.[dev]'

@@ -182,7 +182,7 @@ ENTRANCES = {
     "certify": lambda m, images: (
         timm_nrpm.certify(m, [(images[0][0][:2], images[0][1][:2])], n0=5, n=20).images[0].votes
     ),
-    "smoothed_predict": lambda m, images: timm_nrpm.smoothed_predict(m, images[0][0][:2], n=20),
+    "smoothed_predict": lambda m, images: timm_nrpm.certification.smoothed_predict(m, images[0][0][:2], n=20),
     "calibrate_": lambda m, images: (
         timm_nrpm.calibrate_(m, [training(64)]),
         unwrapped(m).bn1.running_mean.tolist(),

@@ -154,7 +154,7 @@ FUNCTIONS = {
         lambda given: [timm_nrpm.search_lambda(given.model, given.loader, ATTACKED, budget=3).plain.quick], 0.1
     ),
     "advise": (advised, 0.1),
-    "cost": (lambda given: [float(timm_nrpm.cost.cost(given.model, (1, 8, 8)).products)], 0),
+    "cost": (lambda given: [float(timm_nrpm.cost(given.model, (1, 8, 8)).products)], 0),
 }  # fmt: skip
 """What a user calls, as a function of what is given to numbers, and how far they may differ between devices.
 

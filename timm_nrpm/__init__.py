@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from timm_nrpm.advice.advise import advise
     from timm_nrpm.attacks.threats import Threat
     from timm_nrpm.config import NRPMConfig, TuneConfig
+    from timm_nrpm.deployment.export import export
     from timm_nrpm.ensembles.folders import from_pretrained, save_pretrained
-    from timm_nrpm.evaluation.certification import certify, smoothed_predict
-    from timm_nrpm.evaluation.corruptions import corrupt, evaluate_corruptions
+    from timm_nrpm.evaluation.certification import certify
+    from timm_nrpm.evaluation.corruptions import evaluate_corruptions
+    from timm_nrpm.evaluation.cost import cost
     from timm_nrpm.evaluation.evaluate import evaluate
     from timm_nrpm.evaluation.report import RobustnessReport
     from timm_nrpm.evaluation.search import search_lambda
@@ -45,10 +47,11 @@ __all__ = [
     "advise",
     "calibrate_",
     "certify",
-    "corrupt",
+    "cost",
     "create_model",
     "evaluate",
     "evaluate_corruptions",
+    "export",
     "from_pretrained",
     "inspect",
     "is_supported",
@@ -63,7 +66,6 @@ __all__ = [
     "restore_",
     "save_pretrained",
     "search_lambda",
-    "smoothed_predict",
     "tune",
 ]
 
@@ -77,10 +79,11 @@ _HOMES = {
     "advise": "advice.advise",
     "calibrate_": "models.calibration",
     "certify": "evaluation.certification",
-    "corrupt": "evaluation.corruptions",
+    "cost": "evaluation.cost",
     "create_model": "models.registry",
     "evaluate": "evaluation.evaluate",
     "evaluate_corruptions": "evaluation.corruptions",
+    "export": "deployment.export",
     "from_pretrained": "ensembles.folders",
     "inspect": "hub.browsing",
     "is_supported": "models.registry",
@@ -95,7 +98,6 @@ _HOMES = {
     "restore_": "models.reprogramming",
     "save_pretrained": "ensembles.folders",
     "search_lambda": "evaluation.search",
-    "smoothed_predict": "evaluation.certification",
     "tune": "tuning.tune",
 }
 """The module that defines each public name; it is imported when the name is first used."""

@@ -63,7 +63,7 @@ def cost(
             counted, or does not run on such images.
 
     Example:
-        >>> report = timm_nrpm.cost.cost(model)
+        >>> report = timm_nrpm.cost(model)
         >>> report.layers[0].name, report.layers[0].products
         ('conv1', 4608)
         >>> report.slowdown > 1
