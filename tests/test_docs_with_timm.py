@@ -10,7 +10,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from test_readme import photos
+from pages import photos
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "with-timm.md").read_text(encoding="utf-8")
