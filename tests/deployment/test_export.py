@@ -252,11 +252,40 @@ def test_a_format_that_is_not_installed(model, tmp_path, monkeypatch):
         export(model, tmp_path / "m.onnx")
 
 
+class Steep(nn.Module):
+    """A model in which the last digits of float32 count: its logits are differences of large numbers."""
+
+    def forward(self, x):
+        return ((x.flatten(1)[:, :3] * 1e5).sin() * 1e4 + 1e6) - 1e6
+
+
+def test_a_file_may_differ_by_the_models_own_rounding(tmp_path, monkeypatch):
+    read = FORMATS["pt2"].read
+
+    def with_an_error_of(size):
+        def read_it(path):
+            run = read(path)
+            return lambda x: run(x) + size
+
+        monkeypatch.setitem(FORMATS, "pt2", FORMATS["pt2"].__class__(".pt2", FORMATS["pt2"].write, read_it, (), ""))
+
+    model, example = Steep().eval(), torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        rounding = (model(example).double() - model(example.double())).abs().amax(1)  # of each image
+    with_an_error_of(float(rounding[0]) / 2)
+    done = export(model, tmp_path / "m.pt2", example=example)
+    assert done.rounding == pytest.approx(float(rounding.max()))
+    assert "from those in float64" in str(done)
+    with_an_error_of(10 * float(rounding.max()))
+    with pytest.raises(RuntimeError, match=r"In float64 they are .* from the file's and .* Nothing was written"):
+        export(model, tmp_path / "other.pt2", example=example)
+
+
 def test_a_file_that_computes_something_else_is_not_kept(model, tmp_path, monkeypatch):
     wrong = FORMATS["pt2"].__class__(
         ".pt2", FORMATS["pt2"].write, lambda path: lambda x: torch.zeros(len(x), 10), (), ""
     )
     monkeypatch.setitem(FORMATS, "pt2", wrong)
-    with pytest.raises(RuntimeError, match=r"differ from the model's by .* nothing was written"):
+    with pytest.raises(RuntimeError, match=r"differ from the model's by .* Nothing was written"):
         export(model, tmp_path / "m.pt2")
     assert not list(tmp_path.iterdir())
