@@ -105,7 +105,7 @@ def main() -> None:
         timm_nrpm.calibrate_(model, list(images.split(32)))
         found["cost"] = str(cost(model)).splitlines()[0]
         with tempfile.TemporaryDirectory() as folder:
-            done = export(model, Path(folder) / "model.onnx", pixels=True)
+            done = export(model, Path(folder) / "model.onnx", example=images[:2], pixels=True)
             found["export"] = str(done).replace(f"{folder}/", "")
         keep()
     print(markdown(found))

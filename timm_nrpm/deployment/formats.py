@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,7 +93,13 @@ def _read_onnx(path: Path) -> Runner:
 
 
 def _write_pt2(given: Given, path: Path) -> None:
-    torch.export.save(given.program(), path, extra_files={f"{KEY}.json": given.facts})
+    log = logging.getLogger("torch._export.serde.serialize")
+    level = log.level
+    log.setLevel(logging.ERROR)  # a loop without further inputs is warned of, and is right
+    try:
+        torch.export.save(given.program(), path, extra_files={f"{KEY}.json": given.facts})
+    finally:
+        log.setLevel(level)
 
 
 def _read_pt2(path: Path) -> Runner:
