@@ -18,7 +18,7 @@ from timm_nrpm.cli.plot import result_in
 from timm_nrpm.cli.program import main
 
 ORDER = ["advise", "models", "cost", "create", "calibrate", "adapt", "search", "tune", "subnetwork", "evaluate"]
-ORDER += ["certify", "corrupt", "plot", "push", "pull", "inspect", "list", "demo"]
+ORDER += ["certify", "corrupt", "export", "plot", "push", "pull", "inspect", "list", "demo"]
 
 
 def shown(capsys, *arguments):

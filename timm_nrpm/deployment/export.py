@@ -26,7 +26,7 @@ from timm_nrpm.nn.wrappers import copied, subject_of
 AGREEMENT = 1e-4
 """Largest difference of a file's logits from the model's, in units of the largest logit or of 1 where that is less."""
 
-ROUNDING = 2.0
+ROUNDING = 4.0
 """Largest distance of a file's logits from those in float64, in units of the model's own, where they agree less: the
 steps of the estimate are steep, and in some calibrated models the rounding of float32 alone moves logits by more."""
 
