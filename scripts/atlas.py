@@ -6,7 +6,8 @@
 
 Each cell is a run of `advise`: candidates are chosen on some images, and the best of them is judged on others, against
 the model as it is. Trials are kept in FOLDER, and a run that was stopped goes on; several processes may share it, each
-with other models. Writes results/atlas.json, results/atlas.md and docs/atlas.png, from all cells that FOLDER holds.
+with other models. Writes results/atlas.json, results/atlas.md and docs/atlas.png, from all cells that FOLDER holds; the
+others stay as results/atlas.json has them.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the picture")
     args = parser.parse_args()
     limits, rows = FULL if args.full else QUICK, []
+    file = args.out / "atlas.json"
+    known = {(row["base"], row["threat"]): row for row in json.loads(file.read_text())} if file.exists() else {}
     lab = Lab("quick", args.shared / "data", args.shared / "checkpoints", args.kept / "models")
     for name in args.bases:
         base = BASES[name](lab)
@@ -125,9 +128,11 @@ def main() -> None:
             if not args.page and (not args.threats or cell.threat in args.threats):
                 folder.mkdir(parents=True, exist_ok=True)
                 measure(cell, limits, folder)
-            file = folder_of(folder, str(cell.danger)) / "advice.json"
-            if file.exists():
-                rows.append(row_of(base, cell, Advice.from_json(file.read_text())))
+            found = folder_of(folder, str(cell.danger)) / "advice.json"
+            if found.exists():
+                rows.append(row_of(base, cell, Advice.from_json(found.read_text())))
+            elif (base.title, cell.threat) in known:
+                rows.append(known[base.title, cell.threat])
     how = (
         f"{limits.images or ATTACKED} images to choose on and as many to judge on under attack, "
         f"up to {limits.images or CORRUPTED} after a shift, and up to {TRAINING} to train on"

@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 import textwrap
+import zipfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torchvision.transforms import Normalize
 
 import timm_nrpm
 from timm_nrpm import NRPMConfig, Threat
@@ -30,6 +33,10 @@ SIX = {
 """The architectures of `docs/deployment.md`, and smaller images than theirs, so that they take seconds."""
 
 
+QUICK = [pytest.param(name, marks=pytest.mark.slow) if name == "openvino" else name for name in FORMATS]
+"""All formats, of which those that need no other package than the test's are tried each time."""
+
+
 @pytest.fixture(scope="module")
 def model():
     model = timm_nrpm.create_model("resnet8_digits", pretrained=True, lam=0.5).eval()
@@ -46,9 +53,7 @@ def needed(format):
         pytest.skip(f"{', '.join(missing)} is not installed: pip install 'timm_nrpm[{format}]'")
 
 
-@pytest.mark.parametrize(
-    "format", [pytest.param(name, marks=pytest.mark.slow) if name == "openvino" else name for name in FORMATS]
-)
+@pytest.mark.parametrize("format", QUICK)
 def test_a_file_computes_what_the_model_computes(format, model, pixels, tmp_path):
     needed(format)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -100,6 +105,72 @@ def test_settings(config, pixels, tmp_path):
     ]
     estimates = [node for graph in graphs for node in graph.nodes if "reciprocal" in str(node.target)]
     assert (not estimates) == (config.lam == 1)  # what is plain has no estimate
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda m: nn.DataParallel(PixelModel(m, (0.3,), (0.4,))),
+        lambda m: nn.Sequential(Normalize((0.3,), (0.4,)), m),
+    ],
+    ids=["PixelModel in DataParallel", "Normalize"],
+)
+def test_what_normalises_around_a_model_is_in_the_file(wrapped, model, pixels, tmp_path):
+    model = wrapped(timm_nrpm.plain_copy(model)).eval()
+    done = export(model, tmp_path / "m.pt2")
+    assert done.facts.pixels
+    assert done.facts.mean == pytest.approx((0.3,))
+    assert done.facts.std == pytest.approx((0.4,))
+    with torch.no_grad():
+        assert torch.allclose(FORMATS["pt2"].read(done.path)(pixels), model(pixels), atol=1e-4)
+
+
+class Several(nn.Module):
+    """Convolutions of one and three dimensions, and a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.volume, self.line = nn.ConvTranspose2d(1, 3, 2, 2), nn.Conv3d(1, 2, 3), nn.Conv1d(28, 3, 3)
+
+    def forward(self, x):
+        volume = self.volume(self.up(x).unsqueeze(1))  # [B, 2, 1, 14, 14]
+        return self.line(volume.flatten(1, 3)).mean(2)
+
+
+@pytest.mark.parametrize("ending", ["pt2", "ts"])
+def test_other_convolutions(ending, tmp_path):
+    model = timm_nrpm.reprogram_(Several().eval(), NRPMConfig(lam=0.5), example=IMAGES)
+    assert len(timm_nrpm.lambdas(model)) == 3
+    assert export(model, tmp_path / f"m.{ending}", example=IMAGES).difference < 1e-4
+
+
+def test_an_attention_whose_layer_is_plain_in_the_file(tmp_path):
+    model = timm.create_model("beit_base_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2, num_classes=3)
+    timm_nrpm.reprogram_(model.eval(), NRPMConfig(lam={"blocks.0.*": 0.8, "*": 1.0}))
+    done = export(model, tmp_path / "m.pt2", example=torch.randn(2, 3, 32, 32))
+    assert done.difference < 1e-4
+
+
+def test_parts_of_a_model_are_named(model, tmp_path):
+    net = nn.Sequential(
+        nn.Identity(), timm_nrpm.reprogram_(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), NRPMConfig(lam=0.5))
+    )
+    facts = export(net.eval(), tmp_path / "m.pt2", example=IMAGES).facts
+    assert facts.lam == {"1.1": 0.5}
+    assert facts.settings["penalty"] == "l1"
+
+
+@pytest.mark.parametrize("format", QUICK)
+def test_no_file_names_a_place_on_this_machine(format, model, tmp_path):
+    needed(format)
+    export(model, tmp_path / f"m{FORMATS[format].suffix}")
+    for file in tmp_path.iterdir():
+        content = file.read_bytes()
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                content = b"".join(archive.read(name) for name in archive.namelist())
+        for place in (Path(timm_nrpm.__file__).parents[1], Path(torch.__file__).parents[1], tmp_path):
+            assert str(place).encode() not in content
 
 
 @pytest.mark.slow
@@ -210,6 +281,17 @@ class Branching(nn.Module):
         return x.flatten(1)[:, :2] * (2 if x.sum() > 0 else 3)
 
 
+class Undefined(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :2] / 0 * 0
+
+
+def trained_inside():
+    model = timm.create_model("resnet8_digits").eval()
+    model.bn1.train()
+    return model
+
+
 IMAGES = torch.rand(2, 1, 8, 8)
 
 
@@ -226,6 +308,10 @@ IMAGES = torch.rand(2, 1, 8, 8)
         (lambda m: Noisy().eval(), "m.pt2", {"example": IMAGES}, "The model's forward is random: two runs"),
         (lambda m: Fixed().eval(), "m.pt2", {"example": IMAGES}, "Its number of images may be fixed: try any_batch="),
         (lambda m: Branching().eval(), "m.pt2", {"example": IMAGES, "any_batch": False}, "cannot be exported to pt2"),
+        (lambda m: Branching().eval(), "m.ts", {"example": IMAGES}, "The file's logits differ from the model's by"),
+        (lambda m: Undefined().eval(), "m.pt2", {"example": IMAGES}, "logits that are not finite on the example"),
+        (lambda m: trained_inside(), "m.pt2", {}, "bn1 is in training mode"),
+        (lambda m: timm.create_model("resnet8_digits").to("meta").eval(), "m.pt2", {}, "parameters without values"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_said(build, path, options, said, model, tmp_path):
@@ -247,7 +333,7 @@ def test_a_format_that_is_not_installed(model, tmp_path, monkeypatch):
         "timm_nrpm.deployment.formats.find_spec", lambda name: None if "onnx" in name else find_spec(name)
     )
     with pytest.raises(
-        ValueError, match=r'needs onnx, onnxscript, onnxruntime: install them by pip install "timm_nrpm\['
+        ValueError, match=r'onnx needs onnx, onnxscript, onnxruntime, not installed: pip install "timm_nrpm\[export\]"'
     ):
         export(model, tmp_path / "m.onnx")
 

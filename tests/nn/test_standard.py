@@ -1,5 +1,7 @@
 """The estimator by standard operators against float64, and its tiles."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,6 +53,24 @@ def test_chunks_are_equal_and_fit(count, each):
     assert chunks == count or count // chunks * each <= standard.TILE
     if chunks > 1:  # no smaller number of equal chunks would fit
         assert all(count // n * each > standard.TILE for n in range(1, chunks) if count % n == 0)
+
+
+def test_a_second_thread_waits_for_the_first_one():
+    seen = []
+
+    def second():
+        with standard_operators():
+            seen.append(standard.is_wanted())
+
+    with standard_operators():
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert seen == []
+    thread.join()
+    assert seen == [True]
+    assert not standard.is_wanted()
 
 
 def test_the_context_ends_with_an_error():

@@ -14,7 +14,7 @@ from timm_nrpm.cli.terminal import Terminal
 def add_export(commands: Any) -> None:
     """Add `timm-nrpm export`."""
     useless = (*options.USELESS_FOR_MODELS, *options.USELESS_FOR_PLAIN)
-    names = {**options.NAMES, "any_batch": "--fixed-batch", "path": "--output", "format": "--format"}
+    names = {**options.NAMES, "path": "--output", "format": "--format"}
     parser = options.add_command(
         commands,
         "export",

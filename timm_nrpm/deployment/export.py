@@ -9,28 +9,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from timm_nrpm.checks import check_choice, shown
+from timm_nrpm.deployment.agreement import HINT, agreement
 from timm_nrpm.deployment.facts import Facts
 from timm_nrpm.deployment.formats import FORMATS, Format, Given
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.hub.templates import check_reports
+from timm_nrpm.models.bypasses import LAYER, unfollow_
 from timm_nrpm.models.reprogramming import reprogrammed_layers
 from timm_nrpm.models.selection import example_of
 from timm_nrpm.nn.ensemble import Ensemble
+from timm_nrpm.nn.fitted import Fitted
 from timm_nrpm.nn.kernels.standard import standard_operators
-from timm_nrpm.nn.layers import restore_layer_
-from timm_nrpm.nn.pixel_model import PixelModel
+from timm_nrpm.nn.layers import Reprogrammed, restore_layer_
 from timm_nrpm.nn.wrappers import copied, subject_of
-
-AGREEMENT = 1e-4
-"""Largest difference of a file's logits from the model's, in units of the largest logit or of 1 where that is less."""
-
-ROUNDING = 4.0
-"""Largest distance of a file's logits from those in float64, in units of the model's own, where they agree less: the
-steps of the estimate are steep, and in some calibrated models the rounding of float32 alone moves logits by more."""
-
-NOTHING = " Nothing was written."
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,8 @@ def export(
     Layers at lambda = 1 are plain in the file. The estimate of the others is a loop over tiles of products in standard
     operators, which takes several times as long as this package's own kernels (`docs/deployment.md`). The file holds
     the facts of the model as JSON, under the name `timm_nrpm`. It is put in its place when it has been loaded by what
-    is to run it and has given the same logits, so that a failed export leaves nothing, and an earlier file as it was.
+    is to run it and its logits agree with the model's, to 1e-4 of the largest or as far as rounding in float32 lets
+    them (:mod:`timm_nrpm.deployment.agreement`). A failed export leaves nothing, and an earlier file as it was.
 
     Args:
         model: A model, reprogrammed or plain, or an ensemble, in float32. It is not changed.
@@ -93,7 +88,8 @@ def export(
             size that a timm model takes.
         any_batch: Whether the file takes any number of images; otherwise as many as the example has.
         pixels: Whether the file takes pixels in [0, 1] and normalises them itself, by timm's config of the model. A
-            model inside a :class:`timm_nrpm.pixel_model.PixelModel`, and an ensemble, do so in any case.
+            model in a wrapper that normalises, such as :class:`timm_nrpm.pixel_model.PixelModel`, and an ensemble, do
+            so in any case.
         reports: Reports on this model, whose texts the file is to hold.
 
     Returns:
@@ -112,7 +108,7 @@ def export(
         >>> torch.export.load(exported.path).module()(pixels).shape
         torch.Size([32, 10])
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     format = _format_of(path, format)
     subject = subject_of(model)
     net, pixels = _network(model, pixels)
@@ -123,17 +119,20 @@ def export(
         subject.model, tuple(images.shape[1:]), tuple(logits.shape[1:]), pixels, **normalisation, reports=reports
     )
     check_reports(reports, facts.sha256)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
+    given = Given(net, images, any_batch, facts.to_json())
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=there) as folder:
         draft = Path(folder) / path.name
-        with torch.no_grad(), standard_operators():
-            _write(FORMATS[format], Given(net, images, any_batch, facts.to_json()), draft, format)
-        difference, rounding = _difference(FORMATS[format], draft, net, images, any_batch)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            with standard_operators():
+                _write(FORMATS[format], given, draft, format)
+            agrees = agreement(FORMATS[format], draft, given, pixels)
         files = sorted(Path(folder).iterdir())
         size = sum(file.stat().st_size for file in files)
+        path.parent.mkdir(parents=True, exist_ok=True)
         for file in files:
             file.replace(path.parent / file.name)
-    return Exported(path, format, difference, rounding, size, any_batch, facts)
+    return Exported(path, format, agrees.difference, agrees.rounding, size, any_batch, facts)
 
 
 def _format_of(path: Path, format: str | None) -> str:
@@ -145,26 +144,34 @@ def _format_of(path: Path, format: str | None) -> str:
     name = check_choice("format", format or endings[path.suffix], FORMATS)
     if path.suffix != FORMATS[name].suffix:
         raise ValueError(f"{path.name} is to hold {name}, whose files end in {FORMATS[name].suffix}: rename it.")
+    for file in (path, path.with_suffix(".bin")) if name == "openvino" else (path,):
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: give the path of a file.")
     if missing := FORMATS[name].missing():
-        raise ValueError(
-            f'The format {name} needs {", ".join(missing)}: install them by pip install "timm_nrpm[export]".'
-        )
+        extra = "openvino" if name == "openvino" else "export"
+        raise ValueError(f'{name} needs {", ".join(missing)}, not installed: pip install "timm_nrpm[{extra}]".')
     return name
 
 
 def _network(model: nn.Module, pixels: bool) -> tuple[nn.Module, bool]:
     """A copy of the model on the CPU that is to be exported, and whether it takes pixels."""
-    if model.training:
-        raise ValueError("The model is in training mode: call model.eval() before the export.")
-    types = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    subject = subject_of(model)
+    for name, module in subject.model.named_modules():
+        if module.training and not isinstance(module, Fitted):  # what calibration adds has no mode
+            raise ValueError(f"{name or 'The model'} is in training mode: call model.eval() before the export.")
+    if any(p.is_meta or isinstance(p, UninitializedParameter) for p in subject.model.parameters()):
+        raise ValueError("The model has parameters without values, on the meta device or of a lazy layer: load them.")
+    types = {p.dtype for p in subject.model.parameters() if p.is_floating_point()} - {torch.float32}
     if types:
         raise ValueError(f"The model has parameters of type {', '.join(map(str, types))}: call model.float() first.")
-    subject = subject_of(model)
-    pixels = pixels or isinstance(model, (Ensemble, PixelModel))
+    pixels = pixels or subject.mean is not None or isinstance(subject.model, Ensemble)
     net = copied(subject.on_pixels() if pixels else subject.model).cpu().requires_grad_(False).eval()
     for layer in reprogrammed_layers(net).values():
         if layer.is_plain():
             restore_layer_(layer)
+    for module in net.modules():
+        if isinstance(getattr(module, LAYER, None), nn.Linear) and not isinstance(getattr(module, LAYER), Reprogrammed):
+            unfollow_(module)  # an attention whose layer is plain in the file
     return net, pixels
 
 
@@ -192,6 +199,8 @@ def _logits(net: nn.Module, images: Tensor) -> Tensor:
         logits, again = net(images), net(images)
     if not isinstance(logits, Tensor):
         raise ValueError(f"The model gives a {type(logits).__name__} and not logits: export the part that gives them.")
+    if not bool(logits.isfinite().all()):
+        raise ValueError("The model gives logits that are not finite on the example: give example=, images it knows.")
     if not torch.equal(logits, again):
         raise ValueError(
             f"The model's forward is random: two runs on the same images differ by up to "
@@ -206,36 +215,5 @@ def _write(format: Format, given: Given, draft: Path, name: str) -> None:
         format.write(given, draft)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        batch = " Its number of images may be fixed: try any_batch=False." if given.any_batch else ""
+        batch = f" {HINT}" if given.any_batch else ""
         raise RuntimeError(f"This model cannot be exported to {name}: {first[:300]}.{batch}") from error
-
-
-def _difference(format: Format, draft: Path, net: nn.Module, images: Tensor, any_batch: bool) -> tuple[float, float]:
-    """Largest differences of a file's logits from the model's, and of the model's from those in float64 where they are
-    needed, also for other numbers of images if they are free."""
-    run = format.read(draft)
-    batches = [images, images[:1], torch.cat([images] * 4)[:8]] if any_batch else [images]
-    largest = rounding = 0.0
-    for batch in batches:
-        with torch.no_grad():
-            want, got = net(batch), run(batch)
-            if want.shape != got.shape:
-                raise RuntimeError(f"The file gives {list(got.shape)}, and the model {list(want.shape)}.{NOTHING}")
-            difference = _largest(want, got)
-            largest = max(largest, difference)
-            if difference <= AGREEMENT * max(1.0, float(want.abs().max())):
-                continue
-            exact = copied(net).double()(batch.double())
-        own, of_file = _largest(want, exact), _largest(got, exact)
-        rounding = max(rounding, own)
-        if not of_file <= ROUNDING * own:
-            raise RuntimeError(
-                f"The file's logits differ from the model's by {difference:.2g} on {len(batch)} images. In float64 "
-                f"they are {of_file:.2g} from the file's and {own:.2g} from the model's.{NOTHING}"
-            )
-    return largest, rounding
-
-
-def _largest(one: Tensor, other: Tensor) -> float:
-    """Largest difference of two tensors, in float64."""
-    return float((one.double() - other.double()).abs().max())

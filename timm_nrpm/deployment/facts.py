@@ -10,7 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from timm_nrpm.evaluation.report import RobustnessReport
-from timm_nrpm.models.reprogramming import is_reprogrammed, lambdas, model_sha256, record_of
+from timm_nrpm.models.reprogramming import is_reprogrammed, lambdas, model_sha256, record_of, reprogrammed_layers
 from timm_nrpm.version import __version__
 
 KEY = "timm_nrpm"
@@ -31,7 +31,7 @@ class Facts:
         interpolation, crop_pct: How timm resizes an image and the share that it cuts out; None where it is unknown.
         outputs: Shape of the output for one image, without the batch.
         lam: Lambda of each reprogrammed layer; empty for an ensemble or a plain model.
-        settings: Settings of the estimate, those of :class:`timm_nrpm.NRPMConfig`, by name.
+        settings: Settings of the first layer's estimate, those of :class:`timm_nrpm.NRPMConfig`, by name.
         statistics: How the statistics were moved, such as "calibrated on 96 images".
         sha256: Hash of all that determines what the model computes.
         verdicts: A sentence of each report that was given.
@@ -67,6 +67,7 @@ class Facts:
     ) -> Facts:
         """The facts of a model without wrappers; the arguments are the attributes of the class."""
         record = record_of(model) if is_reprogrammed(model) else None
+        layers = reprogrammed_layers(model)
         base = record.base if record is not None else None
         cfg = getattr(model, "pretrained_cfg", None)
         data = resolve_model_data_config(model) if cfg else {}
@@ -80,8 +81,8 @@ class Facts:
             interpolation=data.get("interpolation"),
             crop_pct=data.get("crop_pct"),
             outputs=outputs,
-            lam=lambdas(model) if record is not None else {},
-            settings={} if record is None else dict(record.config.estimator._asdict()),
+            lam=lambdas(model),
+            settings=next((dict(layer.config.estimator._asdict()) for layer in layers.values()), {}),
             statistics="" if record is None else ", then ".join(map(str, record.statistics)),
             sha256=model_sha256(model),
             verdicts=tuple(str(report) for report in reports),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -111,7 +112,13 @@ def _write_torchscript(given: Given, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trace fixes the size of the image, as the other formats do
         traced = torch.jit.trace(given.model, given.example, check_trace=False)
-        torch.jit.save(traced, str(path), _extra_files={f"{KEY}.json": given.facts})
+        draft = path.with_suffix(".traced")
+        torch.jit.save(traced, str(draft), _extra_files={f"{KEY}.json": given.facts})
+    with zipfile.ZipFile(draft) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as kept:
+        for name in archive.namelist():
+            if not name.endswith(".debug_pkl"):  # which name files of this machine
+                kept.writestr(name, archive.read(name))
+    draft.unlink()
 
 
 def _read_torchscript(path: Path) -> Runner:

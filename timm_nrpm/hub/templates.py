@@ -161,7 +161,7 @@ def check_reports(reports: Sequence[RobustnessReport], model: str) -> None:
         if report.sha256 != model:
             raise ValueError(
                 f"The report under {report.threat} is of another model ({report.sha256[:12]}... was attacked, and "
-                f"{model[:12]}... is published): evaluate the model as it is now."
+                f"{model[:12]}... is the model here): evaluate it as it is now."
             )
 
 

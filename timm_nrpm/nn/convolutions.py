@@ -31,11 +31,11 @@ class _Lifted(Reprogrammed):
     def _mixed(self, x: Tensor, lam: Tensor, estimator: Estimator, units: StandardUnits | None) -> Tensor:
         images, weight, conv = self.images(x)
         weight = weight if units is None else units.scaled(weight.to(x.dtype))
-        return self.back(mixed_conv2d(images, weight, None, conv, lam, estimator), len(x))
+        return self.back(mixed_conv2d(images, weight, None, conv, lam, estimator), x.shape[0])
 
     def _linear(self, x: Tensor) -> Tensor:
         images, weight, conv = self.images(x)
-        return self.back(conv.plain(images, weight.to(x.dtype)), len(x))
+        return self.back(conv.plain(images, weight.to(x.dtype)), x.shape[0])
 
     def _field(self, centre: Tensor, x: Tensor) -> Tensor:
         return centre.expand(1, -1, *x.shape[2:])
@@ -137,7 +137,7 @@ class NRPMConvTranspose2d(Reprogrammed, nn.ConvTranspose2d):
         """The mixed sums, each phase of the stride by itself."""
         rows = self.rows()
         sizes = [(n - 1) * s + k for n, s, k in zip(x.shape[2:], self.stride, self.kernel_size, strict=True)]
-        whole = x.new_zeros(len(x), self.out_channels, *sizes, dtype=precision_of(x)[1])
+        whole = x.new_zeros(x.shape[0], self.out_channels, *sizes, dtype=precision_of(x)[1])
         for i in range(min(self.stride[0], self.kernel_size[0])):
             for j in range(min(self.stride[1], self.kernel_size[1])):
                 kernel = rows[..., i :: self.stride[0], j :: self.stride[1]].flip(-1, -2)
@@ -182,9 +182,9 @@ class NRPMCondConv2d(Reprogrammed, CondConv2d):
         # The images become groups of channels of one image, each with its own weight.
         one = x.reshape(1, -1, *x.shape[2:])
         padding = (0, 0) if self.dynamic_padding else self.padding
-        conv = Convolution(self.stride, padding, self.dilation, self.groups * len(x))
+        conv = Convolution(self.stride, padding, self.dilation, self.groups * x.shape[0])
         z = self.mix(partial(mixed_conv2d, one, weight, None, conv), partial(conv.plain, one, weight.to(x.dtype)))
-        return self.finish(z.view(len(x), self.out_channels, *z.shape[2:]), None)
+        return self.finish(z.view(x.shape[0], self.out_channels, *z.shape[2:]), None)
 
     def rows(self) -> Tensor:
         return self.weight[0].view(self.weight_shape)

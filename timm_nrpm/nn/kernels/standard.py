@@ -9,6 +9,7 @@ and a scripted loop in TorchScript.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,17 +23,22 @@ TILE = 1 << 18
 """Number of products of one image in a tile, unless one output has more."""
 
 _wanted = False
+_alone = threading.RLock()
 
 
 @contextmanager
 def standard_operators() -> Iterator[None]:
-    """Let reprogrammed layers compute by standard operators, in all threads, until the context is left."""
+    """Let reprogrammed layers compute by standard operators, in all threads, until the context is left.
+
+    Other threads that enter it wait. What they compute meanwhile is the same, and slower.
+    """
     global _wanted
-    before, _wanted = _wanted, True
-    try:
-        yield
-    finally:
-        _wanted = before
+    with _alone:
+        before, _wanted = _wanted, True
+        try:
+            yield
+        finally:
+            _wanted = before
 
 
 def is_wanted() -> bool:
