@@ -69,7 +69,7 @@ def markdown(found: dict[str, Any]) -> str:
         cells = []
         for count in COUNTS:
             digits = rows.get(f"{lam} {count}")
-            cells.append("" if digits is None else f"{share(digits):.1f} ({Effect.of(digits, plain)})")
+            cells.append("" if digits is None else f"{share(digits):.1f}, {Effect.of(digits, plain)}")
         lines.append(f"| {lam:g} | {' | '.join(cells)} |")
     if "cost" in found:
         lines += ["", f"At lambda 0.8: {found['cost']}", "", f"Exported: {found['export']}"]

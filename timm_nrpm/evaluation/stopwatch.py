@@ -14,6 +14,18 @@ LEAST = 5  # calls, of which the first one warms up
 SLOW = 10  # times the seconds to spend, after which two calls are enough
 
 
+def clock_of_work() -> Callable[[], float]:
+    """The clock that times a model: with one thread and no GPU, the seconds for which the processor was at work, which
+    other processes do not change; else those that passed.
+
+    Example:
+        >>> clock_of_work()() > 0
+        True
+    """
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.thread_time if alone else time.perf_counter
+
+
 def seconds_of(work: Callable[[], Any], at_least: float, *, prepare: Callable[[], Any] | None = None) -> list[float]:
     """Seconds of each of some calls, without the first one, which warms up.
 
@@ -29,7 +41,7 @@ def seconds_of(work: Callable[[], Any], at_least: float, *, prepare: Callable[[]
         >>> max(seconds_of(lambda: time.sleep(0.01), 0.1)) < 1
         True
     """
-    clock = time.thread_time if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter
+    clock = clock_of_work()
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 2 or time.perf_counter() - begin < at_least * (SLOW if len(times) < LEAST else 1):
