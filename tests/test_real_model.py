@@ -71,6 +71,6 @@ def test_export_with_corrections(ending, unlabelled, tmp_path):
     model = timm_nrpm.create_model(NAME, checkpoint_path=str(WEIGHTS), lam=0.8, layers="first:8").eval()
     timm_nrpm.calibrate_(model, [unlabelled[:8]])
     done = timm_nrpm.export(model, tmp_path / f"model.{ending}", example=unlabelled[:2, :, ::2, ::2], pixels=True)
-    # In float32 this model's own logits are about 0.002 from those in float64, and the file's are no further.
-    assert done.difference <= max(1e-3, 3 * done.rounding)
+    # In float32 this model's own logits of up to 20 are about 0.002 from those in float64.
+    assert done.difference <= 5e-3
     assert done.facts.statistics == "calibrated on 8 images"
