@@ -85,7 +85,7 @@ def test_the_commands_of_a_block_run(block, stocked_hub, tmp_path):
     assert ran
 
 
-TOLERANCES = {"tune": 6.0, "advise": 8.0, "push": 250.0, "pull": 250.0}
+TOLERANCES = {"tune": 6.0, "push": 250.0, "pull": 250.0}
 """Largest difference of a number to the page's, in points, where it is not 3: tuning differs from machine to machine,
 and a file of the Hub by some bytes."""
 
@@ -93,9 +93,16 @@ TIMED = ("--seconds", "600")
 """Advice has time for everything that the page shows, on a slow machine as well."""
 
 
-def without_seconds(lines: list[str]) -> list[str]:
-    """The lines of a table of advice without its last column, which says how long each row took."""
-    return [re.sub(r"\s+\d+(\.\d)?\s+\d+$", "", line) for line in lines]
+def in_outline(lines: list[str]) -> list[str]:
+    """Advice in outline: the strategies in their order, what was not tried and why, and the kind of the best one.
+
+    The numbers hang on tuned models, which differ from machine to machine, and so does which candidate of a strategy
+    is its best where several are as good.
+    """
+    words = [re.split(r"\s{2,}|\. Give more", line)[0] for line in lines]
+    return [
+        re.sub(r"^(Against .*?, tuning).*", r"\1", each) for each in words if not re.match(r"on \d+|at |points", each)
+    ]
 
 
 @pytest.mark.slow
@@ -118,5 +125,5 @@ def test_commands_print_what_a_page_shows(page, block, stocked_hub, tmp_path):
         assert done.returncode == 0, (command, done.stderr)
         printed = done.stdout.splitlines()
         if advised:
-            shown, printed = without_seconds(shown), without_seconds(printed)
+            shown, printed = in_outline(shown), in_outline(printed)
         assert pages.missing(shown, printed, TOLERANCES.get(arguments[0], 3.0)) == [], done.stdout
