@@ -8,6 +8,7 @@ import copy
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_nrpm
@@ -57,6 +58,7 @@ def tuned(given, paradigm, objective):
     with pytest.MonkeyPatch.context() as patch:
         if given.device == "cpu":
             patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(reset_partial_state=True)  # which would keep the device of the run before
         timm_nrpm.tune(given.model, given.training, config=config)
     return outputs(given.model.eval(), given)
 
