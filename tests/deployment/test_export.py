@@ -194,20 +194,20 @@ ELSEWHERE = {
     """,
     "pt2": """
         import sys, numpy, torch
-        files = {"timm_nrpm.json": ""}
+        files = {"timm_nrpm_facts.json": ""}
         program = torch.export.load(sys.argv[1], extra_files=files)
         with torch.no_grad():
             logits = program.module()(torch.from_numpy(numpy.load(sys.argv[2]))).numpy()
-        facts = files["timm_nrpm.json"]
+        facts = files["timm_nrpm_facts.json"]
         known = {name for name in sys.modules if name.startswith("timm")}
     """,
     "torchscript": """
         import sys, numpy, torch
-        files = {"timm_nrpm.json": ""}
+        files = {"timm_nrpm_facts.json": ""}
         program = torch.jit.load(sys.argv[1], _extra_files=files)
         with torch.no_grad():
             logits = program(torch.from_numpy(numpy.load(sys.argv[2]))).numpy()
-        facts = files["timm_nrpm.json"].decode()
+        facts = files["timm_nrpm_facts.json"].decode()
         known = {name for name in sys.modules if name.startswith("timm")}
     """,
 }

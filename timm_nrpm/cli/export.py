@@ -22,7 +22,7 @@ def add_export(commands: Any) -> None:
         "write a model to a file for onnxruntime, PyTorch or OpenVINO",
         "Write a model to a file that runs without this package, and check that it computes the same. The file holds "
         "what the model is as JSON.",
-        "timm-nrpm export --variant my-variant --output model.onnx --pixels",
+        "timm-nrpm export --lam 0.8 --layers first:2 --output model.onnx --pixels",
     )
     options.add_model(parser, 0.8, plain=True)
     file = parser.add_argument_group("file")

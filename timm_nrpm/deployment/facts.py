@@ -16,6 +16,9 @@ from timm_nrpm.version import __version__
 KEY = "timm_nrpm"
 """Name under which a file holds its facts, as JSON."""
 
+FILE = "timm_nrpm_facts.json"
+"""Name of the extra file that has them in the formats of PyTorch."""
+
 
 @dataclass(frozen=True)
 class Facts:

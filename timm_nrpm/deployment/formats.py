@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_nrpm import choices
-from timm_nrpm.deployment.facts import KEY
+from timm_nrpm.deployment.facts import FILE, KEY
 
 OPSET = 18
 """Version of ONNX's operators, the one that `torch.onnx` writes without a conversion."""
@@ -98,7 +98,7 @@ def _write_pt2(given: Given, path: Path) -> None:
     level = log.level
     log.setLevel(logging.ERROR)  # a loop without further inputs is warned of, and is right
     try:
-        torch.export.save(given.program(), path, extra_files={f"{KEY}.json": given.facts})
+        torch.export.save(given.program(), path, extra_files={FILE: given.facts})
     finally:
         log.setLevel(level)
 
@@ -113,7 +113,7 @@ def _write_torchscript(given: Given, path: Path) -> None:
         warnings.simplefilter("ignore")  # the trace fixes the size of the image, as the other formats do
         traced = torch.jit.trace(given.model, given.example, check_trace=False)
         draft = path.with_suffix(".traced")
-        torch.jit.save(traced, str(draft), _extra_files={f"{KEY}.json": given.facts})
+        torch.jit.save(traced, str(draft), _extra_files={FILE: given.facts})
     with zipfile.ZipFile(draft) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as kept:
         for name in archive.namelist():
             if not name.endswith(".debug_pkl"):  # which name files of this machine
