@@ -50,7 +50,7 @@ def pixels():
 
 def needed(format):
     if missing := FORMATS[format].missing():
-        pytest.skip(f"{', '.join(missing)} is not installed: pip install 'timm_nrpm[{format}]'")
+        pytest.skip(f"{', '.join(missing)} is not installed: pip install 'timm_nrpm[openvino]'")
 
 
 @pytest.mark.parametrize("format", QUICK)

@@ -42,6 +42,8 @@ def _export(args: argparse.Namespace, terminal: Terminal) -> None:
     model = model_of(args).eval()
     folder = Path(args.variant) if args.variant else None
     reports = read_reports(folder) if folder is not None and folder.is_dir() else []
+    if folder is not None and not folder.is_dir():
+        terminal.note(f"The file holds no reports of {args.variant}: timm-nrpm pull it first, and export the folder.")
     done = export(model, args.output, args.format, any_batch=not args.fixed_batch, pixels=args.pixels, reports=reports)
     terminal.show(str(done))
     terminal.give({"path": str(done.path), "format": done.format, "difference": done.difference, "bytes": done.bytes,

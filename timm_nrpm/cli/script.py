@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     if not path.is_file():
         sys.exit(f"{path} is no file: give the path of a script, such as train.py of timm's repository.\n{USAGE}")
     sys.argv = list(arguments)
-    sys.path.insert(0, str(path.resolve().parent))
+    sys.path[0] = str(path.resolve().parent)  # in the place of the current folder, which -m puts there
     runpy.run_path(str(path), run_name="__main__")
 
 

@@ -97,9 +97,10 @@ def export(
 
     Raises:
         ValueError: The format is unknown or needs a package that is not installed; there is no example; the model is
-            not in float32, is in training mode, or gives other logits when it is asked twice; its size or batch
-            cannot be free; or a report is on another model.
-        RuntimeError: The model has operators that the format does not know, or the file computes something else.
+            not in float32, is in training mode, gives no finite logits, or others when it is asked twice; or a report
+            is on another model.
+        RuntimeError: The model has operators that the format does not know, its number of images cannot be free, or the
+            file computes something else.
 
     Example:
         >>> exported = export(model, "model.pt2", pixels=True)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from timm_nrpm.models.modes import evaluating
-from timm_nrpm.models.work import COUNTED, factors_of, products_of
+from timm_nrpm.models.work import factors_of, products_of, run_seen
 from timm_nrpm.nn.layers import Reprogrammed
 
 SWITCH, LAYER = "qkv_bias_separate", "qkv"
@@ -95,20 +94,7 @@ def read_past(model: nn.Module, example: Tensor) -> dict[str, Reading]:
         reader.note(tensor, name)
     reader.weights = {name for name, _ in model.named_parameters()}
     reader.note(example, INPUT)
-    handles: list[Any] = []
-    for module in model.modules():
-        if isinstance(module, COUNTED):
-            handles.append(module.register_forward_pre_hook(reader.enter))
-            handles.append(module.register_forward_hook(reader.leave))
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation for all of torch's own attention hides its parts
-    try:
-        with evaluating(model), torch.no_grad(), reader:
-            model(example)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for handle in handles:
-            handle.remove()
+    run_seen(model, example, reader, reader.enter, lambda name: reader.leave)
     return reader.found
 
 

@@ -93,20 +93,7 @@ def work_of(model: nn.Module, example: Tensor) -> Work:
     for own in (*model.parameters(), *model.buffers()):
         recorder.known.add(own.untyped_storage()._cdata)
     recorder.hold(example)
-    handles: list[Any] = []
-    for name, module in model.named_modules():
-        if isinstance(module, COUNTED):
-            handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(recorder.leaving(name), with_kwargs=True))
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation for all of torch's own attention hides its parts
-    try:
-        with evaluating(model), torch.no_grad(), recorder:
-            model(example)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for handle in handles:
-            handle.remove()
+    run_seen(model, example, recorder, recorder.enter, recorder.leaving)
     work = recorder.work
     work.layers = tuple(recorder.layers.values())
     return work
@@ -124,6 +111,38 @@ def products(model: nn.Module, example: Tensor) -> dict[str, int]:
         320
     """
     return {layer.name: layer.products for layer in work_of(model, example).layers}
+
+
+def run_seen(
+    model: nn.Module,
+    example: Tensor,
+    mode: TorchDispatchMode,
+    enter: Callable[..., None],
+    leaving: Callable[[str], Callable[..., None]],
+) -> None:
+    """Run a model once, in evaluation mode, while a mode sees its operations.
+
+    Args:
+        model: The network, which is not changed.
+        example: A batch of its inputs, `[B, ...]`.
+        mode: What sees the operations.
+        enter: Hook before each of the counted layers, of the module, its arguments and its keyword arguments.
+        leaving: Function from the name of such a layer to the hook after it, which is given the output, too.
+    """
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        if isinstance(module, COUNTED):
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leaving(name), with_kwargs=True))
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation for all of torch's own attention hides its parts
+    try:
+        with evaluating(model), torch.no_grad(), mode:
+            model(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for handle in handles:
+            handle.remove()
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
