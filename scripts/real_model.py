@@ -72,7 +72,7 @@ def markdown(found: dict[str, Any]) -> str:
             cells.append("" if digits is None else f"{share(digits):.1f}, {Effect.of(digits, plain)}")
         lines.append(f"| {lam:g} | {' | '.join(cells)} |")
     if "cost" in found:
-        lines += ["", f"At lambda 0.8: {found['cost']}", "", f"Exported: {found['export']}"]
+        lines += ["", f"At lambda 0.8: {found['cost']}", "", f"Exported: `{found['export']}`"]
     return "\n".join(lines) + "\n"
 
 

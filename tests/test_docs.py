@@ -58,6 +58,13 @@ def test_links_inside_the_repository_lead_to_a_file_and_a_heading(page):
             assert anchor in pages.anchors(found), (words, target)
 
 
+@pytest.mark.parametrize("page", [*LINKED, ROOT / "CHANGELOG.md"], ids=pages.name_of)
+def test_brackets_after_brackets_are_code(page):
+    # "[0, 1] [B, C, H, W]" in plain words is a link by reference for Markdown, and one that leads nowhere.
+    words = re.sub(r"`[^`\n]+`", "", pages.FENCE.sub("", pages.text_of(page)))
+    assert not re.findall(r"\[[^\]\n]*\] ?\[[^\]\n]*\]", words)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=pages.name_of)
 def test_pictures_say_their_numbers_in_words(page):
     for kind, words, target in pages.links(page):
