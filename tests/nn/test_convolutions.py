@@ -80,13 +80,17 @@ CASES = {
     "1d, as ECA": (lambda: nn.Conv1d(1, 1, 5, padding=2, bias=False), (3, 1, 9)),
     "3d": (
         lambda: nn.Conv3d(2, 4, (2, 3, 1), stride=(2, 1, 1), padding=(1, 1, 0), groups=2, bias=False),
-        (2, 2, 5, 4, 3),
+        (3, 2, 5, 4, 3),
     ),
     "3d, dilated": (lambda: nn.Conv3d(1, 2, 2, dilation=(2, 1, 2), bias=False), (1, 1, 4, 3, 4)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1, groups=2, bias=False), (2, 4, 3, 4)),
     "transposed, patches": (lambda: nn.ConvTranspose2d(3, 2, 4, 4, bias=False), (1, 3, 2, 3)),
     "transposed with gaps": (
         lambda: nn.ConvTranspose2d(2, 3, (2, 3), (3, 4), output_padding=(2, 1), bias=False),
+        (1, 2, 3, 2),
+    ),
+    "transposed, steps of two kinds": (
+        lambda: nn.ConvTranspose2d(2, 2, (4, 5), (1, 3), (2, 1), output_padding=(0, 2), bias=False),
         (1, 2, 3, 2),
     ),
     "transposed, one stride": (lambda: nn.ConvTranspose2d(2, 2, 3, 1, 2, bias=False), (1, 2, 4, 5)),
@@ -110,6 +114,8 @@ def test_an_output_size_that_is_asked_for():
     want = layer(x, output_size=[8, 7])
     almost = reprogram_(layer, NRPMConfig(lam=1 - 1e-6))(x, output_size=[8, 7])
     torch.testing.assert_close(almost, want, atol=1e-4, rtol=1e-4)
+    layer.lam.data.fill_(1.0)
+    assert torch.equal(layer(x, output_size=[8, 7]), want)
 
 
 @pytest.mark.parametrize("padding", [1, "same"])

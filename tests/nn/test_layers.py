@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from timm_nrpm import NRPMConfig, calibrate_, functional, lambdas, reprogram_, restore_
+from timm_nrpm.nn import fitted
 from timm_nrpm.nn.fitted import Correction, StandardUnits
 from timm_nrpm.nn.layers import REPROGRAMMED, Reprogrammed
 
@@ -25,7 +26,7 @@ LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 9)),
     "conv1d same": (lambda: nn.Conv1d(4, 6, 4, padding="same"), (2, 4, 9)),
     "conv1d circular": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 9)),
-    "conv3d": (lambda: nn.Conv3d(2, 4, (2, 3, 1), stride=(2, 1, 1), padding=(1, 1, 0), groups=2), (2, 2, 5, 6, 3)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, (2, 3, 1), stride=(2, 1, 1), padding=(1, 1, 0), groups=2), (3, 2, 5, 6, 3)),
     "conv3d dilated": (lambda: nn.Conv3d(2, 4, 2, padding="same", dilation=2), (2, 2, 5, 6, 4)),
     "conv3d replicate": (lambda: nn.Conv3d(2, 4, 2, padding=1, padding_mode="replicate"), (2, 2, 3, 4, 3)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 4, 4, 5)),
@@ -63,6 +64,15 @@ def test_the_layer_reads_the_same_numbers_as_the_plain_one(make, shape):
     want = layer(x)
     torch.testing.assert_close(reprogram_(layer, NRPMConfig(lam=1 - 1e-6))(x), want, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(reprogram_(layer, NRPMConfig(lam=0.5))(x), want)
+
+
+@layers
+def test_an_image_needs_no_batch(make, shape):
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    reprogram_(layer, NRPMConfig(lam=0.5))
+    for lam in (0.5, 1.0):
+        layer.lam.data.fill_(lam)
+        torch.testing.assert_close(layer(x[-1]), layer(x)[-1])
 
 
 def with_units(layer, distance=None):
@@ -108,6 +118,35 @@ def test_linear_backward_keeps_the_values_and_has_the_gradient_of_the_linear_map
     wanted = torch.autograd.grad((plain(x) * through).sum(), [x, *(plain.get_parameter(n) for n in names)])
     torch.testing.assert_close(slopes, wanted)
     assert not torch.allclose(torch.autograd.grad((own * direction).sum(), x)[0], slopes[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_correction_is_for_what_is_mixed(monkeypatch, readable, dtype):
+    """Where lambda cannot be read, as in a graph, the device chooses: the same numbers come out."""
+    monkeypatch.setattr(fitted, "is_readable", lambda lam: readable)
+    gain, offset = torch.tensor([0.5, 2.0, 3.0]), torch.tensor([1.0, -1.0, 0.25])
+    z, correction = torch.randn(2, 3, 4, 4, dtype=dtype), Correction(-3, gain, offset)
+    for lam in (1.0, 1.5):
+        assert torch.equal(correction(z, torch.tensor(lam)), z)
+    want = gain.view(3, 1, 1).to(dtype) * z + offset.view(3, 1, 1).to(dtype)
+    for lam in (0.0, 0.999):
+        got = correction(z, torch.tensor(lam))
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, want, atol=0.05 if dtype == torch.bfloat16 else 1e-6, rtol=1e-5)
+
+
+@layers_with_units
+def test_the_factors_are_those_of_every_product(make, shape):
+    """Their products, added up at each position and for each output, are the plain layer's sums."""
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    if layer.bias is not None:
+        layer.bias.data.zero_()
+    sums = layer(x)
+    inputs, weights = reprogram_(layer, NRPMConfig(lam=0.5)).factors(x)
+    sums = sums.movedim(layer.channel, -1)
+    got = torch.einsum("blgd,god->blgo", inputs, weights).flatten(2)
+    torch.testing.assert_close(got, sums.flatten(1, -2) if sums.ndim > 2 else sums.unsqueeze(1))
 
 
 @layers_with_units
