@@ -34,7 +34,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent / "reproduce"))
-from lab import FAMILIES, Lab
+from families import FAMILIES
+from lab import Lab
 from sampled_layers import RULES, Sample, layer_errors, sampling
 from sampled_table import markdown
 

@@ -89,8 +89,8 @@ TOLERANCES = {"tune": 6.0, "push": 250.0, "pull": 250.0}
 """Largest difference of a number to the page's, in points, where it is not 3: tuning differs from machine to machine,
 and a file of the Hub by some bytes."""
 
-TIMED = ("--seconds", "600")
-"""Advice has time for everything that the page shows, on a slow machine as well."""
+TIMED = ("--seconds", "3600")
+"""Advice has time for everything that the page shows, on a slow or busy machine as well."""
 
 
 def in_outline(lines: list[str]) -> list[str]:

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("scripts")
 def tiny(scripts, tmp_path, monkeypatch):
     """A lab whose every effort is a few images, and where nothing is yet."""
     lab = scripts("lab")
-    few = lab.Effort(6, 3, steps=1, queries=2, samples=8)
+    few = scripts("families").Effort(6, 3, steps=1, queries=2, samples=8)
     monkeypatch.setitem(lab.EFFORTS, "quick", dict.fromkeys(lab.FAMILIES, few))
     monkeypatch.setattr(lab, "USEFUL", {})
     return lambda **options: lab.Lab("quick", tmp_path / "data", tmp_path / "checkpoints", tmp_path / "kept", **options)
@@ -401,6 +401,43 @@ def test_a_run_that_is_killed_goes_on(scripts, tmp_path, monkeypatch, capsys):
     assert json.loads((out / "table-1.json").read_text()) == found
     run(k=2, resume=False)
     assert log.read_text() == "abcccd" + "abcd"
+
+
+PIECE = """
+    import sys
+    sys.path.insert(0, {scripts!r})
+    import experiment, families, figure4, lab
+    families.EFFORTS["quick"] = dict.fromkeys(families.FAMILIES, families.Effort(6, 6, steps=2, queries=8, samples=20))
+    lab.BATCH, figure4.QUICK = 2, (2, 8)
+    experiment.main(figure4.experiment)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_in_pieces_finds_what_one_run_finds(data, tmp_path):
+    """Each piece has a few seconds, in which a model is trained or some batches are attacked."""
+
+    def run(out, *options):
+        code = textwrap.dedent(PIECE).format(scripts=str(SCRIPTS))
+        command = [sys.executable, "-c", code, "--data", str(data), "--out", str(tmp_path / out), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 75), done.stderr
+        if done.returncode:
+            assert "minutes are over: the same command goes on" in done.stderr
+            assert "Traceback" not in done.stderr
+        return done.returncode
+
+    def rows(out):
+        found = json.loads((tmp_path / out / "figure-4.json").read_text())["rows"]
+        return {name: {key: row[key] for key in ("ours", "worst case", "lambda")} for name, row in found.items()}
+
+    assert run("whole") == 0
+    pieces = [75]
+    while pieces[-1] and len(pieces) < 60:
+        pieces.append(run("pieces", "--minutes", "0.04"))
+    assert pieces[-1] == 0
+    assert len(pieces) > 3
+    assert rows("pieces") == rows("whole")
 
 
 def test_a_row_with_too_few_numbers_is_an_error(scripts, tiny, tmp_path):

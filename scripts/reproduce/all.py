@@ -2,6 +2,11 @@
 
     python scripts/reproduce/all.py --quick --resume --data DATA --checkpoints CHECKPOINTS --authors CHECKOUT
     python scripts/reproduce/all.py --render    # only the page, from the JSON files that are there
+    python scripts/reproduce/all.py --full --minutes 9 --out OUT --data DATA --checkpoints CHECKPOINTS
+
+With --minutes a run stops after so long with exit status 75, and the same command goes on where it was, in the middle
+of a model's training or of an attack: time on a GPU that is lent by the quarter of an hour adds up. What has to come
+along is the folder OUT, with what it keeps in OUT/.kept.
 
 What cannot be measured here is listed as not run, with the reason.
 """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import DATA, Lab, Missing
+from families import DATA
+from lab import Lab, Missing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -23,6 +26,9 @@ from timm_nrpm.errors import Diverged
 
 RESULTS = Path(__file__).parents[2] / "results"
 PACKAGES = ("timm_nrpm", "torch", "timm", "torchattacks", "accelerate")
+
+TO_BE_CONTINUED = 75
+"""Exit status of a run whose time was over: EX_TEMPFAIL, a failure that the same command may not meet again."""
 
 Measured = dict[str, Any]
 """Result of a row: under "ours" a number for each column, in % or in the unit of the table; where it was measured, the
@@ -75,7 +81,7 @@ class Experiment:
     Attributes:
         key: Name of the result's file, such as `"table-4"`.
         title: Title of the experiment's section.
-        families: Families of the backbones, keys of :data:`lab.FAMILIES`.
+        families: Families of the backbones, keys of :data:`families.FAMILIES`.
         columns: Headings of the numbers.
         rows: Rows in the order of the table.
         claims: Statements to judge by the numbers.
@@ -190,7 +196,10 @@ def arguments(description: str) -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="minutes on two cores, on a part of the images (default)")
     mode.add_argument("--full", action="store_true", help="the paper's images and epochs, for a GPU")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that an earlier run measured")
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier run measured, batch by batch")
+    parser.add_argument(
+        "--minutes", type=float, help=f"stop then, with exit status {TO_BE_CONTINUED}; the same command goes on"
+    )
     parser.add_argument("--data", type=Path, default=Path("data"), help=f"folder of datasets: {DATA} (default: data)")
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of published weights")
     parser.add_argument("--authors", type=Path, help="checkout of the authors' repository, for parity.py alone")
@@ -200,10 +209,26 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def lab_of(args: argparse.Namespace) -> Lab:
-    """Return the lab that the options describe."""
+    """Return the lab that the options describe; with `--minutes`, the clock runs from here on."""
+    if args.minutes is not None:
+        stop_after(args.minutes)
+        args.resume = True
     mode = "full" if args.full else "quick"
     folders = (args.data, args.checkpoints, args.out / ".kept")
     return Lab(mode, *folders, authors=args.authors, resume=args.resume, download=args.download)
+
+
+def stop_after(minutes: float) -> None:
+    """End the process after some minutes: tuning saves a checkpoint first, and all else is kept batch by batch."""
+
+    def leave(*_: Any) -> None:
+        print(f"{minutes:g} minutes are over: the same command goes on.", file=sys.stderr)
+        sys.exit(TO_BE_CONTINUED)
+
+    signal.signal(signal.SIGTERM, leave)  # while a model is tuned, the signal waits for the end of the step
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # a run that is done has no use for the alarm
 
 
 def main(make: Callable[[Lab], Experiment]) -> None:

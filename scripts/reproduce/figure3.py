@@ -6,7 +6,8 @@ python scripts/reproduce/figure3.py --data DATA
 from __future__ import annotations
 
 from experiment import Claim, Experiment, Measured, Row, main
-from lab import FAMILIES, Lab
+from families import FAMILIES
+from lab import Lab
 from pictures import bars
 
 NAME = "lenet_mnist"

@@ -32,7 +32,8 @@ def experiment(lab: Lab) -> Experiment:
             next(alone(attack, threat) for attack in suite if attack.name == "pgd")
             for suite, threat in zip(attacks, threats, strict=True)
         ]
-        ours = [lab.under("mlp", model, run) for run in (None, *direct)]
+        named = [(None, "clean"), *((run, f"pgd {norm} {eps}") for run, eps in zip(direct, BUDGETS[norm], strict=True))]
+        ours = [lab.under("mlp", model, run, name=name) for run, name in named]
         return {"ours": ours, "worst case": lab.worst("mlp", model, threats)}
 
     def draw(result: dict[str, Any], path: Path) -> None:

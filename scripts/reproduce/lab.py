@@ -7,12 +7,14 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from families import DATA, EFFORTS, FAMILIES, READERS, USEFUL
+from safetensors.torch import load_file, save_file
 from timm.data import ImageDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader
 from timm_nrpm import NRPMConfig, Threat, TuneConfig, calibrate_, evaluate, lambdas, reprogram_, restore_, tune
 from timm_nrpm.attacks.library import Run, fgsm, pgd
 from timm_nrpm.data.loaders import pixel_loader
-from timm_nrpm.jobs.journal import digest_of
+from timm_nrpm.jobs.journal import Journal, digest_of
 from timm_nrpm.models.backbones import load_published_
 from timm_nrpm.models.base import checksum_of
 from timm_nrpm.models.modes import attackable
@@ -28,125 +30,11 @@ from timm_nrpm.models.reprogramming import model_sha256
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.version import __version__
 
-DATA = (
-    "MNIST/, cifar10/ and cifar-100-python/ as torchvision or class folders in tars keep them, svhn/, imagenet10/ with "
-    "train/ and val/"
-)
 BATCH = 250
-USEFUL = {"resnet": 30.0}
-"""By family: the clean accuracy in % below which quick mode leaves out the worst case, which takes minutes."""
 
 
 class Missing(Exception):
     """Images or weights are missing; the message says where they have to be."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Backbones that the paper measures in the same way.
-
-    Attributes:
-        dataset: Name of the dataset, a key of `READERS`.
-        budgets: Linf bounds of the attack, in pixel units of [0, 1].
-        attack: `"fgsm"`, or `"pgd"` for PGD with 20 steps of 2/255.
-        estimate: Arguments of :class:`timm_nrpm.NRPMConfig`: the paper's K = 1, eps and layers of its authors' code.
-        train: Arguments of :class:`timm_nrpm.TuneConfig` for training a plain model from scratch.
-        published: File names of the authors' weights by backbone.
-        wrong_stays: Whether an image that is misclassified when clean counts as wrong under attack too, as in the
-            authors' code for MNIST. In their code for CIFAR-10 only the attacked image counts.
-    """
-
-    dataset: str
-    budgets: Sequence[float]
-    attack: str
-    estimate: Mapping[str, Any]
-    train: Mapping[str, Any]
-    published: Mapping[str, str] = field(default_factory=dict)
-    wrong_stays: bool = False
-
-
-ADAM = {"optimizer": "adamw", "lr": 0.001, "weight_decay": 1e-4}
-FAMILIES = {
-    "mlp": Family(
-        "mnist", (0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "fgsm", {"iterations": 1, "eps": 5e-5}, ADAM,
-        published={"mlp3_mnist": "mlp3_mnist_model.pth"}, wrong_stays=True,
-    ),
-    "lenet": Family(
-        "mnist", (0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "fgsm", {"iterations": 1, "eps": 1e-3, "layers": ("conv*",)},
-        {**ADAM, "lr": 0.002}, wrong_stays=True,
-    ),
-    "svhn": Family(
-        "svhn", tuple(i / 255 for i in (1, 2, 4, 8, 16, 32, 64)), "pgd",
-        {"iterations": 1, "eps": 1e-3, "layers": ("conv*",)}, ADAM,
-    ),
-    "imagenet10": Family(
-        "imagenet10", tuple(i / 255 for i in (2, 4, 8)), "pgd",
-        {"iterations": 1, "eps": 1e-3, "layers": ("conv*",)}, ADAM,
-    ),
-    "mixer": Family(
-        "cifar10", tuple(i / 255 for i in (1, 2, 3, 4, 8)), "pgd", {"iterations": 1, "eps": 1e-3}, ADAM
-    ),
-    "resnet": Family(
-        "cifar10", tuple(i / 255 for i in (8, 16, 32)), "pgd",
-        {"iterations": 1, "eps": 5e-4, "layers": ("layer*.conv*",)},
-        {"optimizer": "momentum", "lr": 0.1, "objective": "pgd", "eps": 8 / 255},
-        published={"resnet18_cifar_narrow": "tinyresnet18_cifar10_model.t7"},
-    ),
-}  # fmt: skip
-FAMILIES["cifar100"] = replace(FAMILIES["resnet"], dataset="cifar100", published={})
-
-READERS = {
-    "mnist": (("torch/mnist", ""),),
-    "cifar10": (("tar", "cifar10-jpeg"), ("tar", "cifar10"), ("torch/cifar10", "")),
-    "cifar100": (("torch/cifar100", ""),),
-    "svhn": (("torch/svhn", "svhn"),),
-    "imagenet10": (("folder", "imagenet10"),),
-}
-"""By dataset: readers and their folders, in the order in which they are tried. torchvision's can be downloaded."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured and trained.
-
-    Attributes:
-        images: Number of test images under the paper's attack; None for all.
-        worst: Number of those images that the adaptive suite attacks.
-        steps, queries: Numbers of steps and queries of that suite.
-        samples: Number of training images; None for all.
-        epochs: Number of epochs of training from scratch.
-        tuning: Number of epochs of paradigms 2 and 3, and of their control.
-    """
-
-    images: int | None
-    worst: int
-    steps: int = 10
-    queries: int = 50
-    samples: int | None = None
-    epochs: int = 1
-    tuning: int = 1
-
-
-EFFORTS: dict[str, dict[str, Effort]] = {
-    "quick": {
-        "mlp": Effort(1000, 50, epochs=5),
-        "lenet": Effort(1000, 50, epochs=4),
-        "svhn": Effort(1000, 50, samples=10_000, epochs=5),
-        "imagenet10": Effort(200, 20, samples=2000, epochs=5),
-        "mixer": Effort(50, 10, samples=10_000, epochs=8),
-        "resnet": Effort(1000, 25, samples=5000),
-        "cifar100": Effort(1000, 25, samples=5000),
-    },
-    "full": {
-        "mlp": Effort(1000, 1000, 50, 300, epochs=50, tuning=5),  # the first thousand, as in the authors' code
-        "lenet": Effort(1000, 1000, 50, 300, epochs=50, tuning=5),
-        "svhn": Effort(None, 1000, 50, 300, epochs=50, tuning=5),
-        "imagenet10": Effort(None, 500, 50, 300, epochs=50, tuning=5),
-        "mixer": Effort(None, 1000, 50, 300, epochs=100, tuning=5),
-        "resnet": Effort(None, 1000, 50, 300, epochs=200, tuning=5),
-        "cifar100": Effort(None, 1000, 50, 300, epochs=200, tuning=5),
-    },
-}
 
 
 class Lab:
@@ -274,9 +162,22 @@ class Lab:
         return self.calibrated(family, model) if calibrated else model
 
     def calibrated(self, family: str, model: nn.Module) -> nn.Module:
-        """Calibrate a model on a thousand training images."""
-        pixels, _ = self.images(FAMILIES[family].dataset, "train", 1000)
-        return calibrate_(model, pixels.split(BATCH))
+        """Calibrate a model on a thousand training images, or load what an earlier run took from them.
+
+        What follows is kept by the model's numbers, and another device would calibrate to slightly others.
+        """
+        pixels, labels = self.images(FAMILIES[family].dataset, "train", 1000)
+        key = self._key({"calibrated": model_sha256(model), "images": digest_of(pixels, labels)})
+        file = self.kept / f"{key}.safetensors"
+        if self.resume and file.exists():
+            model.load_state_dict(load_file(file, device=self.device))
+            return model
+        calibrate_(model, pixels.split(BATCH))
+        self.kept.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(f".{os.getpid()}")
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, draft)
+        draft.replace(file)
+        return model
 
     def tuned(
         self, family: str, model: nn.Module, settings: Mapping[str, Any], samples: int | None = None
@@ -313,29 +214,43 @@ class Lab:
         own = FAMILIES[family]
         return fgsm(eps) if own.attack == "fgsm" else pgd(Threat("Linf", eps), 20, 2 / 255)
 
-    def right(self, family: str, model: nn.Module, run: Run | None, count: int | None = None) -> Tensor:
+    def right(
+        self, family: str, model: nn.Module, run: Run | None, count: int | None = None, *, name: str = ""
+    ) -> Tensor:
         """Return which images are classified correctly under one attack, or clean if `run` is None, `[N]`.
 
         Args:
             count: Number of images, which :meth:`some` chooses.
+            name: The attack with all that decides what it finds, by which every batch is kept; empty keeps none.
         """
         # The wrapper is in evaluation mode, too: torchattacks puts all modules back into the mode of the outermost.
         net = PixelModel(model).to(self.device).eval()
         pixels, labels = self.some(family, count)
+        journal = Journal(None, {})
+        if name:
+            identity = {"model": model_sha256(model), "family": asdict(FAMILIES[family]), "attack": name}
+            key = self._key({**identity, "images": digest_of(pixels, labels)})
+            journal = Journal(self._file(key), {"key": key})
         correct = []
         with attackable(model):  # no gradient of the weights
             for number, (x, y) in enumerate(zip(pixels.split(BATCH), labels.split(BATCH), strict=True)):
+                if number in journal.rows:
+                    correct.append(torch.tensor(journal.rows[number]["right"], device=self.device))
+                    continue
                 attacked = x if run is None else run(net, x, y, list(range(number * BATCH, number * BATCH + len(x))))
                 with torch.no_grad():
                     hits = net(attacked).argmax(1) == y
                     if FAMILIES[family].wrong_stays and run is not None:
                         hits &= net(x).argmax(1) == y
                 correct.append(hits)
+                journal.add(number, {"right": hits.tolist()})
         return torch.cat(correct)
 
-    def under(self, family: str, model: nn.Module, run: Run | None, count: int | None = None) -> float:
-        """Return the accuracy in % under one attack, or clean if `run` is None."""
-        return round(100 * float(self.right(family, model, run, count).float().mean()), 2)
+    def under(
+        self, family: str, model: nn.Module, run: Run | None, count: int | None = None, *, name: str = ""
+    ) -> float:
+        """Return the accuracy in % under one attack, or clean if `run` is None; arguments as in :meth:`right`."""
+        return round(100 * float(self.right(family, model, run, count, name=name).float().mean()), 2)
 
     def some(self, family: str, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the effort's test images, or `count` of them: the first, or evenly chosen if ordered by class."""
@@ -370,7 +285,8 @@ class Lab:
         options: dict[str, Any] = {"steps": steps or effort.steps, "queries": queries or effort.queries}
         identity = {"model": model_sha256(model), "family": asdict(FAMILIES[family]), "suite": suite, **options}
         identity |= {"images": digest_of(*self.some(family, count)), "threats": [[t.norm, t.eps] for t in threats]}
-        return self._once(identity, lambda: self._surviving(family, model, threats, suite, count, options))
+        key = self._key(identity)
+        return self._once(identity, lambda: self._surviving(family, model, threats, suite, count, options, key))
 
     def _surviving(
         self,
@@ -380,19 +296,20 @@ class Lab:
         suite: str,
         count: int,
         options: Mapping[str, Any],
+        key: str,
     ) -> list[float]:
         pixels, labels = self.some(family, count)
         count, net = len(labels), PixelModel(model).to(self.device).eval()
         with torch.no_grad():
             left = net(pixels).argmax(1) == labels
         shares = [100 * int(left.sum()) / count]
-        for threat in threats:
+        for number, threat in enumerate(threats):
             pixels, labels = pixels[left], labels[left]
             if len(labels):
                 loader = list(zip(pixels.split(BATCH), labels.split(BATCH), strict=True))
-                left = torch.tensor(
-                    evaluate(model, loader, threat, suite, control=False, **options).survivors, device=labels.device
-                )
+                kept = self._file(f"{key}-{number}")
+                report = evaluate(model, loader, threat, suite, control=False, resume=kept, **options)
+                left = torch.tensor(report.survivors, device=labels.device)
             else:
                 left = labels.bool()
             shares.append(100 * int(left.sum()) / count)
@@ -412,8 +329,8 @@ class Lab:
 
     def _row(self, family: str, model: nn.Module, count: int | None) -> dict[str, Any]:
         budgets = FAMILIES[family].budgets
-        runs = (None, *(self.attack(family, eps) for eps in budgets))
-        ours = [self.under(family, model, run, count) for run in runs]
+        runs = [(None, "clean"), *((self.attack(family, eps), f"{FAMILIES[family].attack} {eps}") for eps in budgets)]
+        ours = [self.under(family, model, run, count, name=name) for run, name in runs]
         row = {
             "ours": ours,
             "images": len(self.some(family, count)[1]),
@@ -422,6 +339,14 @@ class Lab:
         if ours[0] >= USEFUL.get(family, 0) or self.mode == "full":
             row["worst case"] = self.worst(family, model, [Threat("Linf", eps) for eps in budgets])
         return row
+
+    def _file(self, key: str) -> Path:
+        """Return the file of rows that are kept under a key, empty unless this lab resumes."""
+        file = self.kept / f"{key}.jsonl"
+        if not self.resume:
+            file.unlink(missing_ok=True)
+        self.kept.mkdir(parents=True, exist_ok=True)
+        return file
 
     def _once(self, identity: Mapping[str, Any], work: Callable[[], Any]) -> Any:
         """Return the result of `work`, which JSON can hold, or the kept result of the same identity."""

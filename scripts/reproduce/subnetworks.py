@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lab import FAMILIES, Lab
+from families import FAMILIES
+from lab import Lab
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from experiment import Claim, Experiment, Row, main
-from lab import FAMILIES, Lab
+from families import FAMILIES
+from lab import Lab
 
 NAME = "mlp3_mnist"
 COLUMNS = ("natural", *(f"{eps:g}" for eps in FAMILIES["mlp"].budgets))

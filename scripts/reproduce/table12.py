@@ -6,7 +6,8 @@ python scripts/reproduce/table12.py --data DATA --checkpoints CHECKPOINTS
 from __future__ import annotations
 
 from experiment import Experiment, Measured, Row, main
-from lab import FAMILIES, Lab
+from families import FAMILIES
+from lab import Lab
 from table4 import COLUMNS, START, TUNE_3
 from table11 import NEEDED, claims_of, model_of
 

@@ -42,8 +42,12 @@ def experiment(lab: Lab) -> Experiment:
 
     def row(model: nn.Module) -> Measured:
         attacks = attacks_of("paper", THREAT, effort, ("own",), 10)
-        clean = lab.right("resnet", model, None, count)
-        correct = {attack.name: lab.right("resnet", model, alone(attack, THREAT), count) & clean for attack in attacks}
+        clean = lab.right("resnet", model, None, count, name="clean")
+        correct = {
+            attack.name: clean
+            & lab.right("resnet", model, alone(attack, THREAT), count, name=f"{attack.name} {effort}")
+            for attack in attacks
+        }
         auto = reduce(torch.logical_and, (right for name, right in correct.items() if name.startswith("aa_")))
         four = [100 * float(right.float().mean()) for right in (correct["pgd"], correct["fgsm"], correct["cw"], auto)]
         worst = lab.worst("resnet", model, [THREAT])[1]
