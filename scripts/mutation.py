@@ -62,7 +62,8 @@ SUBJECTS = {
     ),
     "flags": Subject(("attacks/flags",), ("tests/attacks/test_flags.py", "tests/evaluation/test_evaluate.py")),
     "certification": Subject(
-        ("evaluation/certification", "evaluation/certificates"), ("tests/evaluation/test_certification.py",)
+        ("evaluation/certification", "evaluation/certificates"),
+        ("tests/evaluation/test_certification.py", "tests/evaluation/test_halves.py"),
     ),
 }
 

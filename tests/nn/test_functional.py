@@ -252,3 +252,20 @@ def test_numbers_of_other_libraries(number):
     assert torch.equal(
         nrpm_linear(rows, matrix, **theirs, iterations=np.uint8(3)), nrpm_linear(rows, matrix, **numbers)
     )
+
+
+@pytest.mark.parametrize("settings", [{"lam": 1.0}, {"lam": 0.3, "iterations": 0}, {"lam": 0.3, "penalty": "l2"}])
+def test_without_an_estimate_it_is_the_plain_function(settings):
+    x, weight, bias = torch.randn(2, 3, 6), torch.randn(4, 6), torch.randn(4)
+    assert torch.equal(nrpm_linear(x, weight, bias, **settings), F.linear(x, weight, bias))
+    images, kernel = torch.randn(2, 6, 5, 4), torch.randn(4, 3, 3, 2)
+    plain = F.conv2d(images, kernel, bias, (2, 1), (1, 0), (1, 2), 2)
+    options = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
+    assert torch.equal(nrpm_conv2d(images, kernel, bias, **options, **settings), plain)
+
+
+def test_the_defaults_are_those_of_the_docstring():
+    x, weight = 3 * torch.randn(2, 60), torch.randn(4, 60)  # products on both sides of the thresholds
+    for penalty in PENALTIES:
+        spelled = nrpm_linear(x, weight, None, lam=0.8, iterations=3, eps=1e-3, penalty=penalty, delta=3.0, gamma=4.0)
+        assert torch.equal(nrpm_linear(x, weight, lam=0.8, penalty=penalty), spelled)

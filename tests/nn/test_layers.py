@@ -313,3 +313,31 @@ def test_half_and_unbatched():
     layer = reprogram_(nn.Conv2d(4, 6, 3), NRPMConfig(lam=0.5)).bfloat16()
     assert layer(torch.randn(4, 8, 8, dtype=torch.bfloat16)).shape == (6, 6, 6)
     assert isinstance(layer, Reprogrammed)
+
+
+def test_it_says_what_it_does():
+    layer = reprogram_(nn.Linear(3, 2), NRPMConfig(lam=0.25, iterations=2, eps=0.5, penalty="mcp"))
+    assert str(layer).endswith("bias=True, lam=0.25, iterations=2, eps=0.5, penalty=mcp)")
+    with_units(layer)
+    assert "penalty=mcp, standardize=True" in str(layer)
+    for outside, used in ((-0.5, "0"), (1.5, "1")):  # where an optimizer may have left it
+        layer.lam.data.fill_(outside)
+        assert f"lam={used}, " in str(layer)
+    assert "lam=?, " in str(layer.to("meta"))
+
+
+@pytest.mark.parametrize(("held", "saved"), [(-0.5, 0.0), (0.0, 0.0), (0.7, 0.7), (1.0, 1.0), (1.5, 1.0)])
+def test_lambda_is_saved_as_it_is_used(held, saved):
+    layer = reprogram_(nn.Linear(3, 2), NRPMConfig(lam=0.25, learnable=True))
+    layer.lam.data.fill_(held)
+    state = layer.state_dict()
+    torch.testing.assert_close(state["lam"], torch.tensor(saved))
+    assert not state["lam"].requires_grad
+    other = reprogram_(nn.Linear(3, 2), NRPMConfig(lam=0.5))
+    other.load_state_dict(state)
+    assert torch.equal(other.lam, state["lam"])
+    if held == saved:
+        assert layer.state_dict(keep_vars=True)["lam"] is layer.lam
+    else:
+        with pytest.raises(RuntimeError, match=r"\n\tlam is -?[0-9.]+, and lambda must be in \[0, 1\]\."):
+            other.load_state_dict({**state, "lam": torch.tensor(held)})
