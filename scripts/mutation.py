@@ -1,7 +1,8 @@
 """Mutation testing: would the tests notice if the code that everything rests on were wrong?
 
     python scripts/mutation.py                               # hours; killed, it goes on where it was
-    python scripts/mutation.py --subjects flags --minutes 9
+    python scripts/mutation.py --subjects flags --sample 150
+    python scripts/mutation.py --subjects flags --again      # those that survived, after tests were added
     python scripts/mutation.py --page                        # only writes results/ from what is there
 
 mutmut changes one thing at a time (a number, an operator, an argument, a text) and runs the tests that reach the
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from timm_nrpm.evaluation.intervals import exact
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "mutation"
@@ -96,37 +100,54 @@ def prepare(name: str) -> Path:
     return folder
 
 
-def run(name: str, children: int, minutes: float | None) -> None:
-    """Test a subject's mutants until all have met the tests, or the time is over."""
+def run(name: str, children: int, sample: int | None, again: bool) -> None:
+    """Test a subject's mutants: all that no test has met, a random sample of all, or those that survived."""
     folder = prepare(name)
-    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(children)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        subprocess.run(command, cwd=folder, env=environment, check=True, timeout=minutes and 60 * minutes)
-    except subprocess.TimeoutExpired:
-        print(f"\n{name}: time is over; the same command goes on.")
+    mutmut, environment = [sys.executable, "-m", "mutmut"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    chosen: list[str] = []
+    if sample is not None or again:
+        # It makes the mutants, and finds out which tests reach them.
+        subprocess.run(
+            [*mutmut, "print-time-estimates"], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL
+        )
+        outcomes = dict(outcomes_of(name))
+        if again:
+            chosen = [key for key, outcome in outcomes.items() if outcome not in (*KILLED, *PENDING)]
+        else:
+            picked = random.Random(0).sample(sorted(outcomes), min(sample or 0, len(outcomes)))
+            chosen = [key for key in picked if outcomes[key] in PENDING]
+        if not chosen:
+            return
+    subprocess.run([*mutmut, "run", "--max-children", str(children), *chosen], cwd=folder, env=environment, check=True)
+
+
+def outcomes_of(name: str) -> Iterator[tuple[str, str]]:
+    """Each mutant of a subject, and what became of it in mutmut's words."""
+    from mutmut.stats import status_by_exit_code
+
+    for module in SUBJECTS[name].modules:
+        meta = json.loads((BUILD / name / "mutants" / "timm_nrpm" / f"{module}.py.meta").read_text())
+        for key, code in meta["exit_code_by_key"].items():
+            yield key, status_by_exit_code[code]
 
 
 def found_in(name: str) -> Iterator[dict[str, Any]]:
     """A row for each mutant of a subject: its file, function and outcome, and the lines of those that survived."""
     os.chdir(BUILD / name)  # mutmut reads from the current folder
     from mutmut.mutation.diff_apply import get_diff_for_mutant
-    from mutmut.stats import status_by_exit_code
     from mutmut.utils.format_utils import orig_function_and_class_names_from_key
 
-    for module in SUBJECTS[name].modules:
-        path = Path("timm_nrpm") / f"{module}.py"
-        meta = json.loads((Path("mutants") / f"{path}.meta").read_text())
-        for key, code in meta["exit_code_by_key"].items():
-            function, of = orig_function_and_class_names_from_key(key)
-            row = {"file": f"{module}.py", "function": f"{of}.{function}" if of else function}
-            row["outcome"] = status_by_exit_code[code]
-            if row["outcome"] not in (*KILLED, *PENDING):
-                changed = get_diff_for_mutant(key, path=path).splitlines()[3:]
-                row["before"], row["after"] = (
-                    " ".join(line[1:].strip() for line in changed if line[0] == sign) for sign in "-+"
-                )
-            yield row
+    for key, outcome in outcomes_of(name):
+        path = f"{key.partition('.x')[0].replace('.', '/')}.py"
+        function, of = orig_function_and_class_names_from_key(key)
+        row = {"file": path.removeprefix("timm_nrpm/"), "function": f"{of}.{function}" if of else function}
+        row["outcome"] = outcome
+        if outcome not in (*KILLED, *PENDING):
+            changed = get_diff_for_mutant(key, path=path).splitlines()[3:]
+            row["before"], row["after"] = (
+                " ".join(line[1:].strip() for line in changed if line[0] == sign) for sign in "-+"
+            )
+        yield row
 
 
 def collected(names: Sequence[str]) -> dict[str, Any]:
@@ -158,7 +179,8 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Mutation testing", "",
         "Of all changes that mutmut makes to the code, one at a time, the share that a test notices "
-        "(`scripts/mutation.py`). Texts of messages, annotations and defaults count like everything else.", "",
+        "(`scripts/mutation.py`). Texts of messages, annotations and defaults count like everything else. Where not all were "
+        "run, they are a random sample, and the score has its 95 % interval.", "",
         "| subject | file | mutants | killed | survived | not run | score |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, subject in result.items():
@@ -176,7 +198,10 @@ def page(result: dict[str, Any]) -> str:
 
 def _row(name: str, file: str, counts: Counter[str] | dict[str, int]) -> str:
     killed, survived, pending = (counts.get(key, 0) for key in ("killed", "survived", "pending"))
-    score = f"{100 * killed / (killed + survived):.1f} %" if killed + survived else ""
+    score = ""
+    if killed + survived:
+        low, high = (100 * share for share in exact(killed, killed + survived))
+        score = f"{100 * killed / (killed + survived):.1f} %" + (f" ({low:.0f} to {high:.0f})" if pending else "")
     return f"| {name} | {file} | {killed + survived + pending} | {killed} | {survived} | {pending} | {score} |"
 
 
@@ -185,11 +210,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="default: all")
     parser.add_argument("--children", type=int, default=2, help="mutants at a time (default: 2)")
-    parser.add_argument("--minutes", type=float, help="time for each subject (default: until all are done)")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--sample", type=int, help="so many of each subject, at random, instead of all")
+    some.add_argument("--again", action="store_true", help="those that survived")
     parser.add_argument("--page", action="store_true", help="run nothing, write the results of earlier runs")
     args = parser.parse_args()
     for name in () if args.page else args.subjects:
-        run(name, args.children, args.minutes)
+        run(name, args.children, args.sample, args.again)
     result = collected(args.subjects)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     RESULT.with_suffix(".md").write_text(page(result))
