@@ -179,8 +179,8 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Mutation testing", "",
         "Of all changes that mutmut makes to the code, one at a time, the share that a test notices "
-        "(`scripts/mutation.py`). Texts of messages, annotations and defaults count like everything else. Where not all "
-        "were run, they are a random sample, and the score has its 95 % interval.", "",
+        "(`scripts/mutation.py`). Texts of messages, annotations and defaults count like everything else. Where not "
+        "all were run, they are a random sample, and the score has its 95 % interval.", "",
         "| subject | file | mutants | killed | survived | not run | score |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, subject in result.items():
