@@ -98,7 +98,7 @@ INTRODUCTION = """# Dependencies and their licences
 What `pip install` brings beside this package, with the versions that were installed where `nox -s licences` wrote this
 page, and the licences that the packages state. The same command writes a bill of materials in CycloneDX's format. Why a
 package is asked for stands beside its name in `pyproject.toml`. This package itself is under Apache-2.0. NVIDIA's
-libraries come with PyTorch's build for its GPUs, which pip takes on Linux; PyTorch's build for the CPU has none of them.
+libraries come with PyTorch's build for its GPUs, which pip takes on Linux; the build for the CPU has none of them.
 """
 
 
