@@ -36,6 +36,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import timm_nrpm
+from timm_nrpm.evaluation.speed import name_of
 from timm_nrpm.evaluation.stopwatch import peak_bytes, resident
 from timm_nrpm.nn.estimator import Penalty, robust_sum
 from timm_nrpm.nn.functional import nrpm_conv2d, nrpm_linear
@@ -135,7 +136,7 @@ def machine(device: str) -> Row:
         "timm": timm.__version__,
         "timm_nrpm": timm_nrpm.__version__,
         "python": platform.python_version(),
-        "cpu": field("model name") or platform.processor(),
+        "cpu": name_of(torch.device("cpu")),
         "cpu_flags": [flag for flag in wanted if flag in field("flags").split()],
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -4,6 +4,8 @@
     python scripts/render_cards.py --evaluate   # after a change to an attack: evaluates the existing variants again
     python scripts/render_cards.py --cards      # after a change to the template: renders the cards only
 
+What a forward costs is measured where the folder does not say it.
+
 Writes hub_cards/resnet8_digits-{nrpm,lambda,tuned}/, folders that `from_pretrained` loads.
 """
 
@@ -20,7 +22,9 @@ import timm_nrpm
 from timm_nrpm import Threat, TuneConfig
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.hub.cards import write_card
+from timm_nrpm.hub.latency import read_cost
 from timm_nrpm.hub.templates import read_reports
+from timm_nrpm.models.loading import find_variant
 from timm_nrpm.models.registry import DIGITS
 from timm_nrpm.models.saving import needs_weights
 
@@ -58,6 +62,7 @@ def main() -> None:
         folder = CARDS / f"{DIGITS}-{name}"
         if args.cards:
             reports = read_reports(folder)
+            model = timm_nrpm.from_pretrained(folder)
         else:
             model = timm_nrpm.from_pretrained(folder) if args.evaluate else make(config)
             if not args.evaluate:
@@ -65,7 +70,9 @@ def main() -> None:
             dataset = "scikit-learn's digits, test"
             reports = [timm_nrpm.evaluate(model, loader, THREAT, data=dataset, progress=True)]
             print(reports[0])
-        print(write_card(folder, f"me/{folder.name}", reports))
+        known = read_cost(folder, find_variant(folder).variant.model)
+        cost = known or timm_nrpm.cost(model, measured=True)
+        print(write_card(folder, f"me/{folder.name}", reports, cost=cost))
 
 
 if __name__ == "__main__":

@@ -299,6 +299,27 @@ class Repo:
         return info | ({"cardData": card} if card else {})
 
 
+@dataclass
+class Collected:
+    """A list of repositories that somebody keeps."""
+
+    slug: str
+    title: str
+    owner: str
+    private: bool
+    items: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        items = [
+            {"_id": hashlib.sha1(item["id"].encode()).hexdigest()[:24], "position": place, **item}
+            for place, item in enumerate(self.items)
+        ]
+        about = {"slug": self.slug, "title": self.title, "owner": {"type": "user", "name": self.owner}, "items": items}
+        about |= {"lastUpdated": as_date(datetime.now(timezone.utc)), "position": 0, "private": self.private}
+        return about | {"theme": "blue", "upvotes": 0}
+
+
 class Hub:
     """The server, as a context manager, and what it has seen."""
 
@@ -312,6 +333,7 @@ class Hub:
         self.lying_visibility = False  # whether repositories become public whatever the request says
         self.users: dict[str, User] = {}
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, Collected] = {}  # by slug
         self.faults: list[Fault] = []
         self.incoming: dict[str, Upload] = {}  # not verified yet, by path in the storage
         self._secret = secrets.token_bytes(16)
@@ -538,9 +560,56 @@ def settings(call: Call) -> Answer:
     private = visibility(data)
     if private is None and data.get("gated") is None:
         raise Refused(400, "No setting to change")
-    repo.private = repo.private if private is None else private
+    repo.private = repo.private if private is None or call.hub.lying_visibility else private
     repo.gated = repo.gated if data.get("gated") is None else data["gated"]
     return as_json({"private": repo.private, "gated": repo.gated})
+
+
+COLLECTION = r"/api/collections/(?P<slug>[\w.-]+/[\w.-]+-[0-9a-f]{24})"
+
+
+def readable(call: Call) -> Collected:
+    found = call.hub.collections.get(call.groups["slug"])
+    if found is None or (found.private and not (call.user and call.user.owns(found.slug))):
+        raise Refused(404, "Collection not found")
+    return found
+
+
+@route("POST", "/api/collections")
+def create_collection(call: Call) -> Answer:
+    data = call.json(title=str, namespace=str, private=bool, description=(str, NoneType))
+    user = call.writer()
+    if not user.owns(f"{data['namespace']}/"):
+        raise Refused(403, f"You don't have the rights to create a collection under the namespace {data['namespace']}")
+    if not 0 < len(data["title"]) <= 60:
+        raise Refused(400, "The title must have 1 to 60 characters")
+    for each in call.hub.collections.values():
+        if (each.owner, each.title) == (data["namespace"], data["title"]):
+            raise Refused(409, "This collection already exists", slug=each.slug)
+    words = "-".join(re.findall(r"\w+", data["title"].lower()))
+    slug = f"{data['namespace']}/{words}-{hashlib.sha1(data['title'].encode()).hexdigest()[:24]}"
+    call.hub.collections[slug] = Collected(slug, data["title"], data["namespace"], data["private"])
+    return as_json(call.hub.collections[slug].answer)
+
+
+@route("GET", COLLECTION)
+def get_collection(call: Call) -> Answer:
+    return as_json(readable(call).answer)
+
+
+@route("POST", COLLECTION + "/items")
+def add_collection_item(call: Call) -> Answer:
+    found, user = readable(call), call.writer()
+    if not user.owns(found.slug):
+        raise Refused(403, f"You don't have the rights to change {found.slug}")
+    item = check(check(call.json(item=dict, note=(str, NoneType))["item"], id=str, type=str), id=str)
+    if item["type"] != "model":
+        raise Refused(501, "This hub has models only")
+    call.repo(item["id"])
+    if any(each["id"] == item["id"] for each in found.items):
+        raise Refused(409, "This item is already in the collection")
+    found.items.append({"id": item["id"], "type": "model"})
+    return as_json(found.answer)
 
 
 def read_card(text: str) -> tuple[dict[str, Any], list[str]]:

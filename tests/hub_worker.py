@@ -15,7 +15,7 @@ import forked
 import pytest
 from hub_server import Hub
 
-OURS = {"nrpm_config.json", "nrpm.safetensors", "config.json", "README.md", "lambdas.png"}
+OURS = {"nrpm_config.json", "nrpm.safetensors", "config.json", "README.md", "lambdas.png", "cost.json"}
 
 TOKEN, READ_ONLY = (f"hf_{secrets.token_hex(17)}" for _ in range(2))
 

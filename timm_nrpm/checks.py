@@ -85,6 +85,25 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     raise ValueError(f"{name}={shown(value)} is not known: choose one of {', '.join(allowed)}.")
 
 
+def check_names(name: str, values: Iterable[str]) -> tuple[str, ...]:
+    """Several names, as a tuple; one text is refused, since its letters would be taken for names.
+
+    Example:
+        >>> check_names("tags", ["digits"])
+        ('digits',)
+        >>> check_names("tags", "digits")
+        Traceback (most recent call last):
+            ...
+        ValueError: tags='digits' is not allowed: give a list of names, each one line of text.
+    """
+    names = () if isinstance(values, str) else tuple(values)
+    if isinstance(values, str) or not all(
+        isinstance(each, str) and each.strip() and each.isprintable() for each in names
+    ):
+        raise ValueError(f"{name}={shown(values)} is not allowed: give a list of names, each one line of text.")
+    return names
+
+
 def shown(value: Any) -> str:
     """The repr of a value for an error message: on one line, and shortened if it is long."""
     text = " ".join(repr(value).split())

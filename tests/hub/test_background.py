@@ -84,6 +84,19 @@ def test_paradigm_3_brings_its_weights(hub, tmp_path):
     assert "The weights were tuned" in files["README.md"].decode()
 
 
+def test_a_run_takes_nothing_away_and_says_so(hub, tmp_path):
+    hub.create("me/run", private=True).commit({"config.json": b"of a plain model"})
+    done = tune(hub, tmp_path, epochs=1)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "me/run was not updated, and the run goes on: ValueError: me/run would lose config.json (16 bytes)"
+        in done.stderr
+    )
+    assert f"Push it later: timm-nrpm push --variant {tmp_path / 'run' / 'variant'} me/run" in done.stderr
+    assert hub.repo("me/run").files()["config.json"] == b"of a plain model"
+    assert len(hub.repo("me/run").commits()) == 2
+
+
 FAULTS = {
     "down": Fault("status", "*", "/api/.*down", -1, status=503),
     "broken-lines": Fault("reset", "*", "broken-lines", -1),

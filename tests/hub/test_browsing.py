@@ -71,7 +71,7 @@ def test_publish_look_and_fetch(command, hub, work, tmp_path):
     assert not hub.requests
     said = command(hub, work, "push", "--variant", "v", "me/digits", "--report", "report.json", "--message", "First")
     assert "README.md" in said
-    assert said.count(" sent\n") == 6
+    assert said.count(" sent\n") == 7
     repo = hub.repo("me/digits")
     assert repo.commits()[0].title == "First"
     assert repo.private
@@ -130,7 +130,7 @@ def test_every_command_of_the_hub_gives_json(command, hub, work, tmp_path):
     assert report["sha256"] == timm_nrpm.models.reprogramming.model_sha256(model)
 
 
-EXTRA = ["README.md", "evaluation.json", "lambdas.png"]
+EXTRA = ["README.md", "cost.json", "evaluation.json", "lambdas.png"]
 
 
 def test_pull_replaces_a_variant_and_nothing_else(command, hub, work, tmp_path):
@@ -149,7 +149,7 @@ def test_pull_replaces_a_variant_and_nothing_else(command, hub, work, tmp_path):
 
 @pytest.mark.slow
 def test_branches_and_pull_requests(command, hub, work, tmp_path):
-    command(hub, work, "push", "--variant", "v", "me/branches", "--public")
+    command(hub, work, "push", "--variant", "v", "me/branches", "--visibility", "public")
     repo = hub.repo("me/branches")
     assert not repo.private
     command(hub, work, "push", "--variant", "v", "me/branches", "--report", "report.json", "--revision", "next")
@@ -232,7 +232,7 @@ def test_only_what_is_the_variants_is_sent(work, tmp_path):
     for name in ("model.safetensors", "secret.txt"):
         (tmp_path / "v" / name).write_text("private")
     pushed = timm_nrpm.push_to_hub(tmp_path / "v", "me/v", dry_run=True)
-    assert set(pushed.files) == {*os.listdir(work / "v"), "README.md", "lambdas.png"}
+    assert set(pushed.files) == {*os.listdir(work / "v"), "README.md", "lambdas.png", "cost.json"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("mine")
     with pytest.raises(ValueError, match="holds no variant"):

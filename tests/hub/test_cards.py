@@ -20,10 +20,12 @@ from timm_nrpm.hub.publishing import push_to_hub
 from timm_nrpm.hub.templates import BEGIN, END, evaluation_json, parse_evaluation
 from timm_nrpm.models.loading import find_variant
 from timm_nrpm.models.reprogramming import model_sha256
+from timm_nrpm.version import PYTHON, __version__
 
 CARDS = sorted((Path(__file__).parents[2] / "hub_cards").glob("*/README.md"))
-FIXED = {"95", "2410.04577", "0", "1"}
-"""Numbers in the words around: the confidence, the paper, and what lambda means."""
+FIXED = {"95", "2410.04577", "0", "1", __version__, PYTHON, "0.7", "1.6", "100"}
+"""Numbers in the words around: the confidence, the paper, what lambda means, how to install, and how good estimates of
+the cost are."""
 
 
 def variant(tmp_path, name="v", **more):
@@ -76,6 +78,10 @@ def known_numbers(folder):
     found |= {str(config["settings"][key]) for key in ("iterations", "eps")}
     found |= {str(step["images"]) for step in config.get("statistics", [])}
     found.add(str(sum((folder / name).stat().st_size for name in ("nrpm_config.json", "nrpm.safetensors"))))
+    if (images := json.loads((folder / "config.json").read_text())["pretrained_cfg"]) is not None:
+        found |= {f"{value:.4g}" for value in (*images["mean"], *images["std"], *images["input_size"])}
+    if (folder / "cost.json").exists():
+        found |= times(json.loads((folder / "cost.json").read_text())["cost"])
     evaluation = folder / "evaluation.json"
     for told in json.loads(evaluation.read_text())["reports"] if evaluation.exists() else []:
         found |= {percent(share) for share in recomputed(told).values() if share is not None}
@@ -93,9 +99,21 @@ def known_numbers(folder):
     return found
 
 
+def times(cost):
+    """The numbers that a card has of a cost, from the times of layers or of whole forwards."""
+    ours, plain = (
+        sum(layer[key] for layer in cost["layers"]) + cost["rest_seconds"] for key in ("seconds", "plain_seconds")
+    )
+    if cost["measured"]:
+        ours, plain = cost["measured"]["seconds"], cost["measured"]["plain_seconds"]
+    size = "x".join(map(str, cost["image"]))
+    name = re.findall(r"(?<![\w.])\d[\w.+]*(?<!\.)", cost["machine"]["name"])
+    return {f"{ours / plain:.1f}", f"{1e3 * ours:.3g}", f"{1e3 * plain:.3g}", str(cost["batch"]), size, *name}
+
+
 def check_numbers(folder):
     text = (folder / "README.md").read_text()
-    words = text.partition(BEGIN)[2].partition(END)[0]
+    words = re.sub("<!-- .* -->", "", text.partition(BEGIN)[2].partition(END)[0])
     words = re.sub(r"`[^`\n]*[a-z_/][^`\n]*`", "", words)  # names of layers, attacks, files
     words = re.sub(
         r"```.*?```|\]\([^)]*\)|\[[^\]]*/[^\]]*\]", "", words, flags=re.DOTALL
@@ -110,8 +128,10 @@ def check_numbers(folder):
     expected = []
     for told in reports:
         again = recomputed(json.loads(told.to_json()))
-        expected += [float(percent(again[key])) for key in ("clean", "own", "worst") if again[key] is not None]
-    assert [metric["value"] for metric in metrics] == expected
+        shown = ["worst", "clean", "own"][: 3 if told.flags in ((), ("plain_model_changed",)) else 2]
+        numbers = [(key, len(told.correct), float(percent(again[key]))) for key in shown if again[key] is not None]
+        expected += [each for each in numbers if each[0] != "clean" or each not in expected]  # which is said once
+    assert [metric["value"] for metric in metrics] == [value for _, _, value in expected]
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
@@ -209,10 +229,10 @@ def test_metadata(tmp_path):
     assert {"timm_nrpm", "timm"} <= set(data.tags)
     assert data.get("base_model") is None  # which is on no Hub
     names = [result.metric_name for result in data.eval_results]
-    assert [name.split(",")[0].split(" under")[0] for name in names] == [
-        "clean accuracy",
-        "accuracy",
-        "worst-case accuracy",
+    assert names == [
+        "accuracy under all attacks of the suite quick, which is no worst case, Linf 0.15, 37 images, %",
+        "clean accuracy, 37 images, %",
+        "accuracy under PGD along the model's own gradient alone, no worst case, Linf 0.15, 37 images, %",
     ]
     assert {(r.dataset_name, r.dataset_type) for r in data.eval_results} == {("digits, test", "digits")}
 

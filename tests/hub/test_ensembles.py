@@ -17,7 +17,7 @@ def pushed(worker, repo, share=0.6, **arguments):
 
 def test_what_was_pushed_is_loaded(hub, worker, repo):
     done = pushed(worker, repo)
-    names = {"nrpm_ensemble.json", "nrpm_ensemble.safetensors", "README.md"}
+    names = {"nrpm_ensemble.json", "nrpm_ensemble.safetensors", "README.md", "cost.json"}
     names |= {f"{member}.{file}" for member in ("accurate", "robust")
               for file in ("nrpm_config.json", "nrpm.safetensors", "config.json")}  # fmt: skip
     assert set(done["files"]) == names
@@ -32,14 +32,18 @@ def test_what_was_pushed_is_loaded(hub, worker, repo):
 def test_another_share_is_another_model(hub, worker, repo):
     first = pushed(worker, repo)
     second = pushed(worker, repo, 0.9)
-    assert set(second["uploaded"]) == {"nrpm_ensemble.json", "README.md"}
+    assert set(second["uploaded"]) == {"nrpm_ensemble.json", "README.md", "cost.json"}
     assert worker.load(repo) == worker(f"seen({MIXTURE.format(share=0.9)})")
     assert worker.load(repo, revision=first["commit"]) == worker(f"seen({MIXTURE.format(share=0.6)})")
 
 
 def test_an_ensemble_takes_the_place_of_a_variant(hub, worker, repo):
     worker.push(repo)
-    done = pushed(worker, repo)
+    with pytest.raises(
+        Failed, match=r"would lose a variant of resnet8_digits, in whose place an ensemble \(adaptive-smo"
+    ):
+        pushed(worker, repo)
+    done = pushed(worker, repo, allow_removal=True)
     assert set(done["deleted"]) == {"nrpm_config.json", "nrpm.safetensors", "config.json", "lambdas.png"}
     assert worker.load(repo) == worker(f"seen({MIXTURE.format(share=0.6)})")
 
@@ -53,7 +57,7 @@ def test_its_report_is_on_the_card_and_stays(hub, worker, repo):
     mixture = MIXTURE.format(share=0.6)
     worker(f"push({mixture}, {repo!r}, reports=report({mixture}))")
     card = hub.repo(repo).files()["README.md"].decode()
-    assert "worst case of the member that it is compared with" in card
+    assert "| share that all attacks of the suite leave of the member that it is compared with |" in card
     assert "joining has not been shown to help" in card
     again = pushed(worker, repo)
     assert again["uploaded"] == []
@@ -99,7 +103,11 @@ def test_files_of_others_stay_and_a_licence_of_another_base_goes(hub, worker, re
     for name, text in files.items():
         given = f"path_or_fileobj='{text}'.encode(), path_in_repo={name!r}, repo_id={repo!r}"
         worker(f"publishing.HfApi().upload_file({given})")
-    done = pushed(worker, repo, 0.8)
+    with pytest.raises(
+        Failed, match=r"would lose the licence strict, .* apache-2.0 .*; the base model on the card, someone/"
+    ):
+        pushed(worker, repo, 0.8)
+    done = pushed(worker, repo, 0.8, allow_removal=True)
     assert done["deleted"] == []
     there = hub.repo(repo).files()
     assert {"onnx.config.json", "docs.README.md"} <= set(there)

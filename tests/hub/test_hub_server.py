@@ -27,7 +27,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 api, repo = HfApi(), "alice/m"
 card, large = Path("README.md").read_bytes(), Path("large.dat").read_bytes()
@@ -101,6 +101,20 @@ assert not list(api.list_models(author="alice", token="of-bob"))
 fails(ValueError, commit, {"README.md": b"---\\nlicense: mine\\n---\\n"})
 api.update_repo_settings(repo, private=False)
 assert Path(api.hf_hub_download(repo, "folder/large.dat", token=False, cache_dir="nobody")).read_bytes() == large
+
+api.update_repo_settings(repo, visibility="private")
+assert api.model_info(repo).private
+made = api.create_collection("Robust models, mine", private=True)
+assert made.slug.startswith("alice/robust-models-mine-")
+assert api.create_collection("Robust models, mine", exists_ok=True).slug == made.slug
+fails(HfHubHTTPError, api.create_collection, "Robust models, mine")
+assert api.add_collection_item(made.slug, repo, "model").items[0].item_id == repo
+assert len(api.add_collection_item(made.slug, repo, "model", exists_ok=True).items) == 1
+fails(HfHubHTTPError, api.add_collection_item, made.slug, repo, "model")
+fails(HfHubHTTPError, api.add_collection_item, made.slug, "alice/none", "model")
+fails(HfHubHTTPError, api.get_collection, made.slug, token="of-bob")
+assert [item.item_id for item in api.get_collection(made.slug).items] == [repo]
+fails(HfHubHTTPError, api.create_collection, "Of alice", namespace="alice", token="of-bob")
 
 api.create_commit(repo, [CommitOperationDelete("folder/")], commit_message="Less", parent_commit=first.oid)
 assert not api.file_exists(repo, "folder/large.dat")

@@ -19,11 +19,25 @@ def others(hub, repo, start):
     return [r for r in hub.requests[start:] if repo in r.path or "/create" in r.path]
 
 
-@pytest.mark.parametrize("private", [False, True])
+def consented(hub, worker, repo, push, *lost):
+    """The outcome of a push, an expression that ends in `)`, that is refused first, with what would go, and sends
+    nothing before it may."""
+    start = len(hub.requests)
+    with pytest.raises(Failed, match=r"^ValueError: .* would lose .* Nothing was sent: give allow_removal=") as failed:
+        worker(push)
+    assert {r.method for r in others(hub, repo, start)} <= {"GET", "HEAD"}
+    named = str(failed.value).partition(" would lose ")[2].partition(". Nothing was sent")[0].split("; ")
+    assert len(named) == len(lost), named
+    for words, expected in zip(named, lost, strict=True):
+        assert expected in words
+    return worker(f"{push[:-1]}, allow_removal=True)")
+
+
+@pytest.mark.parametrize("visibility", ["public", "private"])
 @pytest.mark.parametrize("form", FORMS, ids=["lambdas", "full"])
-def test_what_was_pushed_is_loaded(hub, worker, small, repo, form, private):
-    done = worker.push(repo, private=private, **form)
-    assert hub.repo(repo).private is private
+def test_what_was_pushed_is_loaded(hub, worker, small, repo, form, visibility):
+    done = worker.push(repo, visibility=visibility, **form)
+    assert hub.repo(repo).private is (visibility == "private")
     assert set(done["files"]) == OURS | ({"model.safetensors"} if form["full"] else set())
     assert done["files"] == {k: len(v) for k, v in hub.repo(repo).files().items() if k != ".gitattributes"}
     assert len(hub.repo(repo).commits()) == 2
@@ -131,9 +145,11 @@ def test_nothing_is_sent_twice(hub, worker, repo, form):
 
 
 def test_what_another_variant_left_goes_in_the_same_commit(hub, worker, small, repo):
-    worker.push(repo, full=True, private=False)
+    worker.push(repo, full=True, visibility="public")
     hub.repo(repo).commit({"notes/mine.txt": b"mine", "data.bin": b"mine"}, lfs=["data.bin"])
-    done = worker.push(repo, "variant(0.9)", full=False)
+    size = len(hub.repo(repo).files()["model.safetensors"])
+    push = f"push(variant(0.9), {repo!r}, full=False)"
+    done = consented(hub, worker, repo, push, f"model.safetensors ({size:,} bytes)")
     assert done["deleted"] == ["model.safetensors"]
     assert len(hub.repo(repo).commits()) == 4
     assert set(hub.repo(repo).files()) == {*OURS, ".gitattributes", "notes/mine.txt", "data.bin"}
@@ -145,22 +161,30 @@ BY_HAND = b"---\nlicense: mit\nlanguage: en\nmine: [1, 2]\ntags: [digits]\n---\n
 
 def test_what_was_written_by_hand_stays(hub, worker, repo):
     hub.create(repo).commit({"README.md": BY_HAND})
-    worker.push(repo)
+    worker.push(repo, tags=["scans", "digits"])
     card = hub.repo(repo).files()["README.md"].decode()
     hub.repo(repo).commit({"README.md": f"{card}\nAfterwards.\n".encode()})
     worker(f"push(small, {repo!r}, reports=report(small))")
     card = hub.repo(repo).files()["README.md"].decode()
-    before, generated, after = card.split("<!-- timm_nrpm: ")
+    before, generated, seal, after = card.split("<!-- timm_nrpm: ")
+    assert seal.startswith("sha256 of the above")
     assert "# Mine\n\nWords of mine.\n" in before
     assert after.endswith("-->\nAfterwards.\n")
     assert "33.3" in generated
-    for line in ("license: mit", "language: en", "- digits", "- adversarial-robustness", "library_name: timm_nrpm"):
+    for line in (
+        "license: mit",
+        "language: en",
+        "- digits",
+        "- scans",
+        "- adversarial-robustness",
+        "library_name: timm_nrpm",
+    ):
         assert f"\n{line}\n" in before
     assert "evaluation.json" in hub.repo(repo).files()
     start = len(hub.requests)
     worker(f"push(small, {repo!r}, reports=report(small))")
     assert not [r for r in others(hub, repo, start) if r.method == "POST"]
-    worker.push(repo, reports=[])
+    consented(hub, worker, repo, f"push(small, {repo!r}, reports=[])", "the report under Linf")
     assert "evaluation.json" not in hub.repo(repo).files()
 
 
@@ -250,27 +274,6 @@ def test_what_one_may_not(hub, worker, expression, message):
     assert not (worker.folder / "nowhere").exists()
 
 
-def test_private_unless_asked_otherwise(hub, worker, repo):
-    worker.push(repo)
-    assert hub.repo(repo).private
-    start = len(hub.requests)
-    with pytest.raises(
-        Failed, match=r"^HubError: .* is private, and was to be public: nothing was sent. Make it public"
-    ):
-        worker.push(repo, "variant(0.9)", private=False)
-    assert {r.method for r in others(hub, repo, start)} == {"GET"}
-    worker.push(repo, "variant(0.9)")
-    assert hub.repo(repo).private
-    hub.repo(repo).private = False
-    worker.push(repo, "variant(0.9)", private=False)
-    start = len(hub.requests)
-    with pytest.raises(Failed, match=r"^HubError: .* is public, and was to be private: nothing was sent"):
-        worker.push(repo, private=True)
-    assert {r.method for r in others(hub, repo, start)} == {"GET"}
-    worker.push(repo)
-    assert len(hub.repo(repo).commits()) == 4
-
-
 def test_a_hub_that_makes_private_ones_public(hub, worker, repo):
     hub.lying_visibility = True
     start = len(hub.requests)
@@ -296,7 +299,7 @@ def test_what_the_hub_has(hub, worker, small, repo, tmp_path):
 
 def evaluated(hub, worker, repo, **options):
     """A repository with a model, its evaluation, datasets and a licence."""
-    about = {"license": "mit", "datasets": ["me/digits"], "private": False, **options}
+    about = {"license": "mit", "datasets": ["me/digits"], "visibility": "public", **options}
     worker(f"push(small, {repo!r}, reports=report(small), **{about!r})")
     return dict(hub.repo(repo).files())
 
@@ -330,7 +333,9 @@ def test_the_numbers_stay_on_a_branch_and_in_a_pull_request(hub, worker, repo, w
 
 def test_numbers_of_another_model_go_and_it_is_said(hub, worker, repo):
     evaluated(hub, worker, repo)
-    done = worker.push(repo, "variant(0.9)")
+    size = len(hub.repo(repo).files()["evaluation.json"])
+    push, lost = f"push(variant(0.9), {repo!r})", f"evaluation.json ({size:,} bytes), which is of another model"
+    done = consented(hub, worker, repo, push, lost)
     assert done["deleted"] == ["evaluation.json"]
     assert len(done["notes"]) == 1
     assert "is of another model, and was removed with its numbers" in done["notes"][0]
@@ -344,7 +349,8 @@ def test_numbers_of_another_model_go_and_it_is_said(hub, worker, repo):
 
 def test_an_empty_list_of_reports_removes_them(hub, worker, repo):
     evaluated(hub, worker, repo)
-    done = worker.push(repo, reports=[])
+    lost = "the report under Linf 0.03137 (to keep it, leave out reports=)"
+    done = consented(hub, worker, repo, f"push(small, {repo!r}, reports=[])", lost)
     assert done["deleted"] == ["evaluation.json"]
     assert "to keep it, leave out reports=" in done["notes"][0]
 
@@ -352,7 +358,8 @@ def test_an_empty_list_of_reports_removes_them(hub, worker, repo):
 def test_reports_that_are_not_among_those_given_are_named(hub, worker, repo):
     evaluated(hub, worker, repo)
     other = "__import__('dataclasses').replace(report(small), threat=nrpm.Threat('L2', 0.5))"
-    done = worker(f"push(small, {repo!r}, reports={other})")
+    push = f"push(small, {repo!r}, reports={other})"
+    done = consented(hub, worker, repo, push, "the report under Linf 0.03137 (to keep it, give it beside the others)")
     assert done["uploaded"] == ["evaluation.json", "README.md"]
     assert "Linf 0.03137" in done["notes"][0]
     assert "give it beside the others" in done["notes"][0]
@@ -366,7 +373,8 @@ def test_an_evaluation_that_cannot_be_read_is_not_lost(hub, worker, repo):
         with pytest.raises(Failed, match=r"^ValueError: .*evaluation.json .*cannot be read.*reports=\(\)"):
             worker.push(repo)
         assert {r.method for r in others(hub, repo, start)} <= {"GET", "HEAD"}
-    worker.push(repo, reports=[])
+    push, lost = f"push(small, {repo!r}, reports=[])", f"evaluation.json ({len(content)} bytes), which cannot be read"
+    consented(hub, worker, repo, push, lost, "numbers in the card's model-index: accuracy under")
     assert "evaluation.json" not in hub.repo(repo).files()
 
 
@@ -377,7 +385,7 @@ def test_numbers_that_somebody_put_there_are_not_believed(hub, worker, repo):
         json.loads(before["evaluation.json"])["reports"][0]["sha256"].encode(), b"0" * 64
     )
     hub.repo(repo).commit({"evaluation.json": forged})
-    done = worker.push(repo)
+    done = consented(hub, worker, repo, f"push(small, {repo!r})", "evaluation.json (")
     assert done["deleted"] == ["evaluation.json"]
     assert "is of another model" in done["notes"][0]
     assert "33.3" not in hub.repo(repo).files()["README.md"].decode()
@@ -391,7 +399,8 @@ def test_weights_that_are_there_stay(hub, worker, small, repo):
     done = worker.push(repo, "variant(0.9)")
     assert "model.safetensors" not in [*done["uploaded"], *done["deleted"]]
     assert worker.load(repo) == worker("seen(variant(0.9))")
-    assert worker.push(repo, full=False)["deleted"] == ["model.safetensors"]
+    done = consented(hub, worker, repo, f"push(variant(0.9), {repo!r}, full=False)", "model.safetensors (")
+    assert done["deleted"] == ["model.safetensors"]
 
 
 def test_a_picture_stays_where_there_is_nothing_to_draw_it(hub, worker, small, repo, tmp_path):
@@ -402,7 +411,7 @@ def test_a_picture_stays_where_there_is_nothing_to_draw_it(hub, worker, small, r
     done = bare.push(repo, license="bsd-3-clause")
     assert done["uploaded"] == ["README.md"]
     assert same_but(before, hub.repo(repo).files(), "README.md")
-    done = bare.push(repo, "variant(0.9)")
+    done = bare.push(repo, "variant(0.9)", allow_removal=True)
     assert done["deleted"] == ["evaluation.json", "lambdas.png"]  # of other lambdas
     bare.kill()
 

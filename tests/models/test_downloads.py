@@ -85,7 +85,7 @@ def set_out(hub, worker, kind, step, times):
     hub.fault(fault := Fault(kind, method, where, times))
     copy = str(worker.folder / repo[3:])
     pull = f"[nrpm.pull({repo!r}, {copy!r}, cache_dir=fresh()), load({copy!r})][1]"
-    push = f"push('whole', {repo!r}, private=False, **{OPTIONS.get(step, {})})"
+    push = f"push('whole', {repo!r}, visibility='public', **{OPTIONS.get(step, {})})"
     asked = worker.start(pull if step in PULL else push)
     if where == path:  # which names no repository, so that the fault would hit others
         asked.exception(timeout=100)
@@ -96,7 +96,7 @@ def set_out(hub, worker, kind, step, times):
 @pytest.fixture(scope="module")
 def outcomes(hub, worker, request):
     """Of all cases that this run asks for, which take their time side by side."""
-    worker.push("me/source", full=True, private=False)
+    worker.push("me/source", full=True, visibility="public")
     asked = {-1: set(), 1: set()}
     for item in request.session.items:
         for times, test in ((-1, test_what_fails_for_good_is_told), (1, test_what_fails_for_a_moment_succeeds)):
@@ -165,7 +165,7 @@ def test_a_pull_that_fails_leaves_what_was_there(hub, worker, small, repo, tmp_p
     worker.push(repo, full=True)
     worker(pull)
     old = {file.name: file.read_bytes() for file in (tmp_path / "v").iterdir()}
-    worker.push(repo, "variant(0.9)", full=False)
+    worker.push(repo, "variant(0.9)", full=False, allow_removal=True)
     hub.fault(fault := Fault("flip", "GET", f"/lfs/{hashlib.sha1(repo.encode()).hexdigest()}/", times=-1))
     with pytest.raises(Failed, match=r"^(Unreachable|BrokenVariant): nrpm.safetensors of"):
         worker(pull)

@@ -51,6 +51,9 @@ PLAIN_CHANGED = "plain_model_changed"
 """The weights were trained after the model was reprogrammed, so the plain model that it is compared with is not the one
 that it was made from."""
 
+COMPARISON = (PLAIN_CHANGED,)
+"""Flags that question the comparison with the plain model. All others say that an accuracy under attack is too high."""
+
 MARGIN = 0.02
 """Share of all images by which an attack must break more than another to count as better."""
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from timm_nrpm.checks import printable
 from timm_nrpm.cli import options
+from timm_nrpm.cli.given import WrongCall
 from timm_nrpm.cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ NAMES = {
     "local_files_only": "--offline",
     "datasets": "--dataset",
     "reports": "--report",
-    "private=False": "--public",
+    "tags": "--tag",
+    "allow_removal": "--yes",
     "commit_message": "--message",
     "repo_id": "--variant",
     "folder": "--output",
@@ -52,12 +54,16 @@ def add_push(commands: Any) -> None:
     push.add_argument("--license", metavar="ID", help="an identifier that the Hub knows (default: the base's)")
     dataset = "datasets on the Hub that it was trained on"
     push.add_argument("--dataset", nargs="+", default=[], metavar="NAME", help=dataset)
-    public = "let others see a new repository; a private one is refused"
-    push.add_argument("--public", action="store_true", help=public)
+    push.add_argument("--tag", nargs="+", default=[], metavar="NAME", help="tags of the card, beside those it has")
+    collection = "add the repository to a collection: its slug, or a title, of which one is made if there is none"
+    push.add_argument("--collection", metavar="TITLE", help=collection)
+    seen = "who may read the repository, also if it is there already (default: what it is; a new one is private)"
+    push.add_argument("--visibility", choices=("public", "private"), help=seen)
     push.add_argument("--revision", help="branch to commit to, made if it is not there (default: main)")
     push.add_argument("--pull-request", action="store_true", help="open a pull request instead of committing")
     message = "first line of the commit"
     push.add_argument("--message", default="Publish a reprogrammed model", metavar="TEXT", help=message)
+    push.add_argument("--yes", action="store_true", help="let go what the push would take away, without asking")
     push.add_argument("--dry-run", action="store_true", help="show the files and send nothing")
     options.add_output(push)
 
@@ -111,16 +117,26 @@ def add_list(commands: Any) -> None:
 def _push(args: argparse.Namespace, terminal: Terminal) -> None:
     from timm_nrpm.hub.publishing import push_to_hub
 
+    def agree(lost: tuple[str, ...]) -> bool:
+        if args.yes or not terminal.can_ask:
+            return bool(args.yes)
+        if not terminal.ask(f"{args.repo} would lose:", lost, "Push all the same?"):
+            raise WrongCall(f"nothing was sent to {args.repo}.")
+        return True
+
     published = push_to_hub(
         args.variant,
         args.repo,
         reports=[_read(path) for path in args.report] or None,
         license=args.license,
         datasets=args.dataset,
-        private=False if args.public else None,
+        tags=args.tag,
+        collection=args.collection,
+        visibility=args.visibility,
         revision=args.revision,
         pull_request=args.pull_request,
         commit_message=args.message,
+        allow_removal=agree,
         dry_run=args.dry_run,
     )
     terminal.show(str(published))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -29,6 +29,23 @@ class Terminal:
     def progress(self) -> bool:
         """Whether progress bars are shown: to somebody who looks, and not in a log."""
         return not self.quiet and sys.stderr.isatty()
+
+    @property
+    def can_ask(self) -> bool:
+        """Whether somebody is there who sees a question and can answer."""
+        return sys.stdin.isatty() and sys.stderr.isatty()
+
+    def ask(self, title: str, items: Sequence[str], question: str) -> bool:
+        """Ask people about a list, and return whether they say yes.
+
+        Args:
+            title: Line above the list.
+            items: The list.
+            question: Question below it, which `y` or `yes` answers.
+        """
+        lines = [title, *(f"  - {item}" for item in items), f"{question} [y/N] "]
+        print("\n".join(lines), end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def show(self, result: str | Table | Text) -> None:
         """Print a result for people: a string as it is, rich's tables and texts as wide as the terminal."""

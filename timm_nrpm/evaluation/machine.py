@@ -50,6 +50,7 @@ class Machine:
         plain: Speed of plain layers.
         estimate: Speed of layers with the estimate, where a product counts once for all K steps; None without one.
         other: Speed of everything between the layers.
+        name: Name of the processor or the GPU; empty if the system does not tell.
     """
 
     device: str
@@ -58,6 +59,7 @@ class Machine:
     plain: Rates
     estimate: Rates | None
     other: Rates
+    name: str = ""
 
     def layer(self, work: LayerWork, *, estimated: bool) -> float:
         """Seconds of a layer, plain or with the estimate, which starts from the plain sum and so takes no less."""

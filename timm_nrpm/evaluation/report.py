@@ -181,23 +181,36 @@ class RobustnessReport:
         return None if self.apart is None else mcnemar(*self.apart)
 
     @property
+    def comparison(self) -> str | None:
+        """`"better"` or `"worse"` where McNemar's test tells this model from the plain one, else empty; None without a
+        control."""
+        if self.apart is None or self.p_value is None:
+            return None
+        ours, theirs = self.apart
+        return "" if self.p_value > SIGNIFICANT else "better" if ours > theirs else "worse"
+
+    @property
+    def where(self) -> str:
+        """Under what attacks the share of the images survived, in words."""
+        return (
+            "in the worst case" if self.suite == "adaptive" else f"under the suite {self.suite}, which is no worst case"
+        )
+
+    @property
     def verdict(self) -> str:
         """Result of the evaluation, in one sentence."""
         low, high = (100 * share for share in self.interval())
-        where = (
-            "in the worst case" if self.suite == "adaptive" else f"under the suite {self.suite}, which is no worst case"
-        )
-        kept = f"{100 * self.worst_case:.1f} % ({low:.1f} to {high:.1f}) of {self.samples} images {where}"
+        kept = f"{100 * self.worst_case:.1f} % ({low:.1f} to {high:.1f}) of {self.samples} images {self.where}"
         if self.apart is None or self.control is None:
             return f"At {self.threat} this model keeps {kept}; nothing stands beside it."
         (ours, theirs), p = self.apart, self.p_value
+        more, fewer = max(ours, theirs), min(ours, theirs)
         beside = (
             f"At {self.threat} this variant keeps {kept}, {NAMES[self.plain]} {100 * self.control.worst_case:.1f} %"
         )
         test = f"McNemar's exact test, p = {p:.2g}"
-        if p is not None and p <= SIGNIFICANT:
-            more, fewer, word = (ours, theirs, "better") if ours > theirs else (theirs, ours, "worse")
-            return f"{beside}: it is {word}, by {more} images against {fewer} ({test})."
+        if self.comparison:
+            return f"{beside}: it is {self.comparison}, by {more} images against {fewer} ({test})."
         return f"{beside}: no difference can be told, {ours} images against {theirs} ({test})."
 
     @property

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import platform
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,11 +50,27 @@ def machine_of(device: torch.device, dtype: torch.dtype, estimator: Estimator | 
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     plain, other = _plain_rates(device, dtype)
+    name = name_of(device)
     if estimator is None:
-        return Machine(device.type, threads, 0, plain, None, other)
+        return Machine(device.type, threads, 0, plain, None, other, name)
     few, many = _estimate_rates(device, dtype, estimator._replace(iterations=STEPS[0]))
     estimate = _with_steps(few, many, estimator.iterations)
-    return Machine(device.type, threads, estimator.iterations, plain, estimate, other)
+    return Machine(device.type, threads, estimator.iterations, plain, estimate, other, name)
+
+
+def name_of(device: torch.device) -> str:
+    """Name of a GPU, or of this machine's processor; empty if the system does not tell.
+
+    Example:
+        >>> isinstance(name_of(torch.device("cpu")), str)
+        True
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def _with_steps(few: Rates, many: Rates, steps: int) -> Rates:

@@ -36,7 +36,7 @@ class Publisher:
 
     def __init__(self, folder: Path, repo_id: str, model: nn.Module, license: str | None = None) -> None:
         self.folder, self.repo_id, self.license = folder, repo_id, license
-        push_to_hub(model, repo_id, license=license, dry_run=True)  # raises now, and not after an hour
+        push_to_hub(model, repo_id, license=license, dry_run=True, cost=False)  # raises now, and not after an hour
         for stale in folder.glob("push-*"):  # left by a run that was killed
             shutil.rmtree(stale, ignore_errors=True)
         self._change = threading.Condition()
@@ -97,7 +97,8 @@ class Publisher:
                     return
                 (place, message), self._waiting, self._busy = self._waiting, None, True
             try:
-                push_to_hub(place / "variant", self.repo_id, license=self.license, commit_message=message)
+                # An estimate of the cost would disturb the run: it changes the number of threads for a moment.
+                push_to_hub(place / "variant", self.repo_id, license=self.license, commit_message=message, cost=False)
                 self._failure = None
             except Exception as error:  # the run goes on, whatever goes wrong with a push
                 self._fail(f"{type(error).__name__}: {error}")

@@ -16,17 +16,17 @@ from timm_nrpm.config import Estimator
 from timm_nrpm.ensembles.folders import FoundEnsemble, filling_as, find_ensemble
 from timm_nrpm.errors import MissingFile, NotOnHub, Unreachable
 from timm_nrpm.evaluation.report import RobustnessReport
-from timm_nrpm.hub.cards import PICTURE, TAGS
+from timm_nrpm.hub.cards import TAGS
+from timm_nrpm.hub.contents import BESIDE
 from timm_nrpm.hub.publishing import check_repo_id
-from timm_nrpm.hub.templates import CARD, EVALUATION, parse_evaluation
+from timm_nrpm.hub.templates import EVALUATION, parse_evaluation
 from timm_nrpm.models.base import Base
 from timm_nrpm.models.downloads import insist
 from timm_nrpm.models.loading import PREFIX, Found, find_variant
 from timm_nrpm.models.provenance import Step
 
-EXTRAS = (CARD, EVALUATION, PICTURE)
 LARGEST_EXTRA = 64 << 20
-"""Most bytes that a card, a picture or a file of reports may have."""
+"""Most bytes that a card or one of the files behind it may have."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def pull(
         assert found.repository is not None
         for name in found.names():
             shutil.copyfile(found.find(name), draft / name)
-        for name in EXTRAS:
+        for name in BESIDE:
             try:
                 shutil.copyfile(found.repository.fetch(name, LARGEST_EXTRA), draft / name)
             except NotOnHub:
@@ -209,7 +209,7 @@ def pull(
                 if not (local_files_only or HF_HUB_OFFLINE):
                     raise
         copied = {file.name for file in draft.iterdir()}
-    for name in set(EXTRAS) - copied:
+    for name in set(BESIDE) - copied:
         (folder / name).unlink(missing_ok=True)  # left by the variant that was there before
     return folder
 

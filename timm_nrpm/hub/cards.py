@@ -13,16 +13,20 @@ import timm
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
+from timm_nrpm.evaluation.cost_report import CostReport
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.figures.lambdas import draw_lambdas
+from timm_nrpm.hub.latency import read_cost, timed, write_cost
+from timm_nrpm.hub.model_index import evaluated
+from timm_nrpm.hub.preprocessing import prepared
 from timm_nrpm.hub.templates import (
     CARD,
     Kept,
     Metadata,
     check_reports,
-    evaluated,
     kept_of,
     measured,
+    tagged,
     write_evaluation,
     written,
 )
@@ -46,6 +50,8 @@ def render(
     *,
     license: str | None = None,
     datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    cost: CostReport | None = None,
     existing: str | None = None,
 ) -> ModelCard:
     """The card of a variant.
@@ -59,6 +65,8 @@ def render(
             base's if there is no such card or it names another base.
         datasets: Names on the Hub of the datasets that the model was trained on. The default is those in the existing
             card, unless it names another base.
+        tags: Further tags, beside those in the existing card and those of this package.
+        cost: What a forward of the model costs; without it, the card says that this is not known.
         existing: Text of the existing card, whose handwritten parts and other metadata stay.
 
     Raises:
@@ -72,24 +80,26 @@ def render(
     check_reports(reports, variant.model)
     kept = kept_of(existing, name)
     data = _metadata(variant, folder, name, reports, kept, license, datasets)
+    data["tags"] = tagged(TAGS, tags, kept)
     content = _content(variant, folder, name) | measured(reports, *BESIDE[variant.base.tuned])
+    content |= prepared(folder / TIMM_FILES[0]) | timed(cost, "the plain model")
     return written("template.md", data, kept, content)
 
 
 BESIDE = {
     True: (
-        "worst case of these weights at lambda 1",
+        "these weights at lambda 1",
         "The weights were tuned together with the estimates, so these weights at lambda 1 are no fair comparison. A "
         "fair one would be a\nplain model tuned in the same way, which this report does not have; without it, "
         "reprogramming has not been shown to help.",
     ),
     False: (
-        "the plain model's worst case",
+        "the plain model",
         "If the interval contains the plain model's number, reprogramming has not been shown to help; if the interval "
         "lies below that number,\nreprogramming has been shown to harm.",
     ),
 }
-"""What stands beside the worst case, by whether weights were tuned: title of the column, and what follows from it."""
+"""What the model is compared with, by whether weights were tuned, and what follows from it."""
 
 
 def _content(variant: Variant, folder: Path, name: str) -> Metadata:
@@ -129,13 +139,17 @@ def write_card(
     *,
     license: str | None = None,
     datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    cost: CostReport | None = None,
     picture: bytes | None = None,
 ) -> Path:
-    """Write the card of the variant in a folder, its picture (if Matplotlib is installed), and the reports behind it.
+    """Write the card of the variant in a folder, its picture (if Matplotlib is installed), and what is behind it: the
+    reports and the cost.
 
     Args:
         folder: Folder that holds a variant.
-        name, reports, existing, license, datasets: The same as in :func:`render`.
+        name, reports, existing, license, datasets, tags: The same as in :func:`render`.
+        cost: What a forward of the model costs; the default is what the folder has of this very model, if anything.
         picture: A PNG of these very lambdas, which is used if Matplotlib is not installed.
 
     Returns:
@@ -154,7 +168,11 @@ def write_card(
         else:
             (folder / PICTURE).write_bytes(picture)
     write_evaluation(reports, folder)
-    card = render(variant, folder, name, reports, license=license, datasets=datasets, existing=existing)
+    cost = cost or read_cost(folder, variant.model)
+    write_cost(cost, variant.model, folder)
+    card = render(
+        variant, folder, name, reports, license=license, datasets=datasets, tags=tags, cost=cost, existing=existing
+    )
     (folder / CARD).write_text(str(card), encoding="utf-8")
     return folder / CARD
 
@@ -199,7 +217,6 @@ def _metadata(
     forget_what_is_of_another_base(data, kept, license)
     if "license" not in data:
         data |= license_of(license, variant, folder / TIMM_FILES[0])
-    data["tags"] = list(dict.fromkeys([*TAGS, *(kept.metadata.get("tags") or [])]))
     if datasets:
         data["datasets"] = list(datasets)
     return data

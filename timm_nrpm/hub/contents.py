@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,24 @@ from timm_nrpm.ensembles.folders import (
     parse_ensemble,
     save_pretrained,
 )
+from timm_nrpm.evaluation.cost_report import CostReport
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.hub.cards import PICTURE, write_card
 from timm_nrpm.hub.ensemble_cards import write_ensemble_card
+from timm_nrpm.hub.latency import COST, estimated
 from timm_nrpm.hub.signature_cards import write_signature_card
 from timm_nrpm.hub.templates import CARD, EVALUATION
 from timm_nrpm.models import signatures
 from timm_nrpm.models.creation import TIMM_FILES
-from timm_nrpm.models.format import CONFIG, TENSORS, parse_config
+from timm_nrpm.models.format import CONFIG, parse_config
 from timm_nrpm.models.loading import Found, find_variant
 from timm_nrpm.models.saving import filling, needs_weights, save_variant
 from timm_nrpm.models.signatures import Signature
 from timm_nrpm.nn.ensemble import Ensemble
 from timm_nrpm.nn.wrappers import unwrapped
 
-FILES = (CONFIG, TENSORS, *TIMM_FILES, EVALUATION, PICTURE, CARD)
-"""The files of a repository that belong to a variant; all others stay."""
+BESIDE = (COST, EVALUATION, PICTURE, CARD)
+"""Files that a push adds to those of a model: its card, and what is behind the card."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class About:
         name: Name of the repository, `owner/name`.
         license: Identifier of a licence that is given.
         datasets: Names on the Hub of the datasets of the training.
+        tags: Further tags.
         reports: Reports on this very model.
+        cost: What a forward of the model costs, if it is known.
         existing: Text of the earlier card.
         picture: An earlier picture of these lambdas, which is used if none can be drawn.
     """
@@ -53,7 +57,9 @@ class About:
     name: str
     license: str | None
     datasets: Sequence[str]
+    tags: Sequence[str] = ()
     reports: Sequence[RobustnessReport] = ()
+    cost: CostReport | None = None
     existing: str | None = None
     picture: bytes | None = None
 
@@ -87,22 +93,31 @@ class Contents(ABC):
     def names(self) -> tuple[str, ...]:
         """Names of the model's own files."""
 
-    @abstractmethod
-    def known(self, earlier: Mapping[str, Any] | None) -> tuple[str, ...]:
-        """Names of the files in a repository that go if the new model has none of that name.
-
-        Args:
-            earlier: Content of the config of the model of this kind in the repository; None without one.
-        """
-
-    @abstractmethod
-    def read(self, path: Path, where: str) -> Mapping[str, Any]:
-        """Content of the config of an earlier model, see :func:`timm_nrpm.models.format.parse_config`."""
-
     @property
     @abstractmethod
     def config(self) -> str:
         """Name of the file that holds the config."""
+
+    @property
+    def title(self) -> str:
+        """What the model is, in words, see :func:`title_of`."""
+        return title_of(self.config, PARSERS[self.config](self.folder / self.config, str(self.folder)))
+
+    @abstractmethod
+    def is_of(self, cost: CostReport) -> bool:
+        """Whether a cost can be this model's, by the layers in it."""
+
+    def checked(self, cost: CostReport) -> CostReport:
+        """Return a cost, or raise a ValueError if it is another model's."""
+        if not self.is_of(cost):
+            raise ValueError(
+                f"cost= is of another model ({cost.model}, with other layers): give timm_nrpm.cost of this one."
+            )
+        return cost
+
+    def estimated(self) -> CostReport | None:
+        """The estimated cost of a forward, if it can be told without the weights of others."""
+        return estimated(self.source) if isinstance(self.source, nn.Module) else None
 
     def is_based_on(self, earlier: Mapping[str, Any]) -> bool:
         """Whether an earlier model, by its config, holds the weights that this one is based on."""
@@ -110,7 +125,7 @@ class Contents(ABC):
 
     def sizes(self) -> dict[str, int]:
         """Size in bytes of each file to send: the model's own and its card's, and no others in the folder."""
-        names = (*self.names(), EVALUATION, PICTURE, CARD)
+        names = (*self.names(), *BESIDE)
         return {name: (self.folder / name).stat().st_size for name in names if (self.folder / name).is_file()}
 
 
@@ -142,17 +157,21 @@ class VariantContents(Contents):
     def write_card(self, about: About) -> None:
         write_card(
             self.folder, about.name, about.reports, about.existing, license=about.license, datasets=about.datasets,
-            picture=about.picture,
+            tags=about.tags, cost=about.cost, picture=about.picture,
         )  # fmt: skip
+
+    def is_of(self, cost: CostReport) -> bool:
+        variant = self._found().variant
+        runs = variant.config.estimator.iterations > 0 and variant.config.estimator.penalty != "l2"
+        robust = {layer for layer, lam in variant.lams.items() if runs and lam < 1}
+        counted = {layer.name for layer in cost.layers}
+        return counted >= robust and {layer.name for layer in cost.layers if layer.estimated} == robust
+
+    def estimated(self) -> CostReport | None:
+        return super().estimated() or estimated(self._found().variant)
 
     def names(self) -> tuple[str, ...]:
         return self._found().names()
-
-    def known(self, earlier: Mapping[str, Any] | None) -> tuple[str, ...]:
-        return FILES
-
-    def read(self, path: Path, where: str) -> Mapping[str, Any]:
-        return parse_config(path, where)
 
     def is_based_on(self, earlier: Mapping[str, Any]) -> bool:
         base = earlier["base"]
@@ -189,17 +208,16 @@ class EnsembleContents(Contents):
 
     def write_card(self, about: About) -> None:
         write_ensemble_card(
-            self.folder, about.name, about.reports, about.existing, license=about.license, datasets=about.datasets
-        )
+            self.folder, about.name, about.reports, about.existing, license=about.license, datasets=about.datasets,
+            tags=about.tags, cost=about.cost,
+        )  # fmt: skip
+
+    def is_of(self, cost: CostReport) -> bool:
+        members = tuple(f"members.{member}." for member in self._found().content["members"])
+        return all(layer.name.startswith(members) for layer in cost.layers)
 
     def names(self) -> tuple[str, ...]:
         return self._found().names()
-
-    def known(self, earlier: Mapping[str, Any] | None) -> tuple[str, ...]:
-        return (*FILES, ENSEMBLE, *(() if earlier is None else earlier["files"]))
-
-    def read(self, path: Path, where: str) -> Mapping[str, Any]:
-        return parse_ensemble(path, where)
 
     def _found(self) -> FoundEnsemble:
         found = find_ensemble(self.folder)
@@ -223,22 +241,50 @@ class SignatureContents(Contents):
 
     @property
     def sha256(self) -> str:
-        return str(signatures.parse_signature(self.folder / self.config, str(self.folder))["file"])
+        return str(_parse_signature(self.folder / self.config, str(self.folder))["model"])
 
     def write_card(self, about: About) -> None:
         if about.reports:
             raise ValueError("A signature is no model, and has no report of its own: leave out reports=.")
-        write_signature_card(self.folder, about.name, about.existing, license=about.license, datasets=about.datasets)
+        write_signature_card(
+            self.folder, about.name, about.existing, license=about.license, datasets=about.datasets, tags=about.tags
+        )
+
+    def is_of(self, cost: CostReport) -> bool:
+        return False
 
     def names(self) -> tuple[str, ...]:
         return (signatures.CONFIG, signatures.TENSORS)
 
-    def known(self, earlier: Mapping[str, Any] | None) -> tuple[str, ...]:
-        return (*self.names(), EVALUATION, PICTURE, CARD)
 
-    def read(self, path: Path, where: str) -> Mapping[str, Any]:
-        content = signatures.parse_signature(path, where)
-        return {**content, "model": content["file"]}
+def _parse_signature(path: Path, where: str) -> Mapping[str, Any]:
+    """The checked content of a signature's config, under the keys of the other kinds as well."""
+    content = signatures.parse_signature(path, where)
+    return {**content, "model": content["file"], "files": {signatures.TENSORS: content["file"]}}
+
+
+PARSERS: Mapping[str, Callable[[Path, str], Mapping[str, Any]]] = {
+    CONFIG: parse_config,
+    ENSEMBLE: parse_ensemble,
+    signatures.CONFIG: _parse_signature,
+}
+"""Functions that check and read the config of a model of each kind, by the name of that file. All have `model`, the
+hash of the model, and `files`, the other files by name."""
+
+
+def title_of(config: str, content: Mapping[str, Any]) -> str:
+    """What a model is, in words: its kind, and the architecture or the members that it has.
+
+    Args:
+        config: Name of the file that holds its config.
+        content: Content of that file.
+    """
+    if config == ENSEMBLE:
+        return f"an ensemble ({content['kind']}) of {', '.join(content['members'])}"
+    if config == signatures.CONFIG:
+        return f"a weight signature of {content['architecture']}"
+    base = content["base"]
+    return f"a variant of {base.get('architecture') if isinstance(base, dict) else base}"
 
 
 def contents_of(model: nn.Module | Signature | str | Path, folder: Path) -> Contents:
@@ -249,7 +295,7 @@ def contents_of(model: nn.Module | Signature | str | Path, folder: Path) -> Cont
             if isinstance(unwrapped(model), Ensemble)
             else VariantContents(model, folder)
         )
-    has = [name for name in (CONFIG, ENSEMBLE, signatures.CONFIG) if not isinstance(model, Signature)]
+    has = [name for name in PARSERS if not isinstance(model, Signature)]
     has = [name for name in has if (Path(model) / name).is_file()]  # type: ignore[arg-type]
     if isinstance(model, Signature) or has[:1] == [signatures.CONFIG]:
         return SignatureContents(model if isinstance(model, Signature) else Path(model), folder)

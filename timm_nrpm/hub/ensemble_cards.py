@@ -10,16 +10,20 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 
 from timm_nrpm.ensembles.folders import FoundEnsemble, find_ensemble
-from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.evaluation.cost_report import CostReport
+from timm_nrpm.evaluation.report import MEMBER, NAMES, RobustnessReport
 from timm_nrpm.hub.cards import TAGS, described, forget_what_is_of_another_base, license_of, repository_of
+from timm_nrpm.hub.latency import read_cost, timed, write_cost
+from timm_nrpm.hub.model_index import evaluated
+from timm_nrpm.hub.preprocessing import images_of, in_words, numbers
 from timm_nrpm.hub.templates import (
     CARD,
     Kept,
     Metadata,
     check_reports,
-    evaluated,
     kept_of,
     measured,
+    tagged,
     write_evaluation,
     written,
 )
@@ -48,12 +52,15 @@ def write_ensemble_card(
     *,
     license: str | None = None,
     datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    cost: CostReport | None = None,
 ) -> Path:
-    """Write the card of the ensemble in a folder, and the reports behind it.
+    """Write the card of the ensemble in a folder, and the reports and the cost behind it.
 
     Args:
         folder: Folder that holds an ensemble.
-        name, reports, existing, license, datasets: The same as in :func:`timm_nrpm.hub.cards.render`.
+        name, reports, existing, license, datasets, tags, cost: The same as in
+            :func:`timm_nrpm.hub.cards.write_card`.
 
     Returns:
         Path of the card.
@@ -65,13 +72,17 @@ def write_ensemble_card(
     found = find_ensemble(folder)
     if found is None:
         raise ValueError(f"{folder} holds no ensemble: give a folder that save_pretrained wrote of one.")
-    check_reports(reports, str(found.content["model"]))
+    model = str(found.content["model"])
+    check_reports(reports, model)
     write_evaluation(reports, folder)
+    cost = cost or read_cost(folder, model)
+    write_cost(cost, model, folder)
     variants = {member: each.variant for member, each in found.members().items()}
     kept = kept_of(existing, name)
     data = _metadata(variants, folder, name, reports, kept, license, datasets)
-    beside = "worst case of the member that it is compared with"
-    content = _content(found, variants, name) | measured(reports, beside, CAVEAT)
+    data["tags"] = tagged((*TAGS, "ensemble"), tags, kept)
+    content = _content(found, variants, name) | measured(reports, NAMES[MEMBER], CAVEAT)
+    content |= _images(variants, folder) | timed(cost, "the same ensemble of plain members")
     (folder / CARD).write_text(str(written("ensemble.md", data, kept, content)), encoding="utf-8")
     return folder / CARD
 
@@ -79,15 +90,28 @@ def write_ensemble_card(
 def _content(found: FoundEnsemble, variants: dict[str, Variant], name: str) -> Metadata:
     """The values of the template's variables, but for those on robustness."""
     kind, described_members = found.content["kind"], found.content["members"]
-    members = []
-    for member, variant in variants.items():
-        plain = described_members[member]["plain"]
-        members.append((member, described(variant), "none" if plain else str(len(variant.lams))))
+    members = [
+        {
+            "name": member,
+            "model": described(variant),
+            "layers": "none" if described_members[member]["plain"] else str(len(variant.lams)),
+            "size": " x ".join(map(str, described_members[member]["size"] or ())),
+            "mean": numbers(described_members[member]["mean"]),
+            "std": numbers(described_members[member]["std"]),
+        }
+        for member, variant in variants.items()
+    ]
     settings = [(key, json.dumps(value)) for key, value in found.content["settings"].items() if value is not None]
     channels = max(len(each["mean"]) for each in described_members.values())
-    resized = any(each["size"] for each in described_members.values())
     return {"name": name, "kind": kind, "what": WHAT[kind], "members": members, "settings": settings,
-            "channels": channels, "resized": resized}  # fmt: skip
+            "channels": channels}  # fmt: skip
+
+
+def _images(variants: dict[str, Variant], folder: Path) -> Metadata:
+    """The values of the variables in the part on preprocessing: the images of the largest member."""
+    known = [images for member in variants if (images := images_of(folder / f"{member}.{TIMM_FILES[0]}"))]
+    largest = max(known, key=lambda images: images["input_size"][1], default=None)
+    return {"images_of": None if largest is None else in_words(largest), "normalises": True}
 
 
 def _metadata(
@@ -108,7 +132,6 @@ def _metadata(
     forget_what_is_of_another_base(data, kept, license)
     if "license" not in data:
         data |= _license(license, variants, folder)
-    data["tags"] = list(dict.fromkeys([*TAGS, "ensemble", *(kept.metadata.get("tags") or [])]))
     if datasets:
         data["datasets"] = list(datasets)
     return data

@@ -17,7 +17,9 @@ class Published:
         uploaded: Names of the files that the Hub did not have already.
         deleted: Names of the files of an earlier variant that this one does not have.
         pull_request: Address of the pull request, if one was asked for.
-        notes: Sentences on what became of the evaluation that the repository held before.
+        notes: Sentences on what became of the evaluation that the repository held before, on what else it lost, and on
+            who may see it now, if that changed.
+        collection: Address of the collection that holds the repository, if one was asked for.
     """
 
     repo_id: str
@@ -28,6 +30,7 @@ class Published:
     deleted: tuple[str, ...] = ()
     pull_request: str | None = None
     notes: tuple[str, ...] = ()
+    collection: str | None = None
 
     def __str__(self) -> str:
         if self.commit is None:
@@ -39,4 +42,5 @@ class Published:
         state = {True: "sent", False: "there already"} if self.commit else {True: "", False: ""}
         lines += [f"  {name:22} {size:>10,} bytes  {state[name in self.uploaded]}" for name, size in self.files.items()]
         lines += [f"  {name:22} deleted" for name in self.deleted]
+        lines += [f"In the collection {self.collection}"] if self.collection else []
         return "\n".join([*(line.rstrip() for line in lines), *self.notes])

@@ -8,12 +8,18 @@ from pathlib import Path
 from huggingface_hub.utils import validate_repo_id
 
 from timm_nrpm.hub.cards import TAGS, forget_what_is_of_another_base
-from timm_nrpm.hub.templates import CARD, Metadata, kept_of, written
+from timm_nrpm.hub.templates import CARD, Metadata, kept_of, tagged, written
 from timm_nrpm.models.signatures import TENSORS, Signature
 
 
 def write_signature_card(
-    folder: Path, name: str, existing: str | None = None, *, license: str | None = None, datasets: Sequence[str] = ()
+    folder: Path,
+    name: str,
+    existing: str | None = None,
+    *,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
 ) -> Path:
     """Write the card of the signature in a folder.
 
@@ -23,6 +29,7 @@ def write_signature_card(
         existing: Text of the existing card, whose handwritten parts and other metadata stay.
         license: Identifier of a licence that the Hub knows, which has to be given.
         datasets: Names on the Hub of the datasets that the two models were trained on.
+        tags: Further tags, beside those in the existing card and those of this package.
 
     Returns:
         Path of the card.
@@ -40,7 +47,7 @@ def write_signature_card(
         )
     forget_what_is_of_another_base(data, kept, license)
     data["license"] = license
-    data["tags"] = list(dict.fromkeys([*TAGS, "weight-signature", *(kept.metadata.get("tags") or [])]))
+    data["tags"] = tagged((*TAGS, "weight-signature"), tags, kept)
     data |= {"datasets": list(datasets)} if datasets else {}
     content: Metadata = {
         "name": name,

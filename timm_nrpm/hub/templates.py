@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -10,14 +11,22 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from timm_nrpm.attacks.flags import MEANINGS
 from timm_nrpm.evaluation.report import RobustnessReport
+from timm_nrpm.hub.verdict import verdict
+from timm_nrpm.version import INSTALL, PYTHON, __version__
 
 CARD, EVALUATION = "README.md", "evaluation.json"
 BEGIN = "<!-- timm_nrpm: from here to the next mark this card is generated; write before or after it -->"
 END = "<!-- timm_nrpm: end of what is generated -->"
+SEAL = re.compile(r"<!-- timm_nrpm: sha256 of the above ([0-9a-f]{16}) -->\n*$")
+"""The last line of what is generated: a hash of all of it, by which changes that somebody made inside are noticed."""
+
+PARTS = ("install", "preprocessing", "latency", "robustness")
+"""Templates that several cards share; `{{ robustness }}` on a line of its own stands for robustness.md."""
+
 BEFORE, AFTER = "<!-- before -->", "<!-- after -->"
 """Placeholders in the rendered template for the text around the generated part, which is then put there unchanged."""
 
@@ -37,13 +46,39 @@ def written(template: str, data: Metadata, kept: Kept, content: Metadata) -> Mod
         kept: The parts of an existing card that stay.
         content: The values of the template's variables.
     """
-    texts = [(files("timm_nrpm.hub_cards") / name).read_text(encoding="utf-8") for name in (template, "robustness.md")]
+    whole = _text_of(template)
+    for part in PARTS:
+        whole = whole.replace(f"{{{{ {part} }}}}\n", _text_of(f"{part}.md"))
     marks = {"before": f"{BEFORE}\n", "after": f"{AFTER}\n", "begin": BEGIN, "end": END}
-    whole = texts[0].replace("{{ robustness }}\n", texts[1])
-    text = str(ModelCard.from_template(ModelCardData(**data), template_str=whole, **content, **marks))
+    how: Metadata = {"version": __version__, "install": INSTALL, "python": PYTHON, "one_line": one_line}
+    text = str(ModelCard.from_template(ModelCardData(**data), template_str=whole, **content, **marks, **how))
     text = re.sub(r"\n{3,}", "\n\n", text)  # gaps of the template; the text of others comes later
+    generated = text.partition(BEGIN)[2].partition(END)[0]
+    text = text.replace(END, f"<!-- timm_nrpm: sha256 of the above {_hash_of(generated)} -->\n{END}", 1)
     text = text.replace(f"{BEFORE}\n", kept.before, 1).replace(AFTER, kept.after, 1)
     return ModelCard(text.rstrip() + "\n")
+
+
+def _text_of(name: str) -> str:
+    return (files("timm_nrpm.hub_cards") / name).read_text(encoding="utf-8")
+
+
+def _hash_of(generated: str) -> str:
+    return hashlib.sha256(generated.strip().encode()).hexdigest()[:16]
+
+
+def is_edited(card: str) -> bool:
+    """Whether somebody changed the generated part of a card, where the next one does not keep it."""
+    _, generated, _ = _split(card)
+    seal = SEAL.search(generated)
+    return bool(generated) and (seal is None or seal[1] != _hash_of(generated[: seal.start()]))
+
+
+def _split(card: str) -> tuple[bool, str, str]:
+    """Whether a card has a generated part, that part, and what comes behind it."""
+    _, marked, rest = card.replace("\r\n", "\n").partition(BEGIN)
+    generated, ended, after = rest.partition(END)
+    return bool(marked), generated if ended else "", after if ended else rest
 
 
 def measured(reports: Sequence[RobustnessReport], beside: str, caveat: str) -> Metadata:
@@ -51,52 +86,23 @@ def measured(reports: Sequence[RobustnessReport], beside: str, caveat: str) -> M
 
     Args:
         reports: The reports.
-        beside: Title of the column with the model that this one is compared with.
+        beside: The model that this one is compared with, in words.
         caveat: What follows from the comparison.
     """
     flags = dict.fromkeys(flag for report in reports for flag in report.flags)
+    adaptive = all(report.suite == "adaptive" for report in reports)
     return {
         "reports": reports,
-        "quick": any(report.suite == "quick" for report in reports),
+        "verdict": verdict(reports),
+        "adaptive": adaptive,
+        "share": "worst case" if adaptive else "share that all attacks of the suite leave",
         "percent": percent,
-        "one_line": one_line,
         "own_accuracy": own_accuracy,
         "flags": [(f, MEANINGS.get(f, "")) for f in flags],
         "flagged": {f: ", ".join(str(r.threat) for r in reports if f in r.flags) for f in flags},
         "beside": beside,
         "caveat": caveat,
     }
-
-
-def evaluated(name: str, reports: Sequence[RobustnessReport]) -> Metadata:
-    """Metadata of what was measured of the model in a repository `owner/name`; empty without reports."""
-    if not reports:
-        return {}
-    results = [result for report in reports for result in _results_of(report)]
-    return {"model_name": name.rpartition("/")[2], "eval_results": results}
-
-
-def _results_of(report: RobustnessReport) -> list[EvalResult]:
-    """Accuracy when clean, under the paper's protocol and in the worst case, for the Hub's model-index."""
-    data = report.data or "unnamed images"
-    kind = re.sub(r"[^\w.-]+", "-", data.partition(",")[0].strip()).lower()
-    labels = {
-        "clean accuracy, %": report.clean,
-        f"accuracy under PGD along its own gradient, {report.threat}, %": own_accuracy(report),
-        f"worst-case accuracy, {report.threat}, suite {report.suite}, {report.samples} images, %": report.worst_case,
-    }
-    return [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=kind,
-            dataset_name=data,
-            metric_type="accuracy",
-            metric_name=label,
-            metric_value=float(percent(share)),
-        )
-        for label, share in labels.items()
-        if share is not None
-    ]
 
 
 def own_accuracy(report: RobustnessReport) -> float | None:
@@ -148,11 +154,16 @@ def kept_of(existing: str | None, name: str) -> Kept:
         raise ValueError(
             f"The existing {CARD} has metadata that cannot be read ({error}): correct it first."
         ) from error
-    before, marked, rest = card.text.replace("\r\n", "\n").partition(BEGIN)
-    after = rest.partition(END)[2] if END in rest else rest
-    if not marked:
+    begun, _, after = _split(card.text)
+    before = card.text.replace("\r\n", "\n").partition(BEGIN)[0]
+    if not begun:
         before = before.rstrip() + "\n\n"
     return Kept(True, before.lstrip("\n"), after.strip("\n"), metadata, content.get("base_model"))
+
+
+def tagged(ours: Sequence[str], given: Sequence[str], kept: Kept) -> list[str]:
+    """Tags of a new card: this package's, those that are given, and those in the existing card, each once."""
+    return list(dict.fromkeys([*ours, *given, *(kept.metadata.get("tags") or [])]))
 
 
 def check_reports(reports: Sequence[RobustnessReport], model: str) -> None:

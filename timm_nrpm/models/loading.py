@@ -157,10 +157,27 @@ def from_timm(cfg: Mapping[str, Any], pretrained: bool, arguments: Mapping[str, 
     if pretrained:
         return load_variant(source, revision=revision, cache_dir=cache_dir)
     located = find_variant(source, revision=revision, cache_dir=cache_dir)
-    variant = located.variant
+    return with_random_weights(located.variant, located.where)
+
+
+def with_random_weights(variant: Variant, where: str) -> nn.Module:
+    """The model of a variant with its layers and lambdas, and random weights in the place of its own.
+
+    Args:
+        variant: The checked contents of the variant.
+        where: Its folder or repository as error messages name it.
+
+    Raises:
+        BrokenVariant: timm cannot build the model.
+
+    Example:
+        >>> found = find_variant(save_pretrained(model, "my-variant"))
+        >>> lambdas(with_random_weights(found.variant, found.where)) == lambdas(model)
+        True
+    """
     try:
         plain = timm.create_model(variant.base.architecture, pretrained=False, **variant.base.kwargs)
         check_image_size(plain)
         return reprogram_(plain, variant.config)
     except Exception as error:  # timm may raise anything for arguments that a stranger made up
-        raise BrokenVariant(f"{located.where} holds no model that timm can build: {error!r}") from error
+        raise BrokenVariant(f"{where} holds no model that timm can build: {error!r}") from error
