@@ -1,11 +1,12 @@
 # make demo    sets up everything in .venv and runs the demo
 # make test    sets up everything in .venv and passes the tests, but for the slow ones
 # make slow    passes those that take longer than some seconds each
+# make coverage  measures which lines the tests of make test run, in build/coverage/index.html
 # make docs    builds the pages of docs/ into build/site, and fails on a link that leads nowhere
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test slow docs check clean
+.PHONY: demo test slow coverage docs check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/timm-nrpm demo
@@ -15,6 +16,10 @@ test: $(VENV)/ready
 
 slow: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m 'slow and not gpu'
+
+coverage: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet 'pytest-cov>=7'
+	$(VENV)/bin/python -m pytest -n 2 --cov --cov-report=term --cov-report=html
 
 docs: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet -e '.[docs]'

@@ -8,6 +8,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 CONSOLE = Console(stderr=True)
 """The console on which progress bars are drawn."""
 
+HIDDEN = Console(quiet=True)
+"""The console of bars that are not shown."""
+
+
+def console_of(shown: bool) -> Console:
+    """The console on which a bar is drawn, which writes nothing if it is not shown."""
+    # Before Rich 14.3, a disabled bar ends with a line break where stderr is no terminal.
+    return CONSOLE if shown else HIDDEN
+
 
 def progress_bar(shown: bool, *, counted: bool = False) -> Progress:
     """A bar with a description and the time left.
@@ -18,4 +27,4 @@ def progress_bar(shown: bool, *, counted: bool = False) -> Progress:
     """
     count: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),) if counted else ()
     columns = (TextColumn("{task.description}"), BarColumn(), *count, TimeRemainingColumn())
-    return Progress(*columns, console=CONSOLE, disable=not shown)
+    return Progress(*columns, console=console_of(shown), disable=not shown)

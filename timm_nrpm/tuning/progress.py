@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from timm_nrpm.evaluation.history import Evaluation, Step
-from timm_nrpm.jobs.progress import CONSOLE
+from timm_nrpm.jobs.progress import console_of
 
 
 class Bar(Progress):
@@ -30,7 +30,7 @@ class Bar(Progress):
             BarColumn(None),
             count,
             TimeRemainingColumn(),
-            console=CONSOLE,
+            console=console_of(shown),
             disable=not shown,
         )
         self.task = self.add_task("Tuning", total=steps, completed=done)
