@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -6,15 +7,20 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from PIL import Image
 
 from timm_nrpm import RobustnessReport, Threat, create_model, evaluate
 from timm_nrpm.attacks import flags
 from timm_nrpm.attacks.flags import MASKED, MEANINGS, NUMBERS, RANDOM, THRESHOLDS, ZERO
+from timm_nrpm.attacks.glossary import explained
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.evaluation.report import AttackResult
+from timm_nrpm.figures import canvas
+from timm_nrpm.figures.illustrations import Illustration, Numbers, attacks_in_words
 from timm_nrpm.figures.page import write_page
-from timm_nrpm.figures.robustness import SOURCES, draw_attacks
+from timm_nrpm.figures.robustness import SOURCES, draw_attacks, draw_curves
 from timm_nrpm.models.registry import DIGITS
 
 HOSTILE = '</script><img src="http://evil.example/x" onerror=alert(1)><!--<script>&amp;\'"'
@@ -101,14 +107,15 @@ def test_every_flag_is_explained():
 def test_the_table_has_the_numbers_of_the_report(tmp_path):
     page = page_of(tmp_path, made())
     head, clean, *rows, worst = page.table("3 attacks on 10 images, Linf 0.1")
-    assert head[:4] == ["attack", "whose gradient", "accuracy left, %", "plain model's, %"]
-    assert clean[:4] == ["clean", "", "90.0", "100.0"]
+    assert head[:4] == ["attack", "whose gradient", "accuracy left, %", "plain model, %"]
+    assert clean == ["clean No attack: the images as they are.", "", "90.0", "100.0", *[""] * 5]
+    rows = [[row[0].split()[0], *row[1:]] for row in rows]
     assert rows == [
         ["pgd", "own", "80.0", "70.0", "9", "1", "1,234", "567", "1.2"],
         ["pgd_plain", "plain model's", "60.0", "–", "9", "3", "1,234", "567", "1.2"],  # noqa: RUF001
         ["square", "scores alone", "50.0", "–", "6", "1", "1,234", "567", "1.2"],  # noqa: RUF001
     ]
-    assert worst[0] == "worst case"
+    assert worst[0].startswith("worst case Right when clean")
     low, high = (100 * edge for edge in made().interval())
     assert worst[2:] == ["50.0", "70.0", f"95 %: {low:.1f} to {high:.1f}"]
     bars = [(cell["style"], cell["class"]) for cell in page.all("td") if "share" in cell.get("class", "")]
@@ -123,18 +130,84 @@ def test_the_verdict_is_shown_and_the_worst_case_is_adaptive(tmp_path):
         for report in [reports] if isinstance(reports, RobustnessReport) else reports:
             assert report.verdict in [e["text"] for e in page.all("p") if e.get("class") == "verdict"]
     page = page_of(tmp_path, made(suite="quick"))
-    assert "All attacks" in [e["text"] for e in page.all("h2")]
-    assert page.table("3 attacks on 10 images")[-1][0] == "all attacks of quick"
+    assert "All attacks" in [e["text"] for e in page.all("dt")]
+    assert "Run the suite adaptive (--suite adaptive)" in page.source
+    assert page.table("3 attacks on 10 images")[-1][0].startswith("all attacks of quick ")
 
 
-def test_flags_come_before_everything_else(tmp_path):
+def test_the_verdict_comes_first_then_flags_then_how_to_read_it(tmp_path):
+    report = made(labels=(0,) * 10)
+    for reports in (report, [report, made(0.2)]):
+        page = page_of(tmp_path, reports)
+        order = page.order[page.order.index("A model", page.order.index("A model") + 1) :]  # the second is the heading
+        assert order[:3] == ["A model", "Verdict", report.verdict]
+        flag = order.index("Flags")
+        assert order[flag : flag + 4] == ["Flags", "Flag:", MASKED, MEANINGS[MASKED]]
+        ends = [order.index(name) for name in ("Flags", "How to read this", "What to do next", "Attacks")]
+        assert ends == sorted(ends)
+        tags = [e["tag"] for e in page.elements]
+        sections = [e["text"] for e in page.all("h2")]
+        assert sections[:3] == ["Verdict", "Flags", "How to read this"]
+        guide = next(i for i, e in enumerate(page.elements) if e.get("id") == "guide")
+        assert not {"table", "img", "figure"} & set(tags[:guide])
+    assert (
+        page_of(tmp_path, report).all("article")[0]["text"].endswith(f"12.3 % ({NUMBERS[MASKED]}), raised above 2.0 %")
+    )
+
+
+def test_how_to_read_this_explains_every_number_before_the_tables(tmp_path):
     page = page_of(tmp_path, made())
-    order = page.order[page.order.index("A model", page.order.index("A model") + 1) :]  # the second is the heading
-    assert order[:4] == ["A model", "Flags", "Flag:", MASKED]
-    assert order[4] == MEANINGS[MASKED]
-    assert page.all("article")[0]["text"].endswith(f"12.3 % ({NUMBERS[MASKED]}), raised above 2.0 %")
-    headings = [e["text"] for e in page.all("h2")]
-    assert headings == ["Flags", "Worst case", "Attacks", "Image by image", "Settings", "How to read this"]
+    terms = [e["text"] for e in page.all("dt")]
+    assert terms == [
+        *("Clean", "Along the own gradient", "Worst case", "Why there are two numbers"),
+        *("95 % interval", "Control", "Flag"),
+    ]
+    meanings = [e["text"] for e in page.all("dd")]
+    assert len(meanings) == len(terms)
+    assert all(meaning.endswith(".") for meaning in meanings)
+    assert "lambda is 1 in every layer" in meanings[terms.index("Control")]
+    alone = page_of(tmp_path, made(control=None)).all("dd")
+    assert "nothing can be said about a gain" in alone[terms.index("Control")]["text"]
+
+
+@pytest.mark.parametrize(
+    ("plain", "name"),
+    [
+        ("reprogrammed", "plain model"),
+        ("given", "model it was made from"),
+        ("trained", "same weights at lambda 1"),
+        ("member", "member that it is compared with"),
+    ],
+)
+def test_the_control_has_its_own_name(plain, name, tmp_path):
+    page = page_of(tmp_path, made(plain=plain))
+    assert page.table("3 attacks")[0][3] == f"{name}, %"
+    assert f"{name[0].upper()}{name[1:]}, same attacks" in page.source
+    assert f"The {name}" in next(e["text"] for e in page.all("dd") if "McNemar" in e["text"])
+    strips = [e["aria-label"].split(":")[0] for e in page.all("div", **{"class": "strip"})]
+    assert strips == ["This model", name.capitalize()]
+
+
+def test_every_attack_is_explained_in_its_row(tmp_path):
+    report = made()
+    rows = page_of(tmp_path, report).table("3 attacks on 10 images")[2:-1]
+    assert [row[0] for row in rows] == [f"{a.name} {explained(a.name, a.source)}" for a in report.attacks]
+
+
+def test_classes_have_a_table(tmp_path):
+    labels, right = (3,) * 20 + (5,) * 20, (True,) * 30 + (False,) * 10
+    report = made(labels=labels, correct=right, attacks=(attack("pgd", "own", "1" * 10 + "0" * 20 + "-" * 10),))
+    control = replace(report, control=None, attacks=(), correct=(True,) * 40)
+    rows = page_of(tmp_path, replace(report, control=control)).table("Accuracy of each class")
+    assert rows[0] == ["class", "images", "clean, %", "worst case, %", "95 % interval", "plain model, %"]
+    bounds = report.by_class.kept.bounds()
+    want = [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in bounds]
+    assert rows[1:] == [["3", "20", "100.0", "50.0", want[0], "100.0"], ["5", "20", "50.0", "0.0", want[1], "100.0"]]
+    assert "Classes" not in [e["text"] for e in page_of(tmp_path, made()).all("h2")]
+
+
+def test_flags_that_are_not_raised_have_their_numbers(tmp_path):
+    page = page_of(tmp_path, made())
     calm = {row[0]: row[1:3] for row in page.table("Flags that are not raised")[1:]}
     assert MASKED not in calm
     assert calm[RANDOM] == ["2e-05", "0.0001"]
@@ -219,7 +292,9 @@ def test_what_a_report_says_is_text_and_comes_back(tmp_path):
     assert [e["text"] for e in page.all("title") + page.all("h1")] == [HOSTILE] * 2
     assert "<img src=" not in page.source
     assert {e["alt"] for e in page.all("img")} > {HOSTILE}
-    assert page.table("1 attacks on 10 images, Linf 0.1")[2][:2] == [HOSTILE, HOSTILE]
+    row = page.table("1 attacks on 10 images, Linf 0.1")[2]
+    assert row[0] == f"{HOSTILE} {explained(HOSTILE, HOSTILE)}"
+    assert row[1] == HOSTILE
 
 
 def test_nothing_comes_from_elsewhere(tmp_path):
@@ -242,12 +317,19 @@ def test_several_reports(tmp_path):
     assert [e["id"] for e in page.all("script")] == ["report-1", "report-2", "report-3"]
     headings = [e["text"] for e in page.all("h2")]
     assert headings.index("Curves") == headings.index("Attacks") + 1
+    curve = page.table("Numbers in the picture: Accuracy over eps under Linf")
+    assert curve[0] == ["eps", "worst case, %", "95 % interval", "plain model, %", "pgd, %", "pgd_plain, %"]
+    low, high = (100 * edge for edge in reports[0].interval())
+    interval = f"{low:.1f} to {high:.1f}"
+    assert curve[2:] == [[eps, "50.0", interval, "70.0", "80.0", "60.0"] for eps in ("0.1", "0.2")]
+    assert curve[1][:2] + curve[1][3:] == ["0", "90.0", "100.0", "90.0", "90.0"]
     assert len(page.all("img")) == 1  # of the model with two bounds
     assert page.all("img")[0]["alt"].endswith("worst case 90.0 % at 0, 50.0 % at 0.1, 50.0 % at 0.2.")
     rows = page.table("Share of the images that no attack broke")[1:]
     assert [row[0] for row in rows] == ["Linf 0.2, adaptive", "2. Linf 0.1, adaptive", "3. Linf 0.1, adaptive"]
     assert [row[-1] for row in rows] == [MASKED, "none", MASKED]
     assert all(row[1].startswith("50.0 (95 %: ") and row[2].startswith("70.0 (95 %: ") for row in rows)
+    assert [row[5] for row in rows] == ["80.0"] * 3  # along the own gradient
     said = [e["text"].split(":")[0] for e in page.all("li") if NUMBERS[MASKED] in e["text"]]
     assert said == ["Linf 0.2, adaptive", "3. Linf 0.1, adaptive"]  # those that have the flag
 
@@ -271,6 +353,44 @@ def test_bad_input_leaves_nothing(reports, name, pictures, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         write_page(reports, tmp_path / name, title="A model", pictures=pictures)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_has_its_numbers_in_words_and_in_a_table(tmp_path):
+    report = made()
+    words = attacks_in_words(report)
+    low, high = (100 * edge for edge in report.interval())
+    for part in ("clean 90.0 (plain model 100.0)", "pgd 80.0 (plain model 70.0)", "pgd_plain 60.0, square 50.0"):
+        assert part in words
+    assert f"worst case 50.0 (plain model 70.0), with the 95 % interval {low:.1f} to {high:.1f}." in words
+    assert "plain" not in attacks_in_words(made(control=None)).replace("pgd_plain", "")
+    path = draw_attacks(report, tmp_path / "attacks.png")
+    shown = Illustration(path, words, Numbers(["a", "b"], [["1", "2"], ["3", "4"]]))
+    page = page_of(tmp_path, report, pictures={"Bars": shown, "Again": path})
+    assert [e["alt"] for e in page.all("img")] == [words, "Again"]
+    assert page.table("Numbers in the picture: Bars") == [["a", "b"], ["1", "2"], ["3", "4"]]
+
+
+def test_text_in_pictures_can_be_read(monkeypatch, tmp_path):
+    drawn, make = [], canvas.figure
+    monkeypatch.setattr(canvas, "figure", lambda *size: drawn.append(make(*size)) or drawn[-1])
+    draw_attacks(made(), tmp_path / "attacks.png")
+    draw_curves([made(0.1), made(0.2)], tmp_path / "curves.svg")
+    texts = [text for figure in drawn for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    assert len(texts) > 30
+    style = page_of(tmp_path, made()).all("style")[0]["text"]
+    paper = re.search(r"\.paper \{[^}]*background: (#\w{6})", style).group(1)  # by day and by night
+    assert all(contrast(to_hex(figure.get_facecolor()), "#ffffff") == 1 for figure in drawn)
+    for text in texts:
+        assert contrast(to_hex(text.get_color()), paper) >= 4.5, text
+
+
+def test_whatever_may_be_wider_than_the_window_can_be_reached_by_keyboard(tmp_path):
+    picture = draw_attacks(made(), tmp_path / "attacks.png")
+    page = page_of(tmp_path, [made(0.1), made(0.2)], pictures={"Attacks": picture})
+    boxes = [e for e in page.all("div") if e.get("class", "").split()[:1] in (["wide"], ["paper"])]
+    assert len(boxes) == len(page.tables) + len(page.all("img"))
+    assert all(e["tabindex"] == "0" and e["role"] == "region" and e["aria-label"] for e in boxes)
+    assert len({e["aria-label"] for e in boxes}) == len(boxes)
 
 
 def test_tables_and_pictures_can_be_heard(tmp_path):
@@ -311,6 +431,9 @@ def test_everything_can_be_read_by_day_and_night(tmp_path):
             ("alarm-ink", "alarm-paper"),
         ]:
             assert contrast(colours[text], colours[below]) >= 4.5, (text, below)
+    used = set(re.findall(r"(?<![\w-])color: (?:var\(--([\w-]+)\)|(\S+?));", style))
+    assert {name for name, _ in used} - {""} == {"ink", "quiet", "alarm-ink"}  # the texts of these pairs, and no other
+    assert {colour for _, colour in used} - {""} == {"#000000", "#ffffff"}  # of the cells below
     cells = re.findall(r"\.from-(\w+) \{ background: (#\w{6}); color: (#\w{6})", style)
     assert {name for name, _, _ in cells} == {*SOURCES, "other"}
     assert all(contrast(below, text) >= 4.5 for _, below, text in cells)
@@ -329,28 +452,82 @@ def test_a_real_report(real, tmp_path):
     assert page.reports() == real
     for report in real:
         rows = page.table(f"3 attacks on 40 images, {report.threat}")[2:-1]
-        assert [(row[0], row[2]) for row in rows] == [
+        assert [(row[0].split()[0], row[2]) for row in rows] == [
             (a.name, f"{100 * report.accuracy(a.name):.1f}") for a in report.attacks
         ]
 
 
-def test_in_a_real_browser(real, tmp_path):
+def beyond(browse, path, width):
+    """What is cut off, or wider than a window of this width, outside the boxes that scroll by themselves.
+
+    Chromium's window is at least 500 pixels wide, so the page is shown in a frame; only this copy of the page holds a
+    script, which measures the page and writes what it finds into the frame's own text.
+    """
+    script = """<script>const found = [], edge = document.documentElement.clientWidth;
+    if (document.documentElement.scrollWidth > edge) found.push("page " + document.documentElement.scrollWidth);
+    for (const each of document.body.querySelectorAll("*")) {
+      const box = each.getBoundingClientRect(), inside = each.parentElement.closest(".wide, .paper");
+      if (box.width && !inside && (box.right > edge + 1 || box.left < -1)) found.push(each.tagName + " " + box.right);
+      if (each.matches(".wide, .paper") && getComputedStyle(each).overflowX !== "auto") found.push("no scrolling");
+    }
+    parent.postMessage([edge, found], "*");</script>"""
+    source = re.sub("<meta http-equiv=[^>]*>", "", path.read_text(encoding="utf-8"))
+    copy = path.with_name(f"copy-{width}.html")
+    copy.write_text(source.replace("</body>", f"{script}</body>"), encoding="utf-8")
+    frame = path.with_name(f"frame-{width}.html")
+    frame.write_text(
+        "<body><p></p><script>onmessage = e => document.body.firstChild.textContent = JSON.stringify(e.data);</script>"
+        f'<iframe src="{copy.name}" style="width:{width}px; height:900px; border:0"></iframe>',
+        encoding="utf-8",
+    )
+    dom = browse("--dump-dom", "--virtual-time-budget=3000", "--window-size=1400,1000", name=f"dom{width}", page=frame)
+    edge, found = json.loads(re.search("<p>(.*?)</p>", dom).group(1))
+    assert abs(edge - width) <= 16  # a scroll bar may take some
+    return found
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Open a page in a browser without a window, and return what it prints."""
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)}")
-    path = write_page(real, tmp_path / "page.html", title="A model")
 
-    def browse(*arguments, name):
+    def browse(*arguments, name, page):
         if "firefox" in program:
+            if "--dump-dom" in arguments:
+                pytest.skip("Firefox does not print the page as it stands")
             command = [program, "--headless", "--profile", str(tmp_path)]
         else:
             command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
             command += [f"--user-data-dir={tmp_path / name}"]
-        command += [*arguments, path.as_uri()]
+        command += [*arguments, page.as_uri()]
         return subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
 
+    return browse
+
+
+@pytest.mark.parametrize("width", [390, *(pytest.param(width, marks=pytest.mark.slow) for width in (768, 1280))])
+def test_nothing_is_cut_off_however_long_its_name(real, browse, width, tmp_path):
+    """Of several reports with pictures, of another without a control, and of one with members and flags."""
+    long = f"folder_{'without_an_end_' * 12}/{'0123456789abcdef' * 8}"
+    odd = [
+        real[1],
+        replace(real[0], warnings=(long,), sha256=long, suite=long, versions={long: long}),
+        replace(real[1], control=None),
+    ]
+    renamed = tuple(replace(each, name=f"{each.name}_member_{long}") for each in real[1].attacks)
+    odd.append(replace(real[1], attacks=renamed, flags=(MASKED, long), plain="member"))
+    picture = draw_attacks(made(), tmp_path / "attacks.png")
+    path = write_page(odd, tmp_path / "odd.html", title=long, pictures={long: picture})
+    assert beyond(browse, path, width) == []
+
+
+def test_in_a_real_browser(real, browse, tmp_path):
+    path = write_page(real, tmp_path / "page.html", title="A model")
+
     def seen(name, width, *arguments):
-        browse(*arguments, f"--window-size={width},1400", f"--screenshot={tmp_path / name}.png", name=name)
+        browse(*arguments, f"--window-size={width},1400", f"--screenshot={tmp_path / name}.png", name=name, page=path)
         with Image.open(tmp_path / f"{name}.png") as picture:
             return picture.convert("RGB")
 
@@ -359,12 +536,10 @@ def test_in_a_real_browser(real, tmp_path):
     colours = {colour for _, colour in light.getcolors(1 << 21)}
     assert len(colours) > 100
     assert max(light.getcolors(1 << 21))[1] == (255, 255, 255)
-    if "firefox" in program:
-        return  # which neither prints the DOM nor is told to be dark from here
+    dom = browse("--dump-dom", name="dom", page=path)
     dark = seen("dark", 600, "--blink-settings=preferredColorScheme=0")
     assert dark.width == 600
     assert max(dark.getcolors(1 << 21))[1] == (0x14, 0x17, 0x1B)
-    dom = browse("--dump-dom", name="dom")
     (tmp_path / "dom.html").write_text(dom, encoding="utf-8")
     page, written = Page(tmp_path / "dom.html"), Page(path)
     assert len(page.all("tr")) == len(written.all("tr")) > 30

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from timm_nrpm import NRPMConfig, Threat, evaluate, reprogram_
-from timm_nrpm.figures.report_folder import attack_one_batch, show
+from timm_nrpm.figures.illustrations import attacks_in_words
+from timm_nrpm.figures.report_folder import IMAGES, attack_one_batch, show
 
 
 @pytest.fixture
@@ -33,6 +34,15 @@ def test_the_pictures_are_of_real_attacks_and_the_model_is_left_alone(model, nor
     assert all(module.training for module in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(predictions, model.eval()(attacked).argmax(1))
+    text = page.read_text()
+    changes = (attacked - pixels).abs().flatten(1).amax(1)[:IMAGES].tolist()
+    wrong = int((predictions != labels)[:IMAGES].sum())
+    assert f"8 images, each clean, attacked, and their difference, by at most {max(changes):.3g} in a pixel." in text
+    assert f"The model is wrong on {wrong} attacked images" in text
+    for i in range(IMAGES):
+        cells = "".join(f"<td>{cell}</td>" for cell in (int(labels[i]), int(predictions[i]), f"{changes[i]:.3g}"))
+        assert f'<tr><th scope="row">{i + 1}</th>{cells}</tr>' in text
+    assert f'alt="{attacks_in_words(report)}"' in text
 
 
 def test_curves_where_there_are_several_bounds(model, tmp_path):

@@ -69,7 +69,7 @@ def test_curves_show_the_numbers_of_the_reports(drawn, tmp_path):
     found = lines(panel)
     want = {
         "worst case, image by image": [90, 60, 20],
-        "plain model's worst case": [90, 70, 10],
+        "worst case of the plain model": [90, 70, 10],
         "pgd: own gradient": [90, 90, 70],
         "pgd_plain: plain model's gradient": [90, 70, 30],
     }
@@ -77,7 +77,7 @@ def test_curves_show_the_numbers_of_the_reports(drawn, tmp_path):
         name: pytest.approx(values) for name, values in want.items()
     }  # and no line of the search, which tried what others left
     assert all(list(line.get_xdata()) == [0, 0.1, 0.2] for line in found.values())
-    worst, control = found["worst case, image by image"], found["plain model's worst case"]
+    worst, control = found["worst case, image by image"], found["worst case of the plain model"]
     thin = [line for name, line in found.items() if "pgd" in name]
     assert min(worst.get_linewidth(), control.get_linewidth()) > max(line.get_linewidth() for line in thin)
     assert (worst.get_linestyle(), control.get_linestyle()) == ("-", "--")
@@ -94,7 +94,7 @@ def test_curves_without_a_control_and_in_255ths(drawn, tmp_path):
     reports = [replace(each, threat=Threat("Linf", k / 255), control=None) for k, each in ((2, SMALL), (8, LARGE))]
     draw_curves(reports, tmp_path / "curves.svg")
     (panel,) = drawn[0].axes
-    assert "plain model's worst case" not in lines(panel)
+    assert "worst case of the plain model" not in lines(panel)
     assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "2/255", "8/255"]
 
 

@@ -133,6 +133,11 @@ class RobustnessReport:
         return sum(self.correct) / self.samples
 
     @property
+    def own_gradient(self) -> float | None:
+        """Accuracy under PGD along the model's own gradient, which is the paper's protocol; None if it was not run."""
+        return self.accuracy("pgd") if any(attack.name == "pgd" for attack in self.attacks) else None
+
+    @property
     def survivors(self) -> tuple[bool, ...]:
         """Whether the model was right on each image under every attack."""
         survivors = list(self.correct)

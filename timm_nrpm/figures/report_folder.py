@@ -14,6 +14,7 @@ from timm_nrpm.attacks.suites import alone, attacks_of
 from timm_nrpm.data.ordering import seed_of
 from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.figures.attacked import draw_attacked
+from timm_nrpm.figures.illustrations import Illustration, Numbers, attacks_in_words
 from timm_nrpm.figures.page import write_page
 from timm_nrpm.figures.robustness import draw_attacks, draw_curves
 from timm_nrpm.models.modes import attackable
@@ -59,7 +60,8 @@ def show(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     last = max(reports, key=lambda report: report.threat.eps)
-    pictures = {f"Accuracy that each attack leaves, {last.threat}": draw_attacks(last, folder / "attacks.png")}
+    bars = Illustration(draw_attacks(last, folder / "attacks.png"), attacks_in_words(last))
+    pictures = {f"Accuracy that each attack leaves, {last.threat}; the section Attacks has the numbers": bars}
     if len(reports) > 1:
         draw_curves(reports, folder / "curves.png")  # the page draws its own curves
     pixels, labels = next(iter(loader))
@@ -68,8 +70,25 @@ def show(
         attacked, predictions = attack_one_batch(model, pixels, labels, last, mean=mean, std=std)
         along = "the plain model's gradient" if reprogrammed_layers(unwrapped(model)) else "its own gradient"
         caption = f"The first images, attacked by PGD along {along}, {last.threat}; differences amplified"
-        pictures[caption] = draw_attacked(pixels, attacked, labels, predictions, folder / "attacked.png")
+        path = draw_attacked(pixels, attacked, labels, predictions, folder / "attacked.png")
+        pictures[caption] = _told(path, pixels, attacked, labels, predictions)
     return write_page(reports, folder / "report.html", title=title, pictures=pictures)
+
+
+def _told(path: Path, pixels: Tensor, attacked: Tensor, labels: Tensor, predictions: Tensor) -> Illustration:
+    """The picture of attacked images with its numbers: both classes and the largest change of each image."""
+    changes = (attacked - pixels.cpu()).abs().flatten(1).amax(1).tolist()
+    classes = list(zip(labels.tolist(), predictions.tolist(), strict=True))
+    wrong = [f"image {i}, {label} taken for {seen}" for i, (label, seen) in enumerate(classes, 1) if label != seen]
+    alt = (
+        f"{len(classes)} images, each clean, attacked, and their difference, by at most {max(changes):.3g} in a pixel. "
+        f"The model is wrong on {len(wrong)} attacked images{': ' if wrong else ''}{'; '.join(wrong)}."
+    )
+    rows = [
+        [str(i), str(label), str(seen), f"{change:.3g}"]
+        for i, ((label, seen), change) in enumerate(zip(classes, changes, strict=True), 1)
+    ]
+    return Illustration(path, alt, Numbers(["image", "its class", "class of the model", "largest change"], rows))
 
 
 def attack_one_batch(

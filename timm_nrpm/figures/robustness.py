@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_nrpm.evaluation.report import AttackResult, RobustnessReport
+from timm_nrpm.evaluation.report import NAMES, AttackResult, RobustnessReport
 from timm_nrpm.figures import canvas
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def draw_curves(reports: Sequence[RobustnessReport], path: str | Path) -> Path:
     first = next(iter(at.values()))
     figure = canvas.figure(7.6, 4.6)
     panel = figure.subplots()
-    _lines(panel, at, _compared(list(at.values()), len(at)), zero=True)
+    _lines(panel, at, compared(list(at.values()), len(at)), zero=True)
     norm, bounds = first.threat.norm, [0.0, *at]
     fractions = norm == "Linf" and all(abs(255 * eps - round(255 * eps)) < 1e-6 for eps in bounds)
     if len(bounds) < 12:
@@ -109,7 +109,7 @@ def draw_lambda(reports: Mapping[str, Mapping[float, RobustnessReport]], path: s
         raise ValueError(f"The reports are under {' and '.join(threats)}: give reports under one threat.")
     figure = canvas.figure(4.9 * len(reports) + 0.4, 4.9)
     panels = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
-    names = _compared(every, min(2, len(every)))
+    names = compared(every, min(2, len(every)))
     for panel, (heading, by_lam) in zip(panels, reports.items(), strict=True):
         at = {lam: by_lam[lam] for lam in sorted(by_lam, reverse=True)}
         clean = [100 * report.accuracy() for report in at.values()]
@@ -177,7 +177,7 @@ def draw_attacks(report: RobustnessReport, path: str | Path) -> Path:
     if control is not None:
         beside = [(100 * share, i) for i, (*_, share) in enumerate(rows) if share is not None]
         look: dict[str, Any] = {"marker": "D", "s": 26, "facecolor": "white", "edgecolor": CONTROL, "zorder": 4}
-        panel.scatter(*zip(*beside, strict=True), clip_on=False, label="plain model, same attack", **look)
+        panel.scatter(*zip(*beside, strict=True), clip_on=False, label=f"{control_of(report)}, same attack", **look)
     for words, colour in dict.fromkeys(_words(attack.source, brief=True) for attack in report.attacks):
         panel.bar(0, 0, color=colour, label=words)  # only for the legend, and not pale
     panel.axhline(last - 0.5, color="black", linewidth=0.8)
@@ -210,12 +210,17 @@ def _by_eps(reports: Sequence[RobustnessReport]) -> dict[float, RobustnessReport
     return at
 
 
+def control_of(report: RobustnessReport) -> str:
+    """Name of the model that stands beside the one of a report, without an article, such as `"plain model"`."""
+    return NAMES[report.plain].removeprefix("the ")
+
+
 def tried_all(report: RobustnessReport, attack: AttackResult) -> bool:
     """Whether an attack tried every image that was right, so that its accuracy does not depend on earlier attacks."""
     return all(tried is not None for tried, right in zip(attack.survived, report.correct, strict=True) if right)
 
 
-def _compared(reports: Sequence[RobustnessReport], least: int) -> dict[str, str]:
+def compared(reports: Sequence[RobustnessReport], least: int) -> dict[str, str]:
     """Attacks that at least `least` reports have and that tried every image in them, and their sources: no more than
     there are markers, FGSM and PGD along each gradient before the others, and stronger attacks before weaker ones."""
     sources = {attack.name: attack.source for report in reports for attack in report.attacks}
@@ -247,7 +252,7 @@ def _lines(panel: Axes, at: Mapping[float, RobustnessReport], names: Mapping[str
     if controls:
         begin = {0.0: next(iter(controls.values())).accuracy()} if zero else {}
         shares = begin | {x: report.worst_case for x, report in controls.items()}
-        line(shares, color=CONTROL, linewidth=2.4, linestyle="--", label=f"plain model's {name}")
+        line(shares, color=CONTROL, linewidth=2.4, linestyle="--", label=f"{name} of the {control_of(reports[0])}")
     for marker, (name, source) in zip(MARKERS, names.items(), strict=False):
         words, colour = _words(source)
         shares = {x: report.accuracy(name) for x, report in at.items() if any(a.name == name for a in report.attacks)}

@@ -107,7 +107,7 @@ def measured(reports: Sequence[RobustnessReport], beside: str, caveat: str) -> M
 
 def own_accuracy(report: RobustnessReport) -> float | None:
     """Accuracy under PGD along the model's own gradient, which is the paper's protocol; None if it was not run."""
-    return report.accuracy("pgd") if any(attack.name == "pgd" for attack in report.attacks) else None
+    return report.own_gradient
 
 
 def percent(share: float) -> str:
