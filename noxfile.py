@@ -61,15 +61,13 @@ def package(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[1])
 def licences(session: nox.Session) -> None:
-    """The table of dependencies and their licences, and a bill of materials in CycloneDX's format."""
-    session.install("--quiet", "--editable", ".[demo,tune,lora,search,corruptions,openvino,package]")
+    """The table of dependencies and their licences, and a bill of materials of what users install."""
+    extras = ".[demo,tune,lora,search,corruptions,openvino]"
+    session.install("--quiet", "--editable", extras, "pip-licenses")
     session.run("python", "scripts/dependencies.py", "--write")
-    session.run("cyclonedx-py", "environment", "--pyproject", "pyproject.toml", "--output-file", "build/sbom.cdx.json")
-
-
-@nox.session(python=PYTHONS[1])
-def coverage(session: nox.Session) -> None:
-    """Lines and branches that the fast tests run, in build/coverage/index.html."""
-    session.install("--quiet", "--editable", ".[test]", "pytest-cov")
-    report = ("--cov-report", "term:skip-covered", "--cov-report", "html:build/coverage")
-    session.run("python", "-m", "pytest", "-n", "2", "--cov", *report, *session.posargs)
+    users = f"{session.create_tmp()}/users"  # without the tools that describe it
+    session.run("uv", "venv", "--quiet", "--clear", "--python", session.python, users, external=True)
+    session.run("uv", "pip", "install", "--quiet", "--python", users, extras, external=True)
+    session.install("--quiet", "cyclonedx-bom")
+    described = ("--pyproject", "pyproject.toml", "--output-file", "build/sbom.cdx.json")
+    session.run("cyclonedx-py", "environment", *described, f"{users}/bin/python")

@@ -10,6 +10,13 @@ import timm_nrpm
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def write(folder: Path, newest: str) -> None:
+    """A repository at version 1.2.3 whose changelog begins with this entry."""
+    (folder / "timm_nrpm").mkdir()
+    (folder / "timm_nrpm" / "version.py").write_text('__version__ = "1.2.3"\n')
+    (folder / "CHANGELOG.md").write_text(f"# Changelog\n\n## {newest}\n\n- a\n\n## 1.2.2 (2025-01-02)\n")
+
+
 @pytest.fixture
 def release(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
@@ -18,10 +25,14 @@ def release(monkeypatch):
     return release_version
 
 
-def test_this_version_can_be_released(release):
-    version = release.agreed(ROOT)
-    assert version == timm_nrpm.__version__
-    assert release.agreed(ROOT, f"v{version}") == version
+def test_the_changelog_describes_this_version():
+    entries = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert [each.split(" ")[0] for each in entries if each != "Unreleased"][0] == timm_nrpm.__version__
+
+
+def test_a_version_that_all_agree_on_is_released(release, tmp_path):
+    write(tmp_path, "1.2.3 (2026-01-02)")
+    assert release.agreed(tmp_path) == release.agreed(tmp_path, "v1.2.3") == "1.2.3"
 
 
 @pytest.mark.parametrize(
@@ -35,9 +46,7 @@ def test_this_version_can_be_released(release):
     ],
 )
 def test_what_disagrees_is_not_released(release, tmp_path, newest, tag, message):
-    (tmp_path / "timm_nrpm").mkdir()
-    (tmp_path / "timm_nrpm" / "version.py").write_text('__version__ = "1.2.3"\n')
-    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {newest}\n\n- a\n\n## 1.2.2 (2025-01-02)\n")
+    write(tmp_path, newest)
     with pytest.raises(ValueError, match=re.escape(message)):
         release.agreed(tmp_path, tag)
 
