@@ -27,7 +27,7 @@ def release(monkeypatch):
 
 def test_the_changelog_describes_this_version():
     entries = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert [each.split(" ")[0] for each in entries if each != "Unreleased"][0] == timm_nrpm.__version__
+    assert next(each.split(" ")[0] for each in entries if each != "Unreleased") == timm_nrpm.__version__
 
 
 def test_a_version_that_all_agree_on_is_released(release, tmp_path):
