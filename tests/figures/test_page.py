@@ -111,6 +111,12 @@ def test_every_attack_is_explained_in_its_row(tmp_path):
     assert [row[0] for row in rows] == [f"{a.name} {explained(a.name, a.source)}" for a in report.attacks]
 
 
+def test_a_dash_is_explained_where_there_is_a_control(tmp_path):
+    words = "A dash stands where the control was not put under that attack."
+    assert words in page_of(tmp_path, made()).source
+    assert words not in page_of(tmp_path, made(control=None)).source
+
+
 def test_classes_have_a_table(tmp_path):
     labels, right = (3,) * 20 + (5,) * 20, (True,) * 30 + (False,) * 10
     report = made(labels=labels, correct=right, attacks=(attack("pgd", "own", "1" * 10 + "0" * 20 + "-" * 10),))

@@ -25,7 +25,9 @@ def beyond(browse, path, width):
     if (document.documentElement.scrollWidth > edge) found.push("page " + document.documentElement.scrollWidth);
     for (const each of document.body.querySelectorAll("*")) {
       const box = each.getBoundingClientRect(), inside = each.parentElement.closest(".wide, .paper");
-      if (box.width && !inside && (box.right > edge + 1 || box.left < -1)) found.push(each.tagName + " " + box.right);
+      // A caption stays in the window while the table below it scrolls.
+      const beyond = box.right > edge + 1 || box.left < -1;
+      if (box.width && beyond && (!inside || each.matches("caption"))) found.push(each.tagName + " " + box.right);
       if (each.matches(".wide, .paper") && getComputedStyle(each).overflowX !== "auto") found.push("no scrolling");
     }
     parent.postMessage([edge, found], "*");</script>"""
