@@ -206,6 +206,19 @@ def test_a_cost_of_another_model_is_not_taken(tmp_path):
         assert parse_cost(text, "a") is None
 
 
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_the_forward_that_is_timed_is_of_the_images_that_the_card_names(tmp_path, from_folder):
+    """A variant says the size of its images, as one that was trained on small ones does; timm's model has its own."""
+    model = timm_nrpm.create_model("resnet18", num_classes=3, lam=0.9, layers="layer1.*")
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
+    source = timm_nrpm.save_pretrained(model, tmp_path / "variant", full=True) if from_folder else model
+    options = {"dry_run": True, "folder": tmp_path / "out", "license": "mit"}
+    timm_nrpm.push_to_hub(source, "me/small", full=True, **options)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Images of 32 x 32 pixels" in card
+    assert "1 image of 3x32x32" in card
+
+
 def test_an_estimate_leaves_random_numbers_and_threads_alone(tmp_path):
     _, folder = variant(tmp_path)
     state, threads = torch.get_rng_state(), torch.get_num_threads()

@@ -24,6 +24,7 @@ from timm_nrpm.evaluation.report import RobustnessReport
 from timm_nrpm.hub.cards import PICTURE, write_card
 from timm_nrpm.hub.ensemble_cards import write_ensemble_card
 from timm_nrpm.hub.latency import COST, estimated
+from timm_nrpm.hub.preprocessing import images_of
 from timm_nrpm.hub.signature_cards import write_signature_card
 from timm_nrpm.hub.templates import CARD, EVALUATION
 from timm_nrpm.models import signatures
@@ -117,7 +118,11 @@ class Contents(ABC):
 
     def estimated(self) -> CostReport | None:
         """The estimated cost of a forward, if it can be told without the weights of others."""
-        return estimated(self.source) if isinstance(self.source, nn.Module) else None
+        return estimated(self.source, self.image_size()) if isinstance(self.source, nn.Module) else None
+
+    def image_size(self) -> Sequence[int] | None:
+        """The `(C, H, W)` that the card names, whose forward it times; None where it names none."""
+        return (images_of(self.folder / TIMM_FILES[0]) or {}).get("input_size")
 
     def is_based_on(self, earlier: Mapping[str, Any]) -> bool:
         """Whether an earlier model, by its config, holds the weights that this one is based on."""
@@ -168,7 +173,7 @@ class VariantContents(Contents):
         return counted >= robust and {layer.name for layer in cost.layers if layer.estimated} == robust
 
     def estimated(self) -> CostReport | None:
-        return super().estimated() or estimated(self._found().variant)
+        return super().estimated() or estimated(self._found().variant, self.image_size())
 
     def names(self) -> tuple[str, ...]:
         return self._found().names()

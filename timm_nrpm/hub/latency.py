@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ COST = "cost.json"
 """The file with the cost behind a card, and the hash of the model that it is of."""
 
 
-def estimated(source: nn.Module | Variant) -> CostReport | None:
+def estimated(source: nn.Module | Variant, image_size: Sequence[int] | None = None) -> CostReport | None:
     """The estimated cost of a forward of one image on this machine; None for a model that cannot be estimated, such as
     one that does not say what images it takes.
 
@@ -29,6 +30,7 @@ def estimated(source: nn.Module | Variant) -> CostReport | None:
 
     Args:
         source: A reprogrammed model or an ensemble; or the contents of a variant, whose weights do not matter.
+        image_size: Shape of an image, `(C, H, W)`; by default that of timm's model.
 
     Example:
         >>> estimated(model).slowdown > 1
@@ -36,7 +38,8 @@ def estimated(source: nn.Module | Variant) -> CostReport | None:
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            return cost(with_random_weights(source, "this folder") if isinstance(source, Variant) else source)
+            model = with_random_weights(source, "this folder") if isinstance(source, Variant) else source
+            return cost(model, image_size)
         except Exception:  # a model that cannot be estimated, such as one in half precision on a CPU, can be published
             return None
 
