@@ -5,7 +5,6 @@ nox -s lowest           # with the lowest versions that pyproject.toml admits
 nox -s highest          # with the highest that can be installed together
 nox -s package          # builds and checks wheel and sdist, and runs the wheel outside the repository
 nox -s licences         # writes docs/dependencies.md, and the SBOM in build/sbom.cdx.json
-nox -s coverage         # of the fast tests, processes that they start included
 """
 
 from __future__ import annotations
