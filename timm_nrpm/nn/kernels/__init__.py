@@ -5,9 +5,8 @@ import contextlib
 from timm_nrpm.errors import SlowPathWarning
 from timm_nrpm.nn.kernels.operator import mixed_sum
 
-# Importing it registers its kernels. Where torch comes without Triton, ordinary operations serve CUDA as well. Triton
-# 3.2, which torch 2.6 brings, does not even define kernels on a machine without a GPU: it raises a RuntimeError.
-with contextlib.suppress(ImportError, RuntimeError):
+# Importing it registers its kernels. Where torch comes without Triton, ordinary operations serve CUDA as well.
+with contextlib.suppress(ImportError):
     from timm_nrpm.nn.kernels import cuda as cuda
 
 __all__ = ["SlowPathWarning", "mixed_sum"]
