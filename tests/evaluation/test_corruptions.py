@@ -180,7 +180,7 @@ def test_pixels_come_back_as_pixels(kind):
     assert corrupt(scene(1, 3, 32, 32).bfloat16(), kind, 1).dtype == torch.bfloat16
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from([kind for kind in USABLE if SMALLEST[kind] <= 9]),
     st.sampled_from(SEVERITIES),

@@ -108,7 +108,7 @@ def test_equal_images_differ_by_nothing(net, pixels):
             assert row.values(norm) == row.values(norm, relative=True) == (0.0, 0.0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.floats(0.1, 3.0))
 def test_differences_are_symmetric_and_scale(seed, factor):
     torch.manual_seed(seed)

@@ -36,7 +36,7 @@ def clopper(right, count, risk):
     return low, beta.ppf(1 - risk / 2, right + 1, count - right) if right < count else 1.0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(20, 60), st.floats(0, 1)), min_size=2, max_size=6))
 def test_worst_class_and_gap_by_numpy(drawn):
     rows = [(label, count, round(share * count)) for label, (count, share) in enumerate(drawn)]

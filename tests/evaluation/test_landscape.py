@@ -64,7 +64,7 @@ def test_the_own_and_the_plain_gradient():
     assert mixed.cosine == pytest.approx(1.0)  # of one layer
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 30), st.integers(0, 10**6), st.floats(0, 1))
 def test_random_signs_stand_at_right_angles(size, seed, share):
     generator = torch.Generator().manual_seed(seed)

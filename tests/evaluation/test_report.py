@@ -3,7 +3,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
@@ -45,7 +45,6 @@ def test_shares_by_hand():
         r.accuracy("pdg")
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))))
 def test_the_interval_is_clopper_and_pearsons(case):
     n, right = case
@@ -103,7 +102,6 @@ def test_the_verdict_is_one_sentence_with_mcnemars_test_behind_it():
     assert json.loads(worse.to_json())["summary"]["verdict"] == worse.verdict
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_the_p_value_is_that_of_the_binomial(pairs):
     ours, theirs = ("".join(str(int(pair[i])) for pair in pairs) for i in (0, 1))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_nrpm.evaluation.trials import NOTHING, Advice, Bounds, Effect, Kept, Trial
@@ -30,7 +30,6 @@ def advice(*trials, **untried):
     return Advice("Linf 0.1", Bounds(), (trial("nothing", 40, 40), *trials), untried)
 
 
-@settings(deadline=None)  # the first call imports SciPy
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_the_effect_is_that_of_its_definition(pairs):
     ours, theirs = ("".join(str(int(pair[i])) for pair in pairs) for i in (0, 1))

@@ -102,7 +102,7 @@ fails(ValueError, commit, {"README.md": b"---\\nlicense: mine\\n---\\n"})
 api.update_repo_settings(repo, private=False)
 assert Path(api.hf_hub_download(repo, "folder/large.dat", token=False, cache_dir="nobody")).read_bytes() == large
 
-api.update_repo_settings(repo, visibility="private")
+api.update_repo_settings(repo, private=True)
 assert api.model_info(repo).private
 made = api.create_collection("Robust models, mine", private=True)
 assert made.slug.startswith("alice/robust-models-mine-")

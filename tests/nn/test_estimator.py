@@ -37,7 +37,7 @@ def oracle(p, name, eps, iterations):
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(p=products, iterations=st.integers(0, 5))
 def test_matches_numpy(name, p, iterations):
     got = robust_mean(torch.from_numpy(p), penalty(name), iterations).item()
@@ -55,7 +55,7 @@ def test_slope_is_the_derivative_of_the_weight(name):
     torch.testing.assert_close(slope, derivative)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(p=products)
 def test_l1_loss_never_rises(p):
     """Lemma 3.1: eq. 1 falls along k. The lemma is about eps = 0; a tiny eps may add what it hides, D * eps."""
@@ -119,7 +119,7 @@ def test_an_outlier_moves_the_robust_sum_less():
     assert shifts[2] < shifts[1] < shifts[0] / 10
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(p=arrays(np.float64, st.sampled_from([3, 7, 15]), elements=st.floats(-10, 10, width=16), unique=True))
 def test_many_iterations_reach_the_median(p):
     got = robust_mean(torch.from_numpy(p), penalty("l1", 1e-9), 3000).item()

@@ -115,7 +115,7 @@ def test_the_default_eps_on_a_real_layer():
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 def test_any_geometry(data):
     draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     groups, kernel = draw(1, 3), (draw(1, 4), draw(1, 4))

@@ -46,7 +46,7 @@ def test_linear_maps(shape):
 
 
 @given(count=st.integers(1, 300), each=st.integers(1, 10**7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_chunks_are_equal_and_fit(count, each):
     chunks = standard._chunks(count, each)
     assert count % chunks == 0

@@ -68,7 +68,7 @@ def test_the_terms_are_those_of_the_whole_hessian(seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), size=st.floats(1e-4, 0.02))
 def test_near_networks_are_within_the_bound(seed, size):
     model = Small(seed % 7)
@@ -133,7 +133,7 @@ def instance(seed, depth):
     return maps, x, y, reads, generator
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 100_000), depth=st.integers(1, 5), eps=st.floats(0, 0.5))
 def test_a_subnetwork_is_semirobust_if_and_only_if_its_layers_are(seed, depth, eps):
     """Theorem 1: what reads the last layer reads every layer, through the maps that follow, and the reverse."""
@@ -146,7 +146,7 @@ def test_a_subnetwork_is_semirobust_if_and_only_if_its_layers_are(seed, depth, e
         assert semirobustness(maps[:layer], x, y, eps, through) == pytest.approx(whole)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 100_000), depth=st.integers(2, 5), eps=st.floats(0, 0.5))
 def test_a_linear_combination_of_semirobust_layers_is_semirobust(seed, depth, eps):
     """Theorem 3: a last layer that is a combination, with weights of at least 0, of what all layers are read by keeps

@@ -124,7 +124,7 @@ def test_within_a_class_what_the_class_explains_is_gone():
     assert edge(x, mixed, given=label) > 1.0  # within half of the classes both are the same
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 1000),
     size=st.integers(1, 4),
@@ -147,7 +147,6 @@ def test_shapes_and_constants_do_not_matter():
 
 
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=40))
-@settings(deadline=None)
 def test_scores_are_those_of_ranks(values):
     column = torch.tensor(values, dtype=torch.float64)[:, None]
     wanted = ndtri((rankdata(values) - 0.5) / len(values))

@@ -77,7 +77,7 @@ class Format:
 def _write_onnx(given: Given, path: Path) -> None:
     written: Any = torch.onnx.export(
         given.program(), (given.example,), dynamo=True, opset_version=OPSET, verbose=False, input_names=["images"],
-        output_names=["logits"],
+        output_names=["logits"], dynamic_shapes=({0: "batch"},) if given.any_batch else None,
     )  # fmt: skip
     for node in chain(written.model.graph.all_nodes(), *(f.all_nodes() for f in written.model.functions.values())):
         node.metadata_props.clear()  # PyTorch's notes, which are larger than most models

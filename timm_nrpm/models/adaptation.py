@@ -17,14 +17,13 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_nrpm.checks import check_choice, check_number
 from timm_nrpm.data.images import check_images, count_of, pixels_of
 from timm_nrpm.errors import AdaptationDoubt
-from timm_nrpm.jobs.progress import console_of
+from timm_nrpm.jobs.progress import track
 from timm_nrpm.models.image_statistics import median_statistics, statistics
 from timm_nrpm.models.modes import check_gradients, evaluating
 from timm_nrpm.models.plain_statistics import norms_of
@@ -233,9 +232,7 @@ class Adaptation:
         """
         total, first, before = count_of(loader), None, 0.0
         try:
-            for pixels in track(
-                pixels_of(loader), "Adapting", total=total, disable=not progress, console=console_of(progress)
-            ):
+            for pixels in track(pixels_of(loader), "Adapting", total, progress):
                 if first is None:
                     first, before = pixels[:BATCH], self._confidence(pixels[:BATCH])
                 self._follow(pixels)

@@ -12,12 +12,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_nrpm.data.images import count_of, pixels_of
-from timm_nrpm.jobs.progress import console_of
+from timm_nrpm.jobs.progress import track
 from timm_nrpm.models.modes import check_gradients, evaluating
 from timm_nrpm.models.moments import Moments
 from timm_nrpm.models.plain_statistics import KEPT, complete, norms_of
@@ -192,9 +191,7 @@ def calibrate_(
     if mode == "scratch" and not norms:
         raise ValueError('mode="scratch" re-estimates BatchNorm statistics, and this model has none: use "relative".')
     standardize = record_of(inner).config.standardize
-    images = track(
-        pixels_of(loader), "Calibrating", total=count_of(loader), disable=not progress, console=console_of(progress)
-    )
+    images: Iterable[Tensor] = track(pixels_of(loader), "Calibrating", count_of(loader), progress)
     if (norms and not is_settled(inner)) or standardize:  # the loader may give its images only once
         images = _CachedBatches(images)
     if norms and not is_settled(inner):

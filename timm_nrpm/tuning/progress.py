@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from timm_nrpm.evaluation.history import Evaluation, Step
-from timm_nrpm.jobs.progress import console_of
+from timm_nrpm.jobs.progress import Bars
 
 
-class Bar(Progress):
+class Bar(Bars):
     """A progress bar, and below it loss, accuracies and lambdas.
 
     Args:
@@ -30,8 +30,7 @@ class Bar(Progress):
             BarColumn(None),
             count,
             TimeRemainingColumn(),
-            console=console_of(shown),
-            disable=not shown,
+            shown=shown,
         )
         self.task = self.add_task("Tuning", total=steps, completed=done)
         self.evaluation = evaluation
