@@ -16,6 +16,7 @@ from timm_nrpm import NRPMConfig, from_pretrained, reprogram_, save_pretrained
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.errors import WrongBase
 from timm_nrpm.models.base import weights_sha256
+from timm_nrpm.models.loadable import _difference
 from timm_nrpm.models.reprogramming import reprogrammed_layers
 
 DIGITS = "resnet8_digits"
@@ -157,6 +158,39 @@ def test_what_is_refused(tmp_path, change, message, when):
         save_pretrained(model, tmp_path / "v", full=True)
     assert os.listdir(tmp_path) == []
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_refusal_knows_the_arguments_of_the_model(tmp_path):
+    """What timm would build has them, too, and only what was changed since is named."""
+    model = timm_nrpm.create_model(DIGITS, lam=0.5, layers="layer1.*", in_chans=3)
+    another_layer(model)
+    with pytest.raises(
+        ValueError, match=r"\(2 missing, like fc\.bias; 4 not in the model, like fc\.0\.bias\)\. Undo what"
+    ):
+        save_pretrained(model, tmp_path / "v", full=True)
+
+
+class Scaled(nn.Linear):
+    """A layer with a buffer that is not saved."""
+
+    def __init__(self, scale):
+        super().__init__(2, 2)
+        self.register_buffer("scale", scale, persistent=False)
+
+
+@pytest.mark.parametrize(
+    ("scale", "differs"),
+    [
+        (torch.ones(3), False),
+        (torch.tensor([1.0, 1.0, 2.0]), True),
+        (torch.ones(3, dtype=torch.float64), True),
+        (torch.ones(4), False),  # a cache, whose shape is that of the last input
+        (None, False),
+    ],
+)
+def test_buffers_that_are_not_saved(scale, differs):
+    said = _difference(Scaled(scale), Scaled(torch.ones(3)))
+    assert said == ("buffer scale, which is not saved, has other values" if differs else "")
 
 
 def test_a_refusal_leaves_what_was_there(tmp_path):

@@ -206,9 +206,9 @@ def _list(args: argparse.Namespace, terminal: Terminal) -> None:
     if not variants:
         terminal.show(f"{args.author} has published no variant that you may see.")
     else:
-        table = Table("repository", "base", "seen by", "changed")
+        table = Table("repository", "base", "visibility", "changed")
         for one in variants:
-            seen = "some" if one.private else "all"
-            table.add_row(one.repo_id, Text(printable(one.base or "")), seen, one.modified)
+            visibility = "private" if one.private else "public"
+            table.add_row(one.repo_id, Text(printable(one.base or "weights of its own")), visibility, one.modified)
         terminal.show(table)
     terminal.give({"variants": [asdict(one) for one in variants]})
