@@ -2,11 +2,12 @@
 # make test    sets up everything in .venv and passes the tests, but for the slow ones
 # make slow    passes those that take longer than some seconds each
 # make coverage  measures which lines the tests of make test run, in build/coverage/index.html
+# make package  builds wheel and sdist in build/dist, and checks what they say of themselves
 # make docs    builds the pages of docs/ into build/site, and fails on a link that leads nowhere
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test slow coverage docs check clean
+.PHONY: demo test slow coverage package docs check clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/timm-nrpm demo
@@ -20,6 +21,12 @@ slow: $(VENV)/ready
 coverage: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet 'pytest-cov>=7'
 	$(VENV)/bin/python -m pytest -n 2 --cov --cov-report=term --cov-report=html
+
+package: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet -e '.[package]'
+	rm -rf build/dist
+	$(VENV)/bin/python -m build --quiet --outdir build/dist
+	$(VENV)/bin/twine check --strict build/dist/*
 
 docs: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet -e '.[docs]'

@@ -9,6 +9,8 @@ nox -s licences         # writes docs/dependencies.md, and the SBOM in build/sbo
 
 from __future__ import annotations
 
+import shutil
+
 import nox
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
@@ -53,6 +55,7 @@ def highest(session: nox.Session) -> None:
 def package(session: nox.Session) -> None:
     """Wheel and sdist: their metadata, their contents, and the wheel in an environment outside the repository."""
     session.install("--quiet", "--editable", ".[test,package]")
+    shutil.rmtree("build/dist", ignore_errors=True)  # so that no file of an earlier version is checked in its place
     session.run("python", "-m", "build", "--quiet", "--outdir", "build/dist")
     session.run("twine", "check", "--strict", "build/dist/*")
     session.run("python", "-m", "pytest", "-n0", "-m", "", "tests/test_distribution.py")

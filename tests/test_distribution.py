@@ -91,7 +91,7 @@ def installed(built, tmp_path_factory) -> Path:
 
 
 def test_the_wheel_works_outside_the_repository(installed, stocked_hub, tmp_path):
-    """demo, evaluate, tune, push and pull, from another folder."""
+    """demo, evaluate, tune, push, pull and export, from another folder."""
     environment = {key: value for key, value in stocked_hub.environment(tmp_path).items() if key != "PYTHONPATH"}
 
     def run(*command):
@@ -113,3 +113,5 @@ def test_the_wheel_works_outside_the_repository(installed, stocked_hub, tmp_path
     assert "sent" in run(program, "push", "--variant", "tuned/variant", "me/from-a-wheel")
     run(program, "pull", "--variant", "me/from-a-wheel", "--output", "copy")
     assert "resnet8_digits" in run(program, "inspect", "--variant", "copy")
+    run(program, "export", "--variant", "copy", "--output", "model.onnx")
+    assert (tmp_path / "model.onnx").stat().st_size > 100_000
