@@ -216,3 +216,23 @@ def test_evidence_by_hand():
     assert flags_of({F.MASKED: 0.06}, 50) == (F.MASKED,)
     few = {**probes, "half": 46.0, "surviving": 9.0}
     assert not {F.FLAT, F.CLIMBING} & set(evidence_of(outcomes, clean, few, non_finite=False, classes=10))
+
+
+@pytest.mark.parametrize(
+    ("threat", "most", "half", "double"),
+    [
+        (Threat("Linf", 0.3), 1.0, 0.15, 0.6),
+        (Threat("Linf", 0.75), 1.0, 0.375, 1.0),
+        (Threat("L2", 2.0), 60**0.5, 1.0, 4.0),
+        (Threat("L1", 40.0), 60.0, 20.0, 60.0),
+        (Threat("L0", 5), 20.0, 2.0, 10.0),
+        (Threat("L0", 1), 20.0, 1.0, 2.0),
+        (Threat("patch", 3), 5.0, 1.0, 5.0),
+    ],
+    ids=str,
+)
+def test_bounds_that_are_tried_beside_the_threat(threat, most, half, double):
+    """No bound at all, half of it and twice of it, on one image of 3 x 5 x 4 pixels."""
+    tried = F._bounds(threat, torch.rand(1, 3, 5, 4))
+    assert [each.norm for each in tried] == [threat.norm] * 3
+    assert [each.eps for each in tried] == pytest.approx([most, half, double])

@@ -214,6 +214,8 @@ def test_second_derivatives_are_refused():
     ("call", "message"),
     [
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 5), lam=0.5), r"x \[2, 3\] and weight \[4, 5\]"),
+        (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 5, 3), lam=0.5), r"x \[2, 3\] and weight \[4, 5, 3\]"),
+        (lambda: nrpm_linear(torch.ones(()), torch.ones(4, 3), lam=0.5), r"x \[\] and weight \[4, 3\]"),
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=2), "lam=2"),
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=torch.tensor(2.0)), r"lam=2\.0"),
         (lambda: nrpm_linear(torch.ones(2, 3), torch.ones(4, 3), lam=torch.tensor(float("nan"))), "lam=nan"),
