@@ -68,7 +68,8 @@ def precision_of(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
     Nothing is computed in half precision, whose three digits of a product are too few for its distance to the mean.
     """
     device = x.device.type
-    known = torch.amp.is_autocast_available(device)  # the meta device has none, and asking it would raise
+    graph = torch.compiler.is_compiling()  # in which torch 2.11 cannot ask whether a device has autocast
+    known = device != "meta" if graph else torch.amp.is_autocast_available(device)
     autocast = known and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype, dtype
