@@ -31,6 +31,9 @@ def said(command, text):
         ("tune", "hflip=0.5 without augment=True mirrors", "--hflip 0.5 without --augment mirrors"),
         ("tune", "give drop_last=True or another batch_size.", "give --drop-last or another --batch-size."),
         ("tune", "trainable=('*.lam', 'a b') matches", "--trainable '*.lam' 'a b' matches"),
+        ("tune", "trainable=('fc (2)',) matches", "--trainable 'fc (2)' matches"),
+        ("tune", r"""root='/it\'s "x"' is no folder""", """--root '/it'"'"'s "x"' is no folder"""),
+        ("tune", "root='/my batch_size runs' is no folder", "--root '/my batch_size runs' is no folder"),
         ("tune", 'objective="awp" perturbs, or paradigm="all"', "--objective awp perturbs, or --paradigm all"),
         ("tune", "The base says none: give one as license=, an id", "The base says none: give one as --license, an id"),
         ("tune", "step_size: None then, 0.1 now", "--step-size: None then, 0.1 now"),
@@ -82,6 +85,6 @@ def test_an_error_without_a_message_is_named():
 def test_a_number_may_be_a_fraction():
     assert options.number("8/255") == 8 / 255
     assert options.number_or_none("None") is None
-    for text in ("1/0", "nan", ""):
+    for text in ("1/0", "nan", "", "inf", "1e400", "1e999999999"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is no number, such as 0.03 or 8/255"):
             options.number(text)

@@ -113,6 +113,11 @@ def test_a_model_in_standard_units_is_searched_in_them(data, training, tmp_path)
     reprogram_(model, dataclasses.replace(model.nrpm.config, standardize=True))
     with pytest.raises(ValueError, match="standardize"):  # the file holds a search in other units
         search_lambda(model, data, Threat("Linf", 0.05), calibration=training, **options)
+    options["resume"] = tmp_path / "standard.jsonl"
+    search_lambda(model, data, Threat("Linf", 0.05), calibration=training, **options)
+    other = timm_nrpm.create_model(DIGITS, pretrained=True, lam=0.7, eps=1.0).eval()
+    with pytest.raises(ValueError, match="standardize: True then, None now"):  # and the other way round
+        search_lambda(other, data, Threat("Linf", 0.05), calibration=training, **options)
     options["resume"] = None
     with pytest.raises(ValueError, match="give calibration="):
         search_lambda(model, data, Threat("Linf", 0.05), **options)

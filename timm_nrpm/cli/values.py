@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 from fractions import Fraction
 
 
 def number(text: str) -> float:
     """A number, also as a fraction, 8/255."""
     try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number, such as 0.03 or 8/255") from error
+        value = float(Fraction(text) if "/" in text else text)  # a fraction of 1e999999999 would not end
+        if math.isfinite(value):
+            return value
+    except (ValueError, ZeroDivisionError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number, such as 0.03 or 8/255")
 
 
 def number_or_none(text: str) -> float | None:

@@ -10,14 +10,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 WORD = r"True|False|None|[A-Z]+\b"
-TEXT = r"'[^']*'|\"[^\"]*\""
+TEXT = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?: / \d+)?"
-SEVERAL = r"\([^()]*\)|\[[^\[\]]*\]"
+SEVERAL = rf"\((?:{TEXT}|[^()'\"])*\)|\[(?:{TEXT}|[^\[\]'\"])*\]"
 ARGUMENT = re.compile(rf"(?<![\w./-])(\w+)=({WORD}|{TEXT}|{NUMBER}|{SEVERAL})?(?![\w(\[{{<])")
 """Pattern of a Python argument in a message, with its value or without."""
 
 BARE = re.compile(r"(?<![\w./='\"-])([a-z]+(?:_[a-z]+)+)(?![\w=/(]|\.\w)")
 """Pattern of a bare argument name of several words in a sentence."""
+
+EITHER = re.compile(f"{ARGUMENT.pattern}|{BARE.pattern}")
+"""Pattern of both, so that what stands in a value is no name."""
 
 COMMON = {
     "timm_nrpm.list_models()": "timm-nrpm models",
@@ -64,7 +67,9 @@ def worded(text: str, parser: argparse.ArgumentParser, names: Mapping[str, str])
     flags |= {name: flag for name, flag in names.items() if name.isidentifier()}
 
     def argument(match: re.Match[str]) -> str:
-        name, value = match.groups()
+        name, value, bare = match.groups()
+        if bare is not None:
+            return flags.get(bare, bare)
         if name not in flags:
             return match[0]
         if value in (None, "True", "None"):
@@ -73,8 +78,7 @@ def worded(text: str, parser: argparse.ArgumentParser, names: Mapping[str, str])
             return f"no {flags[name]}"
         return f"{flags[name]} {_written(value)}"
 
-    text = ARGUMENT.sub(argument, text)
-    return BARE.sub(lambda match: flags.get(match[1], match[1]), text)
+    return EITHER.sub(argument, text)
 
 
 def _written(value: str) -> str:

@@ -26,6 +26,11 @@ def target(path: str | Path) -> Path:
     return Path(path)
 
 
+def plain(text: str) -> str:
+    """Text of others, such as the name of a class or of a model, so that Matplotlib takes no part for a formula."""
+    return text.replace("$", r"\$")
+
+
 def figure(width: float, height: float) -> Figure:
     """An empty figure of `width` by `height` inches.
 

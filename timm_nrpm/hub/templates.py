@@ -55,8 +55,9 @@ def written(template: str, data: Metadata, kept: Kept, content: Metadata) -> Mod
     text = re.sub(r"\n{3,}", "\n\n", text)  # gaps of the template; the text of others comes later
     generated = text.partition(BEGIN)[2].partition(END)[0]
     text = text.replace(END, f"<!-- timm_nrpm: sha256 of the above {_hash_of(generated)} -->\n{END}", 1)
-    text = text.replace(f"{BEFORE}\n", kept.before, 1).replace(AFTER, kept.after, 1)
-    return ModelCard(text.rstrip() + "\n")
+    head, _, rest = text.partition(f"{BEFORE}\n")
+    middle, _, _ = rest.partition(AFTER)  # both are found before any text of others, which may name them
+    return ModelCard(f"{head}{kept.before}{middle}{kept.after}".rstrip() + "\n")
 
 
 def _text_of(name: str) -> str:

@@ -17,7 +17,8 @@ class Journal:
 
     Args:
         path: Path of the file; None keeps the rows in memory alone.
-        identity: Settings of the measurement. The rows of an existing file are taken over if its settings are equal.
+        identity: Settings of the measurement. The rows of an existing file are taken over if its settings are equal,
+            where one that is None is like one that is not there.
 
     Attributes:
         rows: The rows by their number, without a last line that was cut short.
@@ -47,7 +48,8 @@ class Journal:
         try:
             *lines, torn = content.split(b"\n")
             old, *rows = map(json.loads, lines)
-            changes = [f"{k}: {old.get(k)!r} then, {v!r} now" for k, v in json.loads(header).items() if old.get(k) != v]
+            now = json.loads(header)
+            changes = [f"{k}: {old.get(k)!r} then, {now.get(k)!r} now" for k in now | old if old.get(k) != now.get(k)]
             numbers = [int(row.pop("number")) for row in rows]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no journal, or was changed ({error}): give another file.") from error
