@@ -89,7 +89,7 @@ candidate = st.tuples(st.integers(8, N), st.integers(0, N), st.integers(1, 4), s
 offered = st.dictionaries(st.sampled_from("abcd"), st.lists(candidate, min_size=1, max_size=3), min_size=1)
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(max_examples=30)
 @given(offered, st.integers(1, 100), st.booleans())
 def test_a_strategy_takes_no_more_than_its_share_of_the_time_and_leaves_none_that_fits(offers, whole, fast):
     """Slower candidates may have to leave more of the time to the report images."""
@@ -114,7 +114,7 @@ def merit(found):
     return found.selection.accuracy, found.selection.clean_accuracy, -found.slowdown
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(max_examples=30)
 @given(offered)
 def test_what_is_chosen_is_within_the_bounds_and_no_other_is_better_in_all(offers):
     advice, _ = advice_of(offers, 1e6)
@@ -137,7 +137,7 @@ def test_what_is_chosen_is_within_the_bounds_and_no_other_is_better_in_all(offer
     assert all(each.report is not None for each in (advice.nothing, advice.chosen, advice.advised))
 
 
-@settings(deadline=None, max_examples=20, derandomize=True)
+@settings(max_examples=20)
 @given(offered, st.randoms(use_true_random=False))
 def test_the_order_of_the_strategies_chooses_nothing(offers, random):
     """Where there is time for all; of equal candidates the first is taken, which are as good."""
@@ -149,7 +149,7 @@ def test_the_order_of_the_strategies_chooses_nothing(offers, random):
 numbers = st.lists(st.integers(0, 30), min_size=1, max_size=8, unique=True)
 
 
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(max_examples=80)
 @given(numbers, numbers, st.none() | numbers)
 def test_images_of_two_purposes_are_refused_with_their_number(selection, report, training):
     sets = [set(selection), set(report), set(training or ())]
@@ -164,7 +164,7 @@ def test_images_of_two_purposes_are_refused_with_their_number(selection, report,
     assert int(str(caught.value).split()[0]) == shared[0]
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40)
 @given(st.integers(2, 40), st.integers(0, 99))
 def test_images_that_are_divided_are_each_in_one_half(count, seed):
     halves = [sorted(part.digests()) for part in _divided(images(range(count)), None, seed)]

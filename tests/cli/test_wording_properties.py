@@ -32,7 +32,7 @@ given_values = {
 several = st.lists(st.sampled_from(sorted(given_values)), min_size=1, max_size=3, unique=True)
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150)
 @given(st.data(), several)
 def test_what_a_message_says_can_be_typed_and_means_the_same(data, names):
     values = {name: data.draw(given_values[name], label=name) for name in names}
@@ -43,7 +43,7 @@ def test_what_a_message_says_can_be_typed_and_means_the_same(data, names):
         assert (tuple(got) if isinstance(value, tuple) else got) == value
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(max_examples=200)
 @given(
     st.from_regex(r"-?[0-9]{1,3}(\.[0-9]{1,3})?(e-?[0-9]{1,9})?(/[0-9]{1,3})?", fullmatch=True) | st.text(max_size=6)
 )
@@ -59,7 +59,7 @@ def test_whatever_is_typed_is_a_finite_number_or_refused_in_a_sentence(text):
     assert said in ("", f"{text!r} is no number, such as 0.03 or 8/255")
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(max_examples=100)
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-999, 999), st.integers(1, 999))
 def test_a_number_is_read_as_python_reads_it(value, above, below):
     assert number(repr(value)) == value

@@ -401,9 +401,9 @@ def test_bad_calls(change, message):
 
 
 def test_a_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    def search(path, **change):
+    def search(path, eps=0.1, **change):
         settings = {"budget": 12, "resume": path, **TOY, **change}
-        return search_lambda(toy(), toy_images(), Threat("Linf", 0.1), **settings)
+        return search_lambda(toy(), toy_images(), Threat("Linf", eps), **settings)
 
     whole = search(tmp_path / "whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
@@ -416,6 +416,8 @@ def test_a_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert search(cut) == whole
     with pytest.raises(ValueError, match=r"holds another run \(seed: 0 then, 1 now"):
         search(cut, seed=1)
+    with pytest.raises(ValueError, match=r"eps=0.1\)\W+ then, \W+Threat\(norm='Linf', eps=0.1000001\)\W+ now"):
+        search(cut, eps=0.1000001)  # however close
 
 
 def test_the_first_trial_must_be_plain():

@@ -29,7 +29,7 @@ def shape(page):
     return [(element["tag"], sorted(element.keys())) for element in page.elements]
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(max_examples=25)
 @given(title=names, called=names, caption=names, alt=names, warning=names)
 @example(title="</script>", called="</td></script>", caption="<", alt='" onload="x', warning="&lt;")
 def test_no_name_changes_the_page_or_is_changed_by_it(title, called, caption, alt, warning):
@@ -60,7 +60,7 @@ attacks = st.integers(1, 3)
 fates = attacks.flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=30))
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40)
 @given(fates)
 def test_the_alternative_text_has_the_number_of_every_bar(images):
     """Of each image it is given which attacks it survives; in the worst case it has to survive all."""
@@ -115,7 +115,7 @@ def drawings():
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-@settings(deadline=None, max_examples=6, derandomize=True)
+@settings(max_examples=6)
 @given(name=names.filter(lambda name: not name.startswith("_")))  # which Matplotlib leaves out of a legend
 @example(name="$5 to $10")
 def test_the_name_of_a_class_a_model_or_an_attack_is_no_formula(drawings, kind, name):

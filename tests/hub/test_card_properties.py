@@ -36,7 +36,7 @@ def lines(text):
     return text.replace("\r\n", "\n").strip()
 
 
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(max_examples=80)
 @given(before=texts_before, after=texts_after, again=st.booleans())
 @example(before=f"See {AFTER} here.", after="", again=False)
 def test_what_its_owner_wrote_around_the_generated_part_stays(before, after, again):
@@ -73,7 +73,7 @@ def reported(number, right, case):
     return RobustnessReport(Threat("Linf", number / 10), suite, 1, 1, 0, **about)
 
 
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(max_examples=80)
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.lists(cases, min_size=1, max_size=3))
 def test_no_number_under_attack_leaves_the_card_without_its_flags(right, found):
     """As the Hub reads them back, whose tables show a name and a number, and nothing else."""

@@ -28,7 +28,7 @@ files = st.dictionaries(st.sampled_from([*OWN, *BESIDE]), bytes_of)
 models = st.none() | st.tuples(st.sampled_from(["old", "new"]), st.sets(st.sampled_from(OWN)))
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150)
 @given(before=before, files=files, model=models)
 def test_a_push_leaves_its_files_and_those_of_others_and_names_every_other_that_it_takes(before, files, model):
     """A config in the repository is that of an earlier model, or cannot be read."""

@@ -19,7 +19,7 @@ identities = st.dictionaries(names, values, max_size=3)
 rows = st.dictionaries(st.integers(0, 99), st.dictionaries(names, values, max_size=3), max_size=5)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(identity=identities, rows=rows, data=st.data())
 def test_whatever_bytes_a_kill_leaves_the_first_rows_come_back_and_going_on_gives_the_whole(identity, rows, data):
     with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +40,7 @@ def test_whatever_bytes_a_kill_leaves_the_first_rows_come_back_and_going_on_give
         assert Journal(path, identity).rows == rows
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(one=identities, other=identities, row=st.dictionaries(names, values, max_size=2))
 @example(one={"eps": 0.1, "gradient": "own"}, other={"eps": 0.1}, row={})
 @example(one={"eps": 0.1}, other={"eps": 0.1, "gradient": None}, row={})

@@ -59,7 +59,7 @@ class Inquiry:
         self.study, self.bar = study, bar
         identity = {
             "model": model_sha256(study.model), **identity_of(study.on_pixels(study.model)),
-            "threat": str(study.danger), "clean_loss": study.bounds.clean_loss, "slowdown": study.bounds.slowdown,
+            "threat": repr(study.danger), "clean_loss": study.bounds.clean_loss, "slowdown": study.bounds.slowdown,
             "effort": study.effort, "seed": study.seed,
             **{name: digest_of(part.pixels, part.labels) for name, part in study.parts.items()},
             "calibration": digest_of(torch.cat(study.calibration), torch.zeros(0)), "version": __version__,

@@ -155,7 +155,7 @@ def _journal(
     config = {k: v for k, v in record_of(model).config.settings.items() if k != "learnable"}
     plain = weights_sha256(plain_copy(model).state_dict())
     layers = list(reprogrammed_layers(model))
-    asked = {"threat": str(threat), "bound": bound, "layerwise": layerwise, "steps": steps, "seed": seed}
+    asked = {"threat": repr(threat), "bound": bound, "layerwise": layerwise, "steps": steps, "seed": seed}
     return Journal(path, {"model": plain, "layers": layers, **config, "images": digest.hexdigest(), **asked})
 
 

@@ -100,7 +100,7 @@ class Networks:
         with torch.no_grad():
             self.classes = self.plain(self.example).shape[1]
         check_labels(labels, self.classes)
-        self.identity = {"model": weights_sha256(self.state), **identity_of(net), "threat": str(threat)}
+        self.identity = {"model": weights_sha256(self.state), **identity_of(net), "threat": repr(threat)}
 
     def once(self, work: Callable[[], Found]) -> Found:
         """What the main process finds, in every process; a failure is one of all."""
