@@ -1,14 +1,21 @@
 """Folders through timm's own factory, and folders that anyone can load, in one process."""
 
+import json
+
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 import timm_nrpm
 from timm_nrpm import NRPMConfig, from_pretrained, lambdas, reprogram_, save_pretrained
 from timm_nrpm.errors import BrokenVariant
-from timm_nrpm.models.loading import from_timm, is_variant, with_random_weights
+from timm_nrpm.models.base import checksum_of
+from timm_nrpm.models.downloads import sha256_of
+from timm_nrpm.models.format import LARGEST
+from timm_nrpm.models.loading import find_variant, from_timm, is_variant, with_random_weights
 from timm_nrpm.models.registry import DIGITS
+from timm_nrpm.models.reprogramming import record_of
 from timm_nrpm.models.saving import complete, needs_weights, save_loadable
 
 PIXELS = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -84,8 +91,6 @@ def test_what_timm_read_from_a_variant(cfg, is_one):
 
 
 def test_a_variant_that_timm_cannot_build(tmp_path, monkeypatch):
-    from timm_nrpm.models.loading import find_variant
-
     found = find_variant(save_pretrained(digits(), tmp_path / "v"))
     monkeypatch.setitem(found.variant.base.kwargs, "no_such_argument", 1)
     with pytest.raises(BrokenVariant, match=r"^here holds no model that timm can build: TypeError\(.*no_such_argument"):
@@ -131,7 +136,112 @@ def test_weights_are_added_to_a_folder_that_lacks_them(tmp_path):
 
 
 def test_a_model_without_a_base_needs_no_weights():
-    from timm_nrpm.models.reprogramming import record_of
-
     model = unnamed()
     assert record_of(model).base is None or not needs_weights(model)
+
+
+def test_what_was_fitted_is_recorded(tmp_path):
+    """Of which kind it was and from how many images, also in what is loaded."""
+    model = timm_nrpm.calibrate_(digits(), [PIXELS, PIXELS])
+    folder = save_pretrained(model, tmp_path / "v")
+    (step,) = find_variant(folder).variant.statistics
+    assert (step.kind, step.images) == ("calibration", 8)
+    assert record_of(from_pretrained(folder)).statistics == (step,)
+    assert find_variant(save_pretrained(digits(), tmp_path / "w")).variant.statistics == ()
+
+
+class Asked:
+    """A repository that notes what it is asked for, and has the files of a folder."""
+
+    def __init__(self, folder, *settings):
+        self.folder, self.settings, self.fetched = folder, settings, []
+
+    def at(self, path, name):
+        assert path == self.folder / name
+        return self
+
+    def fetch(self, name, most):
+        self.fetched.append((name, most))
+        return self.folder / name
+
+
+def test_what_a_repository_is_asked_for(tmp_path, monkeypatch):
+    """Each file with the most that it may hold, and at the place that was named."""
+    folder = save_pretrained(trained(), tmp_path / "v", full=True)
+    monkeypatch.setattr("timm_nrpm.models.loading.Repository", lambda *settings: Asked(folder, *settings))
+    found = find_variant("hf-hub:me/x", revision="v1", cache_dir="there", token="of-me", local_files_only=True)
+    assert found.repository.settings == ("me/x", "v1", "there", "of-me", True)
+    assert found.repository.fetched == [(name, LARGEST.get(name)) for name, _ in found.repository.fetched]
+    assert {name for name, _ in found.repository.fetched} == {*found.names()}
+    assert found.where == "me/x"
+    assert find_variant("me/x").repository.settings == ("me/x", None, None, None, False)
+    built = []
+    monkeypatch.setattr(type(found.variant), "build", lambda *given: built.append(given))
+    found.build("there", "of-me", True)
+    ((variant, find, make_base, where),) = built
+    assert (variant, find, where) == (found.variant, found.find, "me/x")
+    assert make_base.args == ("there", "of-me", True)
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["text", "path"])
+def test_a_folder_goes_before_a_repository(tmp_path, monkeypatch, kind):
+    folder = save_pretrained(digits(), tmp_path / "me" / "x")
+    monkeypatch.chdir(tmp_path)
+    for name in (folder, folder.relative_to(tmp_path)):
+        found = find_variant(kind(name))
+        assert (found.repository, found.where) == (None, str(name))
+
+
+def changed(folder, change):
+    """The config of a variant after a change of its content, with a hash that fits."""
+    content = json.loads((folder / "nrpm_config.json").read_text())
+    del content["sha256"]
+    change(content)
+    (folder / "nrpm_config.json").write_text(json.dumps({**content, "sha256": checksum_of(content)}))
+    return folder
+
+
+def test_layers_that_are_no_layers_are_named(tmp_path):
+    folder = changed(save_pretrained(digits(), tmp_path / "v"), lambda content: content["layers"].append("layer1"))
+    tensors = {**load_file(folder / "nrpm.safetensors"), "layer1.lam": torch.tensor(0.5)}
+    save_file(tensors, folder / "nrpm.safetensors")
+    changed(
+        folder, lambda content: content["files"].update({"nrpm.safetensors": sha256_of(folder / "nrpm.safetensors")})
+    )
+    with pytest.raises(BrokenVariant, match=r"v does not fit its base model: layers='layer1' matches no layer itself"):
+        from_pretrained(folder)
+
+
+def test_numbers_that_json_does_not_have_are_refused(tmp_path):
+    folder = save_pretrained(digits(), tmp_path / "v")
+    path = folder / "nrpm_config.json"
+    path.write_text(path.read_text().replace('"eps": 0.001', '"eps": NaN'))
+    with pytest.raises(BrokenVariant, match=r"is cut short or is no variant's config \(ValueError\(.*NaN"):
+        from_pretrained(folder)
+
+
+def test_images_that_are_too_large_are_refused(tmp_path):
+    """A stranger's config would have a model claim all memory."""
+    folder = save_pretrained(digits(), tmp_path / "v")
+    change = {"pretrained_cfg_overlay": {"input_size": [1, 100_000, 100_000]}}
+    changed(folder, lambda content: content["base"]["kwargs"].update(change))
+    with pytest.raises(BrokenVariant, match=r"v holds no model that timm can build: .*100000"):
+        from_pretrained(folder)
+
+
+def test_a_reason_of_timms_own_has_its_kind(tmp_path):
+    folder = changed(save_pretrained(digits(), tmp_path / "v"), lambda content: content["base"]["kwargs"].update(x_y=1))
+    with pytest.raises(BrokenVariant, match=r"v holds no model that timm can build: TypeError\("):
+        from_pretrained(folder)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    folder = save_pretrained(digits(), tmp_path / "v")
+    size = (folder / "nrpm.safetensors").stat().st_size
+    monkeypatch.setitem(LARGEST, "nrpm.safetensors", size)
+    from_pretrained(folder)
+    monkeypatch.setitem(LARGEST, "nrpm.safetensors", size - 1)
+    with pytest.raises(
+        BrokenVariant, match=rf"nrpm.safetensors has {size} bytes, and such a file has {size - 1} at most"
+    ):
+        from_pretrained(folder)
