@@ -1,5 +1,6 @@
 """Folders through timm's own factory, and folders that anyone can load, in one process."""
 
+import copy
 import json
 
 import pytest
@@ -245,3 +246,16 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
         BrokenVariant, match=rf"nrpm.safetensors has {size} bytes, and such a file has {size - 1} at most"
     ):
         from_pretrained(folder)
+
+
+def test_a_model_that_was_reprogrammed_before_it_had_weights(tmp_path):
+    """On the meta device, as large models are built: what it was made of is known when it is saved."""
+    made = {"num_classes": 4, "drop_rate": 0.25}
+    plain = timm.create_model(DIGITS, **made)
+    whole = reprogram_(copy.deepcopy(plain), NRPMConfig(lam=0.7)).state_dict()
+    with torch.device("meta"):
+        model = timm.create_model(DIGITS, **made)
+    reprogram_(model, NRPMConfig(lam=0.7)).to_empty(device="cpu").load_state_dict(whole)
+    base = find_variant(save_pretrained(model, tmp_path / "v")).variant.base
+    assert (base.name, base.architecture, base.tuned, base.kwargs) == (None, DIGITS, False, made)
+    assert torch.equal(logits(from_pretrained(tmp_path / "v", base=plain)), logits(model))
