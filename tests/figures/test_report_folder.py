@@ -52,3 +52,11 @@ def test_curves_where_there_are_several_bounds(model, tmp_path):
     reports = [evaluate(model, data, Threat("Linf", eps), "quick", steps=2) for eps in (0.1, 0.2)]
     show(reports, model, data, tmp_path, title="two")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bounds_of_two_norms_are_refused_before_anything_is_written(model, tmp_path):
+    data = [(torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0]))]
+    reports = [evaluate(model, data, threat, "quick", steps=2) for threat in (Threat("Linf", 0.1), Threat("L2", 1))]
+    with pytest.raises(ValueError, match="norm"):
+        show(reports, model, data, tmp_path, title="two")
+    assert not list(tmp_path.iterdir())

@@ -42,7 +42,7 @@ def show(
     reports (`curves.png`), and attacked images with their differences (`attacked.png`).
 
     Args:
-        reports: Reports on `model`, one for each eps.
+        reports: Reports on `model` under one norm, one for each eps.
         model, loader, mean, std: The same as in :func:`timm_nrpm.evaluate`.
         folder: The folder to write to, created if it does not exist.
         title: Title of the page.
@@ -51,6 +51,7 @@ def show(
         Path of the page, `folder/report.html`.
 
     Raises:
+        ValueError: The reports do not belong on one curve. No picture is written.
         ImportError: Matplotlib is not installed.
 
     Example:
@@ -59,11 +60,11 @@ def show(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if len(reports) > 1:  # first, since reports that do not belong on one curve are refused; the page draws its own
+        draw_curves(reports, folder / "curves.png")
     last = max(reports, key=lambda report: report.threat.eps)
     bars = Illustration(draw_attacks(last, folder / "attacks.png"), attacks_in_words(last))
     pictures = {f"Accuracy that each attack leaves, {last.threat}; the section Attacks has the numbers": bars}
-    if len(reports) > 1:
-        draw_curves(reports, folder / "curves.png")  # the page draws its own curves
     pixels, labels = next(iter(loader))
     if pixels.shape[1] in (1, 3):
         pixels, labels = pixels[:IMAGES], labels[:IMAGES]
