@@ -102,8 +102,8 @@ class Effort:
 
 EFFORTS: dict[str, dict[str, Effort]] = {
     "quick": {
-        "mlp": Effort(1000, 50, epochs=5),
-        "lenet": Effort(1000, 50, epochs=4),
+        "mlp": Effort(1000, 500, epochs=5),
+        "lenet": Effort(1000, 500, epochs=4),
         "svhn": Effort(1000, 50, samples=10_000, epochs=5),
         "imagenet10": Effort(200, 20, samples=2000, epochs=5),
         "mixer": Effort(50, 10, samples=10_000, epochs=8),
