@@ -236,3 +236,12 @@ def test_bounds_that_are_tried_beside_the_threat(threat, most, half, double):
     tried = F._bounds(threat, torch.rand(1, 3, 5, 4))
     assert [each.norm for each in tried] == [threat.norm] * 3
     assert [each.eps for each in tried] == pytest.approx([most, half, double])
+
+
+def test_a_flag_has_all_that_it_needs():
+    """Reports, pages and cards look up each of these by the flag's name."""
+    known = {value for name, value in vars(F).items() if name.isupper() and isinstance(value, str)}
+    for table in ("THRESHOLDS", "NUMBERS", "MEANINGS"):
+        has = set(getattr(F, table))
+        assert has == known, f"{table} in timm_nrpm/attacks/flags.py lacks {known - has} and has {has - known}"
+    assert all(meaning.endswith(".") for meaning in F.MEANINGS.values())

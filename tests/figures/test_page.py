@@ -6,19 +6,12 @@ import pytest
 from report_pages import attack, made, page_of
 
 from timm_nrpm import RobustnessReport, Threat
-from timm_nrpm.attacks import flags
 from timm_nrpm.attacks.flags import MASKED, MEANINGS, NUMBERS, RANDOM, THRESHOLDS, ZERO
 from timm_nrpm.attacks.glossary import explained
 from timm_nrpm.figures.page import write_page
 from timm_nrpm.figures.robustness import draw_attacks
 
 HOSTILE = '</script><img src="http://evil.example/x" onerror=alert(1)><!--<script>&amp;\'"'
-
-
-def test_every_flag_is_explained():
-    known = {value for name, value in vars(flags).items() if name.isupper() and isinstance(value, str)}
-    assert set(MEANINGS) == set(NUMBERS) == set(THRESHOLDS) == known
-    assert all(meaning.endswith(".") for meaning in MEANINGS.values())
 
 
 def test_the_table_has_the_numbers_of_the_report(tmp_path):
