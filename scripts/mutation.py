@@ -64,7 +64,7 @@ SUBJECTS = {
     ),
     "judge": Subject(
         ("evaluation/judge", "evaluation/intervals"),
-        ("tests/evaluation/test_evaluate.py", "tests/evaluation/test_intervals.py"),
+        tuple(f"tests/evaluation/test_{name}.py" for name in ("judge", "intervals", "evaluate")),
     ),
     "flags": Subject(("attacks/flags",), ("tests/attacks/test_flags.py", "tests/evaluation/test_evaluate.py")),
     "certification": Subject(

@@ -11,8 +11,10 @@ from torch import nn
 from timm_nrpm import Threat, evaluate
 from timm_nrpm.attacks import flags as F
 from timm_nrpm.attacks.flags import THRESHOLDS, evidence_of, flags_of
+from timm_nrpm.attacks.sources import Source
 from timm_nrpm.data.loaders import digits
 from timm_nrpm.models.registry import DIGITS
+from timm_nrpm.nn.pixel_model import PixelModel
 
 THREAT = Threat("Linf", 0.15)
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
@@ -245,3 +247,80 @@ def test_a_flag_has_all_that_it_needs():
         has = set(getattr(F, table))
         assert has == known, f"{table} in timm_nrpm/attacks/flags.py lacks {known - has} and has {has - known}"
     assert all(meaning.endswith(".") for meaning in F.MEANINGS.values())
+
+
+def test_how_much_two_forwards_differ():
+    """The largest change of a logit beside the largest logit, however small both are."""
+    first = torch.tensor([[1e-3, -4e-3], [2e-3, float("nan")]])
+    assert F.unlike(first, first) == 0
+    assert F.unlike(first, first + torch.tensor([0.0, 1e-3])) == pytest.approx(0.25)
+    assert F.unlike(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
+
+
+def test_probes_of_several_batches():
+    """Counts are added up, and of random changes the largest counts, also where a batch has no such number."""
+    probes = [
+        {"looked": 3.0, "random": 0.1, "half": 2.0},
+        {"looked": 4.0, "random": 0.3},
+        {"looked": 1.0, "random": 0.2},
+    ]
+    assert F.joined_probes(probes) == {"looked": 8.0, "random": 0.3, "half": 2.0}
+    assert F.joined_probes([]) == {}
+
+
+def test_evidence_where_there_is_little():
+    """Shares need ten images, and comparisons two attacks."""
+    own = {"pgd": ("own", [True] * 12)}
+    assert evidence_of(own, [True] * 12, {}, non_finite=False, classes=4) == {F.NON_FINITE: 0.0}
+    scores = {"square": ("scores", [False] * 12)}
+    assert F.SCORES not in evidence_of(scores, [True] * 12, {}, non_finite=False, classes=4)
+    probes = {"looked": 10.0, "probed": 10.0, "random": 0.0, "zero": 1.0, "unbounded": 5.0, "half": 9.0, "double": 9.0,
+              "surviving": 9.0, "climbing": 1.0}  # fmt: skip
+    found = evidence_of(own, [True] * 12, probes, non_finite=False, classes=4)
+    assert found == {F.NON_FINITE: 0.0, F.RANDOM: 0.0, F.ZERO: 0.1, F.UNBOUNDED: 0.25}
+    more = {**probes, "probed": 20.0, "half": 10.0, "double": 5.0, "surviving": 10.0}
+    found = evidence_of(own, [True] * 12, more, non_finite=False, classes=4)
+    assert (found[F.FLAT], found[F.CLIMBING]) == (0.5, 0.1)
+    without_attacks = {name: probes[name] for name in ("looked", "random", "zero")}
+    found = evidence_of(own, [True] * 12, without_attacks, non_finite=False, classes=4)
+    assert set(found) == {F.NON_FINITE, F.RANDOM, F.ZERO}
+
+
+def test_images_that_only_scores_break_were_right_before():
+    """One that was wrong when clean, or that a gradient breaks, too, is no evidence."""
+    outcomes = {
+        "pgd": ("own", [None, False, True, True, None]),
+        "square": ("scores", [False, False, False, True, False]),
+    }
+    found = evidence_of(outcomes, [False, True, True, True, True], {}, non_finite=False, classes=4)
+    assert found[F.SCORES] == 2 / 5
+
+
+def test_what_a_probe_counts(monkeypatch):
+    """Half and double of the bound from random starts, no bound from the image itself, and five times the steps under
+    the bound, of which the last part counts.
+    """
+    net = PixelModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+    pixels, calls = torch.rand(4, 1, 8, 8), []
+    labels = net(pixels).argmax(1)
+
+    def climb(forward, x, y, within, seeds, *, steps, start=None, fooled=False):
+        calls.append((within.eps, steps, None if start is None else torch.equal(start, pixels), fooled, seeds))
+        # Of four images the first stops rising early, the second rises to the end, the third is broken, and the fourth
+        # never rises.
+        rises = torch.zeros(steps + 1, 4)
+        rises[1:, 0] = 1
+        rises[:, 1] = torch.arange(steps + 1.0) ** 2
+        rises[-1, 2] = float("nan")
+        return x, rises
+
+    monkeypatch.setattr(F, "climb", climb)
+    found = F.probe(Source(net), pixels, labels, THREAT, [1, 2, 3, 4], steps=2)
+    assert calls == [
+        (0.075, 2, None, False, [1, 2, 3, 4]),
+        (0.3, 2, None, False, [1, 2, 3, 4]),
+        (1.0, 2, True, False, [1, 2, 3, 4]),
+        (0.15, 10, None, True, [1, 2, 3, 4]),
+    ]
+    assert found == {"looked": 4, "random": 0, "zero": 0, "probed": 4, "half": 4, "double": 4, "unbounded": 4,
+                     "surviving": 3, "climbing": 1}  # fmt: skip

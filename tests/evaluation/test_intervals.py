@@ -35,3 +35,4 @@ def test_the_interval_of_a_mean():
     half = 1.96 * values.std(ddof=1) / math.sqrt(50)
     assert of_mean(values.tolist()) == pytest.approx((values.mean() - half, values.mean() + half))
     assert of_mean([1.0]) == (-math.inf, math.inf)
+    assert of_mean([1.0, 3.0]) == pytest.approx((2 - 1.96, 2 + 1.96))

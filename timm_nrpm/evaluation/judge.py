@@ -113,12 +113,13 @@ class Judge:
         pursuit = Pursuit(self.net, pixels, labels, p.threat, EXPECTATION if random else 1)
         right, _ = pursuit.take(torch.arange(len(labels), device=pixels.device), pixels, logits)
         turns: dict[str, Turn] = {}
-        done = 0
+        done, share = 0, 0.0
         for place, attack in enumerate(attacks):
             rows = right.nonzero().squeeze(1) if attack.always else pursuit.near(attack.near)
             left = {near: len(pursuit.near(near)) for near in {later.near for later in attacks[place:]}}
             ahead = sum(later.passes * (len(right) if later.always else left[later.near]) for later in attacks[place:])
-            tell(done / max(done + ahead, 1), f"{attack.name}, {int(pursuit.right.sum())} of {len(labels)} left")
+            share = max(share, done / max(done + ahead, 1))  # more images may be near than were before
+            tell(share, f"{attack.name}, {int(pursuit.right.sum())} of {len(labels)} left")
             done += attack.passes * len(rows)
             turn = self.attack(attack, place, pursuit, rows, places)
             turns[attack.name] = turns[attack.name].then(turn) if attack.name in turns else turn
