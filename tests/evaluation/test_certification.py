@@ -142,6 +142,8 @@ def test_the_radius_by_hand():
     assert certified_radius(0.5, 0.25) == 0.0
     assert certified_radius(0.3, 0.25) == 0.0
     assert certified_radius(0.9772498680518208, 0.25) == pytest.approx(0.5)  # Phi(2)
+    assert certified_radius(0.9772498680518208, 0.25, 0.8413447460685429) == pytest.approx(0.25)  # Phi(2), Phi(1)
+    assert certified_radius(0.5, 0.25, 0.15865525393145707) == pytest.approx(0.25)  # Phi(0), Phi(-1)
     report = certify(Line(bias=50.0), loader(1), 0.5, n=100)
     want = 0.5 * NormalDist().inv_cdf(0.001 ** (1 / 100))  # all agree
     assert report.images == (Certificate(label=report.images[0].label, predicted=1, radius=pytest.approx(want),
