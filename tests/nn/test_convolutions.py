@@ -121,14 +121,14 @@ def test_an_output_size_that_is_asked_for():
 @pytest.mark.parametrize("padding", [1, "same"])
 def test_every_image_has_its_own_weight(padding):
     """timm's CondConv2d is, for each image, an ordinary convolution with a mix of the experts' weights."""
-    layer = CondConv2d(4, 6, 3, stride=2, padding=padding, groups=2, num_experts=3).double()
-    x, routing = torch.randn(3, 4, 7, 7, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64)
+    layer = CondConv2d(4, 6, 3, stride=2, padding=padding, dilation=2, groups=2, num_experts=3).double()
+    x, routing = torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64)
     plain = layer(x, routing)
     reprogram_(layer, NRPMConfig(lam=0.3, iterations=2, eps=EPS))
     ours = layer(x, routing)
     for place in range(3):
         one = (timm_layers.Conv2dSame if padding == "same" else nn.Conv2d)(
-            4, 6, 3, stride=2, padding=0 if padding == "same" else 1, groups=2, bias=False
+            4, 6, 3, stride=2, padding=0 if padding == "same" else 1, dilation=2, groups=2, bias=False
         ).double()
         one.weight.data = (routing[place] @ layer.weight).view_as(one.weight).detach()
         torch.testing.assert_close(one(x[place : place + 1]), plain[place : place + 1])
