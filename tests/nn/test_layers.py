@@ -31,11 +31,11 @@ LAYERS = {
     "conv3d replicate": (lambda: nn.Conv3d(2, 4, 2, padding=1, padding_mode="replicate"), (2, 2, 3, 4, 3)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 4, 4, 5)),
     "transposed with gaps": (lambda: nn.ConvTranspose2d(4, 6, (2, 3), (3, 4), output_padding=(2, 1)), (2, 4, 3, 4)),
-    "timm same": (lambda: timm_layers.Conv2dSame(4, 6, 3, stride=2), (2, 4, 8, 9)),
+    "timm same": (lambda: timm_layers.Conv2dSame(4, 6, 3, stride=2, dilation=2), (2, 4, 8, 9)),
     "std": (lambda: timm_layers.StdConv2d(4, 6, 3, bias=True), (2, 4, 8, 9)),
-    "std same": (lambda: timm_layers.StdConv2dSame(4, 6, 3, stride=2), (2, 4, 8, 9)),
+    "std same": (lambda: timm_layers.StdConv2dSame(4, 6, 3, stride=2, dilation=2), (2, 4, 8, 9)),
     "scaled std": (lambda: timm_layers.ScaledStdConv2d(4, 6, 3, gamma=1.7), (2, 4, 8, 9)),
-    "scaled std same": (lambda: timm_layers.ScaledStdConv2dSame(4, 6, 3, stride=2), (2, 4, 8, 9)),
+    "scaled std same": (lambda: timm_layers.ScaledStdConv2dSame(4, 6, 3, stride=2, dilation=2), (2, 4, 8, 9)),
 }
 layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 WITH_UNITS = {name: each for name, each in LAYERS.items() if "transposed" not in name}
