@@ -59,6 +59,7 @@ def test_what_is_told(suite):
     shares = [share for share, _ in told]
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)
+    assert len(set(shares)) > 2
     assert told[-1][1] == "looking for flags"
     assert all(re.fullmatch(r"\w+, [0-5] of 6 left", activity) for _, activity in told[:-1])
     assert told[0][1].endswith(", 5 of 6 left")
@@ -81,6 +82,7 @@ def test_what_is_noted_of_each_image():
     judge = made("adaptive")
     outcome = judge(*images(judge, 6), places(6), quiet)
     assert outcome.clean == "111110"
+    assert outcome.attacks["pgd"].source == "own"
     codes = {name: turn.survived for name, turn in outcome.attacks.items()}
     assert all(code[-1] == "-" for code in codes.values())
     assert set(codes["pgd"][:-1]) == {"0", "1"}
