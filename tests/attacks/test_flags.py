@@ -306,8 +306,8 @@ def test_what_a_probe_counts(monkeypatch):
 
     def climb(forward, x, y, within, seeds, *, steps, start=None, fooled=False):
         calls.append((within.eps, steps, None if start is None else torch.equal(start, pixels), fooled, seeds))
-        # Of four images the first rises until half of the steps, the second rises to the end, the third is broken, and the fourth
-        # never rises.
+        # Of four images the first rises until half of the steps, the second to the end, the third is broken, and the
+        # fourth never rises.
         rises = torch.zeros(steps + 1, 4)
         rises[:, 0] = torch.arange(steps + 1.0).clamp(max=steps / 2)
         rises[:, 1] = torch.arange(steps + 1.0) ** 2
