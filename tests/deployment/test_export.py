@@ -188,6 +188,7 @@ ELSEWHERE = {
         import sys, numpy, onnxruntime
         session = onnxruntime.InferenceSession(sys.argv[1])
         images = numpy.load(sys.argv[2])
+        assert session.get_inputs()[0].shape[0] == session.get_outputs()[0].shape[0] == "batch"
         (logits,) = session.run(None, {session.get_inputs()[0].name: images})
         facts = session.get_modelmeta().custom_metadata_map["timm_nrpm"]
         known = sys.modules
