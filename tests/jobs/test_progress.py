@@ -61,6 +61,8 @@ def test_the_writing_ends_with_the_work(written, ends):
     before = threading.active_count()
     try:
         with progress_bar(True) as bar:
+            bar.start()  # a second time
+            assert [thread.name for thread in threading.enumerate()].count("bars in a file") == 1
             bar.add_task("Attacking", total=4)
             if ends:
                 raise ends

@@ -136,11 +136,6 @@ def test_weights_are_added_to_a_folder_that_lacks_them(tmp_path):
     assert torch.equal(logits(from_pretrained(folder)), logits(model))
 
 
-def test_a_model_without_a_base_needs_no_weights():
-    model = unnamed()
-    assert record_of(model).base is None or not needs_weights(model)
-
-
 def test_what_was_fitted_is_recorded(tmp_path):
     """Of which kind it was and from how many images, also in what is loaded."""
     model = timm_nrpm.calibrate_(digits(), [PIXELS, PIXELS])

@@ -209,6 +209,6 @@ def _list(args: argparse.Namespace, terminal: Terminal) -> None:
         table = Table("repository", "base", "visibility", "changed")
         for one in variants:
             visibility = "private" if one.private else "public"
-            table.add_row(one.repo_id, Text(printable(one.base or "weights of its own")), visibility, one.modified)
+            table.add_row(one.repo_id, Text(printable(one.base or "not public")), visibility, one.modified)
         terminal.show(table)
     terminal.give({"variants": [asdict(one) for one in variants]})

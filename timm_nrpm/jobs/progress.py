@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 
 class Bars(Progress):
-    """Bars that are drawn in a terminal, and in a file written anew every minute.
+    """Bars that a terminal draws, and of which a file gets a line each minute.
 
     Args:
         columns: What a bar consists of.
@@ -37,7 +37,8 @@ class Bars(Progress):
 
     def start(self) -> None:
         super().start()
-        if not self.disable and not (self.console.is_terminal or self.console.is_jupyter):
+        drawn = self.disable or self.console.is_terminal or self.console.is_jupyter
+        if not drawn and self._writer is None:
             self._ended.clear()
             self._writer = Thread(target=self._write, name="bars in a file", daemon=True)
             self._writer.start()
