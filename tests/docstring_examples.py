@@ -23,6 +23,9 @@ from timm_nrpm.data.loaders import digits
 
 IMAGES = 32
 
+GIVEN = {"model", "plain", "report", "pixels", "labels", "attacked", "loader", "training_loader"}
+"""Objects that examples take for granted: what a reader has before."""
+
 
 @pytest.fixture(scope="session")
 def names():
@@ -36,16 +39,7 @@ def names():
     loader = DataLoader(TensorDataset(pixels, labels), batch_size=IMAGES)
     report = timm_nrpm.evaluate(model, loader, timm_nrpm.Threat("Linf", 0.15), "quick")
     ours = {name: getattr(timm_nrpm, name) for name in timm_nrpm.__all__ if not name.startswith("_")}
-    return ours | {
-        "argparse": argparse,
-        "dataclasses": dataclasses,
-        "Image": Image,
-        "nn": nn,
-        "np": np,
-        "Path": Path,
-        "timm": timm,
-        "timm_nrpm": timm_nrpm,
-        "torch": torch,
+    given = {
         "model": model,
         "plain": plain,
         "report": report,
@@ -55,6 +49,22 @@ def names():
         "loader": loader,
         "training_loader": training,
     }
+    assert given.keys() == GIVEN
+    return (
+        ours
+        | given
+        | {
+            "argparse": argparse,
+            "dataclasses": dataclasses,
+            "Image": Image,
+            "nn": nn,
+            "np": np,
+            "Path": Path,
+            "timm": timm,
+            "timm_nrpm": timm_nrpm,
+            "torch": torch,
+        }
+    )
 
 
 @pytest.fixture(autouse=True)

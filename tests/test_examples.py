@@ -1,17 +1,35 @@
 """Every example in a docstring runs and prints what it says."""
 
+import doctest
+import importlib
+import pkgutil
 import re
 import sys
 from pathlib import Path
 
 import forked
 import pytest
+from docstring_examples import GIVEN
+
+import timm_nrpm
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 PARTS = ("advice subnetworks", "evaluation", "tuning hub", "")
 """Wings whose examples run in one process; the last part is all others."""
+
+
+def test_no_module_has_another_meaning_for_what_its_examples_take_for_granted():
+    """The module's own names come first in its examples: a function `plain` would stand where a model is meant."""
+    for found in pkgutil.walk_packages(timm_nrpm.__path__, "timm_nrpm."):
+        if found.name.endswith("__main__"):
+            continue
+        module = importlib.import_module(found.name)
+        for test in doctest.DocTestFinder(exclude_empty=True).find(module):
+            used = {name for example in test.examples for name in compile(example.source, "", "single").co_names}
+            another = GIVEN & vars(module).keys() - {test.name.split(".")[-1]}
+            assert not used & another, f"{test.name}: rename what {found.name} has"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from timm_nrpm.data.images import check_labels, check_pair
-from timm_nrpm.figures.canvas import SIGNED, figure, plain, target
+from timm_nrpm.figures.canvas import SIGNED, as_written, figure, target
 
 MOST_IMAGES = 64
 IN_A_ROW = 8
@@ -75,8 +75,8 @@ def draw_attacked(
             shown = image.detach().cpu().float().movedim(0, -1).squeeze(-1).clamp(-1, 1).numpy()
             column[j].imshow(shown, interpolation="nearest", **look)
         label, prediction = (str(int(c[i])) if names is None else names[int(c[i])] for c in (labels, predictions))
-        column[0].set_title(f"label: {plain(label)}", fontsize=9)
-        column[1].set_title(f"model: {plain(prediction)}{'' if prediction == label else ' (wrong)'}", fontsize=9)
+        column[0].set_title(f"label: {as_written(label)}", fontsize=9)
+        column[1].set_title(f"model: {as_written(prediction)}{'' if prediction == label else ' (wrong)'}", fontsize=9)
     drawing.suptitle(f"Clean, attacked, and the difference (largest {largest:.3g}) times {factor:.3g}", fontsize=11)
     drawing.savefig(file, dpi=120, bbox_inches="tight")
     return file

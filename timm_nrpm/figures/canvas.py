@@ -26,9 +26,12 @@ def target(path: str | Path) -> Path:
     return Path(path)
 
 
-def plain(text: str) -> str:
-    """Text of others, such as the name of a class or of a model, so that Matplotlib takes no part for a formula."""
-    return text.replace("$", r"\$")
+def as_written(text: str) -> str:
+    """Text of others, such as the name of a class or of a model, for Matplotlib.
+
+    It would take what stands between dollar signs for a formula, and leave a name that begins with _ out of a legend.
+    """
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def figure(width: float, height: float) -> Figure:

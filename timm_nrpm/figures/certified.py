@@ -52,7 +52,7 @@ def draw_certified(reports: Sequence[CertificationReport], path: str | Path) -> 
         radii, accuracies = report.curve()
         corners = [100 * accuracy for accuracy in (*accuracies, 0.0)]
         look = {"color": COLOURS[sigmas.index(report.sigma)], "linestyle": DASHES[names.index(report.title)]}
-        label = f"{canvas.plain(report.title)}, sigma {report.sigma:g}"
+        label = f"{canvas.as_written(report.title)}, sigma {report.sigma:g}"
         panel.plot((*radii, radii[-1]), corners, drawstyle="steps-pre", linewidth=1.8, label=label, **look)
     panel.set(xlabel="L2 radius, in pixel units of [0, 1]", ylabel="certified accuracy, %", ylim=(0, 101))
     panel.set_xlim(left=0)

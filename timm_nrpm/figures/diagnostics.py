@@ -14,7 +14,7 @@ from timm_nrpm.checks import check_integer
 from timm_nrpm.data.images import check_pair
 from timm_nrpm.evaluation.diagnostics import EmbeddingDifferences, embeddings
 from timm_nrpm.evaluation.landscape import LossLandscape
-from timm_nrpm.figures.canvas import SIGNED, STYLES, figure, plain, target
+from timm_nrpm.figures.canvas import SIGNED, STYLES, as_written, figure, target
 from timm_nrpm.nn.pixel_model import PixelModel
 from timm_nrpm.nn.wrappers import subject_of
 
@@ -79,7 +79,7 @@ def draw_differences(
             low, high = values.nanquantile(torch.tensor([0.25, 0.75], dtype=torch.float64), 1).tolist()
             panel.fill_between(range(len(names)), low, high, color=colour, alpha=0.15, linewidth=0)
             look = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4}
-            panel.plot(range(len(names)), values.nanmean(1).tolist(), label=plain(model), **look)
+            panel.plot(range(len(names)), values.nanmean(1).tolist(), label=as_written(model), **look)
         panel.set_ylabel(f"{norm} of the difference\n" + ("% of the clean embedding" if relative else "absolute"))
         panel.grid(alpha=0.3)
         if log:
@@ -172,7 +172,7 @@ def draw_embeddings(
         for j, title in enumerate((f"clean\n{clean[name][1]}", f"attacked\n{moved[name][1]}", "difference\n")):
             panels[0][4 * i + j].set_title(title, fontsize=9)
         above = {"xycoords": "axes fraction", "xytext": (0, 34), "textcoords": "offset points", "ha": "center"}
-        panels[0][4 * i + 1].annotate(plain(name), (0.5, 1), fontsize=11, fontweight="bold", **above)
+        panels[0][4 * i + 1].annotate(as_written(name), (0.5, 1), fontsize=11, fontweight="bold", **above)
     drawing.savefig(file, dpi=120, bbox_inches="tight")
     return file
 
@@ -294,7 +294,9 @@ def draw_landscape(landscapes: Mapping[str, LossLandscape], path: str | Path) ->
         x, y = (HEADINGS[kind] for kind in each.directions)
         panel.set(xlabel=f"{x}, pixel units", ylabel=f"{y}, pixel units")
         images = f"{each.samples} image{'s' if each.samples > 1 else ''}"
-        panel.set_title(f"{plain(name)}\n{images}, clean {each.clean:.3g} nats, cosine {each.cosine:.2f}", fontsize=10)
+        panel.set_title(
+            f"{as_written(name)}\n{images}, clean {each.clean:.3g} nats, cosine {each.cosine:.2f}", fontsize=10
+        )
     drawing.colorbar(panels[0].images[0], ax=list(panels), label="mean cross-entropy, nats", shrink=0.85)
     drawing.suptitle("star: clean; white line: half of the images wrong", fontsize=9)
     drawing.savefig(file, dpi=120, bbox_inches="tight")

@@ -74,7 +74,7 @@ def draw_curves(reports: Sequence[RobustnessReport], path: str | Path) -> Path:
     panel.set(xlabel=f"eps under {norm} ({UNITS[norm]})", ylabel="accuracy, %", ylim=(0, 102))
     panel.set_xlim(0, max(bounds) * 1.02)
     suites = " and ".join(dict.fromkeys(report.suite for report in at.values()))
-    panel.set_title(f'Accuracy under attack, {first.samples} images, suite "{canvas.plain(suites)}"', fontsize=11)
+    panel.set_title(f'Accuracy under attack, {first.samples} images, suite "{canvas.as_written(suites)}"', fontsize=11)
     _legend(figure, panel)
     return _save(figure, target)
 
@@ -152,7 +152,7 @@ def draw_attacks(report: RobustnessReport, path: str | Path) -> Path:
     control = report.control
     known = {} if control is None else {attack.name: control.accuracy(attack.name) for attack in control.attacks}
     rows = [("clean", report.accuracy(), None if control is None else control.accuracy())]
-    rows += [(canvas.plain(a.name), report.accuracy(a.name), known.get(a.name)) for a in report.attacks]
+    rows += [(canvas.as_written(a.name), report.accuracy(a.name), known.get(a.name)) for a in report.attacks]
     rows.append((report.name, report.worst_case, None if control is None else control.worst_case))
     colours, alphas, last = (
         [CLEAN, *(_words(a.source)[1] for a in report.attacks), WORST],
@@ -188,8 +188,8 @@ def draw_attacks(report: RobustnessReport, path: str | Path) -> Path:
     panel.grid(axis="x", alpha=0.3)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-    title = f'{report.samples} images, {report.threat}, suite "{canvas.plain(report.suite)}"'
-    panel.set_title(title + "".join(f"\nFLAG: {canvas.plain(flag)}" for flag in report.flags), fontsize=11, pad=18)
+    title = f'{report.samples} images, {report.threat}, suite "{canvas.as_written(report.suite)}"'
+    panel.set_title(title + "".join(f"\nFLAG: {canvas.as_written(flag)}" for flag in report.flags), fontsize=11, pad=18)
     _legend(figure, panel)
     return _save(figure, target)
 
@@ -257,14 +257,19 @@ def _lines(panel: Axes, at: Mapping[float, RobustnessReport], names: Mapping[str
         words, colour = _words(source)
         shares = {x: report.accuracy(name) for x, report in at.items() if any(a.name == name for a in report.attacks)}
         look = {"color": colour, "marker": marker, "linewidth": 1.3, "markersize": 5, "zorder": 3}
-        line(start | shares, label=f"{canvas.plain(name)}: {words}", linestyle=":" if name == "fgsm" else "-", **look)
+        line(
+            start | shares,
+            label=f"{canvas.as_written(name)}: {words}",
+            linestyle=":" if name == "fgsm" else "-",
+            **look,
+        )
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def _words(source: str, brief: bool = False) -> tuple[str, str]:
     """A source in words, and its colour; if `brief`, all sources of one colour have the same words."""
-    words, colour = SOURCES.get(source, (canvas.plain(source), CLEAN))
+    words, colour = SOURCES.get(source, (canvas.as_written(source), CLEAN))
     return ("smoother surrogate's gradient" if brief and colour == SOURCES["soft"][1] else words), colour
 
 
