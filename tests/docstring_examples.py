@@ -26,6 +26,19 @@ IMAGES = 32
 GIVEN = {"model", "plain", "report", "pixels", "labels", "attacked", "loader", "training_loader"}
 """Objects that examples take for granted: what a reader has before."""
 
+IMPORTED = {
+    "argparse": argparse,
+    "dataclasses": dataclasses,
+    "Image": Image,
+    "nn": nn,
+    "np": np,
+    "Path": Path,
+    "timm": timm,
+    "timm_nrpm": timm_nrpm,
+    "torch": torch,
+}
+"""What examples use without an import."""
+
 
 @pytest.fixture(scope="session")
 def names():
@@ -50,21 +63,7 @@ def names():
         "training_loader": training,
     }
     assert given.keys() == GIVEN
-    return (
-        ours
-        | given
-        | {
-            "argparse": argparse,
-            "dataclasses": dataclasses,
-            "Image": Image,
-            "nn": nn,
-            "np": np,
-            "Path": Path,
-            "timm": timm,
-            "timm_nrpm": timm_nrpm,
-            "torch": torch,
-        }
-    )
+    return ours | given | IMPORTED
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Every example in a docstring runs and prints what it says."""
 
+import ast
 import doctest
 import importlib
 import pkgutil
@@ -27,7 +28,8 @@ def test_no_module_has_another_meaning_for_what_its_examples_take_for_granted():
             continue
         module = importlib.import_module(found.name)
         for test in doctest.DocTestFinder(exclude_empty=True).find(module):
-            used = {name for example in test.examples for name in compile(example.source, "", "single").co_names}
+            nodes = (node for example in test.examples for node in ast.walk(ast.parse(example.source)))
+            used = {node.id for node in nodes if isinstance(node, ast.Name)}
             another = GIVEN & vars(module).keys() - {test.name.split(".")[-1]}
             assert not used & another, f"{test.name}: rename what {found.name} has"
 

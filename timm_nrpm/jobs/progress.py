@@ -37,8 +37,8 @@ class Bars(Progress):
 
     def start(self) -> None:
         super().start()
-        drawn = self.disable or self.console.is_terminal or self.console.is_jupyter
-        if not drawn and self._writer is None:
+        in_a_file = not (self.console.is_terminal or self.console.is_jupyter)
+        if in_a_file and not self.disable and self._writer is None:
             self._ended.clear()
             self._writer = Thread(target=self._write, name="bars in a file", daemon=True)
             self._writer.start()
